@@ -1,0 +1,52 @@
+"""Reward models that resist reward hacking: InfoRM, its training and its evaluation.
+
+Importing the package registers InfoRM with the Auto classes of transformers, so that
+``AutoModelForSequenceClassification.from_pretrained(folder)`` needs no remote code.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["InfoRMConfig", "InfoRMForSequenceClassification", "InfoRMOutput"]
+
+if TYPE_CHECKING:
+    from inform_rm.configuration_inform import InfoRMConfig
+    from inform_rm.modeling_inform import InfoRMForSequenceClassification, InfoRMOutput
+
+
+def register_auto_classes() -> None:
+    """Make the Auto classes of transformers know InfoRM, and saved InfoRM models carry their code."""
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
+
+    from inform_rm.configuration_inform import InfoRMConfig
+    from inform_rm.modeling_inform import InfoRMForSequenceClassification
+
+    AutoConfig.register(InfoRMConfig.model_type, InfoRMConfig, exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        auto_class.register(InfoRMConfig, InfoRMForSequenceClassification, exist_ok=True)
+    InfoRMConfig.register_for_auto_class()
+    InfoRMForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    register_auto_classes()
+    from inform_rm import configuration_inform, modeling_inform
+
+    return getattr(modeling_inform if name != "InfoRMConfig" else configuration_inform, name)
+
+
+def _started_as_command_line() -> bool:
+    """True for ``inform-rm ...`` and ``python -m inform_rm.cli ...``: these answer --help before torch is imported."""
+    return any(argument.endswith(("inform-rm", "inform-rm.exe", "inform_rm.cli")) for argument in sys.orig_argv[:6])
+
+
+if not _started_as_command_line():
+    register_auto_classes()

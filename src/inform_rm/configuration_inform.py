@@ -1,0 +1,102 @@
+"""Configuration of InfoRM reward models: a decoder backbone's own config plus the settings of the reward head."""
+
+import math
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+_AUTO_MAP = {
+    "AutoConfig": "configuration_inform.InfoRMConfig",
+    "AutoModel": "modeling_inform.InfoRMForSequenceClassification",
+    "AutoModelForSequenceClassification": "modeling_inform.InfoRMForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_inform.InfoRMForSequenceClassification",
+}
+_CHOICES = {
+    "architecture": ("inform", "standard"),
+    "decoder": ("mlp", "linear"),
+    "kl_reduction": ("sum", "averaged_moments"),
+}
+
+
+class InfoRMConfig(PretrainedConfig):
+    """Settings of a reward model with a variational information bottleneck (InfoRM, arXiv:2402.09345).
+
+    Args:
+        text_config: config of the decoder backbone, as an object or a dict; a dict without ``model_type`` is read as
+            Llama, which is also the default.
+        latent_dim: K, latent dimensions of the bottleneck (paper: 32, 64 or 128).
+        beta: weight of the KL term in the loss of eq. 25 (paper: 0.1, 0.01 or 0.001).
+        decoder: ``"mlp"`` (one hidden layer) or ``"linear"`` map from latent to reward.
+        kl_reduction: ``"sum"`` of the KL over latent dimensions (the paper's bound), or ``"averaged_moments"``: the
+            authors' released code, which averages mean and log variance over dimensions first. A ``beta`` tuned for
+            one does not suit the other.
+        architecture: ``"inform"``, or ``"standard"`` for one linear reward head and no bottleneck (the baseline).
+
+    Raises:
+        ValueError: naming every faulty setting at once.
+
+    Example:
+        >>> InfoRMConfig(latent_dim=64, beta=0.01).latent_dim
+        64
+    """
+
+    model_type = "inform"
+    sub_configs = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: "PretrainedConfig | dict[str, Any] | None" = None,
+        latent_dim: int = 128,
+        beta: float = 0.1,
+        decoder: str = "mlp",
+        kl_reduction: str = "sum",
+        architecture: str = "inform",
+        **kwargs: Any,
+    ):
+        self.latent_dim = latent_dim
+        self.beta = beta
+        self.decoder = decoder
+        self.kl_reduction = kl_reduction
+        self.architecture = architecture
+        self._check_settings()
+        if text_config is None:
+            text_config = {}
+        if isinstance(text_config, dict):
+            settings = dict(text_config)
+            text_config = AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
+        self.text_config = text_config
+
+        # A reward is one unbounded number: anything but these makes a text-classification pipeline apply a sigmoid.
+        if kwargs.get("id2label") is None and kwargs.get("num_labels") is None:
+            kwargs["num_labels"] = 1
+        if kwargs.get("problem_type") is None:
+            kwargs["problem_type"] = "regression"
+        if kwargs.get("pad_token_id") is None:
+            kwargs["pad_token_id"] = getattr(text_config, "pad_token_id", None)
+        super().__init__(**kwargs)
+        if self.num_labels != 1:
+            raise ValueError(f"num_labels is {self.num_labels}; a reward model has one output. Leave num_labels out.")
+        # Registration for remote code writes two of these four; a loaded config brings its own (with its repository).
+        self.auto_map = {**_AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
+        """The backbone's config. transformers would search for it and take our ``decoder`` setting for a second one."""
+        return self.text_config
+
+    def _check_settings(self) -> None:
+        faults = []
+        if isinstance(self.latent_dim, bool) or not isinstance(self.latent_dim, int) or self.latent_dim < 1:
+            faults.append(f"latent_dim must be a whole number of at least 1, got {self.latent_dim!r}")
+        if (
+            isinstance(self.beta, bool)
+            or not isinstance(self.beta, int | float)
+            or not math.isfinite(self.beta)
+            or self.beta < 0
+        ):
+            faults.append(f"beta must be a finite number of at least 0, got {self.beta!r}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                faults.append(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        if faults:
+            raise ValueError("InfoRMConfig: " + "; ".join(faults) + ".")

@@ -1,0 +1,109 @@
+"""Writing results so that a kill leaves the last good file, and naming the software that made them."""
+
+import contextlib
+import gzip
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from inform_rm.errors import InputError
+
+_REPORTED_PACKAGES = ("inform-rm", "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "scikit-learn")
+
+
+def atomic_write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a whole file under a temporary name in the same folder, flush it to disk, then rename it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """`atomic_write_bytes` for UTF-8 text."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write indented JSON atomically; NaN and infinity are refused, because JSON has no such numbers."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder that takes the place of `path` only when the block ends without an error.
+
+    An existing folder at `path` is moved aside first and removed last, so that at every moment one complete folder
+    exists. After an error the temporary folder is removed and `path` is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        os.chmod(temporary, 0o777 & ~_umask())
+        yield temporary
+        if path.exists():
+            previous = temporary.with_suffix(".old")
+            os.replace(path, previous)
+            os.replace(temporary, path)
+            shutil.rmtree(previous)
+        else:
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_output_directory(path: str | Path, argument: str = "output") -> Path:
+    """Create the folder, or raise `InputError` when it is a file or cannot be written: before hours of work, not after."""
+    path = Path(path)
+    if path.is_file():
+        raise InputError(f"{argument}: {path} is a file; expected a folder. Name another folder.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{argument}: cannot write to {path} ({error.strerror}). Choose a folder that you may write to."
+        ) from error
+    return path
+
+
+def open_text(path: str | Path) -> TextIO:
+    """Open a UTF-8 text file for reading, unpacking it when its name ends in ``.gz``."""
+    path = Path(path)
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in _REPORTED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
