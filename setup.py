@@ -1,0 +1,67 @@
+"""Build of the distribution ``inform-rm`` (import name ``inform_rm``).
+
+The ranges are narrow on purpose: their lower ends were run together (see ``constraints.txt``), and each of these
+libraries has renamed arguments between minor releases. The Hub pair alone also loads under transformers 4.57.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/inform_rm/__init__.py").read_text(encoding="utf-8"), re.M)
+if VERSION is None:
+    raise SystemExit("src/inform_rm/__init__.py has no line __version__ = \"...\".")
+
+setup(
+    name="inform-rm",
+    version=VERSION.group(1),
+    description="InfoRM reward models for the Hugging Face Hub: training, evaluation, overoptimization detection",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"inform_rm": ["py.typed", "training/accelerate_configs/*.yaml"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "transformers>=5.23,<5.24",
+        "accelerate>=1.15,<1.16",
+        "datasets>=5.2,<6",
+        "safetensors>=0.8,<0.9",
+        "huggingface-hub>=2.4,<3",
+        "tokenizers>=0.23,<0.24",
+        "numpy>=2.1,<3",
+        "matplotlib>=3.9,<4",
+        "PyYAML>=6,<7",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        "peft": ["peft>=0.21,<0.22"],
+        "quant": ["bitsandbytes>=0.50.2,<0.51"],
+        "rl": ["trl>=1.16,<1.17"],
+        "dev": [
+            "build",
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "setuptools>=77",
+            "tensorboard",
+            "types-PyYAML",
+            "wheel",
+        ],
+    },
+    entry_points={"console_scripts": ["inform-rm = inform_rm.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
