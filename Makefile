@@ -1,0 +1,49 @@
+# make demo   the whole job on generated preferences: train, evaluate, report, export, load back
+# make test   the fast tests      make test-slow   the slow and the distributed ones      make lint   ruff, mypy
+# Each installs the pinned versions into .venv first where they are not there yet.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+DEMO_OUTPUT ?= demo-report
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+# One thread per process: two test processes with two threads each run slower on two cores than one (PLATFORM facts).
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+
+.PHONY: install demo test test-slow lint format clean
+
+install: $(INSTALLED)
+
+# torch first and alone: an unpinned torch, pulled in by another package, would be the newest build with CUDA packages.
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel
+	$(BIN)/pip install -q $(TORCH) -c constraints.txt
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev,peft,quant,rl]'
+	$(BIN)/pip check
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/inform-rm demo --output $(DEMO_OUTPUT)
+
+test: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --durations=10 $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m "(slow or distributed) and not gpu" --durations=10 $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-wheel .venv-compat .ci-work build dist src/*.egg-info
