@@ -4,11 +4,31 @@ Importing the package registers InfoRM with the Auto classes of transformers, so
 ``AutoModelForSequenceClassification.from_pretrained(folder)`` needs no remote code.
 """
 
+import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["InfoRMConfig", "InfoRMForSequenceClassification", "InfoRMOutput"]
+__all__ = [
+    "InfoRMConfig",
+    "InfoRMForSequenceClassification",
+    "InfoRMOutput",
+    "check_data",
+    "evaluate",
+    "export_model",
+    "score_file",
+    "train",
+]
+_MODULES = {
+    "InfoRMConfig": "inform_rm.configuration_inform",
+    "InfoRMForSequenceClassification": "inform_rm.modeling_inform",
+    "InfoRMOutput": "inform_rm.modeling_inform",
+    "check_data": "inform_rm.preflight",
+    "evaluate": "inform_rm.eval.accuracy",
+    "export_model": "inform_rm.hub",
+    "score_file": "inform_rm.scoring",
+    "train": "inform_rm.training.run",
+}
 
 if TYPE_CHECKING:
     from inform_rm.configuration_inform import InfoRMConfig
@@ -35,12 +55,10 @@ def register_auto_classes() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     register_auto_classes()
-    from inform_rm import configuration_inform, modeling_inform
-
-    return getattr(modeling_inform if name != "InfoRMConfig" else configuration_inform, name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def _started_as_command_line() -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-_AUTO_MAP = {
+AUTO_MAP = {
     "AutoConfig": "configuration_inform.InfoRMConfig",
     "AutoModel": "modeling_inform.InfoRMForSequenceClassification",
     "AutoModelForSequenceClassification": "modeling_inform.InfoRMForSequenceClassification",
@@ -77,7 +77,7 @@ class InfoRMConfig(PretrainedConfig):
         if self.num_labels != 1:
             raise ValueError(f"num_labels is {self.num_labels}; a reward model has one output. Leave num_labels out.")
         # Registration for remote code writes two of these four; a loaded config brings its own (with its repository).
-        self.auto_map = {**_AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
+        self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
         """The backbone's config. transformers would search for it and take our ``decoder`` setting for a second one."""

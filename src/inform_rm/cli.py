@@ -1,0 +1,195 @@
+"""Command line: parses, calls the Python function of the same name, turns its errors into exit codes.
+
+Exit codes: 0 done, 1 failed while running, 2 wrong use or bad input. Nothing heavy is imported before parsing, so that
+``--help`` answers at once.
+"""
+
+import argparse
+import dataclasses
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from inform_rm import __version__
+from inform_rm.errors import InputError
+from inform_rm.training.config import TrainingConfig, field_types, read_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: arguments without the program's name; ``None`` takes those of the process.
+    """
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        arguments.run(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last complete state", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="inform-rm", description="Train, evaluate and audit reward models that resist reward hacking."
+    )
+    parser.add_argument("--version", action="version", version=f"inform-rm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = _command(commands, "demo", _demo, "train, evaluate and report on a generated world; needs no download")
+    demo.add_argument("--output", default="demo-output", help="folder for models and report.html (default: %(default)s)")
+    demo.add_argument("--backbone", help="pretrained model (folder or Hub id) in place of the small one from scratch")
+    demo.add_argument("--seed", type=int, default=0, help="seed of world and training (default: %(default)s)")
+
+    train = _command(commands, "train", _train, "train a reward model; writes a Hub-ready folder")
+    train.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="settings, one 'name: value' a line")
+    for spec, hint in zip(dataclasses.fields(TrainingConfig), field_types().values(), strict=True):
+        default = "required" if spec.default is dataclasses.MISSING else f"default: {_shown(spec.default)}"
+        train.add_argument(
+            f"--{spec.name}",
+            default=argparse.SUPPRESS,
+            nargs="+" if "tuple" in str(hint) else None,
+            metavar="VALUE",
+            help=f"{spec.metadata['help']} ({default})".replace("%", "%%"),
+        )
+
+    evaluate = _command(commands, "evaluate", _evaluate, "accuracy of a reward model on preference pairs")
+    _add_model(evaluate)
+    evaluate.add_argument("--data", required=True, nargs="+", help="pairs: files, saved datasets or Hub ids")
+    evaluate.add_argument("--output", required=True, help="folder for result.json, result.md and plots")
+    evaluate.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="default: %(default)s")
+    evaluate.add_argument("--overlong", choices=("error", "drop", "truncate_prompt"), default="error",
+                          help="pairs over --max-length (default: %(default)s)")  # fmt: skip
+    evaluate.add_argument("--max-pairs", type=int, help="use a seeded random subset of each item of data")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the subset (default: %(default)s)")
+
+    score = _command(commands, "score", _score, "rewards for rows of prompt and response")
+    _add_model(score)
+    score.add_argument("--input", required=True, help="JSONL(.gz), CSV or Parquet with 'prompt' and 'response'")
+    score.add_argument("--output", required=True, help="JSONL file: the input's rows with their reward")
+    score.add_argument("--uncertainty", type=int, metavar="N", help="InfoRM: also the reward's spread over N draws")
+
+    check = _command(commands, "check-data", _check_data, "what is in preference data, and what would go wrong")
+    check.add_argument("--data", required=True, nargs="+", help="pairs: files, saved datasets or Hub ids; splits apart")
+    check.add_argument("--tokenizer", help="folder or Hub id: adds token lengths and the template audit")
+    check.add_argument("--max-length", type=int, help="shows what this limit would do")
+    check.add_argument("--chat-template", help="template file, or 'plain', for a tokenizer without one")
+    check.add_argument("--output", help="folder for preflight.json")
+    check.add_argument("--revision", help="revision of the tokenizer on the Hub")
+    check.add_argument("--trust-remote-code", action="store_true", help="run code from the tokenizer's repository")
+
+    export = _command(commands, "export", _export, "complete Hub folder of an InfoRM model: weights, code, card")
+    export.add_argument("--model", required=True, help="InfoRM model: folder, checkpoint or Hub id")
+    export.add_argument("--output", required=True, help="new folder")
+    export.add_argument("--push-to", metavar="ID", help="also upload to this Hub repository (private if new)")
+    export.add_argument("--revision", help="revision of the model on the Hub")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help="any sequence-classification reward model: folder or Hub id")
+    command.add_argument("--max-length", type=int, help="longest allowed prompt + response in tokens (default: none)")
+    command.add_argument("--tokens-per-batch", type=int, default=8192, help="tokens computed at once, with padding")
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if there is one)")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "auto"), default="auto", help="default: %(default)s")
+    command.add_argument("--chat-template", help="template file, or 'plain', for a tokenizer without one")
+    command.add_argument("--revision", help="revision of the model on the Hub")
+    command.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
+
+
+def _shown(default: Any) -> str:
+    if default is None or default == ():
+        return "none"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from inform_rm.demo import demo
+
+    demo(arguments.output, backbone=arguments.backbone, seed=arguments.seed)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    flags = {name: value for name, value in vars(arguments).items() if name in field_types()}
+    config = read_config(arguments.config, flags)
+    from inform_rm import train
+
+    result = train(config)
+    if result["evaluation"] is not None:
+        low, high = result["evaluation"]["accuracy_interval"]
+        print(
+            f"accuracy {result['evaluation']['accuracy']:.4f} on {result['evaluation']['num_pairs']} pairs "
+            f"(95 % interval {low:.4f} to {high:.4f})"
+        )
+    print(f"model: {config.output}")
+
+
+def _scorer_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_length", "tokens_per_batch", "device", "dtype", "chat_template", "revision", "trust_remote_code")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from inform_rm import evaluate
+
+    evaluate(
+        arguments.model,
+        arguments.data,
+        arguments.output,
+        on_bad_row=arguments.on_bad_row,
+        overlong=arguments.overlong,
+        max_pairs=arguments.max_pairs,
+        seed=arguments.seed,
+        **_scorer_options(arguments),
+    )
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from inform_rm.scoring import RewardScorer, score_file
+
+    scorer = RewardScorer(arguments.model, **_scorer_options(arguments))
+    score_file(scorer, arguments.input, arguments.output, uncertainty=arguments.uncertainty)
+
+
+def _check_data(arguments: argparse.Namespace) -> None:
+    from inform_rm import check_data
+
+    raise SystemExit(check_data)  # replaced when preflight lands
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from inform_rm import export_model
+
+    files = export_model(
+        arguments.model, arguments.output, push_to=arguments.push_to, revision=arguments.revision
+    )
+    for name, size in files.items():
+        print(f"{size:>12,} {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Folders for the Hub: the code that a saved model carries, the model card, and export."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from inform_rm import configuration_inform, modeling_inform
+from inform_rm.errors import InputError
+from inform_rm.files import atomic_directory, atomic_write_text, write_json
+
+_PAIR = (configuration_inform.__file__, modeling_inform.__file__)
+_MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "*.txt", "README.md")
+
+
+def add_remote_code(folder: str | Path) -> None:
+    """Make a saved model's folder loadable elsewhere: put the Hub pair in and name its classes in ``config.json``.
+
+    ``save_pretrained`` does this for a plain model, but not for one whose class FSDP2 replaced.
+    """
+    folder = Path(folder)
+    for source in _PAIR:
+        shutil.copyfile(source, folder / Path(source).name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["architectures"] = [modeling_inform.InfoRMForSequenceClassification.__name__]
+    config["auto_map"] = configuration_inform.AUTO_MAP
+    write_json(folder / "config.json", config)
+
+
+def export_model(model: str, output: str, *, push_to: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """Write a complete Hub folder of a trained InfoRM model: weights, code, tokenizer and card; nothing else.
+
+    Args:
+        model: folder or Hub id of an InfoRM model, or a run folder's checkpoint.
+        output: folder to write; it appears whole or not at all.
+        push_to: also upload the folder as one commit to this Hub repository, created private if absent.
+        revision: revision of `model` on the Hub.
+
+    Returns:
+        The files written, with their sizes in bytes.
+
+    Raises:
+        InputError: if `model` is no InfoRM model, or `output` exists and is not an empty folder.
+    """
+    from inform_rm.encoding import load_tokenizer
+    from inform_rm.scoring import load_reward_model
+
+    target = Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"output: {output} exists and is not an empty folder. Name a new folder.")
+    loaded = load_reward_model(model, revision=revision)
+    if loaded.config.model_type != "inform":
+        raise InputError(
+            f"model: {model} is a {loaded.config.model_type} model; export writes InfoRM models only. "
+            "A model of transformers itself needs no export: its own save_pretrained is complete."
+        )
+    tokenizer = load_tokenizer(model, revision=revision)
+    with atomic_directory(target) as folder:
+        loaded.save_pretrained(folder)
+        add_remote_code(folder)
+        tokenizer.save_pretrained(folder)
+        card = Path(model) / "README.md"
+        if card.is_file():
+            shutil.copyfile(card, folder / "README.md")
+        else:
+            atomic_write_text(folder / "README.md", model_card(loaded.config, {}, None))
+    if push_to is not None:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(push_to, private=True, exist_ok=True)
+        api.upload_folder(repo_id=push_to, folder_path=target, allow_patterns=list(_MODEL_FILES))
+    return {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+
+
+def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | None) -> str:
+    """README of a trained model, filled from its run.
+
+    Args:
+        config: the model's `InfoRMConfig`.
+        settings: settings of the run that are worth a line; empty if unknown.
+        result: result of the run with its data counts and evaluation; ``None`` if unknown.
+
+    Returns:
+        Markdown with the Hub's YAML header. What is not known is left out.
+    """
+    base_model = settings.get("model")
+    if base_model is not None and (Path(base_model).is_absolute() or Path(base_model).exists()):
+        base_model = None  # a local path means nothing on the Hub, and may tell a user's name
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["reward-model", "inform", "rlhf"],
+        base_model=base_model,
+    )
+    kind = (
+        "an InfoRM reward model (variational information bottleneck, [arXiv:2402.09345](https://arxiv.org/abs/2402.09345))"
+        if config.architecture == "inform"
+        else "a standard Bradley-Terry reward model (one linear head)"
+    )
+    lines = [
+        f"---\n{metadata.to_yaml()}\n---\n",
+        "# Reward model\n",
+        f"This is {kind} on a {config.text_config.model_type} backbone, made with "
+        "[inform-rm](https://pypi.org/project/inform-rm/). It gives one number for a prompt and a response; "
+        "only differences between responses to the same prompt mean anything.\n",
+        "## How to load\n",
+        "```python",
+        "import torch",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n",
+        'name = "."  # this repository\'s id, or its folder',
+        "model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True).eval()",
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        'messages = [{"role": "user", "content": "Name a prime number."}, {"role": "assistant", "content": "Seven."}]',
+        "inputs = tokenizer.apply_chat_template(messages, return_tensors=\"pt\", return_dict=True)",
+        "with torch.no_grad():",
+        "    print(model(**inputs).logits)",
+        "```\n",
+        "Pin a `revision` when you load remote code from the Hub.\n",
+    ]
+    if result is not None:
+        lines += [_training_section(settings, result)]
+    lines += [
+        "## Limits\n",
+        "The reward reflects the preferences in the training data, with their biases (length, tone, format). "
+        "Optimising a policy against it long enough will exploit its errors.\n",
+    ]
+    return "\n".join(lines)
+
+
+def _training_section(settings: dict[str, Any], result: dict[str, Any]) -> str:
+    rows = ["## Training\n", "| setting | value |", "|---|---|"]
+    rows += [f"| {name} | {value} |" for name, value in settings.items()]
+    rows += [f"\nTraining pairs: {result['train_pairs']['pairs']}."]
+    evaluation = result.get("evaluation")
+    if evaluation is not None:
+        low, high = evaluation["accuracy_interval"]
+        rows += [
+            f"\nPairwise accuracy on the run's evaluation pairs: **{evaluation['accuracy']:.3f}** "
+            f"(n = {evaluation['num_pairs']}, 95 % Wilson interval {low:.3f} to {high:.3f}, ties count half)."
+        ]
+    rows += ["\nSoftware: " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".\n"]
+    return "\n".join(rows)

@@ -1,0 +1,49 @@
+"""Statistics of pairwise preference that training and evaluation both report; numpy only."""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+_NORMAL_QUANTILE_975 = 1.959963984540054
+
+
+def wilson_interval(num_correct: float, n: int) -> tuple[float, float]:
+    """Wilson 95 % score interval of a proportion: the p with ``|p_hat - p| <= z sqrt(p (1 - p) / n)``, z = 1.96.
+
+    Args:
+        num_correct: successes; half counts (ties) are allowed.
+        n: trials, at least 1.
+
+    Raises:
+        ValueError: if there are no trials, or more successes than trials.
+
+    Example:
+        >>> low, high = wilson_interval(8, 10)
+        >>> f"{low:.3f} {high:.3f}"
+        '0.490 0.943'
+    """
+    if n < 1 or not 0 <= num_correct <= n:
+        raise ValueError(f"num_correct={num_correct} of n={n}: expected 0 <= num_correct <= n and n >= 1.")
+    share, square = num_correct / n, _NORMAL_QUANTILE_975**2
+    center = (share + square / (2 * n)) / (1 + square / n)
+    half = math.sqrt(share * (1 - share) * square / n + square**2 / (4 * n**2)) / (1 + square / n)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def expected_calibration_error(margins: ArrayLike, num_bins: int = 10) -> float:
+    """Expected calibration error of ``sigmoid(margin)`` as the probability that the model's favourite is preferred.
+
+    Each pair is folded to confidence ``sigmoid(|margin|)`` in [0.5, 1] and outcome 1, 0, or 0.5 for a tie; bins of
+    equal width; ``sum_b n_b / n * |mean outcome_b - mean confidence_b|``.
+
+    Args:
+        margins: ``(N,)`` chosen minus rejected reward.
+        num_bins: number of bins between 0.5 and 1.
+    """
+    margins = np.asarray(margins, dtype=np.float64)
+    confidence = 1.0 / (1.0 + np.exp(-np.abs(margins)))
+    outcome = 0.5 + 0.5 * np.sign(margins)
+    bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
+    gaps = np.bincount(bins, weights=outcome - confidence, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(margins))

@@ -1,0 +1,211 @@
+"""Settings of one training run: field name = YAML key = command-line flag. Imports neither torch nor transformers."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from inform_rm.errors import InputError
+
+
+def _setting(text: str, default: Any = dataclasses.MISSING) -> Any:
+    """A field with its sentence of help; without a default the setting is required."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Everything that decides a training run. Published defaults: arXiv:2402.09345, appendices E.2 and J.3."""
+
+    model: str = _setting("backbone (or InfoRM model to continue from): Hub id or folder")
+    data: tuple[str, ...] = _setting("training pairs: files, saved datasets or Hub ids; several are concatenated")
+    output: str = _setting("folder for the trained, Hub-ready model; checkpoints go to its subfolder 'checkpoints'")
+    eval_data: tuple[str, ...] = _setting("pairs for evaluation during training, given like data", ())
+
+    architecture: Literal["inform", "standard"] = _setting(
+        "'inform': information bottleneck; 'standard': one linear reward head, the baseline", "inform"
+    )
+    latent_dim: int = _setting("K, latent dimensions of the bottleneck (paper: 32, 64 or 128)", 128)
+    beta: float = _setting("weight of the KL term, eq. 25 (paper: 0.1, 0.01 or 0.001)", 0.1)
+    decoder: Literal["mlp", "linear"] = _setting("map from latent to reward", "mlp")
+    kl_reduction: Literal["sum", "averaged_moments"] = _setting(
+        "'sum': the paper's bound; 'averaged_moments': the authors' released code", "sum"
+    )
+
+    label_smoothing: float = _setting("probability that a label is wrong, 0 to below 0.5", 0.0)
+    center_rewards_coefficient: float = _setting("weight of mean((r_w + r_l)^2), which keeps rewards near 0", 0.0)
+
+    max_length: int | None = _setting("longest allowed prompt + response in tokens; none: no limit", None)
+    overlong: Literal["error", "drop", "truncate_prompt"] = _setting("what to do with a longer pair", "error")
+    on_bad_row: Literal["error", "skip"] = _setting("stop at a bad row, or skip, count and list it", "error")
+    max_pairs_per_source: int | None = _setting("use a seeded random subset of each item of data; none: all", None)
+    max_eval_pairs_per_source: int | None = _setting("the same for eval_data", None)
+    chat_template: str | None = _setting("template file, or 'plain', for a tokenizer without a chat template", None)
+
+    learning_rate: float = _setting("peak learning rate (paper: 5e-6)", 5e-6)
+    num_train_epochs: float = _setting("passes over the data (paper: 1)", 1.0)
+    max_steps: int = _setting("optimizer steps; overrides num_train_epochs when positive", -1)
+    per_device_train_batch_size: int = _setting("pairs per process and forward pass", 8)
+    per_device_eval_batch_size: int = _setting("pairs per process and forward pass in evaluation", 16)
+    gradient_accumulation_steps: int = _setting("forward passes per optimizer step (paper: 64 pairs a step)", 8)
+    lr_scheduler_type: str = _setting("learning rate schedule of transformers", "cosine")
+    warmup_steps: float = _setting("steps of linear warm-up; below 1: fraction of all steps", 0.03)
+    weight_decay: float = _setting("AdamW weight decay", 0.0)
+    max_grad_norm: float = _setting("gradient clipping norm", 1.0)
+    optim: str = _setting("optimizer of the transformers Trainer", "adamw_torch_fused")
+    group_by_length: bool = _setting("put pairs of similar length in one batch", False)
+    seed: int = _setting("seed of the head, the data order and the latent noise", 0)
+
+    lora_r: int = _setting("rank of LoRA adapters on all linear layers of the backbone; 0: train all weights", 0)
+    lora_alpha: float = _setting("LoRA scale", 16.0)
+    lora_dropout: float = _setting("LoRA dropout", 0.0)
+
+    dtype: Literal["float32", "bfloat16", "auto"] = _setting("number type of the weights", "float32")
+    bf16: bool = _setting("bfloat16 autocast; the reward head stays in float32", False)
+    gradient_checkpointing: bool = _setting("recompute activations to save memory", False)
+    attn_implementation: str | None = _setting("sdpa, eager, flash_attention_2, ...; none: the model's own choice", None)
+    use_cpu: bool = _setting("train on the CPU though a GPU is there", False)
+    dataloader_num_workers: int = _setting("worker processes that prepare batches", 0)
+
+    logging_steps: float = _setting("log every so many steps; below 1: fraction of all steps", 10)
+    eval_steps: float = _setting("evaluate every so many steps; below 1: fraction of all steps", 0.25)
+    save_steps: float = _setting("checkpoint every so many steps; below 1: fraction of all steps", 0.25)
+    save_total_limit: int | None = _setting("checkpoints to keep; none: all", 2)
+    load_best_model_at_end: bool = _setting("end with the checkpoint of best accuracy on eval_data", False)
+    report_to: str = _setting("where logs go: none, tensorboard, wandb, ...", "none")
+    overwrite: bool = _setting("discard what the output folder holds from another run", False)
+
+    revision: str | None = _setting("revision of the model on the Hub", None)
+    trust_remote_code: bool = _setting("run code from the model's repository", False)
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings, all of them in one message."""
+        faults = []
+        for name in ("model", "output"):
+            if not getattr(self, name).strip():
+                faults.append(f"{name} is empty")
+        if not self.data:
+            faults.append("data is empty: name at least one file, dataset folder or Hub id")
+        at_least = {
+            "latent_dim": 1, "beta": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "lora_r": 0,
+            "center_rewards_coefficient": 0, "dataloader_num_workers": 0, "seed": 0, "max_length": 2,
+            "max_pairs_per_source": 1, "max_eval_pairs_per_source": 1, "save_total_limit": 1,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):
+                faults.append(f"{name} must be a finite number of at least {least}, got {value}")
+        for name in ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                faults.append(f"{name} must be a finite number above 0, got {getattr(self, name)}")
+        for name, limit in (("label_smoothing", 0.5), ("lora_dropout", 1.0)):
+            if not 0 <= getattr(self, name) < limit:
+                faults.append(f"{name} must be at least 0 and below {limit}, got {getattr(self, name)}")
+        if self.load_best_model_at_end and not self.eval_data:
+            faults.append("load_best_model_at_end needs eval_data to choose by")
+        if self.load_best_model_at_end and self.eval_steps != self.save_steps:
+            faults.append("load_best_model_at_end needs eval_steps equal to save_steps")
+        if faults:
+            raise InputError("Training settings: " + "; ".join(faults) + ".")
+
+
+def field_types() -> dict[str, Any]:
+    """Resolved type of every setting, in order."""
+    return typing.get_type_hints(TrainingConfig)
+
+
+def config_from_mapping(values: dict[str, Any], origin: str) -> TrainingConfig:
+    """Settings from parsed YAML or flags, each value checked against its field's type.
+
+    Args:
+        values: setting name to value.
+        origin: where they come from, for messages.
+
+    Raises:
+        InputError: naming unknown keys with the nearest known one, missing keys and wrong types, all at once.
+    """
+    hints = field_types()
+    faults, accepted = [], {}
+    for key, value in values.items():
+        if key not in hints:
+            nearest = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            faults.append(f"unknown setting {key!r}{hint}")
+            continue
+        try:
+            accepted[key] = _convert(value, hints[key])
+        except ValueError as error:
+            faults.append(f"{key}: {error}")
+    for spec in dataclasses.fields(TrainingConfig):
+        if spec.default is dataclasses.MISSING and spec.name not in values:
+            faults.append(f"missing setting {spec.name!r} ({spec.metadata['help']})")
+    if faults:
+        raise InputError(f"{origin}: " + "; ".join(faults) + ". `inform-rm train --help` lists every setting.")
+    try:
+        return TrainingConfig(**accepted)
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from None
+
+
+def read_config(path: str | Path | None, overrides: dict[str, Any]) -> TrainingConfig:
+    """Settings from a YAML file, with command-line flags on top.
+
+    Raises:
+        InputError: if the file is missing, is not YAML, is not a mapping, or holds a wrong setting.
+    """
+    import yaml
+
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}). Pass a YAML file of settings.") from None
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: expected 'setting: value' lines, got a {type(values).__name__}.")
+    return config_from_mapping({**values, **overrides}, str(path) if path is not None else "command line")
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; strings (from flags, and numbers like 5e-6 that YAML reads as text) are parsed."""
+    if isinstance(hint, types.UnionType):  # X | None
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}, got {value!r}")
+        return value
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item.strip() for item in items):
+            raise ValueError(f"must be a path or a list of paths, got {value!r}")
+        return tuple(items)
+    if hint is bool:
+        parsed = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
+        if not isinstance(parsed, bool):
+            raise ValueError(f"must be true or false, got {value!r}")
+        return parsed
+    if hint is str:
+        if not isinstance(value, str):
+            raise ValueError(f"must be text, got {value!r}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"must be a number, got {value!r}")
+    try:
+        number = hint(value) if not isinstance(value, float) or hint is float else int(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"must be a {'whole ' if hint is int else ''}number, got {value!r}") from None
+    if hint is int and number != float(value):
+        raise ValueError(f"must be a whole number, got {value!r}")
+    return number

@@ -1,0 +1,62 @@
+"""The training loss as pure functions of tensors. The two formulas that the model itself needs live with the model."""
+
+from torch import Tensor
+from torch.nn import functional
+
+from inform_rm.modeling_inform import bradley_terry_loss, kl_to_standard_normal
+
+__all__ = ["bradley_terry_loss", "kl_to_standard_normal", "reward_centering_loss", "reward_model_loss"]
+
+
+def reward_centering_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """``mean((r_w + r_l)^2)``: keeps rewards near 0, which pairs alone leave free (arXiv:2312.09244, eq. 2).
+
+    Args:
+        chosen_rewards: ``(B,)`` rewards of the preferred responses.
+        rejected_rewards: ``(B,)`` rewards of the other responses.
+    """
+    return (chosen_rewards.float() + rejected_rewards.float()).square().mean()
+
+
+def reward_model_loss(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    chosen_kl: Tensor | None = None,
+    rejected_kl: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    margin: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    center_rewards_coefficient: float = 0.0,
+) -> Tensor:
+    """The whole loss of one batch, mean over pairs (arXiv:2402.09345, eq. 25, with two optional additions).
+
+    ``(1 - e) BT + e BT(labels swapped) + beta (KL_w + KL_l) + c mean((r_w + r_l)^2)``, with the margin m inside
+    ``BT = -log sigmoid(r_w - r_l - m)``; the swapped term uses ``-log sigmoid(-(r_w - r_l - m))``, so that both speak
+    of one probability.
+
+    Args:
+        chosen_rewards: ``(B,)`` rewards of the preferred responses.
+        rejected_rewards: ``(B,)`` rewards of the other responses.
+        chosen_kl: ``(B,)`` KL of the chosen responses' posteriors in nats; ``None`` for a standard reward model.
+        rejected_kl: ``(B,)`` likewise for the rejected ones.
+        beta: weight of the KL term.
+        margin: ``(B,)`` margins or ``None``.
+        label_smoothing: e, the assumed probability that a label is wrong.
+        center_rewards_coefficient: c.
+
+    Returns:
+        Scalar float32.
+    """
+    loss = bradley_terry_loss(chosen_rewards, rejected_rewards, margin)
+    if label_smoothing:
+        difference = chosen_rewards.float() - rejected_rewards.float()
+        if margin is not None:
+            difference = difference - margin
+        swapped = -functional.logsigmoid(-difference).mean()
+        loss = (1 - label_smoothing) * loss + label_smoothing * swapped
+    if chosen_kl is not None and rejected_kl is not None:
+        loss = loss + beta * (chosen_kl + rejected_kl).mean()
+    if center_rewards_coefficient:
+        loss = loss + center_rewards_coefficient * reward_centering_loss(chosen_rewards, rejected_rewards)
+    return loss

@@ -1,0 +1,312 @@
+"""`train`: one run from settings to a Hub-ready folder."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from inform_rm.encoding import check_vocabulary, encode_pairs, load_tokenizer
+from inform_rm.errors import InputError
+from inform_rm.files import atomic_write_text, check_output_directory, versions, write_json
+from inform_rm.hub import model_card
+from inform_rm.modeling_inform import InfoRMForSequenceClassification
+from inform_rm.preferences import load_preferences
+from inform_rm.statistics import wilson_interval
+from inform_rm.training.config import TrainingConfig
+from inform_rm.training.trainer import PairCollator, RewardTrainer
+
+logger = logging.getLogger(__name__)
+
+RESULT_FILE = "train_result.json"
+CONFIG_FILE = "training_config.yaml"
+# Settings that may differ between a run and its continuation: they do not change what is learnt.
+_FREE_ON_RESUME = ("output", "report_to", "logging_steps", "save_total_limit", "overwrite", "dataloader_num_workers")
+
+
+def train(config: TrainingConfig) -> dict[str, Any]:
+    """Train a reward model and leave a Hub-ready folder at ``config.output``.
+
+    A run that was cut off goes on from its last complete checkpoint when it is started again with the same settings
+    and data; the loss curve is that of an uninterrupted run.
+
+    Args:
+        config: all settings.
+
+    Returns:
+        The content of ``train_result.json``: settings, versions, data counts and fingerprints, final metrics, log.
+
+    Raises:
+        InputError: on bad data, a model that is no backbone, or an output folder that holds another run.
+    """
+    output = check_output_directory(config.output)
+    checkpoints = output / "checkpoints"
+    with PartialState().main_process_first():
+        if PartialState().is_main_process and config.overwrite:
+            _discard_run(output)
+    resume_from = None if config.overwrite else _last_checkpoint(checkpoints)
+    if not config.overwrite and (output / RESULT_FILE).exists():
+        raise InputError(f"output: {output} holds a finished run. Name another folder, or pass --overwrite true.")
+
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(
+        config.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        chat_template=config.chat_template,
+    )
+    train_set, train_counts, fingerprints = _load_encoded(
+        config, config.data, config.max_pairs_per_source, tokenizer, "data"
+    )
+    eval_set, eval_counts = None, None
+    if config.eval_data:
+        eval_set, eval_counts, eval_fingerprints = _load_encoded(
+            config, config.eval_data, config.max_eval_pairs_per_source, tokenizer, "eval_data"
+        )
+        fingerprints |= eval_fingerprints
+    _check_resume(output, config, fingerprints, resume_from)
+
+    model = load_model(config)
+    check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    trainable = _add_lora(model, config) if config.lora_r else model
+    trainer = RewardTrainer(
+        model=trainable,
+        args=_training_arguments(config, checkpoints),
+        data_collator=PairCollator(tokenizer),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        center_rewards_coefficient=config.center_rewards_coefficient,
+    )
+    outcome = trainer.train(resume_from_checkpoint=resume_from)
+    evaluation = _final_evaluation(trainer) if eval_set is not None else None
+    result = {
+        "settings": dataclasses.asdict(config),
+        "versions": versions(),
+        "data_fingerprints": fingerprints,
+        "train_pairs": train_counts,
+        "eval_pairs": eval_counts,
+        "num_processes": trainer.accelerator.num_processes,
+        "distributed_type": str(trainer.accelerator.distributed_type.value),
+        "steps": trainer.state.global_step,
+        "resumed_from_step": _checkpoint_step(resume_from) if resume_from else None,
+        "train_runtime_seconds": outcome.metrics["train_runtime"],
+        "evaluation": evaluation,
+        "log_history": trainer.state.log_history,
+    }
+    _save_final(trainer, tokenizer, output, config, result)
+    return result
+
+
+def load_model(config: TrainingConfig) -> PreTrainedModel:
+    """The model to train: a fresh head on a backbone, or an InfoRM model to train further.
+
+    Raises:
+        InputError: if the model cannot be loaded, or is an InfoRM model of another architecture.
+    """
+    hub = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    loading = {**hub, "dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)}
+    if config.attn_implementation is not None:
+        loading["attn_implementation"] = config.attn_implementation
+    try:
+        found = AutoConfig.from_pretrained(config.model, **hub)
+        if found.model_type != "inform":
+            return InfoRMForSequenceClassification.from_backbone(
+                config.model,
+                latent_dim=config.latent_dim,
+                beta=config.beta,
+                decoder=config.decoder,
+                kl_reduction=config.kl_reduction,
+                architecture=config.architecture,
+                **loading,
+            )
+        head = ("architecture",) if config.architecture == "standard" else (
+            "architecture", "latent_dim", "decoder", "kl_reduction"
+        )  # fmt: skip
+        for name in head:
+            if getattr(found, name) != getattr(config, name):
+                raise InputError(
+                    f"{name}: {config.model} has {getattr(found, name)!r}, the settings say {getattr(config, name)!r}. "
+                    "A trained head keeps its shape: change the setting."
+                )
+        model = InfoRMForSequenceClassification.from_pretrained(config.model, use_safetensors=True, **loading)
+        model.config.beta = config.beta
+        return model
+    except InputError:
+        raise
+    except Exception as error:  # transformers, safetensors and the Hub raise many types for a bad checkpoint
+        raise InputError(f"model: {config.model} cannot be loaded as a backbone: {error}") from error
+
+
+def _load_encoded(
+    config: TrainingConfig,
+    sources: tuple[str, ...],
+    max_pairs: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    argument: str,
+) -> tuple[Dataset, dict[str, Any], dict[str, str]]:
+    parts: list[Dataset] = []
+    fingerprints: dict[str, str] = {}
+    bad_rows: list[str] = []
+    # One process reads first, the others find the table in the cache.
+    with PartialState().main_process_first():
+        for source in sources:
+            loaded = load_preferences(source, on_bad_row=config.on_bad_row)
+            bad_rows += [str(row) for row in loaded.bad_rows]
+            fingerprints[source] = loaded.fingerprint
+            part = loaded.dataset
+            if max_pairs is not None and len(part) > max_pairs:
+                part = part.shuffle(seed=config.seed).select(range(max_pairs))
+            parts.append(part)
+        encoded = encode_pairs(
+            concatenate_datasets(parts), tokenizer, max_length=config.max_length, overlong=config.overlong
+        )
+    if len(encoded.dataset) == 0:
+        raise InputError(f"{argument}: no pair is left of {', '.join(sources)}: {encoded.counts}.")
+    counts = {**encoded.counts, "pairs": len(encoded.dataset), "bad_rows": bad_rows}
+    if bad_rows or counts.get("dropped") or counts.get("truncated"):
+        logger.warning("%s: %s", argument, counts)
+    return encoded.dataset, counts, fingerprints
+
+
+def _training_arguments(config: TrainingConfig, checkpoints: Path) -> TrainingArguments:
+    passed_on = (
+        "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+        "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
+        "seed", "bf16", "use_cpu", "dataloader_num_workers", "logging_steps", "save_steps", "save_total_limit",
+        "load_best_model_at_end", "report_to",
+    )  # fmt: skip
+    evaluates = bool(config.eval_data)
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        **{name: getattr(config, name) for name in passed_on},
+        data_seed=config.seed,
+        activation_checkpointing=config.gradient_checkpointing,
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+        length_column_name="length",
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=config.eval_steps if evaluates else None,
+        metric_for_best_model="eval_accuracy" if config.load_best_model_at_end else None,
+        greater_is_better=True if config.load_best_model_at_end else None,
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+    )
+
+
+def _add_lora(model: PreTrainedModel, config: TrainingConfig) -> Any:
+    """LoRA on every linear layer of the backbone; the head is trained and saved whole."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InputError("lora_r: LoRA needs peft. Install it with: pip install 'inform-rm[peft]'") from error
+    lora = LoraConfig(
+        task_type="SEQ_CLS",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        exclude_modules=r".*\bscore\b.*",
+        modules_to_save=["score"],
+    )
+    return get_peft_model(model, lora)
+
+
+def _final_evaluation(trainer: RewardTrainer) -> dict[str, Any]:
+    metrics = trainer.evaluate()
+    evaluation = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+    n = int(evaluation["num_pairs"])
+    # The product is a whole number of half points; rounding undoes the division's floating-point error.
+    correct = round(evaluation["accuracy"] * n * 2) / 2
+    return {**evaluation, "num_pairs": n, "accuracy_interval": list(wilson_interval(correct, n))}
+
+
+def _save_final(
+    trainer: RewardTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    config: TrainingConfig,
+    result: dict[str, Any],
+) -> None:
+    """Put the finished model into the run's folder, ``config.json`` and the result last: an early end leaves no half."""
+    staging = output / ".final"
+    model = trainer.model
+    if config.lora_r:
+        model = trainer.accelerator.unwrap_model(model).merge_and_unload()
+        trainer.model = model
+    trainer.save_model(str(staging))
+    if not trainer.args.should_save:
+        return
+    listed = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in ("output", "data", "eval_data", "overwrite") and value is not None
+    }
+    listed["model"] = config.model
+    listed["data"] = ", ".join(_public_name(source) for source in config.data)
+    atomic_write_text(staging / "README.md", model_card(model.config, listed, result))
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, output / path.name)
+    staging.rmdir()
+    write_json(output / RESULT_FILE, result)
+
+
+def _public_name(source: str) -> str:
+    """A local path without the folders that lead to it, which may name a user; a Hub id as it is."""
+    path = Path(source)
+    return "/".join(path.parts[-2:]) if path.exists() else source
+
+
+def _last_checkpoint(checkpoints: Path) -> str | None:
+    """The newest complete checkpoint; the trainer state is the last file that is written into one."""
+    complete = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: _checkpoint_step(str(path)))) if complete else None
+
+
+def _checkpoint_step(checkpoint: str) -> int:
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def _check_resume(
+    output: Path, config: TrainingConfig, fingerprints: dict[str, str], resume_from: str | None
+) -> None:
+    """Refuse to continue a run under other settings or data; write down those of a new run."""
+    path = output / "checkpoints" / "run.json"
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as they are in the file
+    now = {**settings, "data_fingerprints": fingerprints}
+    if resume_from is not None and path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in now if name not in _FREE_ON_RESUME and before.get(name) != now[name]]
+        if changed:
+            listed = "; ".join(f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in changed)
+            raise InputError(
+                f"output: {output} holds an unfinished run with other settings or data ({listed}). "
+                "Restore them to continue it, name another folder, or pass --overwrite true."
+            )
+        logger.warning("Continuing from %s.", resume_from)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        write_json(path, now)
+        atomic_write_text(output / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def _discard_run(output: Path) -> None:
+    """Remove what an earlier run left, and nothing else that the folder may hold."""
+    for name in ("checkpoints", ".final"):
+        if (output / name).exists():
+            trash = Path(tempfile.mkdtemp(dir=output, prefix=".discarded."))
+            os.replace(output / name, trash / name)
+            shutil.rmtree(trash)
+    (output / RESULT_FILE).unlink(missing_ok=True)
+    (output / CONFIG_FILE).unlink(missing_ok=True)

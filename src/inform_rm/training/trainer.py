@@ -1,0 +1,133 @@
+"""The transformers Trainer with the reward-model loss."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from inform_rm.hub import add_remote_code
+from inform_rm.training.losses import reward_model_loss
+from inform_rm.training.metrics import compute_eval_metrics, metrics_from_sums, pair_sums
+
+
+class PairCollator:
+    """Encoded pairs -> one right-padded batch: the chosen rows, then the rejected rows in the same order.
+
+    Example:
+        two pairs with tokens c0, c1 / r0, r1 give rows ``c0, c1, r0, r1`` of ``input_ids`` ``(4, T)``,
+        ``attention_mask`` ``(4, T)`` and ``margin`` ``(2,)``.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Pad and stack; see the class."""
+        rows = [pair["chosen_input_ids"] for pair in pairs] + [pair["rejected_input_ids"] for pair in pairs]
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+        margins = [pair["margin"] if pair["margin"] is not None else 0.0 for pair in pairs]
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "margin": torch.tensor(margins, dtype=torch.float32),
+        }
+
+
+class RewardTrainer(Trainer):
+    """Trains pairs with the loss of arXiv:2402.09345, eq. 25, and logs accuracy, margin, rewards and KL.
+
+    Args:
+        beta: weight of the KL term.
+        label_smoothing: assumed share of wrong labels.
+        center_rewards_coefficient: weight of the centring term.
+        kwargs: arguments of `transformers.Trainer`.
+    """
+
+    # The loss is a mean over the pairs of a batch, so accumulated batches are averaged.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *, beta: float, label_smoothing: float, center_rewards_coefficient: float, **kwargs: Any):
+        super().__init__(compute_metrics=compute_eval_metrics, **kwargs)
+        self.can_return_loss = True
+        self.label_names: list[str] = []
+        self._loss_settings = {
+            "beta": beta,
+            "label_smoothing": label_smoothing,
+            "center_rewards_coefficient": center_rewards_coefficient,
+        }
+        self._sums: Tensor | None = None
+        self._has_kl = False
+        self._keep_fsdp_output_in_float32()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `transformers.Trainer` does, with latent noise of its own on every process."""
+        # Trainer seeds all processes alike: without this, every process would draw the same noise.
+        set_seed(self.args.seed, device_specific=True)
+        return super().train(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The loss of a batch from `PairCollator`; its counts are added to what the next log line divides."""
+        chosen, rejected, kl, output = self._rewards(model, inputs)
+        chosen_kl, rejected_kl = (None, None) if kl is None else kl.chunk(2)
+        loss = reward_model_loss(
+            chosen, rejected, chosen_kl, rejected_kl, margin=inputs["margin"], **self._loss_settings
+        )
+        sums = pair_sums(chosen, rejected, kl)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._has_kl = kl is not None
+        return (loss, output) if return_outputs else loss
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Rows ``(B, 3)`` for `compute_eval_metrics`, and the margins as labels; gathered rows count each pair once."""
+        inputs = self._prepare_inputs(inputs)
+        chosen, rejected, kl, _ = self._rewards(model, inputs)
+        kl_sum = torch.full_like(chosen, float("nan")) if kl is None else sum(kl.chunk(2))
+        return None, torch.stack([chosen, rejected, kl_sum], dim=1).detach(), inputs["margin"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the training metrics since the last line; refuse to go on after a loss that is no number."""
+        if "loss" in logs and self._sums is not None:
+            sums = self.accelerator.reduce(self._sums, reduction="sum")
+            logs.update(metrics_from_sums(sums, self._has_kl))
+            self._sums = None
+        if not all(torch.isfinite(torch.tensor(float(logs.get(name, 0.0)))) for name in ("loss", "grad_norm")):
+            raise FloatingPointError(
+                f"The loss ({logs.get('loss')}) or gradient norm ({logs.get('grad_norm')}) is not finite at step "
+                f"{self.state.global_step}. Lower learning_rate, or train in float32. Checkpoints before it are intact."
+            )
+        super().log(logs, *args, **kwargs)
+
+    def _rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Any]:
+        output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        chosen, rejected = output.logits.float().flatten().chunk(2)
+        return chosen, rejected, None if output.kl is None else output.kl.float(), output
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled and "_auto_class" not in type(model).__dict__:
+            # FSDP2 gives the model a class of its own; saving that as a registered class would copy torch's FSDP files
+            # in place of ours.
+            type(model)._auto_class = None
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        if not self.args.should_save:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "training_args.bin").unlink()  # a pickle; the settings are in training_config.yaml
+        if (folder / "config.json").exists():
+            add_remote_code(folder)
+
+    def _keep_fsdp_output_in_float32(self) -> None:
+        """FSDP2's mixed precision would round rewards to bfloat16 on their way out of the model (PyTorch `fully_shard`)."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if dataclasses.is_dataclass(policy) and hasattr(policy, "output_dtype"):
+            plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=torch.float32)

@@ -1,0 +1,107 @@
+"""Fixtures that tests share: tiny models and tokenizers made here, and the real data folder where there is one."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+from transformers.utils import logging as transformers_logging
+
+import inform_rm  # noqa: F401  (registers the Auto classes before any test asks for them)
+
+torch.set_num_threads(1)
+transformers_logging.disable_progress_bar()
+
+_SENTENCES = [
+    "Name a colour and a fruit, please. Human: Assistant:",
+    "The sky is blue and the grass is green, but roses are red.",
+    "How many apples are in the basket? There are seven apples.",
+    "Write one short sentence about the sea. The sea is calm today.",
+]
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of real data and models beside the project; tests that need it are skipped elsewhere."""
+    path = Path(os.environ.get("INFORM_RM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    if not (path / "data").is_dir():
+        pytest.skip(f"no real data: {path} is not there (set INFORM_RM_SHARED)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def backbone_configs() -> dict[str, PretrainedConfig]:
+    """One tiny config per architecture: hidden size 32, 2 layers, vocabulary 320."""
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return {
+        "llama": LlamaConfig(**sizes, num_key_value_heads=2),
+        "llama_tied": LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=True),
+        "mistral": MistralConfig(**sizes, num_key_value_heads=2, sliding_window=8),
+        "qwen2": Qwen2Config(**sizes, num_key_value_heads=2),
+        "gpt_neox": GPTNeoXConfig(**sizes),
+        "gpt2": GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0),
+    }
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (320 ids) with distinct pad, bos and eos tokens and a chat template."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    raw.train_from_iterator(_SENTENCES, trainer)
+    built = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    built.chat_template = _CHAT_TEMPLATE
+    return built
+
+
+@pytest.fixture(scope="session")
+def causal_lm_dir(
+    tmp_path_factory: pytest.TempPathFactory,
+    backbone_configs: dict[str, PretrainedConfig],
+    tokenizer: PreTrainedTokenizerFast,
+) -> Callable[[str], Path]:
+    """Folder of a random causal LM of the named architecture, with tokenizer; read-only, made once a session."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            torch.manual_seed(0)
+            made[name] = tmp_path_factory.mktemp(f"causal-lm-{name}")
+            AutoModelForCausalLM.from_config(backbone_configs[name]).save_pretrained(made[name])
+            tokenizer.save_pretrained(made[name])
+        return made[name]
+
+    return make
