@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent
 README = ROOT / "README.md"
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/inform_rm/__init__.py").read_text(encoding="utf-8"), re.M)
 if VERSION is None:
-    raise SystemExit("src/inform_rm/__init__.py has no line __version__ = \"...\".")
+    raise SystemExit('src/inform_rm/__init__.py has no line __version__ = "...".')
 
 setup(
     name="inform-rm",

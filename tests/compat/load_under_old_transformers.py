@@ -14,11 +14,30 @@ from pathlib import Path
 import torch
 import transformers
 
+# Rotary settings differ from every default: transformers 5 saves them under a name that 4.57 does not know.
 SETTINGS = {
-    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
-    "mistral": {"num_key_value_heads": 2, "sliding_window": 4},
-    "qwen2": {"num_key_value_heads": 2},
-    "gpt_neox": {},
+    "llama": {
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    },
+    "mistral": {
+        "num_key_value_heads": 2,
+        "sliding_window": 4,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0},
+    },
+    "qwen2": {
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 100.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
 }
 TEXTS = ["good answer", "a bad and much longer answer", "good", "answer the bad one"]
 TOLERANCE = 1e-5
@@ -67,11 +86,12 @@ def export(folder: Path) -> None:
             )
             config = inform_rm.InfoRMConfig(text_config=text_config, latent_dim=8, architecture=architecture)
             model = inform_rm.InfoRMForSequenceClassification(config).eval()
-            trained, exported = folder / "trained" / f"{model_type}-{architecture}", folder / f"{model_type}-{architecture}"
+            name = f"{model_type}-{architecture}"
+            trained = folder / "trained" / name
             model.save_pretrained(trained)
             tokenizer.save_pretrained(trained)
-            export_model(trained, exported)
-            expected[exported.name] = rewards_of(model, tokenizer, "right")
+            export_model(str(trained), str(folder / name))
+            expected[name] = rewards_of(model, tokenizer, "right")
     (folder / "expected.json").write_text(json.dumps(expected))
     print(f"exported {len(expected)} models with transformers {transformers.__version__}")
 
