@@ -24,7 +24,7 @@ _MODULES = {
     "InfoRMForSequenceClassification": "inform_rm.modeling_inform",
     "InfoRMOutput": "inform_rm.modeling_inform",
     "check_data": "inform_rm.preflight",
-    "evaluate": "inform_rm.eval.accuracy",
+    "evaluate": "inform_rm.eval.evaluate",
     "export_model": "inform_rm.hub",
     "score_file": "inform_rm.scoring",
     "train": "inform_rm.training.run",

@@ -1,0 +1,1 @@
+"""Evaluation of reward models: accuracy on preference pairs, and reports."""

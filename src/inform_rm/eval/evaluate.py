@@ -1,0 +1,206 @@
+"""Evaluating a reward model on preference data: from model and data to a folder of results."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from inform_rm.encoding import encode_pairs
+from inform_rm.errors import InputError
+from inform_rm.eval import accuracy, report
+from inform_rm.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
+from inform_rm.journal import RewardJournal, shortest_float
+from inform_rm.preferences import load_preferences
+from inform_rm.scoring import NonFiniteRewardError, RewardScorer
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_FILE = "rewards.partial"
+_CHUNK_PAIRS = 2048
+
+
+def evaluate(
+    model: str | Path | torch.nn.Module | RewardScorer,
+    data: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    tokenizer: Any = None,
+    split: str | None = None,
+    data_revision: str | None = None,
+    on_bad_row: str = "error",
+    overlong: str = "error",
+    max_pairs: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **scorer_options: Any,
+) -> dict[str, Any]:
+    """Accuracy of any sequence-classification reward model on preference pairs, overall and per subset.
+
+    With ``output`` the folder receives ``pairs.jsonl`` (both rewards of every pair), ``reliability.png``,
+    ``result.md``, ``result.html`` and at last ``result.json``, each written whole. After a kill the same call takes up
+    the rewards computed before (``rewards.partial``), and refuses if model, data or settings have changed.
+
+    Args:
+        model: folder, Hub id, loaded model, or a `RewardScorer`, which several evaluations can share.
+        data: one or several sources of pairs, as `load_preferences` reads them.
+        output: folder for the results; ``None`` only returns them.
+        tokenizer: see `RewardScorer`.
+        split: see `load_preferences`, for every source.
+        data_revision: revision of the data on the Hub.
+        on_bad_row: ``"error"`` or ``"skip"``, which counts and lists bad rows.
+        overlong: what becomes of pairs over the scorer's ``max_length``: ``"error"``, ``"drop"`` or
+            ``"truncate_prompt"``; counted.
+        max_pairs: evaluate a random subset of this many pairs of each source.
+        seed: seed of that subset; nothing else is random.
+        progress: show a progress bar.
+        scorer_options: keywords of `RewardScorer`, such as ``max_length``, ``device`` and ``trust_remote_code``.
+
+    Returns:
+        The statistics of `pairwise_accuracy` (lengths in characters), with ``model``, ``settings``, ``seed``,
+        ``versions``, ``model_fingerprint`` and ``data``: per source its fingerprint and counts of pairs read,
+        not sampled, over-long, dropped, truncated and evaluated, and the bad rows.
+
+    Raises:
+        InputError: on bad data, a model that is no reward model, or an unfinished run with other settings.
+        RuntimeError: if the model gives NaN or infinity.
+    """
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    if not sources:
+        raise InputError("data: expected at least one source of preference pairs.")
+    if max_pairs is not None and (isinstance(max_pairs, bool) or not isinstance(max_pairs, int) or max_pairs < 1):
+        raise InputError(f"max_pairs: {max_pairs!r}; expected a whole number of at least 1.")
+    folder = None if output is None else check_output_directory(output)
+    if isinstance(model, RewardScorer):
+        if tokenizer is not None or scorer_options:
+            raise InputError("model: a RewardScorer has its tokenizer and options already. Set them on the scorer.")
+        scorer = model
+    else:
+        scorer = RewardScorer(model, tokenizer, **scorer_options)
+    if scorer.tokenizer is None:
+        raise InputError("tokenizer: a loaded model needs its tokenizer here. Pass tokenizer=...")
+
+    parts, described = [], []
+    for source in sources:
+        loaded = load_preferences(source, split=split, revision=data_revision, on_bad_row=on_bad_row)
+        pairs = loaded.dataset
+        if max_pairs is not None and len(pairs) > max_pairs:
+            pairs = pairs.shuffle(seed=seed).select(range(max_pairs))
+        encoded = encode_pairs(pairs, scorer.tokenizer, max_length=scorer.max_length, overlong=overlong)
+        counts = {
+            "pairs_read": len(loaded.dataset),
+            "not_sampled": len(loaded.dataset) - len(pairs),
+            "overlong": encoded.counts["overlong"],
+            "dropped": encoded.counts["dropped"],
+            "truncated": encoded.counts["truncated"],
+            "bad_rows": len(loaded.bad_rows),
+            "evaluated": len(encoded.dataset),
+        }
+        left_out = {name: counts[name] for name in ("dropped", "truncated", "bad_rows") if counts[name]}
+        if left_out:
+            logger.warning("%s: %s", source, ", ".join(f"{name} {count}" for name, count in left_out.items()))
+        parts.append(encoded.dataset)
+        described.append(
+            {
+                "source": str(source),
+                "fingerprint": loaded.fingerprint,
+                **counts,
+                **({"bad_row_reasons": [str(row) for row in loaded.bad_rows]} if loaded.bad_rows else {}),
+            }
+        )
+
+    identity = scorer.identity()
+    settings = {
+        "data": [str(source) for source in sources],
+        "split": split,
+        "data_revision": data_revision,
+        "on_bad_row": on_bad_row,
+        "overlong": overlong,
+        "max_pairs": max_pairs,
+        "max_length": scorer.max_length,
+        "dtype": identity["dtype"],
+    }
+    run = {**identity, "data": [item["fingerprint"] for item in described], "settings": settings, "seed": seed}
+    journal = None if folder is None else RewardJournal(folder / JOURNAL_FILE, run)
+    try:
+        rewards = _score_pairs(scorer, parts, journal, progress)
+        subsets = [name for part in parts for name in part["subset"]]
+        lengths = [np.concatenate([part[f"{side}_characters"] for part in parts]) for side in ("chosen", "rejected")]
+        result = {
+            "model": scorer.name,
+            "model_fingerprint": identity["model"],
+            "tokenizer_fingerprint": identity["tokenizer"],
+            "settings": {name: value for name, value in settings.items() if value is not None},
+            "seed": seed,
+            "versions": versions(),
+            "data": described,
+            **accuracy.pairwise_accuracy(rewards[:, 0], rewards[:, 1], subsets, *lengths),
+        }
+        if folder is not None and journal is not None:
+            _write(folder, result, parts, rewards)
+            journal.delete()
+    finally:
+        if journal is not None:
+            journal.close()
+    return result
+
+
+def _score_pairs(scorer: RewardScorer, parts: list[Any], journal: RewardJournal | None, progress: bool) -> np.ndarray:
+    """Rewards ``(N, 2)``, chosen and rejected; entry 2 i + side of the journal is side ``side`` of pair i."""
+    num_pairs = sum(len(part) for part in parts)
+    rewards = np.full((num_pairs, 2), np.nan, dtype=np.float32)
+    if journal is not None:
+        for entry, reward, _ in journal.finished():
+            rewards[entry // 2, entry % 2] = reward
+    finished = int(np.isfinite(rewards).sum())
+    with tqdm(total=2 * num_pairs, initial=finished, unit="response", desc="evaluate", disable=not progress) as bar:
+        for first, chunk in _chunks(parts):
+            sides = list(zip(chunk["chosen_input_ids"], chunk["rejected_input_ids"], strict=True))
+            todo = [
+                (pair, side) for pair in range(len(sides)) for side in (0, 1) if np.isnan(rewards[first + pair, side])
+            ]
+            try:
+                for places, values, _ in scorer.iter_scores([sides[pair][side] for pair, side in todo]):
+                    done = [(first + todo[place][0], todo[place][1]) for place in places]
+                    for (pair, side), value in zip(done, values.tolist(), strict=True):
+                        rewards[pair, side] = value
+                    if journal is not None:
+                        journal.add([2 * pair + side for pair, side in done], values.tolist())
+                    bar.update(len(places))
+            except NonFiniteRewardError as error:
+                pair, side = todo[error.row]
+                raise RuntimeError(
+                    f"The {('chosen', 'rejected')[side]} response of pair {chunk['id'][pair]} has the reward "
+                    f"{error.value}; expected a finite number. The model's weights are broken, or its dtype "
+                    "overflows: try dtype='float32'."
+                ) from error
+    return rewards
+
+
+def _chunks(parts: list[Any]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+    first = 0
+    for part in parts:
+        for start in range(0, len(part), _CHUNK_PAIRS):
+            chunk = part[start : start + _CHUNK_PAIRS]
+            yield first, chunk
+            first += len(chunk["id"])
+
+
+def _write(folder: Path, result: dict[str, Any], parts: list[Any], rewards: np.ndarray) -> None:
+    lines = []
+    identifiers = ((source["source"], row) for source, part in zip(result["data"], parts, strict=True)
+                   for row in zip(part["id"], part["subset"], strict=True))  # fmt: skip
+    for (source, (identifier, subset)), (chosen, rejected) in zip(identifiers, rewards, strict=True):
+        pair = {"source": source, "id": identifier, "subset": subset}
+        pair |= {"chosen_reward": shortest_float(chosen), "rejected_reward": shortest_float(rejected)}
+        lines.append(json.dumps(pair, ensure_ascii=False) + "\n")
+    atomic_write_text(folder / "pairs.jsonl", "".join(lines))
+    plot = report.figure_png(report.reliability_figure(result["calibration"]["bins"]))
+    atomic_write_bytes(folder / "reliability.png", plot)
+    atomic_write_text(folder / "result.md", report.result_markdown(result))
+    atomic_write_text(folder / "result.html", report.result_html(result, plot))
+    write_json(folder / "result.json", result)  # last: its presence says that the rest is complete

@@ -1,0 +1,177 @@
+"""Results for people: Markdown, plots and pages that need no other file."""
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+_STYLE = """
+body { font-family: system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { border-bottom: 1px solid #ddd; padding: .3rem .8rem; text-align: right; }
+th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+figure { margin: 1rem 0; } img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; }
+"""
+_LENGTH_PARTS = {
+    "chosen_longer": "chosen is longer",
+    "chosen_shorter": "chosen is shorter",
+    "same_length": "same length",
+}
+_HEADER = ("pairs", "n", "accuracy", "95 % interval", "ties", "accuracy, ties wrong", "mean margin")
+
+
+def accuracy_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Table rows of a result of `pairwise_accuracy`: all pairs, each subset, each part by length."""
+    parts = {"all": result, **result.get("subsets", {})}
+    parts |= {_LENGTH_PARTS[name]: part for name, part in result.get("by_length", {}).items()}
+    return [
+        (
+            name,
+            str(part["num_pairs"]),
+            f"{part['accuracy']:.3f}",
+            format_interval(part["accuracy_interval"]),
+            str(part["num_ties"]),
+            f"{part['accuracy_ties_wrong']:.3f}",
+            f"{part['mean_margin']:.3f}",
+        )
+        for name, part in parts.items()
+    ]
+
+
+def result_markdown(result: dict[str, Any]) -> str:
+    """The result of `evaluate` as a Markdown page."""
+    lines = [
+        f"# Accuracy of {_markdown_text(result['model'])}",
+        "",
+        markdown_table(_HEADER, accuracy_rows(result)),
+        "",
+    ]
+    for text in _notes(result):
+        lines += [_markdown_text(text), ""]
+    lines += ["![Accuracy of pairs against predicted probability](reliability.png)", "", "## Data", ""]
+    lines += [markdown_table(*_data_table(result)), "", "## Settings", ""]
+    return "\n".join([*lines, markdown_table(("setting", "value"), _setting_rows(result)), ""])
+
+
+def result_html(result: dict[str, Any], reliability_png: bytes) -> str:
+    """The result of `evaluate` as one self-contained HTML page."""
+    notes = [f"<p>{html.escape(text)}</p>" for text in _notes(result)]
+    caption = (
+        "Accuracy of pairs against the predicted probability, with 95 % Wilson intervals; the dashed line is perfect."
+    )
+    return html_page(
+        f"Accuracy of {result['model']}",
+        [
+            html_table(_HEADER, accuracy_rows(result)),
+            *notes,
+            html_figure(reliability_png, caption),
+            "<h2>Data</h2>",
+            html_table(*_data_table(result)),
+            "<h2>Settings</h2>",
+            html_table(("setting", "value"), _setting_rows(result)),
+        ],
+    )
+
+
+def reliability_figure(bins: Sequence[dict[str, Any]]) -> Figure:
+    """Accuracy of pairs against predicted probability, one point a bin of `reliability_bins`, with its interval."""
+    figure = Figure(figsize=(5.5, 5.0), layout="constrained")
+    axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    confidence = [part["mean_confidence"] for part in bins]
+    accuracy = [part["accuracy"] for part in bins]
+    below = [part["accuracy"] - part["accuracy_interval"][0] for part in bins]
+    above = [part["accuracy_interval"][1] - part["accuracy"] for part in bins]
+    axes.plot([0.5, 1.0], [0.5, 1.0], linestyle="--", color="grey", label="perfectly calibrated")
+    axes.errorbar(confidence, accuracy, yerr=[below, above], fmt="o-", capsize=3, label="model, 95 % interval")
+    axes.set(ylabel="share of pairs ranked right", ylim=(0.0, 1.02), xlim=(0.49, 1.01))
+    axes.legend(loc="lower right")
+    centers = [(part["low"] + part["high"]) / 2 for part in bins]
+    widths = [0.9 * (part["high"] - part["low"]) for part in bins]
+    counts.bar(centers, [part["num_pairs"] for part in bins], width=widths, color="lightsteelblue")
+    counts.set(xlabel="predicted probability, sigmoid(|margin|)", ylabel="pairs")
+    return figure
+
+
+def figure_png(figure: Figure, dots_per_inch: int = 130) -> bytes:
+    """The figure as a PNG file's bytes, drawn without a display."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dots_per_inch)
+    return buffer.getvalue()
+
+
+def png_data_uri(png: bytes) -> str:
+    """The image as text for an ``src`` attribute, so that a page needs no second file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def html_figure(png: bytes, caption: str) -> str:
+    """An embedded image with its caption, which is also its alternative text; ``caption`` is plain text."""
+    text = html.escape(caption)
+    return f'<figure><img src="{png_data_uri(png)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table of plain-text cells."""
+    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
+
+
+def html_page(title: str, sections: Iterable[str]) -> str:
+    """A page without scripts or outside files; ``title`` is plain text, ``sections`` are HTML."""
+    text = html.escape(title)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{text}</title><style>{_STYLE}</style></head>\n'
+        f"<body>\n<h1>{text}</h1>\n" + "\n".join(sections) + "\n</body></html>\n"
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    r"""A Markdown table of plain-text cells, the first column left-aligned, the others right-aligned.
+
+    Example:
+        >>> print(markdown_table(("name", "n"), [("a|b", 3)]))
+        | name | n |
+        |:---|---:|
+        | a\|b | 3 |
+    """
+    lines = [header, *rows]
+    table = ["| " + " | ".join(_markdown_text(str(cell)) for cell in line) + " |" for line in lines]
+    table.insert(1, "|" + "|".join([":---", *["---:"] * (len(header) - 1)]) + "|")
+    return "\n".join(table)
+
+
+def format_interval(interval: Sequence[float]) -> str:
+    """``0.490 to 0.943``."""
+    return f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    notes = [
+        "A tie (equal rewards) counts half in the accuracy, and as wrong in the column named so. "
+        "Intervals are 95 % Wilson intervals.",
+        f"Expected calibration error (10 bins): {result['calibration']['expected_calibration_error']:.3f}.",
+    ]
+    if "longer_wins_accuracy" in result:
+        notes.append(f'The rule "the longer response wins" has accuracy {result["longer_wins_accuracy"]:.3f} here.')
+    return notes
+
+
+def _data_table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    columns = ("source", "pairs_read", "bad_rows", "not_sampled", "overlong", "dropped", "truncated", "evaluated")
+    rows = [[item[column] for column in columns] + [item["fingerprint"][:12]] for item in result["data"]]
+    return [column.replace("_", " ") for column in columns] + ["fingerprint"], rows
+
+
+def _setting_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    settings = {**result["settings"], "seed": result["seed"], "model fingerprint": result["model_fingerprint"][:12]}
+    settings.pop("data")
+    return [(name, str(value)) for name, value in {**settings, **result["versions"]}.items()]
+
+
+def _markdown_text(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,109 @@
+"""A file of rewards already computed, so that a killed run goes on where it stopped."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inform_rm.errors import InputError
+from inform_rm.files import atomic_write_text
+
+
+class RewardJournal:
+    """Rewards by row, appended batch by batch in whatever order they are computed.
+
+    The first line says which run the rewards belong to; each further line is ``[row, reward]`` or
+    ``[row, reward, reward_std]``. A line cut short by a kill is dropped.
+
+    Args:
+        path: the journal's file; made if absent.
+        identity: everything that decides a reward (model, input, settings); a journal with another one is refused.
+
+    Raises:
+        InputError: if the file belongs to another run or is no journal.
+    """
+
+    def __init__(self, path: str | Path, identity: dict[str, Any]):
+        self.path = Path(path)
+        self._header = json.dumps(identity, sort_keys=True) + "\n"
+        if self.path.exists():
+            self._check_identity(identity)
+            drop_torn_line(self.path)
+        else:
+            atomic_write_text(self.path, self._header)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def finished(self) -> Iterator[tuple[int, float, float]]:
+        """``(row, reward, reward_std)`` of every row computed so far; the latter is NaN if not asked for."""
+        with self.path.open(encoding="utf-8") as file:
+            next(file)
+            for line in file:
+                row, reward, *std = json.loads(line)
+                yield row, reward, std[0] if std else float("nan")
+
+    def add(self, rows: Iterable[int], rewards: Iterable[float], stds: Iterable[float] | None = None) -> None:
+        """Append one batch and hand it to the operating system."""
+        columns = [list(rows), [shortest_float(value) for value in rewards]]
+        if stds is not None:
+            columns.append([shortest_float(value) for value in stds])
+        self._file.write("".join(json.dumps(entry) + "\n" for entry in zip(*columns, strict=True)))
+        self._file.flush()
+
+    def clear(self) -> None:
+        """Forget the rewards, keep the identity."""
+        self._file.close()
+        atomic_write_text(self.path, self._header)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file and leave it for the next run."""
+        self._file.close()
+
+    def delete(self) -> None:
+        """Close and remove the file: the run is complete."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    def _check_identity(self, identity: dict[str, Any]) -> None:
+        with self.path.open(encoding="utf-8") as file:
+            header = file.readline()
+        way_out = f"Delete {self.path} to start again, or choose another output."
+        try:
+            found = json.loads(header)
+            if not isinstance(found, dict):
+                raise ValueError
+        except ValueError:
+            raise InputError(f"{self.path} is not the record of an unfinished run. {way_out}") from None
+        wanted = json.loads(self._header)
+        changed = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+        if changed:
+            shown = "; ".join(f"{key} was {found.get(key)!r}, is {wanted.get(key)!r}" for key in changed)
+            raise InputError(f"{self.path} belongs to an unfinished run with other settings: {shown}. {way_out}")
+
+
+def shortest_float(value: float) -> float:
+    """The shortest decimal that names the same float32: 0.1 instead of 0.10000000149011612.
+
+    Example:
+        >>> shortest_float(np.float32(0.1).item())
+        0.1
+    """
+    return float(str(np.float32(value)))
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off what follows the last line break: a line that a kill left unfinished."""
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            position = file.read(end - start).rfind(b"\n")
+            if position >= 0:
+                file.truncate(start + position + 1)
+                return
+            end = start
+        file.truncate(0)

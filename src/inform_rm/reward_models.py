@@ -1,0 +1,198 @@
+"""Loading any sequence-classification reward model safely, and telling two of them apart."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+
+import inform_rm
+from inform_rm.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+def load_reward_model(
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load a reward model with one output from a folder or the Hub, in eval mode.
+
+    Only safetensors are read. Folders of InfoRM models load without remote code.
+
+    Args:
+        model: folder or Hub id of a sequence-classification model with ``num_labels == 1``.
+        dtype: ``None`` is float32 on a CPU (bfloat16 is slower there and coarser) and the checkpoint's own elsewhere.
+        device: ``None`` is the GPU if there is one, else the CPU; ``"auto"`` spreads a large model over all devices.
+        trust_remote_code: run model code from the checkpoint. Off unless asked.
+        revision: branch, tag or commit of a Hub model.
+
+    Raises:
+        InputError: if there is no such model, it is not a reward model with one output, its weights are pickled,
+            incomplete or broken, or it needs remote code that was not allowed.
+    """
+    inform_rm.register_auto_classes()
+    name = str(model)
+    folder = Path(model)
+    if folder.is_dir():
+        _check_folder(folder)
+    elif folder.exists() or name.startswith((".", "/", "~")):
+        raise InputError(f"model: {name} is not a folder. Pass the folder that holds config.json, or a Hub id.")
+    elif trust_remote_code and revision is None:
+        logger.warning(
+            "trust_remote_code runs whatever code %s holds today. Pass revision=<commit> to pin what you have read.",
+            name,
+        )
+    target = _resolve_device(device)
+    if dtype is None:
+        dtype = torch.float32 if target == "cpu" else "auto"
+    elif isinstance(dtype, str) and dtype != "auto":
+        dtype = _dtype_from_name(dtype)
+
+    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        hub["revision"] = revision
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+        _check_config(config, name)
+        placement = {"device_map": "auto"} if target == "auto" else {}
+        loaded, loading = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement, **hub
+        )
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, HFValidationError) as error:
+        raise InputError(f"model: cannot load {name}: {_first_lines(error)}{_advice(error)}") from error
+    _check_loading(loading, name)
+    if target != "auto":
+        loaded.to(target)
+    return loaded.eval()
+
+
+def fingerprint_model(model: torch.nn.Module) -> str:
+    """SHA-256 over the names, shapes, types and bytes of every weight: equal models, equal text on every machine."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        if not isinstance(value, torch.Tensor):
+            digest.update(f"{key} {value!r}".encode())
+            continue
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 over all that decides token ids: vocabulary, merges, special tokens and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        parts = json.loads(backend.to_str())
+        # What the last call asked for, not what the tokenizer is.
+        parts.pop("padding", None)
+        parts.pop("truncation", None)
+    else:
+        parts = tokenizer.get_vocab()
+    specials = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    text = json.dumps([parts, specials, tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _check_folder(folder: Path) -> None:
+    has_safetensors = any(folder.glob("*.safetensors"))
+    pickles = sorted(path.name for pattern in _PICKLE_PATTERNS for path in folder.glob(pattern))
+    pickles = [name for name in pickles if name != "training_args.bin"]
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(
+                f"model: {folder} holds a PEFT adapter, not a model. Merge it into its base model first: load "
+                "base and adapter with peft, then merge_and_unload() and save_pretrained(folder)."
+            )
+        raise InputError(f"model: {folder} has no config.json. Pass the folder that save_pretrained or train wrote.")
+    if not has_safetensors:
+        if pickles:
+            raise InputError(
+                f"model: {folder} holds only pickled weights ({pickles[0]}); reading a pickle can run any code. "
+                "Convert it to safetensors where you trust it: model.save_pretrained(folder)."
+            )
+        raise InputError(f"model: {folder} has no *.safetensors file. Pass a folder that holds the weights.")
+
+
+def _check_config(config: PreTrainedConfig, name: str) -> None:
+    if config.num_labels == 1:
+        return
+    architectures = ", ".join(getattr(config, "architectures", None) or ["not stated"])
+    if "SequenceClassification" in architectures:
+        advice = "Classifiers with several classes give no single reward; choose a model trained with num_labels=1."
+    else:
+        advice = (
+            "This is not a reward model: it has no trained reward head. Train one from it (inform-rm train), "
+            "or pass the folder of a trained reward model."
+        )
+    raise InputError(
+        f"model: {name} has num_labels={config.num_labels} (architectures: {architectures}); a reward model has "
+        f"num_labels=1. {advice}"
+    )
+
+
+def _check_loading(loading: dict[str, Any], name: str) -> None:
+    """Refuse a model some of whose weights were drawn at random because the checkpoint does not hold them."""
+    absent = sorted(str(key) for key in loading["missing_keys"])
+    absent += sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading["mismatched_keys"])
+    if absent:
+        shown = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+        raise InputError(
+            f"model: {name} is not a complete reward model: {len(absent)} weights are not in its checkpoint and would "
+            f"be random ({shown}). Pass a trained sequence-classification model, or train one (inform-rm train)."
+        )
+    unexpected = sorted(str(key) for key in loading["unexpected_keys"])
+    if unexpected:
+        logger.warning(
+            "%s holds %d weights that its class does not use, such as %s.", name, len(unexpected), unexpected[0]
+        )
+
+
+def _resolve_device(device: str | torch.device | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if str(device) == "auto":
+        return "auto"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device: {device!r} is not a device; expected 'cpu', 'cuda', 'cuda:1' or 'auto'.") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: {device!r} asks for a GPU, but torch finds none here. Use 'cpu'.")
+    return str(resolved)
+
+
+def _dtype_from_name(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype: {name!r} is not a float type; expected 'float32', 'bfloat16', 'float16' or 'auto'.")
+    return dtype
+
+
+def _first_lines(error: Exception, length: int = 400) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else text[:length] + " ..."
+
+
+def _advice(error: Exception) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return " Read its code, then allow it with trust_remote_code and a pinned revision."
+    if isinstance(error, SafetensorError):
+        return " The weight file is incomplete or broken: copy or download it again."
+    if "safetensors" in text:
+        return " Only safetensors are read; a pickled model is refused."
+    return ""

@@ -1,0 +1,96 @@
+"""Reading the prompt/response rows that are to be scored, one at a time, whatever the file format."""
+
+import csv
+import datetime
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inform_rm.errors import InputError
+from inform_rm.files import open_text
+from inform_rm.preferences import Message, to_messages
+from inform_rm.records import open_records
+
+_RESULT_FIELDS = ("reward", "reward_std")
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One row to score: ``fields`` is the whole input row, ``where`` names it in an error."""
+
+    prompt: list[Message]
+    response: str
+    fields: dict[str, Any]
+    where: str
+
+
+def read_score_rows(path: str | Path) -> Iterator[ScoreRow]:
+    """Yield the rows of a JSONL, JSON, CSV (each also .gz) or Parquet file in order, checked, one in memory at a time.
+
+    Raises:
+        InputError: if the file is missing, of another kind or broken, or a row has no usable ``prompt`` or
+            ``response``; the message names file and row (from 1; in JSONL the line).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"input: there is no file {path}.")
+    is_csv = path.name.lower().endswith((".csv", ".csv.gz"))
+    file, records = (str(path), _csv_records(path)) if is_csv else open_records(path)
+    for number, record in records:
+        where = f"{file}, row {number}"
+        if isinstance(record, str):  # the reader's description of a row that it could not read
+            raise InputError(f"{where}: {record}")
+        yield _checked_row(record, where)
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, Any]]:
+    # The reader of preference pairs asks for other columns.
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB refuses long responses
+    try:
+        with open_text(path) as file:
+            for number, record in enumerate(csv.DictReader(file, strict=True), start=1):
+                if None in record or None in record.values():
+                    yield number, "it has another number of cells than the header line. Check quotes and commas."
+                else:
+                    yield number, {key.removeprefix("\ufeff"): value for key, value in record.items()}
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
+        raise InputError(f"{path} cannot be read: {error}. Write it again as UTF-8.") from error
+
+
+def _plain(value: Any, column: str, where: str) -> Any:
+    """The value as JSON can hold it; dates become ISO text."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, list):
+        return [_plain(item, column, where) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item, column, where) for key, item in value.items()}
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat()
+    raise InputError(f"{where}: column {column!r} holds a {type(value).__name__}, which JSON cannot. Drop the column.")
+
+
+def _checked_row(record: Any, where: str) -> ScoreRow:
+    if not isinstance(record, dict):
+        raise InputError(f"{where} is a {type(record).__name__}; expected an object with prompt and response.")
+    for field in ("prompt", "response"):
+        if record.get(field) is None:
+            found = ", ".join(map(str, record)) or "none"
+            raise InputError(f"{where} has no {field} (fields: {found}). Each row needs prompt and response.")
+    for field in _RESULT_FIELDS:
+        if field in record:
+            raise InputError(f"{where} has a field {field!r} already, which the result would replace. Rename it.")
+    response = record["response"]
+    if not isinstance(response, str) or not response.strip():
+        raise InputError(f"{where}: response is {response!r}; expected text that is not empty.")
+    try:
+        response.encode()
+        prompt = to_messages(record["prompt"])
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: response is not valid Unicode ({error.reason}). Repair the text.") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return ScoreRow(prompt, response, {key: _plain(value, key, where) for key, value in record.items()}, where)

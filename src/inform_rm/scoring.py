@@ -1,0 +1,402 @@
+"""Rewards of responses from any sequence-classification reward model, the same however they are batched."""
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from inform_rm.encoding import check_vocabulary, encode, load_tokenizer
+from inform_rm.errors import InputError
+from inform_rm.journal import RewardJournal, drop_torn_line, shortest_float
+from inform_rm.reward_models import fingerprint_model, fingerprint_tokenizer, load_reward_model
+from inform_rm.score_rows import ScoreRow, read_score_rows
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | list[dict[str, str]]
+
+
+class NonFiniteRewardError(RuntimeError):
+    """A model gave NaN or infinity as a reward; ``row`` is the row's place in the input, from 0."""
+
+    def __init__(self, row: int, value: float):
+        super().__init__(
+            f"Row {row} (counted from 0) has the reward {value}; expected a finite number. The model's weights are "
+            "broken, or its dtype overflows: try dtype='float32'."
+        )
+        self.row = row
+        self.value = value
+
+
+class RewardScorer:
+    """Scores responses with any reward model: a folder, a Hub id or a loaded model with one output.
+
+    Rows are sorted by length, batched by a token budget and padded on the right with an attention mask; results come
+    back in input order. In float32 a reward differs by less than 1e-5 from that of a batch of one. The sequence
+    classifiers of transformers find the last token by ``config.pad_token_id``, so rows are padded with that id; where
+    a model has none, rows are scored one at a time.
+
+    Args:
+        model: folder, Hub id (see `load_reward_model`) or a loaded model, whose device and dtype are kept.
+        tokenizer: by default the one beside the model. A loaded model needs it for text, not for token ids.
+        max_length: longest accepted input in tokens. By default the model's ``max_position_embeddings``. A longer
+            input is an error; nothing is cut.
+        tokens_per_batch: padded tokens in one forward pass; a longer row makes a batch of its own.
+        device: see `load_reward_model`.
+        dtype: see `load_reward_model`.
+        trust_remote_code: run code from the checkpoint. Off unless asked.
+        revision: branch, tag or commit of a Hub model.
+        chat_template: see `inform_rm.encoding.load_tokenizer`.
+
+    Raises:
+        InputError: if the model is no reward model, or the tokenizer is missing or does not fit it.
+
+    Example:
+        >>> scorer = RewardScorer("path/to/reward-model")  # doctest: +SKIP
+        >>> scorer.score(["What is 2 + 2?"], ["4"])  # doctest: +SKIP
+        tensor([1.3])
+    """
+
+    def __init__(
+        self,
+        model: str | Path | torch.nn.Module,
+        tokenizer: Any = None,
+        *,
+        max_length: int | None = None,
+        tokens_per_batch: int = 8192,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        chat_template: str | None = None,
+    ):
+        for name, value in (("max_length", max_length), ("tokens_per_batch", tokens_per_batch)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(f"{name}: {value!r}; expected a whole number of at least 1.")
+        self.model: Any
+        if isinstance(model, str | Path):
+            self.name = str(model)
+            self.model = load_reward_model(
+                model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, revision=revision
+            )
+            if tokenizer is None:
+                tokenizer = load_tokenizer(
+                    model, revision=revision, trust_remote_code=trust_remote_code, chat_template=chat_template
+                )
+        else:
+            given = {"device": device, "dtype": dtype, "revision": revision, "chat_template": chat_template}
+            useless = [key for key, value in given.items() if value is not None]
+            if useless:
+                raise InputError(
+                    f"{useless[0]} applies to a model named by folder or Hub id; this one is loaded already."
+                )
+            self.name = getattr(model, "name_or_path", "") or type(model).__name__
+            self.model = model
+            if self.model.config.num_labels != 1:
+                raise InputError(f"model: num_labels is {self.model.config.num_labels}; a reward model has 1.")
+        self.tokenizer = tokenizer
+        self.tokens_per_batch = tokens_per_batch
+        text_config = self.model.config.get_text_config()
+        self.max_length: int | None = max_length or getattr(text_config, "max_position_embeddings", None)
+        self._vocabulary_size = self.model.get_input_embeddings().weight.shape[0]
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, self._vocabulary_size)
+        self._pad_id = self._padding_id(text_config)
+        self._forward_options = {"use_cache": False} if _accepts(self.model, "use_cache") else {}
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        uncertainty: int | None = None,
+        progress: bool = False,
+    ) -> Any:
+        """Rewards of (prompt, response) rows.
+
+        Args:
+            prompts: N prompts: text, or a list of ``{"role", "content"}`` messages.
+            responses: N responses.
+            uncertainty: for InfoRM models: draw the latent this many times (at least 2) and return the mean reward
+                and its standard deviation.
+            progress: show a progress bar.
+
+        Returns:
+            ``(N,)`` float32 rewards on the CPU, in input order; with ``uncertainty`` a tuple of two such tensors,
+            means and standard deviations.
+
+        Raises:
+            InputError: on unequal numbers of prompts and responses, or a row that cannot be encoded or is too long.
+            NonFiniteRewardError: if the model gives NaN or infinity.
+        """
+        if isinstance(prompts, str) or isinstance(responses, str):
+            raise InputError("score expects lists of prompts and responses, got a single text. Put it in a list.")
+        if len(prompts) != len(responses):
+            raise InputError(
+                f"{len(prompts)} prompts for {len(responses)} responses; expected one prompt per response."
+            )
+        sequences = [
+            self.encode(prompt, response, f"row {row} (counted from 0)")
+            for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        ]
+        return self.score_encoded(sequences, uncertainty, progress)
+
+    def score_encoded(
+        self, sequences: Sequence[Sequence[int]], uncertainty: int | None = None, progress: bool = False
+    ) -> Any:
+        """Rewards of N rows of token ids, without padding; otherwise as `score`."""
+        rewards = torch.full((len(sequences),), float("nan"))
+        stds = torch.full((len(sequences),), float("nan"))
+        with tqdm(total=len(sequences), unit="row", desc="score", disable=not progress) as bar:
+            for rows, batch_rewards, batch_stds in self.iter_scores(sequences, uncertainty):
+                rewards[rows] = batch_rewards
+                if batch_stds is not None:
+                    stds[rows] = batch_stds
+                bar.update(len(rows))
+        return rewards if uncertainty is None else (rewards, stds)
+
+    def encode(self, prompt: Prompt, response: str, where: str) -> list[int]:
+        """Token ids of one row as the model sees them; ``where`` names the row in an error."""
+        if self.tokenizer is None:
+            raise InputError("tokenizer: a loaded model scores text only with its tokenizer. Pass tokenizer=...")
+        try:
+            ids = encode(self.tokenizer, prompt, response).input_ids
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        self._check_ids(ids, where)
+        return ids
+
+    def iter_scores(
+        self, sequences: Sequence[Sequence[int]], uncertainty: int | None = None
+    ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+        """Yield ``(rows, rewards, reward_stds)`` by batches, longest first; ``rows`` are places in ``sequences``."""
+        self.check_uncertainty(uncertainty)
+        for row, ids in enumerate(sequences):
+            self._check_ids(ids, f"row {row} (counted from 0)")
+        # A caller that trains this model gets each module's mode back.
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            for rows in self._batches([len(ids) for ids in sequences]):
+                rewards, stds = self._forward([sequences[row] for row in rows], uncertainty)
+                for row, value in zip(rows, rewards.tolist(), strict=True):
+                    if value - value != 0.0:  # NaN and both infinities
+                        raise NonFiniteRewardError(row, value)
+                yield rows, rewards, stds
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def check_uncertainty(self, uncertainty: int | None) -> None:
+        """Raise `InputError` unless the model can give this many reward samples (``None`` always passes)."""
+        if uncertainty is None:
+            return
+        if isinstance(uncertainty, bool) or not isinstance(uncertainty, int) or uncertainty < 2:
+            raise InputError(f"uncertainty: {uncertainty!r}; expected a number of draws of at least 2.")
+        config = self.model.config
+        if config.model_type != "inform" or config.architecture != "inform":
+            raise InputError(
+                f"uncertainty: {self.name} has no latent distribution to draw from; InfoRM models have. Leave it out."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What decides a reward: weights, tokenizer and dtype, as text that is equal on every machine."""
+        return {
+            "model": fingerprint_model(self.model),
+            "tokenizer": None if self.tokenizer is None else fingerprint_tokenizer(self.tokenizer),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Rows in batches of similar length whose padded size keeps the token budget; longest first, to fail early."""
+        batch: list[int] = []
+        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+            is_full = batch and (len(batch) + 1) * lengths[batch[0]] > self.tokens_per_batch
+            if is_full or (batch and self._pad_id is None):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    @torch.no_grad()
+    def _forward(self, sequences: Sequence[Sequence[int]], uncertainty: int | None) -> tuple[Tensor, Tensor | None]:
+        longest = len(sequences[0])
+        input_ids = torch.full((len(sequences), longest), self._pad_id or 0, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for index, ids in enumerate(sequences):
+            input_ids[index, : len(ids)] = torch.as_tensor(ids)
+            attention_mask[index, : len(ids)] = 1
+        samples = {} if uncertainty is None else {"reward_samples": uncertainty}
+        device = self.model.get_input_embeddings().weight.device
+        output = self.model(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            **self._forward_options,
+            **samples,
+        )
+        logits = output.logits if hasattr(output, "logits") else output[0]
+        if logits.shape != (len(sequences), 1):
+            raise InputError(
+                f"model: {self.name} gave logits of shape {tuple(logits.shape)} for {len(sequences)} rows; expected "
+                f"{(len(sequences), 1)}: one reward a row."
+            )
+        stds = None if uncertainty is None else output.reward_std.flatten().float().cpu()
+        return logits.flatten().float().cpu(), stds
+
+    def _check_ids(self, ids: Sequence[int], where: str) -> None:
+        if len(ids) == 0:
+            raise InputError(f"{where} has no tokens; expected at least one.")
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise InputError(
+                f"{where} has {len(ids)} tokens; the limit is {self.max_length}. Shorten or leave out the row; inputs "
+                "are never cut silently. A larger max_length lifts the limit if the model can take it."
+            )
+        if min(ids) < 0 or max(ids) >= self._vocabulary_size:
+            raise InputError(
+                f"{where} has the token id {max(ids) if min(ids) >= 0 else min(ids)}; the model's vocabulary has "
+                f"{self._vocabulary_size}. Use the tokenizer that belongs to the model."
+            )
+
+    def _padding_id(self, text_config: Any) -> int | None:
+        if self.model.config.model_type == "inform":
+            return 0  # pools by the attention mask: any id will do
+        pad_id = text_config.pad_token_id
+        if pad_id is None or not 0 <= pad_id < self._vocabulary_size:
+            logger.warning(
+                "%s has no usable pad_token_id in its config (%r): rows are scored one at a time. Set "
+                "model.config.pad_token_id for speed.",
+                self.name,
+                pad_id,
+            )
+            return None
+        return pad_id
+
+
+def score_file(
+    scorer: RewardScorer,
+    input: str | Path,
+    output: str | Path,
+    uncertainty: int | None = None,
+    chunk_rows: int = 2048,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score the ``prompt`` / ``response`` rows of a file of any length into JSON Lines, in input order.
+
+    Each output row is the input row with ``reward`` (and ``reward_std``) added. Memory holds one chunk of rows. A
+    first pass checks every row before the model runs. Finished rows wait in ``OUTPUT.partial`` and the batches of
+    the chunk under way in ``OUTPUT.partial.journal``; after a kill the same call goes on from there, and it refuses
+    if the input, the model or a setting has changed. ``OUTPUT`` appears whole at the end.
+
+    Args:
+        scorer: the model.
+        input: JSONL(.gz), CSV or Parquet; ``prompt`` is text or, except in CSV, a list of messages.
+        output: name of the JSON Lines file to write.
+        uncertainty: see `RewardScorer.score`.
+        chunk_rows: rows held in memory and sorted by length together.
+        progress: show a progress bar.
+
+    Returns:
+        ``{"output", "rows", "resumed_rows"}``: rows written, and how many of them an earlier call had computed.
+
+    Raises:
+        InputError: on a bad row (named), an input without rows, or an unfinished run with other settings.
+        NonFiniteRewardError: if the model gives NaN or infinity.
+    """
+    input, output = Path(input), Path(output)
+    scorer.check_uncertainty(uncertainty)
+    if output.suffix != ".jsonl":
+        raise InputError(f"output: {output} must end in .jsonl; rewards are written as JSON Lines.")
+    if output.exists() and input.exists() and output.samefile(input):
+        raise InputError(f"output: {output} is the input. Choose another name.")
+    num_rows = sum(1 for _ in read_score_rows(input))
+    if not num_rows:
+        raise InputError(f"input: {input} has no rows. Each row needs prompt and response.")
+    identity = {
+        **scorer.identity(),
+        "input": _file_digest(input),
+        "uncertainty": uncertainty,
+        "max_length": scorer.max_length,
+    }
+    partial = output.with_name(output.name + ".partial")
+    journal_path = output.with_name(output.name + ".partial.journal")
+    if partial.exists() and not journal_path.exists():
+        raise InputError(f"{partial} is not the record of an unfinished run. Delete it or choose another output.")
+    journal = RewardJournal(journal_path, identity)
+    try:
+        partial.touch()
+        drop_torn_line(partial)
+        with partial.open("rb") as file:
+            first = sum(1 for _ in file)
+        earlier = {row: (reward, std) for row, reward, std in journal.finished() if row >= first}
+        resumed = first + len(earlier)
+        rows = islice(read_score_rows(input), first, None)
+        with (
+            partial.open("a", encoding="utf-8") as file,
+            tqdm(total=num_rows, initial=resumed, unit="row", desc="score", disable=not progress) as bar,
+        ):
+            while chunk := list(islice(rows, chunk_rows)):
+                scores = _score_chunk(scorer, chunk, first, earlier, uncertainty, journal, bar)
+                for row, (reward, std) in zip(chunk, scores, strict=True):
+                    result = {"reward": shortest_float(reward)}
+                    if uncertainty is not None:
+                        result["reward_std"] = shortest_float(std)
+                    file.write(json.dumps({**row.fields, **result}, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                journal.clear()
+                first, earlier = first + len(chunk), {}
+        os.replace(partial, output)
+        journal.delete()
+    finally:
+        journal.close()
+    return {"output": str(output), "rows": num_rows, "resumed_rows": resumed}
+
+
+def _score_chunk(
+    scorer: RewardScorer,
+    chunk: list[ScoreRow],
+    first: int,
+    earlier: dict[int, tuple[float, float]],
+    uncertainty: int | None,
+    journal: RewardJournal,
+    bar: Any,
+) -> list[tuple[float, float]]:
+    """``(reward, reward_std)`` of each row of a chunk from row ``first`` on, those in ``earlier`` taken over."""
+    scores = {row - first: score for row, score in earlier.items()}
+    todo = [index for index in range(len(chunk)) if index not in scores]
+    sequences = [scorer.encode(chunk[index].prompt, chunk[index].response, chunk[index].where) for index in todo]
+    try:
+        for batch, rewards, stds in scorer.iter_scores(sequences, uncertainty):
+            indices = [todo[place] for place in batch]
+            std_values = None if stds is None else stds.tolist()
+            journal.add([first + index for index in indices], rewards.tolist(), std_values)
+            for index, reward, std in zip(indices, rewards.tolist(), std_values or rewards.tolist(), strict=True):
+                scores[index] = (reward, std)
+            bar.update(len(batch))
+    except NonFiniteRewardError as error:
+        raise RuntimeError(
+            f"{chunk[todo[error.row]].where} has the reward {error.value}; expected a finite number. The model's "
+            "weights are broken, or its dtype overflows: try dtype='float32'. The rows before it are kept."
+        ) from error
+    return [scores[index] for index in range(len(chunk))]
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _accepts(model: torch.nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
