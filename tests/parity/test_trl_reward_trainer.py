@@ -43,7 +43,9 @@ TRAIN_WITH_TRL = """
         "accuracy": trainer.evaluate()["eval_accuracy"],
         "unchanged": [name for name in before if torch.equal(before[name], after[name])],
         "loading_faults": sum(len(keys) for keys in loading.values()),
-        "reloaded_differs": [name for name, value in reloaded.state_dict().items() if not torch.equal(value, after[name])],
+        "reloaded_differs": [
+            name for name, tensor in reloaded.state_dict().items() if not torch.equal(tensor, after[name])
+        ],
         "logged": [row for row in trainer.state.log_history if "loss" in row],
     }))
 """

@@ -1,0 +1,130 @@
+"""The package as it is installed: what the wheel holds, what it declares, what --help costs."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from email.parser import Parser
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import inform_rm
+
+COMMANDS = ("demo", "train", "evaluate", "score", "check-data", "export")
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "numpy", "pandas", "matplotlib", "pyarrow"}
+IMPORT_NAMES = {"pyyaml": "yaml"}  # where the import name is not the distribution's
+
+
+@pytest.fixture(scope="module")
+def checkout() -> Path:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "setup.py").is_file():
+        pytest.skip("no source checkout around these tests")
+    return root
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    # Built from a copy: setuptools writes into the folder it builds from.
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(checkout / name, source)
+    shutil.copytree(checkout / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    output = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", output, source]
+    subprocess.run(build, check=True, capture_output=True, timeout=120)
+    (path,) = output.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_holds_every_source_file_and_nothing_else(wheel, checkout):
+    expected = {
+        path.relative_to(checkout / "src").as_posix()
+        for path in (checkout / "src/inform_rm").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
+    assert "inform_rm/py.typed" in expected
+    assert any(name.startswith("inform_rm/training/accelerate_configs/") for name in expected)
+
+
+def test_wheel_metadata(wheel):
+    (folder,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    fields = Parser().parsestr(wheel.read(f"{folder}/METADATA").decode())
+    assert fields["Name"] == "inform-rm"
+    assert fields["Version"] == inform_rm.__version__
+    assert fields["License-Expression"] == "Apache-2.0"
+    assert fields["Description-Content-Type"] == "text/markdown" and fields.get_payload().strip()
+    assert set(fields.get_all("Provides-Extra")) == {"peft", "quant", "rl", "dev"}
+    assert f"{folder}/licenses/LICENSE" in wheel.namelist()
+    assert "inform-rm = inform_rm.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
+
+
+def test_version_is_the_same_everywhere(checkout):
+    assert metadata.version("inform-rm") == inform_rm.__version__
+    assert f"## {inform_rm.__version__}" in (checkout / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_declared_requirements_are_the_imported_ones():
+    imported = set()
+    for path in Path(inform_rm.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(str(node.module).split(".")[0])
+    imported -= sys.stdlib_module_names | {"inform_rm"}
+
+    requirements = [Requirement(line) for line in metadata.requires("inform-rm") or []]
+
+    def import_names(chosen: list[Requirement]) -> set[str]:
+        return {IMPORT_NAMES.get(r.name.lower(), r.name.lower().replace("-", "_")) for r in chosen}
+
+    always = import_names([r for r in requirements if r.marker is None])
+    optional = import_names([r for r in requirements if r.marker is not None and "dev" not in str(r.marker)])
+    assert imported - always - optional == set(), "imported, but not declared in setup.py"
+    # transformers itself calls accelerate (Trainer) and safetensors (weights), whether or not our code names them.
+    assert always - imported - {"accelerate", "safetensors"} == set(), "declared in setup.py, but never imported"
+
+
+def test_pinned_versions_are_within_the_declared_ranges(checkout):
+    lines = (checkout / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pinned = {canonicalize_name(name): version for name, version in pinned.items()}
+    assert not [name for name in pinned if name.startswith(("nvidia", "cuda"))]
+    for line in metadata.requires("inform-rm") or []:
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f"{name} is declared in setup.py but not pinned in constraints.txt"
+        assert requirement.specifier.contains(pinned[name]), f"{line}: constraints.txt pins {pinned[name]}"
+
+
+@pytest.mark.parametrize(
+    "command", [(), *((name,) for name in COMMANDS)], ids=lambda command: " ".join(command) or "-"
+)
+def test_help_imports_nothing_heavy(command):
+    script = Path(sysconfig.get_path("scripts")) / "inform-rm"
+    finished = subprocess.run(
+        [sys.executable, "-X", "importtime", script, *command, "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("usage: inform-rm")
+    rows = [line.removeprefix("import time:").split("|") for line in finished.stderr.splitlines()[1:]]
+    imported = {name.strip().split(".")[0] for _, _, name in rows}
+    assert "inform_rm" in imported
+    assert imported & HEAVY == set()
+    seconds = sum(int(own) for own, _, _ in rows) / 1e6
+    assert seconds < 0.5, f"{seconds:.2f} s of imports"
+
+
+def test_unknown_command_is_wrong_use():
+    script = Path(sysconfig.get_path("scripts")) / "inform-rm"
+    finished = subprocess.run([sys.executable, script, "no-such-command"], capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 2
+    assert "no-such-command" in finished.stderr
