@@ -1,0 +1,361 @@
+"""(prompt, response) -> token ids: the one place where text becomes what a model reads.
+
+With a chat template the ids are exactly those of `tokenizer.apply_chat_template`, so they match what TRL and servers
+feed. Without one, the ids are those of prompt + response as one text, with the end token added.
+"""
+
+import logging
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from datasets import Dataset, Features, Value
+from transformers import AutoTokenizer
+
+from inform_rm.errors import InputError
+from inform_rm.preferences import BadRow, Message, to_messages
+
+logger = logging.getLogger(__name__)
+
+OVERLONG_POLICIES = ("error", "drop", "truncate_prompt")
+
+_PLAIN_TEMPLATE = (
+    "BOS{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{{ message['content'] }}"
+    "{%- elif message['role'] == 'user' -%}{{ '\n\nHuman: ' + message['content'] }}"
+    "{%- else -%}{{ '\n\nAssistant: ' + message['content'] }}{%- if loop.last -%}EOS{%- endif -%}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '\n\nAssistant:' }}{%- endif -%}"
+)
+
+_ENCODED_FEATURES = Features(
+    {
+        "chosen_input_ids": [Value("int32")],
+        "rejected_input_ids": [Value("int32")],
+        "prompt_length": Value("int32"),
+        "margin": Value("float64"),
+        "subset": Value("string"),
+        "id": Value("string"),
+        "chosen_characters": Value("int32"),
+        "rejected_characters": Value("int32"),
+        "truncated": Value("bool"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a prompt and of the response that follows it."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+    @property
+    def input_ids(self) -> list[int]:
+        """What the model reads: prompt and response."""
+        return self.prompt_ids + self.response_ids
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Encoded pairs and what happened to the over-long ones.
+
+    Attributes:
+        dataset: Columns chosen_input_ids, rejected_input_ids, prompt_length (tokens at the start that both sides
+            share), margin, subset, id, chosen_characters, rejected_characters.
+        counts: ``pairs`` given, ``overlong`` among them, and how many of those were ``dropped`` or ``truncated``.
+    """
+
+    dataset: Dataset
+    counts: dict[str, int]
+
+
+def load_tokenizer(
+    model_path: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+) -> Any:
+    r"""A tokenizer that can pad (on the right) and, if asked, has another chat template.
+
+    Args:
+        model_path: Folder or Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Run tokenizer code that comes with the model.
+        chat_template: None keeps the tokenizer's own; ``"plain"`` is ``\n\nHuman: ...\n\nAssistant: ...``; else the
+            path of a Jinja file, or Jinja text.
+
+    Raises:
+        InputError: No tokenizer there, an unusable template, or no token that could serve for padding.
+    """
+    if trust_remote_code and revision is None and not os.path.isdir(model_path):
+        logger.warning("%s: trust_remote_code without a pinned revision runs whatever is there today.", model_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(model_path), revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # OSError, ValueError, KeyError, JSON and Hub errors, and tokenizers' bare Exception
+        raise InputError(
+            f"{model_path}: no loadable tokenizer ({type(error).__name__}: {error}). "
+            "Name a folder or Hub id that holds one (tokenizer.json)."
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise InputError(f"{model_path}: its tokenizer has no vocabulary. Name a folder that holds tokenizer.json.")
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(tokenizer, chat_template)
+        _render(tokenizer, [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], tokenize=False)
+    if tokenizer.pad_token_id is None:
+        name = next((name for name in ("unk_token", "eos_token") if getattr(tokenizer, name) is not None), None)
+        if name is None:
+            raise InputError(f"{model_path}: the tokenizer has no pad, unk or eos token. Set pad_token in its config.")
+        tokenizer.pad_token = getattr(tokenizer, name)
+        logger.warning("%s: no pad token; its %s %r is used for padding.", model_path, name, tokenizer.pad_token)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Raise `InputError` when the tokenizer has ids for which a model of `vocab_size` has no embedding."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise InputError(
+            f"tokenizer: its ids go up to {largest}, but the model embeds only {vocab_size}. "
+            "Use the model's own tokenizer, or resize the model's embeddings first."
+        )
+
+
+def encode(tokenizer: Any, prompt: str | list[Message], response: str) -> Encoded:
+    """Token ids of one prompt and response; see `encode_many`."""
+    return encode_many(tokenizer, [prompt], [response])[0]
+
+
+def encode_many(tokenizer: Any, prompts: Sequence[str | list[Message]], responses: Sequence[str]) -> list[Encoded]:
+    """Token ids of prompts with their responses.
+
+    With a chat template: exactly `apply_chat_template(prompt + [reply])`, tokens after the end token included; the
+    prompt's share is the longest prefix that it has in common with the rendering that asks for a reply. Without one:
+    the tokenizer's ids of prompt + response (with whatever special tokens it adds), then the end token unless it is
+    there already.
+
+    Raises:
+        InputError: Several turns without a template, a conversation that the template refuses, or a response that
+            leaves no token.
+    """
+    if len(prompts) != len(responses):
+        raise InputError(f"{len(prompts)} prompts but {len(responses)} responses; expected one response a prompt.")
+    if not prompts:
+        return []
+    conversations = [to_messages(prompt) for prompt in prompts]
+    if tokenizer.chat_template is None:
+        for messages in conversations:
+            if len(messages) > 1:
+                raise InputError(
+                    f"a prompt of {len(messages)} messages needs a chat template and the tokenizer has none. "
+                    "Pass chat_template='plain' or a template file."
+                )
+        texts = [messages[0]["content"] for messages in conversations]
+        starts = tokenizer(texts)["input_ids"]
+        full = tokenizer([text + response for text, response in zip(texts, responses, strict=True)])["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            full = [ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id] for ids in full]
+    else:
+        replies = [{"role": "assistant", "content": response} for response in responses]
+        starts = _render(tokenizer, conversations, add_generation_prompt=True)
+        full = _render(tokenizer, [[*turns, reply] for turns, reply in zip(conversations, replies, strict=True)])
+    encoded = []
+    for start, ids in zip(starts, full, strict=True):
+        shared = shared_prefix_length(start, ids)
+        if shared == len(ids):
+            raise InputError("a response leaves no token after its prompt: the template or tokenizer discards it.")
+        encoded.append(Encoded(list(ids[:shared]), list(ids[shared:])))
+    return encoded
+
+
+def shared_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens at the start that two sequences have in common.
+
+    Example:
+        >>> shared_prefix_length([1, 2, 3], [1, 2, 4, 3])
+        2
+    """
+    for position, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return position
+    return min(len(first), len(second))
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """Token ids of both sides and the number of prompt tokens at the start that they share."""
+
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    prompt_length: int
+
+    def cut(self, num_tokens: int, keep: int) -> "TokenPair":
+        """The pair without `num_tokens` of the prompt after its first `keep` tokens, the same ones on both sides."""
+        return TokenPair(
+            self.chosen_ids[:keep] + self.chosen_ids[keep + num_tokens :],
+            self.rejected_ids[:keep] + self.rejected_ids[keep + num_tokens :],
+            self.prompt_length - num_tokens,
+        )
+
+
+def encode_sides(tokenizer: Any, batch: dict[str, list]) -> list[TokenPair]:
+    """Encode a batch of preference pairs (columns as in `preferences.FEATURES`).
+
+    Raises:
+        BadRow: A conversation that cannot be encoded, or two sides that become the same tokens.
+    """
+    prompts = batch["prompt"]
+    try:
+        both = encode_many(tokenizer, [*prompts, *prompts], [*batch["chosen"], *batch["rejected"]])
+    except InputError:
+        for prompt, chosen, rejected, file, row in zip(
+            prompts, batch["chosen"], batch["rejected"], batch["file"], batch["row"], strict=True
+        ):
+            try:
+                encode_many(tokenizer, [prompt, prompt], [chosen, rejected])
+            except InputError as error:
+                raise BadRow(file, row, str(error), "not encodable") from error
+        raise
+    pairs = []
+    for chosen, rejected in zip(both[: len(prompts)], both[len(prompts) :], strict=True):
+        length = min(len(chosen.prompt_ids), len(rejected.prompt_ids))
+        pairs.append(TokenPair(chosen.input_ids, rejected.input_ids, length))
+    return pairs
+
+
+def check_sides_differ(pair: TokenPair, file: str, row: int) -> None:
+    """Raise `BadRow` when tokenizer or template leave no difference between the sides."""
+    if pair.chosen_ids == pair.rejected_ids:
+        raise BadRow(
+            file, row, "both sides become the same tokens (trimmed by the template, or unknown to the tokenizer). "
+            "Remove the row or use another tokenizer.", "identical tokens",
+        )  # fmt: skip
+
+
+def removable_prompt_tokens(pair: TokenPair, bos_token_id: int | None) -> tuple[int, int]:
+    """Leading tokens that truncation keeps (1 for a BOS token, else 0), and prompt tokens that it may remove."""
+    keep = int(pair.prompt_length > 0 and bos_token_id is not None and pair.chosen_ids[0] == bos_token_id)
+    return keep, pair.prompt_length - keep
+
+
+def encode_pairs(
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    overlong: str = "error",
+    num_proc: int | None = None,
+) -> EncodedPairs:
+    """Encode a whole dataset of preference pairs.
+
+    Args:
+        dataset: Columns as in `preferences.FEATURES`.
+        tokenizer: As `load_tokenizer` returns it.
+        max_length: Most tokens of prompt + response on either side; None for no limit.
+        overlong: What happens to a pair with a side over `max_length`: ``"error"``; ``"drop"``, counted;
+            ``"truncate_prompt"`` removes the same tokens from the left of both sides' prompt (after BOS), never
+            response tokens.
+        num_proc: Processes to encode with.
+
+    Raises:
+        BadRow: An over-long pair under ``"error"``; responses that do not fit alone under ``"truncate_prompt"``; a row
+            that cannot be encoded, or whose sides become the same tokens.
+        InputError: A wrong argument.
+    """
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise InputError(f"max_length: got {max_length!r}; expected a whole number of tokens, at least 1, or None.")
+    if overlong not in OVERLONG_POLICIES:
+        raise InputError(f"overlong: got {overlong!r}; expected one of {', '.join(OVERLONG_POLICIES)}.")
+
+    def encode_batch(batch: dict[str, list]) -> dict[str, list]:
+        columns: dict[str, list] = {name: [] for name in _ENCODED_FEATURES}
+        for index, pair in enumerate(encode_sides(tokenizer, batch)):
+            file, row = batch["file"][index], batch["row"][index]
+            check_sides_differ(pair, file, row)
+            length = max(len(pair.chosen_ids), len(pair.rejected_ids))
+            truncated = max_length is not None and length > max_length
+            if truncated:
+                assert max_length is not None
+                if overlong == "drop":
+                    continue
+                pair = _fit(pair, length, max_length, overlong, tokenizer.bos_token_id, file, row)
+            values = (
+                pair.chosen_ids, pair.rejected_ids, pair.prompt_length, batch["margin"][index], batch["subset"][index],
+                batch["id"][index], len(batch["chosen"][index]), len(batch["rejected"][index]), truncated,
+            )  # fmt: skip
+            for name, value in zip(columns, values, strict=True):
+                columns[name].append(value)
+        return columns
+
+    encoded = dataset.map(
+        encode_batch,
+        batched=True,
+        batch_size=256,
+        num_proc=num_proc,
+        remove_columns=dataset.column_names,
+        features=_ENCODED_FEATURES,
+        load_from_cache_file=False,  # a stale encoding would go unnoticed
+        new_fingerprint=uuid.uuid4().hex,
+        desc="Encoding pairs",
+    )
+    dropped = len(dataset) - len(encoded)
+    if not len(encoded):
+        raise InputError(f"max_length: {max_length} leaves none of the {len(dataset)} pairs. Raise it.")
+    truncated = sum(sum(batch["truncated"]) for batch in encoded.select_columns("truncated").iter(100_000))
+    counts = {"pairs": len(dataset), "overlong": dropped + truncated, "dropped": dropped, "truncated": truncated}
+    return EncodedPairs(encoded.remove_columns("truncated"), counts)
+
+
+def _fit(
+    pair: TokenPair, length: int, max_length: int, overlong: str, bos_token_id: int | None, file: str, row: int
+) -> TokenPair:
+    if overlong == "error":
+        raise BadRow(
+            file, row, f"{length} tokens, over max_length {max_length}. Raise max_length, or choose "
+            "overlong='drop' or 'truncate_prompt'.", "overlong",
+        )  # fmt: skip
+    keep, removable = removable_prompt_tokens(pair, bos_token_id)
+    excess = length - max_length
+    if excess > removable:
+        raise BadRow(
+            file, row, f"its longer response alone takes {length - removable} of max_length {max_length} tokens, and "
+            "responses are never cut. Raise max_length, choose overlong='drop', or remove the row.", "overlong",
+        )  # fmt: skip
+    return pair.cut(excess, keep)
+
+
+def _render(tokenizer: Any, conversations: list[list[Message]], **options: Any) -> list:
+    options = {"tokenize": True, **options}
+    try:
+        if not options["tokenize"]:
+            return tokenizer.apply_chat_template(conversations, **options)
+        return tokenizer.apply_chat_template(conversations, return_dict=True, **options)["input_ids"]
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"the chat template cannot render a conversation ({type(error).__name__}: {error}). Change the roles "
+            "of the messages, or pass another chat_template (a file, or 'plain')."
+        ) from error
+
+
+def _read_template(tokenizer: Any, chat_template: str) -> str:
+    if chat_template == "plain":
+        adds_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        bos = "{{ bos_token }}" if adds_bos else ""
+        eos = "{{ eos_token }}" if tokenizer.eos_token_id is not None else ""
+        return _PLAIN_TEMPLATE.replace("BOS", bos).replace("EOS", eos)
+    if "{" in chat_template:
+        return chat_template
+    try:
+        return Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"chat_template: {chat_template!r} is neither 'plain', nor Jinja text, nor a readable file ({error})."
+        ) from error
