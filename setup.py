@@ -21,7 +21,7 @@ setup(
     description="InfoRM reward models for the Hugging Face Hub: training, evaluation, overoptimization detection",
     long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
