@@ -1,7 +1,7 @@
 """`InfoRMConfig`: what it accepts, refuses, and keeps through a round trip."""
 
 import pytest
-from transformers import AutoConfig, LlamaConfig, MistralConfig
+from transformers import AutoConfig, LlamaConfig, MistralConfig, PretrainedConfig
 
 from inform_rm import InfoRMConfig
 
@@ -64,3 +64,10 @@ def test_wrong_setting_is_refused(settings, message):
 def test_all_faults_come_in_one_message():
     with pytest.raises(ValueError, match="latent_dim.*beta.*decoder"):
         InfoRMConfig(latent_dim=-1, beta=-1, decoder=None)
+
+
+def test_the_file_can_be_read_without_the_class(tmp_path):
+    """The Trainer reads a checkpoint's config as a plain PreTrainedConfig when it resumes."""
+    InfoRMConfig(decoder="linear").save_pretrained(tmp_path)
+    assert PretrainedConfig.from_json_file(tmp_path / "config.json").latent_decoder == "linear"
+    assert InfoRMConfig.from_pretrained(tmp_path).decoder == "linear"

@@ -42,6 +42,9 @@ class InfoRMConfig(PretrainedConfig):
 
     model_type = "inform"
     sub_configs = {"text_config": AutoConfig}
+    # In config.json the setting is called latent_decoder: transformers takes any attribute named decoder for the config
+    # of a second text model, also where it reads the file without this class (a Trainer that resumes).
+    attribute_map = {"decoder": "latent_decoder"}
 
     def __init__(
         self,
@@ -55,7 +58,7 @@ class InfoRMConfig(PretrainedConfig):
     ):
         self.latent_dim = latent_dim
         self.beta = beta
-        self.decoder = decoder
+        self.latent_decoder = kwargs.pop("latent_decoder", decoder)
         self.kl_reduction = kl_reduction
         self.architecture = architecture
         self._check_settings()
@@ -80,7 +83,7 @@ class InfoRMConfig(PretrainedConfig):
         self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
-        """The backbone's config. transformers would search for it and take our ``decoder`` setting for a second one."""
+        """The backbone's config; transformers would search for it and stumble over our ``decoder`` setting."""
         return self.text_config
 
     def _check_settings(self) -> None:

@@ -48,11 +48,12 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     Raises:
         InputError: on bad data, a model that is no backbone, or an output folder that holds another run.
     """
+    state = PartialState(cpu=config.use_cpu)
     output = check_output_directory(config.output)
     checkpoints = output / "checkpoints"
-    with PartialState().main_process_first():
-        if PartialState().is_main_process and config.overwrite:
-            _discard_run(output)
+    if config.overwrite and state.is_main_process:
+        _discard_run(output)
+    state.wait_for_everyone()
     resume_from = None if config.overwrite else _last_checkpoint(checkpoints)
     if not config.overwrite and (output / RESULT_FILE).exists():
         raise InputError(f"output: {output} holds a finished run. Name another folder, or pass --overwrite true.")
@@ -175,10 +176,16 @@ def _load_encoded(
         )
     if len(encoded.dataset) == 0:
         raise InputError(f"{argument}: no pair is left of {', '.join(sources)}: {encoded.counts}.")
+    lengths = [
+        max(len(chosen), len(rejected))
+        for chosen, rejected in zip(
+            encoded.dataset["chosen_input_ids"], encoded.dataset["rejected_input_ids"], strict=True
+        )
+    ]
     counts = {**encoded.counts, "pairs": len(encoded.dataset), "bad_rows": bad_rows}
     if bad_rows or counts.get("dropped") or counts.get("truncated"):
         logger.warning("%s: %s", argument, counts)
-    return encoded.dataset, counts, fingerprints
+    return encoded.dataset.add_column("length", lengths), counts, fingerprints
 
 
 def _training_arguments(config: TrainingConfig, checkpoints: Path) -> TrainingArguments:
@@ -201,6 +208,7 @@ def _training_arguments(config: TrainingConfig, checkpoints: Path) -> TrainingAr
         metric_for_best_model="eval_accuracy" if config.load_best_model_at_end else None,
         greater_is_better=True if config.load_best_model_at_end else None,
         remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available() and not config.use_cpu,
         logging_nan_inf_filter=False,
     )
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from inform_rm.hub import add_remote_code
 from inform_rm.training.losses import reward_model_loss
@@ -36,6 +38,31 @@ class PairCollator:
             "attention_mask": batch["attention_mask"],
             "margin": torch.tensor(margins, dtype=torch.float32),
         }
+
+
+class EpochSeededLengthSampler(LengthGroupedSampler):
+    """transformers' length-grouped order, drawn from the seed and the epoch alone.
+
+    The original draws from the process's random state: every process would get another order, and a resumed run too.
+
+    Args:
+        batch_size: rows that are used together; neighbours in length share them.
+        lengths: tokens of each row.
+        seed: seed of the order.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives; the data loader calls it."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """Row numbers in this epoch's order."""
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class RewardTrainer(Trainer):
@@ -104,6 +131,13 @@ class RewardTrainer(Trainer):
                 f"{self.state.global_step}. Lower learning_rate, or train in float32. Checkpoints before it are intact."
             )
         super().log(logs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSeededLengthSampler(batch_size, list(rows["length"]), self.args.seed)
 
     def _rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Any]:
         output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])

@@ -1,0 +1,89 @@
+"""Training settings from YAML and flags: types, faults, round trip."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from inform_rm.errors import InputError
+from inform_rm.training.config import TrainingConfig, config_from_mapping, read_config
+
+REQUIRED = {"model": "m", "data": ["d.jsonl"], "output": "o"}
+
+
+def test_yaml_and_flags_give_the_same_settings(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: m\ndata: d.jsonl\noutput: o\nlearning_rate: 1e-4\nlatent_dim: 64\nbf16: true\n")
+    flags = {"model": "m", "data": ["d.jsonl"], "output": "o", "learning_rate": "1e-4", "latent_dim": "64", "bf16": "true"}
+    assert read_config(path, {}) == read_config(None, flags)
+    assert read_config(path, {}).learning_rate == 1e-4  # YAML itself reads 1e-4 as text
+
+
+def test_flags_win_over_the_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: m\ndata: [a, b]\noutput: o\nseed: 1\n")
+    assert read_config(path, {"seed": "5"}).seed == 5
+
+
+def test_every_setting_survives_yaml(tmp_path):
+    config = TrainingConfig(**REQUIRED | {"data": ("a", "b")}, max_length=7, beta=0.5, lora_r=4, eval_data=("e",))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({key: list(value) if isinstance(value, tuple) else value
+                                    for key, value in dataclasses.asdict(config).items()}))  # fmt: skip
+    assert read_config(path, {}) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learnin_rate": 1}, "unknown setting 'learnin_rate' .did you mean 'learning_rate'"),
+        ({"learning_rate": "fast"}, "learning_rate: must be a number, got 'fast'"),
+        ({"learning_rate": -1}, "learning_rate must be a finite number above 0, got -1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
+        ({"latent_dim": 1.5}, "latent_dim: must be a whole number, got 1.5"),
+        ({"latent_dim": 0}, "latent_dim must be a finite number of at least 1, got 0"),
+        ({"latent_dim": True}, "latent_dim: must be a number, got True"),
+        ({"beta": -0.1}, "beta must be a finite number of at least 0"),
+        ({"beta": None}, "beta: must be a number, got None"),
+        ({"bf16": "maybe"}, "bf16: must be true or false, got 'maybe'"),
+        ({"architecture": "infrom"}, "architecture: must be one of inform, standard, got 'infrom'"),
+        ({"data": []}, "data is empty"),
+        ({"data": [1]}, "data: must be a path or a list of paths"),
+        ({"model": 3}, "model: must be text, got 3"),
+        ({"model": " "}, "model is empty"),
+        ({"label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5"),
+        ({"overlong": "cut"}, "overlong: must be one of error, drop, truncate_prompt"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end needs eval_data"),
+        ({"max_length": 1}, "max_length must be a finite number of at least 2"),
+    ],
+)
+def test_wrong_setting_is_refused_with_its_name(settings, message):
+    with pytest.raises(InputError, match=message):
+        config_from_mapping({**REQUIRED, **settings}, "test")
+
+
+def test_missing_and_wrong_settings_come_in_one_message():
+    with pytest.raises(InputError, match="unknown setting 'x'.*latent_dim.*missing setting 'data'.*missing setting 'output'"):
+        config_from_mapping({"model": "m", "x": 1, "latent_dim": "y"}, "test")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- a\n- b\n", "expected 'setting: value' lines, got a list"),
+        (b"model: [unclosed\n", "not valid YAML"),
+        (b"\xff\xfe\x00", "not valid YAML"),
+        (b"!!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        (b"", "missing setting 'model'"),
+    ],
+)
+def test_broken_file_is_refused(content, message, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_config(path, {})
+
+
+def test_missing_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"none\.yaml: cannot be read"):
+        read_config(tmp_path / "none.yaml", {})

@@ -1,0 +1,52 @@
+"""The training loss against NumPy and its limits."""
+
+import numpy as np
+import pytest
+import torch
+
+from inform_rm.training.losses import bradley_terry_loss, reward_centering_loss, reward_model_loss
+
+
+@pytest.fixture
+def rewards():
+    return torch.randn(2, 16, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+def test_whole_loss_matches_numpy(rewards):
+    chosen, rejected = rewards
+    generator = torch.Generator().manual_seed(1)
+    margin, kl_w, kl_l = torch.rand(3, 16, generator=generator).unbind()
+    loss = reward_model_loss(
+        chosen, rejected, kl_w, kl_l, beta=0.3, margin=margin, label_smoothing=0.1, center_rewards_coefficient=0.02
+    )
+    w, l, m, kw, kl = (value.double().numpy() for value in (chosen, rejected, margin, kl_w, kl_l))
+    probability = 1 / (1 + np.exp(-(w - l - m)))
+    expected = -0.9 * np.log(probability) - 0.1 * np.log(1 - probability) + 0.3 * (kw + kl) + 0.02 * (w + l) ** 2
+    assert loss.item() == pytest.approx(expected.mean(), rel=1e-6)
+
+
+def test_without_options_it_is_bradley_terry(rewards):
+    torch.testing.assert_close(reward_model_loss(*rewards), bradley_terry_loss(*rewards))
+
+
+def test_gradient_of_bradley_terry_is_the_probability_of_being_wrong(rewards):
+    chosen, rejected = rewards[0].clone().requires_grad_(), rewards[1]
+    bradley_terry_loss(chosen, rejected).backward()
+    torch.testing.assert_close(chosen.grad, -torch.sigmoid(rejected - rewards[0]) / 16)
+
+
+def test_large_margins_neither_overflow_nor_vanish():
+    chosen = torch.tensor([1e4, -1e4], requires_grad=True)
+    loss = bradley_terry_loss(chosen, torch.zeros(2))
+    loss.backward()
+    assert loss.item() == pytest.approx(5e3)
+    assert chosen.grad.tolist() == [0.0, -0.5]
+
+
+def test_half_precision_rewards_are_compared_in_float32():
+    chosen, rejected = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([0.5], dtype=torch.bfloat16)
+    assert bradley_terry_loss(chosen, rejected).dtype == torch.float32
+
+
+def test_centering_is_zero_for_opposite_rewards(rewards):
+    assert reward_centering_loss(rewards[0], -rewards[0]).item() == 0.0

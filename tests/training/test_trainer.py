@@ -1,0 +1,237 @@
+"""Runs of the trainer on a tiny model: equal to a plain loop, resumable, loadable, and honest about its counts."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from inform_rm.errors import InputError
+from inform_rm.training.config import TrainingConfig
+from inform_rm.training.losses import reward_model_loss
+from inform_rm.training.run import load_model, train
+from inform_rm.training.trainer import EpochSeededLengthSampler, PairCollator
+
+COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    """48 pairs of different lengths: the chosen side names the asked colour."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = []
+    for index in range(48):
+        right, wrong = COLOURS[index % 8], COLOURS[(index + 1 + index // 8) % 8]
+        rows.append(
+            {
+                "prompt": f"Name the colour {right}" + " please" * (index % 5),
+                "chosen": f"It is {right}." + " Indeed." * (index % 3),
+                "rejected": f"It is {wrong}.",
+            }
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def settings(causal_lm_dir, pairs_file, tmp_path):
+    return TrainingConfig(
+        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output=str(tmp_path / "run"), latent_dim=8,
+        learning_rate=1e-3, max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        logging_steps=1, save_steps=3, use_cpu=True, lr_scheduler_type="linear",
+    )  # fmt: skip
+
+
+def losses(result):
+    return [line["loss"] for line in result["log_history"] if "loss" in line]
+
+
+def weights(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+
+
+def test_finished_folder_is_complete(settings, pairs_file, tmp_path):
+    result = train(dataclasses.replace(settings, eval_data=(str(pairs_file),), eval_steps=3))
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        "README.md", "config.json", "configuration_inform.py", "modeling_inform.py", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_config.yaml", "train_result.json",
+        "checkpoints",
+    }  # fmt: skip
+    assert result["evaluation"]["num_pairs"] == 48
+    low, high = result["evaluation"]["accuracy_interval"]
+    assert low < result["evaluation"]["accuracy"] < high
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"n = 48, 95 % Wilson interval {low:.3f} to {high:.3f}" in card
+    assert str(tmp_path) not in card
+    assert {"accuracy", "margin", "kl_nats", "reward_mean", "reward_std"} <= set(result["log_history"][0])
+    assert json.loads((tmp_path / "run" / "train_result.json").read_text())["steps"] == 6
+
+
+def test_final_weights_equal_a_plain_loop(settings, tokenizer):
+    """`standard` has no noise: Adam over the same batches by hand must give the same weights."""
+    config = dataclasses.replace(settings, architecture="standard", max_steps=3, max_grad_norm=1e9, warmup_steps=0)
+    train(config)
+    torch.manual_seed(0)
+    from transformers import set_seed
+
+    from inform_rm.training import run
+
+    set_seed(config.seed)
+    data, _, _ = run._load_encoded(config, config.data, None, tokenizer, "data")
+    model = load_model(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    # The Trainer's order: one permutation of the seed's generator (accelerate's seedable sampler, epoch 0).
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(config.seed)).tolist()
+    collate = PairCollator(tokenizer)
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 - step / 3)
+        optimizer.zero_grad()
+        for half in range(2):
+            start = step * 8 + half * 4
+            batch = collate([data[index] for index in order[start : start + 4]])
+            rewards = model(batch["input_ids"], batch["attention_mask"]).logits[:, 0]
+            (reward_model_loss(*rewards.chunk(2)) / 2).backward()
+        optimizer.step()
+    trained = weights(config.output)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(trained[name], value, atol=2e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_resumed_run_equals_the_uninterrupted_one(settings, group_by_length, tmp_path):
+    whole = dataclasses.replace(settings, group_by_length=group_by_length, max_steps=8, save_steps=3)
+    expected = train(whole)
+    cut = dataclasses.replace(whole, output=str(tmp_path / "cut"))
+    script = (
+        "import sys, json, signal, os\n"
+        "from transformers import Trainer\n"
+        "save = Trainer._save_checkpoint\n"
+        "def save_then_die(self, *args, **kwargs):\n"
+        "    save(self, *args, **kwargs)\n"
+        "    if self.state.global_step == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Trainer._save_checkpoint = save_then_die\n"
+        "from inform_rm.training.config import config_from_mapping\n"
+        "from inform_rm.training.run import train\n"
+        "train(config_from_mapping(json.loads(sys.argv[1]), 'test'))\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(dataclasses.asdict(cut))], capture_output=True, check=False
+    )
+    assert killed.returncode == -9, killed.stderr.decode()
+    assert not (tmp_path / "cut" / "config.json").exists()
+    resumed = train(cut)
+    assert resumed["resumed_from_step"] == 6
+    assert losses(resumed) == losses(expected)
+    first, second = weights(whole.output), weights(cut.output)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_checkpoints_are_hub_folders(settings, tmp_path):
+    train(settings)
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-6"
+    assert not list((tmp_path / "run").rglob("training_args.bin"))
+    code = (
+        "import sys; from transformers import AutoModelForSequenceClassification as A\n"
+        "m, i = A.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)\n"
+        "assert not i['missing_keys'] and not i['unexpected_keys'] and 'inform_rm' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code, str(checkpoint)], check=True, capture_output=True)
+    final, last = weights(settings.output), weights(checkpoint)
+    assert all(torch.equal(final[name], last[name]) for name in final)
+
+
+def test_changed_setting_or_data_is_refused_on_resume(settings, pairs_file, tmp_path):
+    train(settings)
+    (tmp_path / "run" / "train_result.json").unlink()  # as if killed before the end
+    with pytest.raises(InputError, match=r"other settings or data \(beta: 0.1 -> 0.2\)"):
+        train(dataclasses.replace(settings, beta=0.2))
+    other = tmp_path / "other.jsonl"
+    other.write_text(pairs_file.read_text().replace("Indeed", "Truly"))
+    with pytest.raises(InputError, match="data_fingerprints"):
+        train(dataclasses.replace(settings, data=(str(other),)))
+
+
+def test_finished_run_is_not_overwritten_unasked(settings):
+    first = train(settings)
+    with pytest.raises(InputError, match="holds a finished run"):
+        train(settings)
+    again = train(dataclasses.replace(settings, overwrite=True))
+    assert losses(again) == losses(first)
+
+
+def test_one_batch_of_eight_equals_eight_accumulated_pairs(settings, tmp_path):
+    config = dataclasses.replace(settings, architecture="standard", max_steps=4)
+    small = train(dataclasses.replace(config, per_device_train_batch_size=1, gradient_accumulation_steps=8))
+    large = train(
+        dataclasses.replace(
+            config, per_device_train_batch_size=8, gradient_accumulation_steps=1, output=str(tmp_path / "large")
+        )
+    )
+    assert losses(small) == pytest.approx(losses(large), abs=1e-5)
+
+
+def test_lora_trains_and_saves_the_head_and_freezes_the_backbone(settings, causal_lm_dir):
+    pytest.importorskip("peft", reason="peft is not installed")
+    config = dataclasses.replace(settings, lora_r=2)
+    torch.manual_seed(0)
+    train(config)
+    trained = weights(config.output)
+    start = AutoModelForSequenceClassification.from_pretrained(causal_lm_dir("llama"), num_labels=1).state_dict()
+    assert torch.equal(trained["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+    assert not torch.equal(trained["model.layers.0.mlp.up_proj.weight"], start["model.layers.0.mlp.up_proj.weight"])
+    assert trained["score.encoder.bias"].abs().sum() > 0  # starts at zero
+    assert not any("lora" in name for name in trained)
+
+
+def test_best_checkpoint_is_the_final_model(settings, pairs_file):
+    config = dataclasses.replace(
+        settings, eval_data=(str(pairs_file),), eval_steps=2, save_steps=2, load_best_model_at_end=True,
+        save_total_limit=None, learning_rate=5e-3,
+    )  # fmt: skip
+    result = train(config)
+    accuracies = [line["eval_accuracy"] for line in result["log_history"] if "eval_accuracy" in line]
+    assert result["evaluation"]["accuracy"] == max(accuracies)
+
+
+def test_loss_that_is_no_number_stops_the_run(settings):
+    with pytest.raises(FloatingPointError, match="not finite at step"):
+        train(dataclasses.replace(settings, learning_rate=1e30, max_grad_norm=0.0, max_steps=20))
+
+
+def test_length_sampler_order_depends_on_seed_and_epoch_only():
+    lengths = torch.randint(5, 50, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def order(seed, epoch, state):
+        torch.manual_seed(state)
+        sampler = EpochSeededLengthSampler(4, lengths, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert sorted(order(0, 0, 1)) == list(range(40))
+    assert order(0, 0, 1) == order(0, 0, 2)
+    assert order(0, 0, 1) != order(0, 1, 1)
+    assert order(0, 0, 1) != order(1, 0, 1)
+
+
+def test_collator_keeps_order_and_masks_padding(tokenizer):
+    pairs = [
+        {"chosen_input_ids": [5, 6, 7], "rejected_input_ids": [8], "margin": None},
+        {"chosen_input_ids": [9], "rejected_input_ids": [10, 11], "margin": 0.5},
+    ]
+    batch = PairCollator(tokenizer)(pairs)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [9, 0, 0], [8, 0, 0], [10, 11, 0]]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 1, 1, 2]
+    assert batch["margin"].tolist() == [0.0, 0.5]
+
+
+def test_continuing_from_a_model_of_another_shape_is_refused(settings, tmp_path):
+    train(settings)
+    config = dataclasses.replace(settings, model=settings.output, output=str(tmp_path / "next"), latent_dim=16)
+    with pytest.raises(InputError, match="latent_dim: .* has 8, the settings say 16"):
+        train(config)
+    assert train(dataclasses.replace(config, latent_dim=8))["steps"] == 6
