@@ -29,6 +29,7 @@ class RewardJournal:
     def __init__(self, path: str | Path, identity: dict[str, Any]):
         self.path = Path(path)
         self._header = json.dumps(identity, sort_keys=True) + "\n"
+        self._way_out = f"Delete {self.path} to start again, or choose another output."
         if self.path.exists():
             self._check_identity(identity)
             drop_torn_line(self.path)
@@ -40,8 +41,11 @@ class RewardJournal:
         """``(row, reward, reward_std)`` of every row computed so far; the latter is NaN if not asked for."""
         with self.path.open(encoding="utf-8") as file:
             next(file)
-            for line in file:
-                row, reward, *std = json.loads(line)
+            for number, line in enumerate(file, start=2):
+                try:
+                    row, reward, *std = json.loads(line)
+                except (ValueError, TypeError) as error:
+                    raise InputError(f"{self.path}: line {number} is damaged ({error}). {self._way_out}") from error
                 yield row, reward, std[0] if std else float("nan")
 
     def add(self, rows: Iterable[int], rewards: Iterable[float], stds: Iterable[float] | None = None) -> None:
@@ -70,18 +74,17 @@ class RewardJournal:
     def _check_identity(self, identity: dict[str, Any]) -> None:
         with self.path.open(encoding="utf-8") as file:
             header = file.readline()
-        way_out = f"Delete {self.path} to start again, or choose another output."
         try:
             found = json.loads(header)
             if not isinstance(found, dict):
                 raise ValueError
         except ValueError:
-            raise InputError(f"{self.path} is not the record of an unfinished run. {way_out}") from None
+            raise InputError(f"{self.path} is not the record of an unfinished run. {self._way_out}") from None
         wanted = json.loads(self._header)
         changed = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
         if changed:
             shown = "; ".join(f"{key} was {found.get(key)!r}, is {wanted.get(key)!r}" for key in changed)
-            raise InputError(f"{self.path} belongs to an unfinished run with other settings: {shown}. {way_out}")
+            raise InputError(f"{self.path} belongs to an unfinished run with other settings: {shown}. {self._way_out}")
 
 
 def shortest_float(value: float) -> float:

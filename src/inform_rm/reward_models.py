@@ -17,6 +17,10 @@ from inform_rm.errors import InputError
 logger = logging.getLogger(__name__)
 
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_ADAPTER_REFUSAL = (
+    "model: {} holds a PEFT adapter, not a whole model. Merge it into its base model first: load base and adapter "
+    "with peft, then merge_and_unload() and save_pretrained(folder)."
+)
 
 
 def load_reward_model(
@@ -68,12 +72,21 @@ def load_reward_model(
         _check_config(config, name)
         placement = {"device_map": "auto"} if target == "auto" else {}
         loaded, loading = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement, **hub
+            name,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **placement,
+            **hub,
         )
     except (InputError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, HFValidationError) as error:
         raise InputError(f"model: cannot load {name}: {_first_lines(error)}{_advice(error)}") from error
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise InputError(_ADAPTER_REFUSAL.format(name))
     _check_loading(loading, name)
     if target != "auto":
         loaded.to(target)
@@ -113,10 +126,7 @@ def _check_folder(folder: Path) -> None:
     pickles = [name for name in pickles if name != "training_args.bin"]
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise InputError(
-                f"model: {folder} holds a PEFT adapter, not a model. Merge it into its base model first: load "
-                "base and adapter with peft, then merge_and_unload() and save_pretrained(folder)."
-            )
+            raise InputError(_ADAPTER_REFUSAL.format(folder))
         raise InputError(f"model: {folder} has no config.json. Pass the folder that save_pretrained or train wrote.")
     if not has_safetensors:
         if pickles:

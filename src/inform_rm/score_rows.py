@@ -3,6 +3,8 @@
 import csv
 import datetime
 import gzip
+import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,18 +53,33 @@ def _csv_records(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB refuses long responses
     try:
         with open_text(path) as file:
-            for number, record in enumerate(csv.DictReader(file, strict=True), start=1):
+            reader = csv.DictReader(file, strict=True)
+            names = reader.fieldnames or []
+            if len(set(names)) < len(names):
+                raise InputError(f"{path}: its first line must name each column once, got {', '.join(names)}.")
+            for number, record in enumerate(reader, start=1):
                 if None in record or None in record.values():
                     yield number, "it has another number of cells than the header line. Check quotes and commas."
                 else:
-                    yield number, {key.removeprefix("\ufeff"): value for key, value in record.items()}
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
-        raise InputError(f"{path} cannot be read: {error}. Write it again as UTF-8.") from error
+                    row = {key.removeprefix("\ufeff"): value for key, value in record.items()}
+                    if re.match(r"\s*\[\s*\{\s*\"(role|content)\"", row.get("prompt") or ""):
+                        row["prompt"] = json.loads(row["prompt"])
+                    yield number, row
+    except InputError:
+        raise
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
+        raise InputError(f"{path} cannot be read: {error}. Check its quotes, and that it is UTF-8.") from error
 
 
 def _plain(value: Any, column: str, where: str) -> Any:
     """The value as JSON can hold it; dates become ISO text."""
-    if value is None or isinstance(value, str | bool | int | float):
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: {column!r} is not valid Unicode ({error.reason}). Repair the text.") from error
         return value
     if isinstance(value, list):
         return [_plain(item, column, where) for item in value]
@@ -87,10 +104,7 @@ def _checked_row(record: Any, where: str) -> ScoreRow:
     if not isinstance(response, str) or not response.strip():
         raise InputError(f"{where}: response is {response!r}; expected text that is not empty.")
     try:
-        response.encode()
         prompt = to_messages(record["prompt"])
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: response is not valid Unicode ({error.reason}). Repair the text.") from error
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     return ScoreRow(prompt, response, {key: _plain(value, key, where) for key, value in record.items()}, where)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from inform_rm.encoding import check_vocabulary, encode, load_tokenizer
 from inform_rm.errors import InputError
+from inform_rm.files import check_output_directory
 from inform_rm.journal import RewardJournal, drop_torn_line, shortest_float
 from inform_rm.reward_models import fingerprint_model, fingerprint_tokenizer, load_reward_model
 from inform_rm.score_rows import ScoreRow, read_score_rows
@@ -28,10 +29,11 @@ Prompt = str | list[dict[str, str]]
 class NonFiniteRewardError(RuntimeError):
     """A model gave NaN or infinity as a reward; ``row`` is the row's place in the input, from 0."""
 
-    def __init__(self, row: int, value: float):
+    def __init__(self, row: int, value: float, where: str | None = None):
+        where = where or f"row {row} (counted from 0)"
         super().__init__(
-            f"Row {row} (counted from 0) has the reward {value}; expected a finite number. The model's weights are "
-            "broken, or its dtype overflows: try dtype='float32'."
+            f"{where} has the reward {value}; expected a finite number. The model's weights are broken, or its dtype "
+            "overflows: try dtype='float32'."
         )
         self.row = row
         self.value = value
@@ -111,7 +113,8 @@ class RewardScorer:
         if tokenizer is not None:
             check_vocabulary(tokenizer, self._vocabulary_size)
         self._pad_id = self._padding_id(text_config)
-        self._forward_options = {"use_cache": False} if _accepts(self.model, "use_cache") else {}
+        parameters = inspect.signature(self.model.forward).parameters
+        self._forward_options = {"use_cache": False} if "use_cache" in parameters else {}
 
     def score(
         self,
@@ -187,9 +190,10 @@ class RewardScorer:
         try:
             for rows in self._batches([len(ids) for ids in sequences]):
                 rewards, stds = self._forward([sequences[row] for row in rows], uncertainty)
-                for row, value in zip(rows, rewards.tolist(), strict=True):
-                    if value - value != 0.0:  # NaN and both infinities
-                        raise NonFiniteRewardError(row, value)
+                for values in (rewards, stds):
+                    if values is not None and not values.isfinite().all():
+                        place = int(values.isfinite().int().argmin())
+                        raise NonFiniteRewardError(rows[place], values[place].item())
                 yield rows, rewards, stds
         finally:
             for module, training in modes:
@@ -313,6 +317,9 @@ def score_file(
     """
     input, output = Path(input), Path(output)
     scorer.check_uncertainty(uncertainty)
+    check_output_directory(output.parent)
+    if output.is_dir():
+        raise InputError(f"output: {output} is a folder; expected the name of a .jsonl file.")
     if output.suffix != ".jsonl":
         raise InputError(f"output: {output} must end in .jsonl; rewards are written as JSON Lines.")
     if output.exists() and input.exists() and output.samefile(input):
@@ -383,10 +390,8 @@ def _score_chunk(
                 scores[index] = (reward, std)
             bar.update(len(batch))
     except NonFiniteRewardError as error:
-        raise RuntimeError(
-            f"{chunk[todo[error.row]].where} has the reward {error.value}; expected a finite number. The model's "
-            "weights are broken, or its dtype overflows: try dtype='float32'. The rows before it are kept."
-        ) from error
+        index = todo[error.row]
+        raise NonFiniteRewardError(first + index, error.value, chunk[index].where) from error
     return [scores[index] for index in range(len(chunk))]
 
 
@@ -396,7 +401,3 @@ def _file_digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _accepts(model: torch.nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters

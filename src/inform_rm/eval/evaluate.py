@@ -67,7 +67,7 @@ def evaluate(
 
     Raises:
         InputError: on bad data, a model that is no reward model, or an unfinished run with other settings.
-        RuntimeError: if the model gives NaN or infinity.
+        NonFiniteRewardError: if the model gives NaN or infinity; the pair is named.
     """
     sources = [data] if isinstance(data, str | Path) else list(data)
     if not sources:
@@ -173,11 +173,8 @@ def _score_pairs(scorer: RewardScorer, parts: list[Any], journal: RewardJournal 
                     bar.update(len(places))
             except NonFiniteRewardError as error:
                 pair, side = todo[error.row]
-                raise RuntimeError(
-                    f"The {('chosen', 'rejected')[side]} response of pair {chunk['id'][pair]} has the reward "
-                    f"{error.value}; expected a finite number. The model's weights are broken, or its dtype "
-                    "overflows: try dtype='float32'."
-                ) from error
+                where = f"the {('chosen', 'rejected')[side]} response of pair {chunk['id'][pair]}"
+                raise NonFiniteRewardError(2 * (first + pair) + side, error.value, where) from error
     return rewards
 
 
