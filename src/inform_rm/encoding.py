@@ -101,7 +101,7 @@ def load_tokenizer(
         )
     except Exception as error:  # OSError, ValueError, KeyError, JSON and Hub errors, and tokenizers' bare Exception
         raise InputError(
-            f"{model_path}: no loadable tokenizer ({type(error).__name__}: {error}). "
+            f"{model_path}: no loadable tokenizer ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
             "Name a folder or Hub id that holds one (tokenizer.json)."
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):

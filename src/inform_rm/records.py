@@ -175,10 +175,8 @@ def _read_csv(path: Path) -> Records:
             try:
                 header = next(cells, [])
                 twice = sorted({name for name in header if header.count(name) > 1})
-                missing = [name for name in ("chosen", "rejected") if name not in header]
-                if twice or missing:
-                    fault = f"twice: {', '.join(twice)}" if twice else f"missing: {', '.join(missing)}"
-                    raise InputError(f"{path}: its first line must name the columns once each; {fault}. Got {header}.")
+                if twice:
+                    raise InputError(f"{path}: its first line names a column twice: {', '.join(twice)}. Rename one.")
                 for row, values in enumerate((values for values in cells if values), start=1):
                     yield row, _csv_record(header, values)
             except csv.Error as error:
