@@ -25,6 +25,7 @@ from transformers import (
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.encoding import encode
 from inform_rm.errors import InputError
+from inform_rm.journal import RewardJournal
 from inform_rm.reward_models import fingerprint_model, fingerprint_tokenizer, load_reward_model
 from inform_rm.score_rows import read_score_rows
 from inform_rm.scoring import NonFiniteRewardError, RewardScorer, score_file
@@ -202,11 +203,11 @@ def test_no_rows_give_no_rewards(scorer):
 
 def test_scoring_leaves_training_mode_and_gradients_as_they_were(models):
     model = models["inform"]
-    model.train()
-    model.score.eval()
+    model.train()  # the head then draws noise, unless scoring switches it off
+    model.model.eval()
     try:
         rewards = RewardScorer(model).score_encoded(random_rows(3))
-        assert model.training and model.model.training and not model.score.training
+        assert model.training and model.score.training and not model.model.training
     finally:
         model.eval()
     assert not rewards.requires_grad and not rewards.is_inference()
@@ -282,6 +283,17 @@ def test_max_length_can_be_lowered(models):
     RewardScorer(models["inform"], max_length=4).score_encoded([[5] * 4])
     with pytest.raises(InputError, match="has 5 tokens; the limit is 4"):
         RewardScorer(models["inform"], max_length=4).score_encoded([[5] * 5])
+
+
+def test_a_model_wrapped_by_peft_scores_as_alone(models):
+    peft = pytest.importorskip("peft")
+    base = LlamaForSequenceClassification(models["llama"].config)
+    base.load_state_dict(models["llama"].state_dict())
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", r=2, init_lora_weights=False)).eval()
+    rows = random_rows(6)
+    rewards = RewardScorer(wrapped).score_encoded(rows)
+    torch.testing.assert_close(rewards, alone(wrapped, rows), atol=1e-5, rtol=0)
+    assert (rewards - alone(models["llama"], rows)).abs().max() > 1e-3
 
 
 # --- loading
@@ -427,6 +439,7 @@ def test_what_is_no_reward_model_is_refused(models, tmp_path, make, message):
     [
         ({"model": "./not-there"}, "is not a folder"),
         ({"model": "/etc/hostname"}, "is not a folder"),
+        ({"model": " "}, "empty name"),
         ({"dtype": "int8"}, "'int8' is not a float type"),
         ({"dtype": "nonsense"}, "not a float type"),
         ({"device": "toaster"}, "'toaster' is not a device"),
@@ -642,6 +655,34 @@ def test_resuming_refuses_another_input_model_or_setting(scorer, models, tokeniz
     write_jsonl(unfinished, [row(index) for index in range(21)])
     with pytest.raises(InputError, match="other settings: input was"):
         score_file(scorer, unfinished, output, progress=False)
+
+
+def test_a_kill_between_writing_a_chunk_and_clearing_its_journal_repeats_no_row(scorer, tmp_path, monkeypatch):
+    source, output = write_jsonl(tmp_path / "in.jsonl", [row(index) for index in range(20)]), tmp_path / "out.jsonl"
+
+    def killed(journal):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RewardJournal, "clear", killed)
+        score_file(scorer, source, output, chunk_rows=8, progress=False)
+    assert len(read_jsonl(tmp_path / "out.jsonl.partial")) == 8
+    assert score_file(scorer, source, output, chunk_rows=8, progress=False)["resumed_rows"] == 8
+    assert [item["id"] for item in read_jsonl(output)] == list(range(20))
+
+
+def test_the_journal_holds_one_chunk_at_most(scorer, tmp_path, monkeypatch):
+    sizes = []
+    clear = RewardJournal.clear
+
+    def measured(journal):
+        sizes.append(len(journal.path.read_text().splitlines()) - 1)
+        clear(journal)
+
+    monkeypatch.setattr(RewardJournal, "clear", measured)
+    source = write_jsonl(tmp_path / "in.jsonl", [row(index) for index in range(20)])
+    score_file(scorer, source, tmp_path / "out.jsonl", chunk_rows=8, progress=False)
+    assert sizes == [8, 8, 4]
 
 
 def test_damaged_records_of_an_unfinished_run_are_refused(scorer, unfinished, tmp_path):

@@ -49,6 +49,8 @@ def load_reward_model(
     inform_rm.register_auto_classes()
     name = str(model)
     folder = Path(model)
+    if not name.strip():
+        raise InputError("model: got an empty name. Pass a folder or a Hub id.")
     if folder.is_dir():
         _check_folder(folder)
     elif folder.exists() or name.startswith((".", "/", "~")):

@@ -61,11 +61,6 @@ class RewardScorer:
 
     Raises:
         InputError: if the model is no reward model, or the tokenizer is missing or does not fit it.
-
-    Example:
-        >>> scorer = RewardScorer("path/to/reward-model")  # doctest: +SKIP
-        >>> scorer.score(["What is 2 + 2?"], ["4"])  # doctest: +SKIP
-        tensor([1.3])
     """
 
     def __init__(

@@ -1,0 +1,328 @@
+"""The page and the table of `inform-rm demo`: one HTML file, tables first, legible on a phone and in dark mode."""
+
+import html
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from inform_rm.eval.report import figure_png, format_interval, html_table, png_data_uri
+from inform_rm.files import atomic_write_text
+
+TEST_SETS = {
+    "in_distribution": "in-distribution",
+    "bias_reversed": "bias-reversed",
+    "adversarial_prompt": "adversarial prompt",
+    "unseen_family": "unseen family",
+}
+_MEANINGS = {
+    "in_distribution": "pairs like those in training, without label noise",
+    "bias_reversed": "the response that does what the prompt asks is always the shorter one; in training mostly the longer",
+    "adversarial_prompt": "every two responses stand under two prompts with opposite preference: blind to the prompt is 0.5",
+    "unseen_family": "kinds of task that training never showed; length tells nothing",
+}
+_MODELS = {"standard": "standard", "inform": "InfoRM"}
+_COLORS = {"standard": "#3f8fd2", "inform": "#e0772f", "rule": "#8a8a8a"}
+_GOLD_COLORS = ("#c2413b", "#c9a227", "#3a9d5d")
+_STYLE = """
+:root { color-scheme: light dark; --text: #1d1f21; --back: #ffffff; --soft: #5c6166; --line: #d4d7da; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e6e8; --back: #15181b; --soft: #a3a9af; --line: #3b4148; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 46rem;
+  margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
+h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: right; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; } .words td { text-align: left; } .words th { text-align: left; }
+figure { margin: 1rem 0 1.8rem; } img { width: 100%; height: auto; } figcaption, .note { color: var(--soft);
+  font-size: .9rem; }
+"""
+# Rendered twice, for light and for dark pages; the browser picks.
+_LIGHT = {"figure.facecolor": "#ffffff", "axes.facecolor": "#ffffff"}
+_DARK_INK = "#d7dadd"
+_DARK = {
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), "#15181b"),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _DARK_INK),
+    "legend.edgecolor": "#3b4148",
+}
+_SHARED = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+
+
+def console_table(result: dict[str, Any]) -> str:
+    """The main table as plain text."""
+    header, rows = _accuracy_table(result)
+    widths = [max(len(str(row[column])) for row in [header, *rows]) for column in range(len(header))]
+    lines = [
+        "  ".join(str(cell).ljust(width) if not column else str(cell).rjust(width)
+                  for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in [header, *rows]
+    ]  # fmt: skip
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *_verdicts(result)])
+
+
+def write_demo_report(
+    path: str | Path,
+    result: dict[str, Any],
+    rows: dict[str, list[dict[str, Any]]],
+    rewards: dict[str, dict[str, np.ndarray]],
+    logs: dict[str, list[dict[str, float]]],
+    latents: dict[str, np.ndarray],
+    language_model_loss: list[float],
+) -> None:
+    """Write the demo's page.
+
+    Args:
+        path: file to write.
+        result: what the demo measured.
+        rows: test set to its pairs, with gold columns.
+        rewards: model to test set to ``(N, 2)`` rewards, chosen and rejected.
+        logs: model to the log lines of its training.
+        latents: ``mean`` and ``kl_nats`` ``(M, K)`` and ``gold_r1`` ``(M,)`` of in-distribution responses.
+        language_model_loss: loss per step of the backbone from scratch; empty for a pretrained one.
+    """
+    header, table = _accuracy_table(result)
+    chosen_words = {name: _words(part, "chosen") - _words(part, "rejected") for name, part in rows.items()}
+    figures = [
+        (lambda: _accuracy_figure(result), "Accuracy on each test set with 95 % Wilson intervals. Dotted: chance."),
+        (
+            lambda: _margin_figure(chosen_words, rewards),
+            "Reward margin (chosen minus rejected) against the difference in length. Points above 0 are ranked right. "
+            "A model that goes by length puts the points on a rising line.",
+        ),
+        (
+            lambda: _training_figure(logs, language_model_loss),
+            "Training. Loss without the KL term and accuracy are those of the validation pairs, which hold no label "
+            "noise.",
+        ),
+        (
+            lambda: _reliability_figure(result),
+            "Share of in-distribution pairs ranked right against the probability that the model gives, with 95 % "
+            "Wilson intervals. On the dashed line a model is as sure as it should be.",
+        ),
+        (
+            lambda: _kl_figure(latents),
+            "InfoRM: mean KL of each latent dimension from its prior, largest first. Dimensions near 0 carry nothing.",
+        ),
+        (
+            lambda: _latent_figure(latents),
+            "InfoRM: the latent means of in-distribution responses, on their two main axes, coloured by how many of the two "
+            "requested things the response gets right.",
+        ),
+    ]
+    elsewhere, seconds = result["loaded_elsewhere"], result["seconds"]
+    sections = [
+        _wide(html_table(header, table)),
+        *[f"<p>{html.escape(text)}</p>" for text in _verdicts(result)],
+        '<p class="note">Accuracy: share of pairs in which the better response has the higher reward, a tie half; in '
+        "brackets the 95 % Wilson interval. Difference: InfoRM minus standard, 95 % paired bootstrap interval. One "
+        "training seed each: the intervals cover the choice of test pairs, not that of the seed.</p>",
+        _wide(html_table(("test set", "what it holds"), [(TEST_SETS[k], _MEANINGS[k]) for k in TEST_SETS]), "words"),
+        *[_figure(draw, caption) for draw, caption in figures],
+        "<h2>Three pairs</h2>",
+        *[_example(name, rows[name], rewards) for name in ("in_distribution", "bias_reversed", "unseen_family")],
+        "<h2>Run</h2>",
+        f"<p>The exported InfoRM model was loaded in a fresh interpreter without this package and gave the same rewards "
+        f"for {elsewhere['num_responses']} responses (largest difference "
+        f"{elsewhere['largest_reward_difference']:.1e}).</p>",
+        _wide(html_table(("stage", "seconds"), [(k, f"{v:.0f}") for k, v in seconds.items()])),
+        _wide(html_table(("setting", "value"), _setting_rows(result))),
+    ]
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>InfoRM demo</title>'
+        f"<style>{_STYLE}</style></head>\n<body>\n<h1>InfoRM and a standard reward model on a generated world</h1>\n"
+        + "\n".join(sections)
+        + "\n</body></html>\n"
+    )
+    atomic_write_text(path, page)
+
+
+def _accuracy_table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    header = ("test set", "n", "standard", "InfoRM", "difference", "longer wins")
+    rows = []
+    for name, label in TEST_SETS.items():
+        part = result["test_sets"][name]
+        gap = part["inform_minus_standard"]
+        low, high = gap["interval"]
+        cells = [f"{part[m]['accuracy']:.3f} [{_short(part[m]['accuracy_interval'])}]" for m in _MODELS]
+        rows.append(
+            (
+                label,
+                str(part["standard"]["num_pairs"]),
+                *cells,
+                f"{gap['accuracy_difference']:+.3f} [{low:+.3f}, {high:+.3f}]",
+                f"{part['longer_wins']['accuracy']:.3f}",
+            )
+        )
+    return header, rows
+
+
+def _short(interval: list[float]) -> str:
+    return format_interval(interval).replace(" to ", ", ")
+
+
+def _verdicts(result: dict[str, Any]) -> list[str]:
+    """What the differences say, whichever way they fall."""
+    groups: dict[str, list[str]] = {"higher": [], "lower": [], "open": []}
+    for name, label in TEST_SETS.items():
+        low, high = result["test_sets"][name]["inform_minus_standard"]["interval"]
+        groups["higher" if low > 0 else "lower" if high < 0 else "open"].append(label)
+    texts = []
+    if groups["higher"]:
+        texts.append(f"InfoRM ranks more pairs right than the standard model on: {', '.join(groups['higher'])}.")
+    if groups["lower"]:
+        texts.append(f"InfoRM ranks fewer pairs right than the standard model on: {', '.join(groups['lower'])}.")
+    if groups["open"]:
+        texts.append(f"No clear difference (its interval holds 0) on: {', '.join(groups['open'])}.")
+    return texts
+
+
+def _setting_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    world = {f"world: {key}": value for key, value in result["world"].items()}
+    parameters = {f"parameters, {_MODELS[key]}": f"{value:,}" for key, value in result["model_parameters"].items()}
+    data = {f"pairs: {Path(key).name}": value[:12] for key, value in result["data_fingerprints"].items()}
+    values = {**result["settings"], "training pairs": result["train_pairs"], **parameters, **world, **data}
+    return [(key.replace("_", " "), str(value)) for key, value in {**values, **result["versions"]}.items()]
+
+
+def _wide(table: str, kind: str = "") -> str:
+    return f'<div class="wide {kind}">{table}</div>'
+
+
+def _figure(draw: Callable[[], Figure], caption: str) -> str:
+    images = []
+    for colors in (_DARK, _LIGHT):
+        with mpl.rc_context({**_SHARED, **colors}):
+            images.append(png_data_uri(figure_png(draw())))
+    text = html.escape(caption)
+    return (
+        f'<figure><picture><source srcset="{images[0]}" media="(prefers-color-scheme: dark)">'
+        f'<img src="{images[1]}" alt="{text}"></picture><figcaption>{text}</figcaption></figure>'
+    )
+
+
+def _example(name: str, rows: list[dict[str, Any]], rewards: dict[str, dict[str, np.ndarray]]) -> str:
+    row = rows[0]
+    cells = [
+        (row[side], f"{row[f'gold_r1_{side}']:.0f}", f"{row[f'gold_r2_{side}']:.2f}",
+         *(f"{rewards[model][name][0, column]:.2f}" for model in _MODELS))
+        for column, side in enumerate(("chosen", "rejected"))
+    ]  # fmt: skip
+    header = ("response (better first)", "gold r1", "gold r2", *(f"{label} reward" for label in _MODELS.values()))
+    title = f"<p><b>{TEST_SETS[name]}</b>: {html.escape(row['prompt'])}</p>"
+    return title + _wide(html_table(header, cells))
+
+
+def _words(rows: list[dict[str, Any]], side: str) -> np.ndarray:
+    return np.array([len(row[side].split()) for row in rows])
+
+
+def _accuracy_figure(result: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(TEST_SETS))
+    for shift, model in ((-0.19, "standard"), (0.19, "inform")):
+        parts = [result["test_sets"][name][model] for name in TEST_SETS]
+        heights = np.array([part["accuracy"] for part in parts])
+        low, high = np.array([part["accuracy_interval"] for part in parts]).T
+        errors = np.maximum([heights - low, high - heights], 0)
+        axes.bar(places + shift, heights, 0.36, color=_COLORS[model], label=_MODELS[model])
+        axes.errorbar(places + shift, heights, errors, fmt="none", ecolor=mpl.rcParams["text.color"], capsize=4)
+    rule = [result["test_sets"][name]["longer_wins"]["accuracy"] for name in TEST_SETS]
+    axes.scatter(places, rule, marker="D", color=_COLORS["rule"], label='rule "longer wins"', zorder=3)
+    axes.axhline(0.5, linestyle=":", color=_COLORS["rule"])
+    axes.set(ylabel="pairs ranked right (share)", ylim=(0, 1))
+    axes.set_xticks(places, [label.replace(" ", "\n").replace("-", "-\n") for label in TEST_SETS.values()])
+    figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
+def _margin_figure(words: dict[str, np.ndarray], rewards: dict[str, dict[str, np.ndarray]]) -> Figure:
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    names = ("in_distribution", "bias_reversed")
+    grid = figure.subplots(2, 2, sharex=True, sharey="row")
+    for axes_row, (model, label) in zip(grid, _MODELS.items(), strict=True):
+        for axes, name in zip(axes_row, names, strict=True):
+            margins = rewards[model][name] @ [1.0, -1.0]
+            axes.scatter(words[name], margins, s=9, alpha=0.45, color=_COLORS[model], linewidths=0)
+            axes.axhline(0, color=_COLORS["rule"], linewidth=1)
+            axes.axvline(0, color=_COLORS["rule"], linewidth=1)
+            axes.set_title(f"{label}, {TEST_SETS[name]}", fontsize=11)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("reward margin")
+    figure.supxlabel("chosen minus rejected length (words)", fontsize=11)
+    return figure
+
+
+def _training_figure(logs: dict[str, list[dict[str, float]]], language_model_loss: list[float]) -> Figure:
+    panels = [("eval_bradley_terry_loss", "Bradley-Terry loss (nats)"), ("eval_accuracy", "accuracy (share)")]
+    figure = Figure(figsize=(6.4, 6.8 if language_model_loss else 5.2), layout="constrained")
+    axes_list = list(np.atleast_1d(figure.subplots(len(panels) + 1 + bool(language_model_loss))))
+    for axes, (key, label) in zip(axes_list, panels, strict=False):
+        for model, log in logs.items():
+            points = [(line["step"], line[key]) for line in log if key in line]
+            axes.plot(*np.array(points).T, "o-", markersize=4, color=_COLORS[model], label=_MODELS[model])
+        axes.set(ylabel=label)
+    axes_list[0].axhline(np.log(2), linestyle=":", color=_COLORS["rule"], label="coin toss")
+    axes_list[0].legend(ncols=3)
+    kl = [(line["step"], line["kl_nats"]) for line in logs["inform"] if "kl_nats" in line]
+    axes_list[2].plot(*np.array(kl).T, color=_COLORS["inform"])
+    axes_list[2].set(ylabel="InfoRM KL (nats)", xlabel="reward model step")
+    if language_model_loss:
+        axes_list[3].plot(np.arange(1, len(language_model_loss) + 1), language_model_loss, color=_COLORS["rule"])
+        axes_list[3].set(ylabel="LM loss (nats)", xlabel="language model step", ylim=(0, None))
+    figure.align_ylabels()
+    return figure
+
+
+def _reliability_figure(result: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0.5, 1], [0.5, 1], linestyle="--", color=_COLORS["rule"], label="as sure as it should be")
+    for model, label in _MODELS.items():
+        calibration = result["test_sets"]["in_distribution"][model]["calibration"]
+        bins = calibration["bins"]
+        accuracy = np.array([part["accuracy"] for part in bins])
+        low, high = np.array([part["accuracy_interval"] for part in bins]).T
+        axes.errorbar(
+            [part["mean_confidence"] for part in bins],
+            accuracy,
+            np.maximum([accuracy - low, high - accuracy], 0),
+            fmt="o-",
+            capsize=3,
+            color=_COLORS[model],
+            label=f"{label}, calibration error {calibration['expected_calibration_error']:.3f}",
+        )
+    axes.set(xlabel="predicted probability, sigmoid(|margin|)", ylabel="pairs ranked right (share)", ylim=(0, 1.02))
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _kl_figure(latents: dict[str, np.ndarray]) -> Figure:
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    kl = np.sort(latents["kl_nats"].mean(axis=0))[::-1]
+    axes.bar(np.arange(1, len(kl) + 1), kl, color=_COLORS["inform"])
+    axes.set(xlabel="latent dimension, by rank", ylabel="mean KL (nats)")
+    axes.set_title(f"sum {kl.sum():.2f} nats over {len(kl)} dimensions", fontsize=11)
+    return figure
+
+
+def _latent_figure(latents: dict[str, np.ndarray]) -> Figure:
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.subplots()
+    centered = latents["mean"] - latents["mean"].mean(axis=0)
+    left, scale, _ = np.linalg.svd(centered, full_matrices=False)
+    if len(scale) < 2:
+        left, scale = np.column_stack([left, 0 * left]), np.append(scale, 0.0)
+    points = left[:, :2] * scale[:2]
+    shares = scale[:2] ** 2 / max(float((scale**2).sum()), 1e-12)
+    for value, color in enumerate(_GOLD_COLORS):
+        part = points[latents["gold_r1"] == value]
+        axes.scatter(*part.T, s=12, alpha=0.55, linewidths=0, color=color, label=f"{value} of 2 right")
+    axes.set(xlabel=f"first main axis ({shares[0]:.0%} of variance)", ylabel=f"second main axis ({shares[1]:.0%})")
+    figure.legend(loc="outside upper center", ncols=3)
+    return figure
