@@ -26,7 +26,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"inform_rm": ["py.typed", "training/accelerate_configs/*.yaml"]},
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         "torch>=2.13,<2.14",
         "transformers>=5.23,<5.24",

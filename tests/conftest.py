@@ -65,7 +65,9 @@ def backbone_configs() -> dict[str, PretrainedConfig]:
         "mistral": MistralConfig(**sizes, num_key_value_heads=2, sliding_window=8),
         "qwen2": Qwen2Config(**sizes, num_key_value_heads=2),
         "gpt_neox": GPTNeoXConfig(**sizes),
-        "gpt2": GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0),
+        "gpt2": GPT2Config(
+            vocab_size=320, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        ),
     }
 
 

@@ -112,10 +112,11 @@ def _command(
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="any sequence-classification reward model: folder or Hub id")
-    command.add_argument("--max-length", type=int, help="longest allowed prompt + response in tokens (default: none)")
+    command.add_argument("--max-length", type=int, help="longest allowed input in tokens (default: the model's)")
     command.add_argument("--tokens-per-batch", type=int, default=8192, help="tokens computed at once, with padding")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if there is one)")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "auto"), default="auto", help="default: %(default)s")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "auto"),
+                         help="default: float32 on a CPU, else the checkpoint's own")  # fmt: skip
     command.add_argument("--chat-template", help="template file, or 'plain', for a tokenizer without one")
     command.add_argument("--revision", help="revision of the model on the Hub")
     command.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")

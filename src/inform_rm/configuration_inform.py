@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, PretrainedConfig
 
 AUTO_MAP = {
@@ -67,6 +68,7 @@ class InfoRMConfig(PretrainedConfig):
         if isinstance(text_config, dict):
             settings = dict(text_config)
             text_config = AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
+            _translate_rope_parameters(text_config)
         self.text_config = text_config
 
         # A reward is one unbounded number: anything but these makes a text-classification pipeline apply a sigmoid.
@@ -103,3 +105,25 @@ class InfoRMConfig(PretrainedConfig):
                 faults.append(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
         if faults:
             raise ValueError("InfoRMConfig: " + "; ".join(faults) + ".")
+
+
+def _translate_rope_parameters(text_config: PretrainedConfig) -> None:
+    """Give transformers 4 the rotary settings that transformers 5 saved: it does not know ``rope_parameters``.
+
+    Without this it would take its defaults, and every reward would be wrong in silence.
+    """
+    rope = getattr(text_config, "rope_parameters", None)
+    if rope is None or int(transformers.__version__.split(".")[0]) >= 5:
+        return
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(
+            f"The {text_config.model_type} backbone was saved with rotary settings per layer type, which transformers "
+            f"{transformers.__version__} cannot read. Load it with transformers 5."
+        )
+    base, share = rope.get("rope_theta"), rope.get("partial_rotary_factor")
+    named = {"rope_theta": base, "rotary_emb_base": base, "partial_rotary_factor": share, "rotary_pct": share}
+    for name, value in named.items():
+        if value is not None:
+            setattr(text_config, name, value)
+    if rope.get("rope_type", "default") != "default":
+        text_config.rope_scaling = {key: value for key, value in rope.items() if key not in named}

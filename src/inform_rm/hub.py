@@ -16,7 +16,7 @@ _MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "*.txt"
 
 
 def add_remote_code(folder: str | Path) -> None:
-    """Make a saved model's folder loadable elsewhere: put the Hub pair in and name its classes in ``config.json``.
+    """Make a saved folder loadable elsewhere: put the Hub pair in and name classes that readers know in its configs.
 
     ``save_pretrained`` does this for a plain model, but not for one whose class FSDP2 replaced.
     """
@@ -27,6 +27,19 @@ def add_remote_code(folder: str | Path) -> None:
     config["architectures"] = [modeling_inform.InfoRMForSequenceClassification.__name__]
     config["auto_map"] = configuration_inform.AUTO_MAP
     write_json(folder / "config.json", config)
+    _name_tokenizer_class_of_transformers_4(folder / "tokenizer_config.json")
+
+
+def _name_tokenizer_class_of_transformers_4(path: Path) -> None:
+    """Undo the class name that transformers 5 gives a tokenizer: 4.57 refuses it, and 5 reads the old name as well."""
+    if not path.exists():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in ("is_local", "local_files_only"):  # about the machine that loaded it
+        settings.pop(name, None)
+    write_json(path, settings)
 
 
 def export_model(model: str, output: str, *, push_to: str | None = None, revision: str | None = None) -> dict[str, Any]:
@@ -45,12 +58,12 @@ def export_model(model: str, output: str, *, push_to: str | None = None, revisio
         InputError: if `model` is no InfoRM model, or `output` exists and is not an empty folder.
     """
     from inform_rm.encoding import load_tokenizer
-    from inform_rm.scoring import load_reward_model
+    from inform_rm.reward_models import load_reward_model
 
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"output: {output} exists and is not an empty folder. Name a new folder.")
-    loaded = load_reward_model(model, revision=revision)
+    loaded = load_reward_model(model, dtype="auto", device="cpu", revision=revision)
     if loaded.config.model_type != "inform":
         raise InputError(
             f"model: {model} is a {loaded.config.model_type} model; export writes InfoRM models only. "
@@ -59,8 +72,8 @@ def export_model(model: str, output: str, *, push_to: str | None = None, revisio
     tokenizer = load_tokenizer(model, revision=revision)
     with atomic_directory(target) as folder:
         loaded.save_pretrained(folder)
-        add_remote_code(folder)
         tokenizer.save_pretrained(folder)
+        add_remote_code(folder)
         card = Path(model) / "README.md"
         if card.is_file():
             shutil.copyfile(card, folder / "README.md")

@@ -81,7 +81,17 @@ class RewardLinear(nn.Linear):
     """A linear layer that computes in at least float32, also under autocast and with half-precision weights.
 
     Rewards of good and bad responses often differ by less than the spacing of bfloat16 numbers (0.4 %).
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        bias: whether there is one.
+        initial_gain: root mean square of the output for a freshly initialised layer and inputs of 1.
     """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, initial_gain: float = 1.0):
+        super().__init__(in_features, out_features, bias=bias)
+        self.initial_gain = initial_gain
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``(..., in_features)`` of any float type to ``(..., out_features)`` in float32 (float64 stays float64)."""
@@ -100,7 +110,9 @@ class InfoRMHead(nn.Module):
 
     def __init__(self, config: InfoRMConfig, hidden_size: int):
         super().__init__()
-        self.encoder = RewardLinear(hidden_size, 2 * config.latent_dim)
+        # Final hidden states have a root mean square of 1 to 5: the small gain starts every posterior near the prior.
+        # With gain 1 the KL term would begin at hundreds of nats and drown the preferences.
+        self.encoder = RewardLinear(hidden_size, 2 * config.latent_dim, initial_gain=0.1)
         if config.decoder == "linear":
             self.decoder: nn.Module = RewardLinear(config.latent_dim, 1)
         else:
@@ -267,10 +279,9 @@ class InfoRMForSequenceClassification(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RewardLinear):
-            # The same start for every backbone: rewards of order 1 / sqrt(H) and posteriors near the prior N(0, I).
             with torch.no_grad():
                 if not getattr(module.weight, "_is_hf_initialized", False):
-                    module.weight.normal_(mean=0.0, std=1.0 / math.sqrt(module.in_features))
+                    module.weight.normal_(mean=0.0, std=module.initial_gain / math.sqrt(module.in_features))
                 if module.bias is not None and not getattr(module.bias, "_is_hf_initialized", False):
                     module.bias.zero_()
 

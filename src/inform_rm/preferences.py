@@ -279,7 +279,7 @@ def _text_sides(record: dict, chosen: str, rejected: str) -> tuple[list[Message]
 def _message_sides(record: dict, chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
     for field, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
-            raise _Fault("no reply", f"'{field}' ends with a {messages[-1]['role']} turn; the last must be the reply.")
+            raise _Fault("no reply", f"the last turn of '{field}' is {messages[-1]['role']!r}; expected 'assistant'.")
     prefix = chosen[:-1]
     if prefix != rejected[:-1]:
         raise _Fault(
@@ -314,7 +314,7 @@ def _prompt_messages(prompt: Any) -> list[Message]:
 
 def _check_prompt(messages: list[Message]) -> list[Message]:
     if messages[-1]["role"] != "user":
-        raise _Fault("invalid roles", f"the prompt ends with a {messages[-1]['role']} turn; expected a user turn.")
+        raise _Fault("invalid roles", f"the last turn of the prompt is {messages[-1]['role']!r}; expected 'user'.")
     return messages
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,13 +105,13 @@ def write_report(report: dict[str, Any], output_dir: str | Path | None) -> Path 
 
 def _digests(data: PreferenceData) -> dict[str, np.ndarray]:
     """64-bit hashes per row of the prompt, of the pair, and of the pair without its order; 24 bytes a row."""
-    columns: dict[str, list[int]] = {"prompt": [], "pair": [], "unordered": []}
+    columns = {name: array("Q") for name in ("prompt", "pair", "unordered")}
     for batch in data.dataset.select_columns(["prompt", "chosen", "rejected"]).iter(_BATCH_ROWS):
         for prompt, chosen, rejected in zip(batch["prompt"], batch["chosen"], batch["rejected"], strict=True):
             columns["prompt"].append(_hash(prompt))
             columns["pair"].append(_hash([prompt, chosen, rejected]))
             columns["unordered"].append(_hash([prompt, *sorted((chosen, rejected))]))
-    return {name: np.array(values, dtype=np.uint64) for name, values in columns.items()}
+    return {name: np.frombuffer(values, dtype=np.uint64) for name, values in columns.items()}
 
 
 def _hash(content: Any) -> int:
@@ -120,20 +121,20 @@ def _hash(content: Any) -> int:
 
 def _content_report(data: PreferenceData, digest: dict[str, np.ndarray]) -> dict[str, Any]:
     dataset, n = data.dataset, len(data.dataset)
-    characters: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
+    characters = {name: array("q") for name in ("prompt", "chosen", "rejected")}
     subsets: Counter[str] = Counter()
     num_margins = num_multi_turn = 0
     for batch in dataset.iter(_BATCH_ROWS):
-        characters["prompt"] += [sum(len(turn["content"]) for turn in prompt) for prompt in batch["prompt"]]
-        characters["chosen"] += map(len, batch["chosen"])
-        characters["rejected"] += map(len, batch["rejected"])
+        characters["prompt"].extend(sum(len(turn["content"]) for turn in prompt) for prompt in batch["prompt"])
+        characters["chosen"].extend(map(len, batch["chosen"]))
+        characters["rejected"].extend(map(len, batch["rejected"]))
         subsets.update(batch["subset"])
         num_margins += sum(margin is not None for margin in batch["margin"])
         num_multi_turn += sum(len(prompt) > 1 for prompt in batch["prompt"])
     _, first, inverse = np.unique(digest["pair"], return_index=True, return_inverse=True)
     duplicates = np.flatnonzero(first[inverse] != np.arange(n))
     conflicts = _conflicting(digest)
-    lengths = {name: np.array(values) for name, values in characters.items()}
+    lengths = {name: np.frombuffer(values, dtype=np.int64) for name, values in characters.items()}
     kinds = Counter(bad.kind for bad in data.bad_rows)
     return {
         "rows": n + len(data.bad_rows),
@@ -192,7 +193,7 @@ def _longer(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
 
 def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
     special = [token for token in tokenizer.all_special_tokens if token]
-    rows: list[tuple[int, ...]] = []
+    counts = array("q")  # prompt, chosen, rejected, removable: four numbers a pair
     faults: Counter[str] = Counter()
     refused: list[dict[str, Any]] = []
     endings: Counter[tuple[int, ...]] = Counter()
@@ -202,7 +203,7 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
         for index, pair in pairs:
             example = example or pair
             _, removable = removable_prompt_tokens(pair, tokenizer.bos_token_id)
-            rows.append((pair.prompt_length, len(pair.chosen_ids), len(pair.rejected_ids), removable))
+            counts.extend((pair.prompt_length, len(pair.chosen_ids), len(pair.rejected_ids), removable))
             faults["identical_tokens"] += pair.chosen_ids == pair.rejected_ids
             both = (pair.chosen_ids, pair.rejected_ids)
             bos, eos, unknown = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
@@ -218,11 +219,11 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
             faults["special_tokens_in_text"] += any(token in text for text in texts for token in special)
     if example is None:
         return {"tokens": {"pairs": 0, "not_encodable": len(refused), "not_encodable_examples": refused[:5]}}
-    prompt, chosen, rejected, removable_tokens = np.array(rows).T
+    prompt, chosen, rejected, removable_tokens = np.frombuffer(counts, dtype=np.int64).reshape(-1, 4).T
     longest = np.maximum(chosen, rejected)
     report: dict[str, Any] = {
         "tokens": {
-            "pairs": len(rows),
+            "pairs": len(prompt),
             "not_encodable": len(refused),
             "not_encodable_examples": refused[:_SHOWN_EXAMPLES],
             "prompt": _quantiles(prompt),
