@@ -62,7 +62,7 @@ def test_wrong_setting_is_refused(settings, message):
 
 
 def test_all_faults_come_in_one_message():
-    with pytest.raises(ValueError, match="latent_dim.*beta.*decoder"):
+    with pytest.raises(ValueError, match=r"latent_dim.*beta.*decoder"):
         InfoRMConfig(latent_dim=-1, beta=-1, decoder=None)
 
 

@@ -49,7 +49,7 @@ def padded(token_rows, side, extra=0, pad=0):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-# --- formulas ---------------------------------------------------------------------------------------------------------
+# --- formulas ---
 
 
 def test_kl_matches_torch_distributions():
@@ -140,7 +140,7 @@ def test_reward_samples_do_not_depend_on_batch_mates_or_random_state(model):
     assert (together.reward_std > 0).all()
 
 
-# --- one score --------------------------------------------------------------------------------------------------------
+# --- one score ---
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -177,7 +177,7 @@ def test_unknown_keywords_are_ignored_and_eval_is_deterministic(model):
     [
         ({}, "Pass input_ids or inputs_embeds"),
         ({"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(2, 4)}, r"expected \(2, 3\)"),
-        ({"input_ids": torch.ones(3, 3).long(), "return_loss": True}, "equal number, got 3 rows"),
+        ({"input_ids": torch.ones(3, 3).long(), "return_loss": True}, "got 3 rows in all"),
         ({"input_ids": torch.ones(2, 3).long(), "reward_samples": 1}, "at least 2"),
     ],
 )
@@ -192,7 +192,7 @@ def test_standard_head_has_no_samples(backbone_configs):
         model(torch.ones(1, 3).long(), reward_samples=4)
 
 
-# --- numbers of the head under half precision -------------------------------------------------------------------------
+# --- numbers of the head under half precision ---
 
 
 def test_head_computes_in_float32_with_bfloat16_weights(model):
@@ -206,7 +206,7 @@ def test_head_computes_in_float32_with_bfloat16_weights(model):
     torch.testing.assert_close(result, hidden.float() @ layer.weight.float().T + layer.bias.float())
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading ---
 
 
 @pytest.mark.parametrize("base", [False, True], ids=["causal-lm", "base"])

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = _command(commands, "demo", _demo, "train, evaluate and report on a generated world; needs no download")
-    demo.add_argument("--output", default="demo-output", help="folder for models and report.html (default: %(default)s)")
+    demo.add_argument("--output", default="demo-output", help="folder for models and report (default: %(default)s)")
     demo.add_argument("--backbone", help="pretrained model (folder or Hub id) in place of the small one from scratch")
     demo.add_argument("--seed", type=int, default=0, help="seed of world and training (default: %(default)s)")
 
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--uncertainty", type=int, metavar="N", help="InfoRM: also the reward's spread over N draws")
 
     check = _command(commands, "check-data", _check_data, "what is in preference data, and what would go wrong")
-    check.add_argument("--data", required=True, nargs="+", help="pairs: files, saved datasets or Hub ids; splits apart")
+    check.add_argument("--data", required=True, nargs="+", help="files, saved datasets or Hub ids; name splits apart")
     check.add_argument("--tokenizer", help="folder or Hub id: adds token lengths and the template audit")
     check.add_argument("--max-length", type=int, help="shows what this limit would do")
     check.add_argument("--chat-template", help="template file, or 'plain', for a tokenizer without one")
@@ -177,17 +177,24 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _check_data(arguments: argparse.Namespace) -> None:
-    from inform_rm import check_data
+    from inform_rm.preflight import check_data, format_report, write_report
 
-    raise SystemExit(check_data)  # replaced when preflight lands
+    report = check_data(
+        arguments.data,
+        arguments.tokenizer,
+        arguments.max_length,
+        chat_template=arguments.chat_template,
+        revision=arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    print(format_report(report))
+    write_report(report, arguments.output)
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from inform_rm import export_model
 
-    files = export_model(
-        arguments.model, arguments.output, push_to=arguments.push_to, revision=arguments.revision
-    )
+    files = export_model(arguments.model, arguments.output, push_to=arguments.push_to, revision=arguments.revision)
     for name, size in files.items():
         print(f"{size:>12,} {name}")
 

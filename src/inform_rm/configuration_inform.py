@@ -43,8 +43,8 @@ class InfoRMConfig(PretrainedConfig):
 
     model_type = "inform"
     sub_configs = {"text_config": AutoConfig}
-    # In config.json the setting is called latent_decoder: transformers takes any attribute named decoder for the config
-    # of a second text model, also where it reads the file without this class (a Trainer that resumes).
+    # In config.json the setting is called latent_decoder: transformers takes any attribute named decoder for the
+    # config of a second text model, also where it reads the file without this class (a Trainer that resumes).
     attribute_map = {"decoder": "latent_decoder"}
 
     def __init__(

@@ -71,7 +71,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def check_output_directory(path: str | Path, argument: str = "output") -> Path:
-    """Create the folder, or raise `InputError` when it is a file or cannot be written: before hours of work, not after."""
+    """Create the folder; raise `InputError` where it cannot be written, before hours of work rather than after."""
     path = Path(path)
     if path.is_file():
         raise InputError(f"{argument}: {path} is a file; expected a folder. Name another folder.")

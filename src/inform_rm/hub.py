@@ -42,7 +42,9 @@ def _name_tokenizer_class_of_transformers_4(path: Path) -> None:
     write_json(path, settings)
 
 
-def export_model(model: str, output: str, *, push_to: str | None = None, revision: str | None = None) -> dict[str, Any]:
+def export_model(
+    model: str, output: str, *, push_to: str | None = None, revision: str | None = None
+) -> dict[str, Any]:
     """Write a complete Hub folder of a trained InfoRM model: weights, code, tokenizer and card; nothing else.
 
     Args:
@@ -127,7 +129,7 @@ def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | N
         "model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True).eval()",
         "tokenizer = AutoTokenizer.from_pretrained(name)",
         'messages = [{"role": "user", "content": "Name a prime number."}, {"role": "assistant", "content": "Seven."}]',
-        "inputs = tokenizer.apply_chat_template(messages, return_tensors=\"pt\", return_dict=True)",
+        'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)',
         "with torch.no_grad():",
         "    print(model(**inputs).logits)",
         "```\n",

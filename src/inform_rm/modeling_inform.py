@@ -72,7 +72,9 @@ def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin:
     difference = _at_least_float32(chosen_rewards).flatten() - _at_least_float32(rejected_rewards).flatten()
     if margin is not None:
         if margin.numel() != difference.numel():
-            raise ValueError(f"margin has {margin.numel()} values for {difference.numel()} pairs; expected one a pair.")
+            raise ValueError(
+                f"margin has {margin.numel()} values for {difference.numel()} pairs; expected one a pair."
+            )
         difference = difference - margin.to(difference).flatten()
     return -functional.logsigmoid(difference).mean()
 
@@ -217,7 +219,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
         kl_reduction: str = "sum",
         architecture: str = "inform",
         **kwargs: Any,
-    ) -> "InfoRMForSequenceClassification":
+    ) -> Any:
         """Start a reward model from a causal-LM or base checkpoint: every backbone weight loaded, the head fresh.
 
         Args:
@@ -229,6 +231,9 @@ class InfoRMForSequenceClassification(PreTrainedModel):
             architecture: ``"inform"`` or ``"standard"``.
             kwargs: keywords of ``from_pretrained`` (dtype, device_map, quantization_config, revision, ...).
                 ``use_safetensors`` is True unless given.
+
+        Returns:
+            The model; with ``output_loading_info=True`` also the loading info, as ``from_pretrained`` does.
 
         Raises:
             ValueError: if the checkpoint is an InfoRM model already, or lacks backbone weights, or has others.
@@ -252,14 +257,19 @@ class InfoRMForSequenceClassification(PreTrainedModel):
         if quantization is not None and hasattr(quantization, "llm_int8_skip_modules"):
             # A quantised head would have no checkpoint weights to quantise, and rewards need its precision.
             kwargs["quantization_config"] = copy.deepcopy(quantization)
-            kwargs["quantization_config"].llm_int8_skip_modules = [*(quantization.llm_int8_skip_modules or []), "score"]
+            kwargs["quantization_config"].llm_int8_skip_modules = [
+                *(quantization.llm_int8_skip_modules or []),
+                "score",
+            ]
         if text_config.__class__ in MODEL_FOR_CAUSAL_LM_MAPPING:
-            prefix = MODEL_FOR_CAUSAL_LM_MAPPING[text_config.__class__].base_model_prefix
+            causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[text_config.__class__]
+            prefix = causal_lm.base_model_prefix
             if prefix != cls.base_model_prefix:  # "gpt_neox", "transformer", ...
                 kwargs["key_mapping"] = {rf"^{prefix}\.": f"{cls.base_model_prefix}.", **kwargs.get("key_mapping", {})}
         kwargs.setdefault("use_safetensors", True)
         wants_loading_info = kwargs.pop("output_loading_info", False)
-        model, loading = cls.from_pretrained(model_id_or_path, config=config, output_loading_info=True, **kwargs)
+        loaded: Any = cls.from_pretrained(model_id_or_path, config=config, output_loading_info=True, **kwargs)
+        model, loading = loaded
         # transformers would otherwise write the next checkpoint under the renamed backbone's old key names, and
         # reloading that would start from random weights.
         model._weight_conversions = None
@@ -349,7 +359,9 @@ class InfoRMForSequenceClassification(PreTrainedModel):
         loss = None
         if return_loss:
             if len(rewards) % 2:
-                raise ValueError(f"return_loss needs chosen and rejected rows in equal number, got {len(rewards)} rows.")
+                raise ValueError(
+                    f"return_loss needs chosen and rejected rows in equal number, got {len(rewards)} rows."
+                )
             chosen, rejected = rewards.chunk(2)
             loss = bradley_terry_loss(chosen, rejected, margin)
             if kl is not None:

@@ -14,8 +14,15 @@ REQUIRED = {"model": "m", "data": ["d.jsonl"], "output": "o"}
 def test_yaml_and_flags_give_the_same_settings(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("model: m\ndata: d.jsonl\noutput: o\nlearning_rate: 1e-4\nlatent_dim: 64\nbf16: true\n")
-    flags = {"model": "m", "data": ["d.jsonl"], "output": "o", "learning_rate": "1e-4", "latent_dim": "64", "bf16": "true"}
-    assert read_config(path, {}) == read_config(None, flags)
+    flags = {
+        "model": "m",
+        "data": ["d.jsonl"],
+        "output": "o",
+        "learning_rate": "1e-4",
+        "latent_dim": "64",
+        "bf16": "true",
+    }
+    assert read_config(path, {}) == read_config(None, REQUIRED | flags)
     assert read_config(path, {}).learning_rate == 1e-4  # YAML itself reads 1e-4 as text
 
 
@@ -63,7 +70,9 @@ def test_wrong_setting_is_refused_with_its_name(settings, message):
 
 
 def test_missing_and_wrong_settings_come_in_one_message():
-    with pytest.raises(InputError, match="unknown setting 'x'.*latent_dim.*missing setting 'data'.*missing setting 'output'"):
+    with pytest.raises(
+        InputError, match=r"unknown setting 'x'.*latent_dim.*missing setting 'data'.*missing setting 'output'"
+    ):
         config_from_mapping({"model": "m", "x": 1, "latent_dim": "y"}, "test")
 
 

@@ -19,9 +19,9 @@ def test_whole_loss_matches_numpy(rewards):
     loss = reward_model_loss(
         chosen, rejected, kl_w, kl_l, beta=0.3, margin=margin, label_smoothing=0.1, center_rewards_coefficient=0.02
     )
-    w, l, m, kw, kl = (value.double().numpy() for value in (chosen, rejected, margin, kl_w, kl_l))
-    probability = 1 / (1 + np.exp(-(w - l - m)))
-    expected = -0.9 * np.log(probability) - 0.1 * np.log(1 - probability) + 0.3 * (kw + kl) + 0.02 * (w + l) ** 2
+    win, lose, gap, kw, kl = (value.double().numpy() for value in (chosen, rejected, margin, kl_w, kl_l))
+    probability = 1 / (1 + np.exp(-(win - lose - gap)))
+    expected = -0.9 * np.log(probability) - 0.1 * np.log(1 - probability) + 0.3 * (kw + kl) + 0.02 * (win + lose) ** 2
     assert loss.item() == pytest.approx(expected.mean(), rel=1e-6)
 
 

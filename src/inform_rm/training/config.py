@@ -66,7 +66,7 @@ class TrainingConfig:
     dtype: Literal["float32", "bfloat16", "auto"] = _setting("number type of the weights", "float32")
     bf16: bool = _setting("bfloat16 autocast; the reward head stays in float32", False)
     gradient_checkpointing: bool = _setting("recompute activations to save memory", False)
-    attn_implementation: str | None = _setting("sdpa, eager, flash_attention_2, ...; none: the model's own choice", None)
+    attn_implementation: str | None = _setting("sdpa, eager, flash_attention_2, ...; none: the model's own", None)
     use_cpu: bool = _setting("train on the CPU though a GPU is there", False)
     dataloader_num_workers: int = _setting("worker processes that prepare batches", 0)
 

@@ -59,8 +59,8 @@ def compute_eval_metrics(prediction: EvalPrediction) -> dict[str, float]:
     The loss is the Bradley-Terry part alone, so that it compares models with and without a bottleneck.
 
     Args:
-        prediction: ``predictions`` ``(N, 3)``: chosen reward, rejected reward and ``KL_w + KL_l`` (NaN in every row of a
-            standard reward model); ``label_ids`` ``(N,)``: margin targets.
+        prediction: ``predictions`` ``(N, 3)``: chosen reward, rejected reward and ``KL_w + KL_l`` (NaN in every row
+            of a standard reward model); ``label_ids`` ``(N,)``: margin targets.
     """
     rows = torch.from_numpy(np.asarray(prediction.predictions, dtype=np.float64))
     chosen, rejected, kl = rows.unbind(dim=1)

@@ -118,7 +118,10 @@ def load_model(config: TrainingConfig) -> PreTrainedModel:
         InputError: if the model cannot be loaded, or is an InfoRM model of another architecture.
     """
     hub = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    loading = {**hub, "dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)}
+    loading: dict[str, Any] = {
+        **hub,
+        "dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+    }
     if config.attn_implementation is not None:
         loading["attn_implementation"] = config.attn_implementation
     try:
@@ -139,7 +142,7 @@ def load_model(config: TrainingConfig) -> PreTrainedModel:
         for name in head:
             if getattr(found, name) != getattr(config, name):
                 raise InputError(
-                    f"{name}: {config.model} has {getattr(found, name)!r}, the settings say {getattr(config, name)!r}. "
+                    f"{name}: {config.model} has {getattr(found, name)!r}, not {getattr(config, name)!r}. "
                     "A trained head keeps its shape: change the setting."
                 )
         model = InfoRMForSequenceClassification.from_pretrained(config.model, use_safetensors=True, **loading)
@@ -222,7 +225,7 @@ def _add_lora(model: PreTrainedModel, config: TrainingConfig) -> Any:
     lora = LoraConfig(
         task_type="SEQ_CLS",
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes any number
         lora_dropout=config.lora_dropout,
         target_modules="all-linear",
         exclude_modules=r".*\bscore\b.*",
@@ -247,9 +250,9 @@ def _save_final(
     config: TrainingConfig,
     result: dict[str, Any],
 ) -> None:
-    """Put the finished model into the run's folder, ``config.json`` and the result last: an early end leaves no half."""
+    """Put the finished model into the run's folder, ``config.json`` and the result last, so that a kill shows."""
     staging = output / ".final"
-    model = trainer.model
+    model: Any = trainer.model
     if config.lora_r:
         model = trainer.accelerator.unwrap_model(model).merge_and_unload()
         trainer.model = model
@@ -286,9 +289,7 @@ def _checkpoint_step(checkpoint: str) -> int:
     return int(Path(checkpoint).name.rpartition("-")[2])
 
 
-def _check_resume(
-    output: Path, config: TrainingConfig, fingerprints: dict[str, str], resume_from: str | None
-) -> None:
+def _check_resume(output: Path, config: TrainingConfig, fingerprints: dict[str, str], resume_from: str | None) -> None:
     """Refuse to continue a run under other settings or data; write down those of a new run."""
     path = output / "checkpoints" / "run.json"
     settings = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as they are in the file

@@ -97,7 +97,9 @@ class RewardTrainer(Trainer):
         set_seed(self.args.seed, device_specific=True)
         return super().train(*args, **kwargs)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The loss of a batch from `PairCollator`; its counts are added to what the next log line divides."""
         chosen, rejected, kl, output = self._rewards(model, inputs)
         chosen_kl, rejected_kl = (None, None) if kl is None else kl.chunk(2)
@@ -113,10 +115,10 @@ class RewardTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Rows ``(B, 3)`` for `compute_eval_metrics`, and the margins as labels; gathered rows count each pair once."""
+        """Rows ``(B, 3)`` for `compute_eval_metrics`, and the margins as labels; gathering counts each pair once."""
         inputs = self._prepare_inputs(inputs)
         chosen, rejected, kl, _ = self._rewards(model, inputs)
-        kl_sum = torch.full_like(chosen, float("nan")) if kl is None else sum(kl.chunk(2))
+        kl_sum = torch.full_like(chosen, float("nan")) if kl is None else torch.stack(kl.chunk(2)).sum(dim=0)
         return None, torch.stack([chosen, rejected, kl_sum], dim=1).detach(), inputs["margin"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -128,14 +130,14 @@ class RewardTrainer(Trainer):
         if not all(torch.isfinite(torch.tensor(float(logs.get(name, 0.0)))) for name in ("loss", "grad_norm")):
             raise FloatingPointError(
                 f"The loss ({logs.get('loss')}) or gradient norm ({logs.get('grad_norm')}) is not finite at step "
-                f"{self.state.global_step}. Lower learning_rate, or train in float32. Checkpoints before it are intact."
+                f"{self.state.global_step}. Lower learning_rate, or train in float32. Earlier checkpoints are intact."
             )
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return EpochSeededLengthSampler(batch_size, list(rows["length"]), self.args.seed)
 
@@ -160,8 +162,8 @@ class RewardTrainer(Trainer):
             add_remote_code(folder)
 
     def _keep_fsdp_output_in_float32(self) -> None:
-        """FSDP2's mixed precision would round rewards to bfloat16 on their way out of the model (PyTorch `fully_shard`)."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        policy = getattr(plugin, "mixed_precision_policy", None)
-        if dataclasses.is_dataclass(policy) and hasattr(policy, "output_dtype"):
+        """FSDP2's mixed precision would round rewards to bfloat16 on their way out of the model."""
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy: Any = getattr(plugin, "mixed_precision_policy", None)
+        if hasattr(policy, "output_dtype"):
             plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=torch.float32)
