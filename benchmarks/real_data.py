@@ -1,0 +1,155 @@
+"""Train standard and InfoRM reward models on real preference pairs with a real small Llama, and tabulate accuracy.
+
+    python benchmarks/real_data.py --shared ../shared --output runs/real-data
+
+Two runs at a time, one thread each. Started again, it goes on where it was stopped. Writes ``table.md`` and
+``table.json`` into the output folder; ``docs/real-data.md`` shows and discusses them.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+SEEDS = (0, 1, 2)
+ARCHITECTURES = ("standard", "inform")
+BACKBONE = "models/smollm2-135m-first6-v16k"
+# Pairs drawn once (seed 0) from each training file, and from each test file. Sized for 90 minutes on two cores.
+TRAIN_PAIRS = {"prompt-swap": 2000, "truthfulqa": 1000, "ukp-convarg1": 200, "hh-rlhf": 100}
+TEST_PAIRS = {
+    "prompt-swap": 400, "truthfulqa": 300, "ukp-convarg1": 200, "hh-rlhf": 150,
+    "llmbar": 100, "xstest": 75, "hhh-alignment": 60, "humanevalpack": 60, "chat-human-judgments": 40, "judgebench": 20,
+}  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 2e-4, "num_train_epochs": 1, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1,
+    "max_length": 512, "overlong": "truncate_prompt", "group_by_length": True, "use_cpu": True, "save_steps": 0.5,
+    "beta": 0.01,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/ and models/")
+    parser.add_argument("--output", type=Path, default=Path("runs/real-data"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # one run of the table, in a process of its own
+    arguments = parser.parse_args()
+    if arguments.one is not None:
+        one_run(arguments.shared, arguments.output, arguments.one)
+        return
+    start = time.monotonic()
+    write_training_pairs(arguments.shared, arguments.output)
+    runs = [f"{architecture}-{seed}" for seed in SEEDS for architecture in ARCHITECTURES] + ["untrained-0"]
+
+    def launch(run: str) -> None:
+        command = [sys.executable, __file__, "--shared", arguments.shared, "--output", arguments.output, "--one", run]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with (arguments.output / f"{run}.log").open("w") as log:
+            subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
+        print(f"{run}: done after {(time.monotonic() - start) / 60:.1f} min", flush=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(launch, runs))
+    write_table(arguments.shared, arguments.output, runs, minutes=(time.monotonic() - start) / 60)
+
+
+def write_training_pairs(shared: Path, output: Path) -> None:
+    """The seeded subset of each training file, as files that the training reads."""
+    from inform_rm.files import atomic_write_text
+    from inform_rm.preferences import load_preferences
+
+    for name, count in TRAIN_PAIRS.items():
+        pairs = (
+            load_preferences(shared / "data" / name / "train.jsonl.gz").dataset.shuffle(seed=0).select(range(count))
+        )
+        kept = ("prompt", "chosen", "rejected", "subset", "id")
+        rows = [json.dumps({key: pair[key] for key in kept}) + "\n" for pair in pairs]
+        atomic_write_text(output / "data" / f"{name}.jsonl", "".join(rows))
+
+
+def one_run(shared: Path, output: Path, run: str) -> None:
+    """Train one model (unless untrained) and evaluate it on every test set."""
+    from inform_rm import InfoRMForSequenceClassification, evaluate, train
+    from inform_rm.encoding import load_tokenizer
+    from inform_rm.scoring import RewardScorer
+    from inform_rm.training.config import config_from_mapping
+
+    kind, seed = run.split("-")
+    template = str(Path(__file__).parent / "chatml.jinja")
+    folder = output / run
+    if kind == "untrained":
+        from transformers import set_seed
+
+        set_seed(int(seed))
+        model = InfoRMForSequenceClassification.from_backbone(
+            shared / BACKBONE, architecture="standard", dtype="float32"
+        )
+        scorer = RewardScorer(model.eval(), load_tokenizer(shared / BACKBONE, chat_template=template))
+    else:
+        if not (folder / "train_result.json").exists():
+            train(
+                config_from_mapping(
+                    {
+                        **SETTINGS,
+                        "model": str(shared / BACKBONE),
+                        "data": [str(output / "data" / f"{name}.jsonl") for name in TRAIN_PAIRS],
+                        "output": str(folder),
+                        "chat_template": template,
+                        "architecture": kind,
+                        "seed": int(seed),
+                    },
+                    "real_data.py",
+                )
+            )
+        scorer = RewardScorer(folder)
+    for name, count in TEST_PAIRS.items():
+        if not (folder / "eval" / name / "result.json").exists():
+            test = shared / "data" / name / "test.jsonl.gz"
+            evaluate(scorer, test, folder / "eval" / name, max_pairs=count, on_bad_row="skip", progress=False)
+
+
+def write_table(shared: Path, output: Path, runs: list[str], minutes: float) -> None:
+    """Accuracy per test set: mean and range over seeds, and the interval of all seeds' pairs taken as one test."""
+    from inform_rm.files import atomic_write_text, versions, write_json
+    from inform_rm.preferences import load_preferences
+    from inform_rm.statistics import wilson_interval
+
+    results: dict[str, dict[str, Any]] = {
+        run: {name: json.loads((output / run / "eval" / name / "result.json").read_text()) for name in TEST_PAIRS}
+        for run in runs
+    }
+    table, lines = {}, ["| test set | n | longer wins | untrained | standard | inform |", "|---|---|---|---|---|---|"]
+    for name in TEST_PAIRS:
+        n = results[runs[0]][name]["num_pairs"]
+        evaluated = {json.loads(line)["id"] for line in (output / runs[0] / "eval" / name / "pairs.jsonl").open()}
+        test = load_preferences(shared / "data" / name / "test.jsonl.gz", on_bad_row="skip").dataset
+        lengths = [len(pair["chosen"]) - len(pair["rejected"]) for pair in test if pair["id"] in evaluated]
+        row: dict[str, Any] = {
+            "n": n, "longer_wins": sum((d > 0) + 0.5 * (d == 0) for d in lengths) / len(lengths)
+        }  # fmt: skip
+        cells = [name, str(n), f"{row['longer_wins']:.3f}"]
+        for kind in ("untrained", *ARCHITECTURES):
+            values = [results[run][name]["accuracy"] for run in runs if run.startswith(kind)]
+            mean = math.fsum(values) / len(values)
+            low, high = wilson_interval(round(mean * n * 2) / 2, n)
+            row[kind] = {"accuracies": values, "mean": mean, "interval": [low, high]}
+            seeds = f" (seeds {', '.join(f'{value:.3f}' for value in values)})" if len(values) > 1 else ""
+            cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]{seeds}")
+        table[name] = row
+        lines.append("| " + " | ".join(cells) + " |")
+    write_json(output / "table.json", {"table": table, "settings": SETTINGS, "train_pairs": TRAIN_PAIRS,
+                                       "minutes": minutes, "versions": versions()})  # fmt: skip
+    text = (
+        "\n".join(lines) + f"\n\nMade in {minutes:.0f} minutes. Intervals: 95 % Wilson of the seed mean on n pairs.\n"
+    )
+    atomic_write_text(output / "table.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
