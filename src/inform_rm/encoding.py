@@ -197,13 +197,10 @@ class TokenPair:
     rejected_ids: list[int]
     prompt_length: int
 
-    def cut(self, num_tokens: int, keep: int) -> "TokenPair":
-        """The pair without `num_tokens` of the prompt after its first `keep` tokens, the same ones on both sides."""
-        return TokenPair(
-            self.chosen_ids[:keep] + self.chosen_ids[keep + num_tokens :],
-            self.rejected_ids[:keep] + self.rejected_ids[keep + num_tokens :],
-            self.prompt_length - num_tokens,
-        )
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer side, prompt included."""
+        return max(len(self.chosen_ids), len(self.rejected_ids))
 
 
 def encode_sides(tokenizer: Any, batch: dict[str, list]) -> list[TokenPair]:
@@ -246,6 +243,23 @@ def removable_prompt_tokens(pair: TokenPair, bos_token_id: int | None) -> tuple[
     return keep, pair.prompt_length - keep
 
 
+def truncate_prompt(pair: TokenPair, max_length: int, bos_token_id: int | None) -> TokenPair | None:
+    """The pair with as few prompt tokens removed as `max_length` needs, the same ones on both sides.
+
+    They go from the left, after a BOS token. None when the longer response does not fit even without its prompt.
+
+    Example:
+        >>> truncate_prompt(TokenPair([1, 5, 6, 7], [1, 5, 6, 8, 9], prompt_length=3), 4, bos_token_id=1)
+        TokenPair(chosen_ids=[1, 6, 7], rejected_ids=[1, 6, 8, 9], prompt_length=2)
+    """
+    excess = max(0, pair.longest - max_length)
+    keep, removable = removable_prompt_tokens(pair, bos_token_id)
+    if excess > removable:
+        return None
+    chosen, rejected = (ids[:keep] + ids[keep + excess :] for ids in (pair.chosen_ids, pair.rejected_ids))
+    return TokenPair(chosen, rejected, pair.prompt_length - excess)
+
+
 def encode_pairs(
     dataset: Dataset,
     tokenizer: Any,
@@ -280,16 +294,14 @@ def encode_pairs(
         for index, pair in enumerate(encode_sides(tokenizer, batch)):
             file, row = batch["file"][index], batch["row"][index]
             check_sides_differ(pair, file, row)
-            length = max(len(pair.chosen_ids), len(pair.rejected_ids))
-            truncated = max_length is not None and length > max_length
-            if truncated:
-                assert max_length is not None
-                if overlong == "drop":
-                    continue
-                pair = _fit(pair, length, max_length, overlong, tokenizer.bos_token_id, file, row)
+            is_overlong = max_length is not None and pair.longest > max_length
+            if is_overlong and overlong == "drop":
+                continue
+            if max_length is not None:
+                pair = _fit(pair, max_length, overlong, tokenizer.bos_token_id, file, row)
             values = (
                 pair.chosen_ids, pair.rejected_ids, pair.prompt_length, batch["margin"][index], batch["subset"][index],
-                batch["id"][index], len(batch["chosen"][index]), len(batch["rejected"][index]), truncated,
+                batch["id"][index], len(batch["chosen"][index]), len(batch["rejected"][index]), is_overlong,
             )  # fmt: skip
             for name, value in zip(columns, values, strict=True):
                 columns[name].append(value)
@@ -314,22 +326,20 @@ def encode_pairs(
     return EncodedPairs(encoded.remove_columns("truncated"), counts)
 
 
-def _fit(
-    pair: TokenPair, length: int, max_length: int, overlong: str, bos_token_id: int | None, file: str, row: int
-) -> TokenPair:
-    if overlong == "error":
-        raise BadRow(
-            file, row, f"{length} tokens, over max_length {max_length}. Raise max_length, or choose "
-            "overlong='drop' or 'truncate_prompt'.", "overlong",
-        )  # fmt: skip
-    keep, removable = removable_prompt_tokens(pair, bos_token_id)
-    excess = length - max_length
-    if excess > removable:
-        raise BadRow(
-            file, row, f"its longer response alone takes {length - removable} of max_length {max_length} tokens, and "
-            "responses are never cut. Raise max_length, choose overlong='drop', or remove the row.", "overlong",
-        )  # fmt: skip
-    return pair.cut(excess, keep)
+def _fit(pair: TokenPair, max_length: int, overlong: str, bos_token_id: int | None, file: str, row: int) -> TokenPair:
+    if overlong == "error" and pair.longest > max_length:
+        reason = (
+            f"{pair.longest} tokens, over max_length {max_length}. Raise max_length, or choose overlong='drop' or "
+        )
+        raise BadRow(file, row, reason + "'truncate_prompt'.", "overlong")
+    fitted = truncate_prompt(pair, max_length, bos_token_id)
+    if fitted is None:
+        alone = pair.longest - removable_prompt_tokens(pair, bos_token_id)[1]
+        reason = (
+            f"its longer response alone takes {alone} of max_length {max_length} tokens, and responses are never cut."
+        )
+        raise BadRow(file, row, f"{reason} Raise max_length, choose overlong='drop', or remove the row.", "overlong")
+    return fitted
 
 
 def _render(tokenizer: Any, conversations: list[list[Message]], **options: Any) -> list:

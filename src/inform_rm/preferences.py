@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -370,7 +371,7 @@ def _check_text(where: str, text: Any) -> None:
 
 
 def _has_text(text: str) -> bool:
-    return any(character.isprintable() and not character.isspace() for character in text)
+    return any(not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf") for c in text)  # Cf: zero-width
 
 
 def _margin(value: Any) -> float | None:
