@@ -21,10 +21,11 @@ SEEDS = (0, 1, 2)
 ARCHITECTURES = ("standard", "inform")
 BACKBONE = "models/smollm2-135m-first6-v16k"
 # Pairs drawn once (seed 0) from each training file, and from each test file. Sized for 90 minutes on two cores.
-TRAIN_PAIRS = {"prompt-swap": 2000, "truthfulqa": 1000, "ukp-convarg1": 200, "hh-rlhf": 100}
+TRAIN_PAIRS = {"prompt-swap": 1200, "truthfulqa": 600, "ukp-convarg1": 150, "hh-rlhf": 80}
 TEST_PAIRS = {
-    "prompt-swap": 400, "truthfulqa": 300, "ukp-convarg1": 200, "hh-rlhf": 150,
-    "llmbar": 100, "xstest": 75, "hhh-alignment": 60, "humanevalpack": 60, "chat-human-judgments": 40, "judgebench": 20,
+    "prompt-swap": 400, "truthfulqa": 300, "ukp-convarg1": 200, "hh-rlhf": 100,
+    "llmbar": 100, "xstest": 75, "hhh-alignment": 60, "humanevalpack": 50, "chat-human-judgments": 30,
+    "judgebench": 15,
 }  # fmt: skip
 SETTINGS: dict[str, Any] = {
     "learning_rate": 2e-4, "num_train_epochs": 1, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1,
@@ -144,9 +145,7 @@ def write_table(shared: Path, output: Path, runs: list[str], minutes: float) -> 
         lines.append("| " + " | ".join(cells) + " |")
     write_json(output / "table.json", {"table": table, "settings": SETTINGS, "train_pairs": TRAIN_PAIRS,
                                        "minutes": minutes, "versions": versions()})  # fmt: skip
-    text = (
-        "\n".join(lines) + f"\n\nMade in {minutes:.0f} minutes. Intervals: 95 % Wilson of the seed mean on n pairs.\n"
-    )
+    text = "\n".join(lines) + f"\n\nMade in {minutes:.0f} minutes. Intervals: 95 % Wilson of the seeds' mean on n.\n"
     atomic_write_text(output / "table.md", text)
     print(text)
 

@@ -118,8 +118,13 @@ class InfoRMHead(nn.Module):
         if config.decoder == "linear":
             self.decoder: nn.Module = RewardLinear(config.latent_dim, 1)
         else:
+            # The small first layer makes the start almost linear. Otherwise the decoder's slope varies with the latent
+            # noise, and what chosen and rejected have in common, most of the hidden state, does not cancel in the
+            # gradient of their difference: the head then learns several times more slowly.
             self.decoder = nn.Sequential(
-                RewardLinear(config.latent_dim, config.latent_dim), nn.GELU(), RewardLinear(config.latent_dim, 1)
+                RewardLinear(config.latent_dim, config.latent_dim, initial_gain=0.1),
+                nn.GELU(),
+                RewardLinear(config.latent_dim, 1, initial_gain=10.0),
             )
 
     def encode(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
