@@ -19,7 +19,7 @@ setup(
     name="inform-rm",
     version=VERSION.group(1),
     description="InfoRM reward models for the Hugging Face Hub: training, evaluation, overoptimization detection",
-    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description=README.read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],

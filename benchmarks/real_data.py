@@ -21,11 +21,10 @@ SEEDS = (0, 1, 2)
 ARCHITECTURES = ("standard", "inform")
 BACKBONE = "models/smollm2-135m-first6-v16k"
 # Pairs drawn once (seed 0) from each training file, and from each test file. Sized for 90 minutes on two cores.
-TRAIN_PAIRS = {"prompt-swap": 1200, "truthfulqa": 600, "ukp-convarg1": 150, "hh-rlhf": 80}
+TRAIN_PAIRS = {"prompt-swap": 900, "truthfulqa": 300, "ukp-convarg1": 60, "hh-rlhf": 30}
 TEST_PAIRS = {
-    "prompt-swap": 400, "truthfulqa": 300, "ukp-convarg1": 200, "hh-rlhf": 100,
-    "llmbar": 100, "xstest": 75, "hhh-alignment": 60, "humanevalpack": 50, "chat-human-judgments": 30,
-    "judgebench": 15,
+    "prompt-swap": 300, "truthfulqa": 200, "ukp-convarg1": 100, "hh-rlhf": 60, "llmbar": 60, "xstest": 50,
+    "hhh-alignment": 40, "humanevalpack": 30, "chat-human-judgments": 20, "judgebench": 8,
 }  # fmt: skip
 SETTINGS: dict[str, Any] = {
     "learning_rate": 2e-4, "num_train_epochs": 1, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1,
