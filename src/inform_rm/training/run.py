@@ -13,7 +13,15 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SchedulerType,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.training_args import OptimizerNames
 
 from inform_rm.encoding import check_vocabulary, encode_pairs, load_tokenizer
 from inform_rm.errors import InputError
@@ -199,6 +207,10 @@ def _training_arguments(config: TrainingConfig, checkpoints: Path) -> TrainingAr
         "load_best_model_at_end", "report_to",
     )  # fmt: skip
     evaluates = bool(config.eval_data)
+    for name, known in (("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames)):
+        choices = [choice.value for choice in known]
+        if getattr(config, name) not in choices:
+            raise InputError(f"{name}: {getattr(config, name)!r} is unknown. Choose one of {', '.join(choices)}.")
     return TrainingArguments(
         output_dir=str(checkpoints),
         **{name: getattr(config, name) for name in passed_on},
