@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/ and models/")
     parser.add_argument("--output", type=Path, default=Path("runs/real-data"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 1 2")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # one run of the table, in a process of its own
     arguments = parser.parse_args()
     if arguments.one is not None:
@@ -44,7 +45,7 @@ def main() -> None:
         return
     start = time.monotonic()
     write_training_pairs(arguments.shared, arguments.output)
-    runs = [f"{architecture}-{seed}" for seed in SEEDS for architecture in ARCHITECTURES] + ["untrained-0"]
+    runs = [f"{architecture}-{seed}" for seed in arguments.seeds for architecture in ARCHITECTURES] + ["untrained-0"]
 
     def launch(run: str) -> None:
         command = [sys.executable, __file__, "--shared", arguments.shared, "--output", arguments.output, "--one", run]

@@ -169,7 +169,7 @@ def no_special_tokens(folder):
 
 BAD_MODELS = {
     "truncated weights": (cut_weights, "cannot load"),
-    "weights that are no safetensors": (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "cannot load"),
+    "no safetensors file": (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "cannot load"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"no \*\.safetensors"),
     "pickled weights": (pickle_weights, "only pickled weights"),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json"),
