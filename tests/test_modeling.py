@@ -1,5 +1,6 @@
 """`InfoRMForSequenceClassification`: the head's formulas, loading, and "one score" whatever the batch looks like."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def tensors(seed, *shape):
 @pytest.fixture
 def model(backbone_configs):
     torch.manual_seed(0)
-    return InfoRMForSequenceClassification(InfoRMConfig(backbone_configs["llama"], latent_dim=8)).eval()
+    config = copy.deepcopy(backbone_configs["llama"])  # a test may change it; the fixture serves the whole session
+    return InfoRMForSequenceClassification(InfoRMConfig(config, latent_dim=8)).eval()
 
 
 def rows(seed=0, lengths=(12, 5, 9, 1)):
@@ -177,7 +179,7 @@ def test_unknown_keywords_are_ignored_and_eval_is_deterministic(model):
     [
         ({}, "Pass input_ids or inputs_embeds"),
         ({"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(2, 4)}, r"expected \(2, 3\)"),
-        ({"input_ids": torch.ones(3, 3).long(), "return_loss": True}, "got 3 rows in all"),
+        ({"input_ids": torch.ones(3, 3).long(), "return_loss": True}, "got 3 rows"),
         ({"input_ids": torch.ones(2, 3).long(), "reward_samples": 1}, "at least 2"),
     ],
 )
