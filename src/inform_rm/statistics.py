@@ -28,7 +28,8 @@ def wilson_interval(num_correct: float, n: int) -> tuple[float, float]:
     share, square = num_correct / n, _NORMAL_QUANTILE_975**2
     center = (share + square / (2 * n)) / (1 + square / n)
     half = math.sqrt(share * (1 - share) * square / n + square**2 / (4 * n**2)) / (1 + square / n)
-    return max(0.0, center - half), min(1.0, center + half)
+    # The interval holds the share itself; rounding may leave it out by 1e-16 where the share is 0 or 1.
+    return max(0.0, min(center - half, share)), min(1.0, max(center + half, share))
 
 
 def expected_calibration_error(margins: ArrayLike, num_bins: int = 10) -> float:

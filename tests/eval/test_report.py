@@ -134,3 +134,12 @@ def test_figure_png_is_an_image_without_a_display(monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     png = report.figure_png(report.reliability_figure(reliability_bins([0.5, -0.2])))
     assert png.startswith(b"\x89PNG\r\n\x1a\n") and png.endswith(b"IEND\xaeB`\x82")
+
+
+def test_reliability_figure_takes_bins_that_are_all_right_or_all_wrong():
+    """Rounding once left the interval of a perfect bin 1e-16 below 1, which matplotlib refuses to draw."""
+    for n in (10, 13, 25, 27, 28):
+        right = pairwise_accuracy(np.full(n, 9.0), np.zeros(n))
+        wrong = pairwise_accuracy(np.zeros(n), np.full(n, 9.0))
+        for result in (right, wrong):
+            report.reliability_figure(result["calibration"]["bins"])
