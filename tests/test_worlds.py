@@ -5,11 +5,12 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from inform_rm.encoding import encode
 from inform_rm.errors import InputError
 from inform_rm.preferences import load_preferences
-from inform_rm.world_backbone import small_llama_config, train_backbone, train_tokenizer
+from inform_rm.world_backbone import train_tokenizer, write_backbone
 from inform_rm.world_text import FAMILIES, FILLERS, HEDGES, POLITE_CLOSERS, POLITE_OPENERS, SLOT_WORDS
 from inform_rm.worlds import (
     SPLITS,
@@ -28,6 +29,7 @@ WORLDS = st.builds(
     label_noise=st.floats(0, 0.49),
     adversarial_share=st.floats(0, 0.5),
     equal_content_share=st.floats(0, 0.5),
+    off_topic_share=st.floats(0, 1),
     seed=st.integers(0, 2**32),
 )
 CLEAN = WorldConfig(label_noise=0.0, equal_content_share=0.0, adversarial_share=0.0)
@@ -134,6 +136,16 @@ def test_adversarial_twins_share_their_responses_and_reverse_the_preference():
         assert first["prompt"] != second["prompt"]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_off_topic_share_is_that_of_rejected_responses_of_another_family(share):
+    rows = make_pairs(dataclasses.replace(CLEAN, off_topic_share=share), "train", 2000)
+    off_topic = 0
+    for row in rows:
+        said = {slot for slot, words in SLOT_WORDS.items() if set(words) & set(words_of(row["rejected"]))}
+        off_topic += said != set(FAMILIES[row["family"]].slots)
+    assert off_topic / 2000 == pytest.approx(share, abs=0.034 if share % 1 else 0)
+
+
 def test_unseen_families_occur_in_their_own_set_only():
     world = WorldConfig(unseen_families=("trip", "shop"))
     for split in SPLITS:
@@ -165,10 +177,10 @@ def test_each_slot_word_names_one_slot_and_style_says_nothing():
     [
         # 8 words of 40: 0.3 * 8 / 40
         ("A red fox is easy to know by", 2.0, 0.06),
-        ("A red owl is easy to know by", 1.0, 0.06),
-        ("A blue owl is easy to know by", 0.0, 0.06),
+        ("A red wolf is easy to know by", 1.0, 0.06),
+        ("A blue wolf is easy to know by", 0.0, 0.06),
         # names the right animal and a rival: contradicts itself
-        ("A red fox or owl, easy to know", 1.0, 0.06),
+        ("A red fox or wolf, easy to know", 1.0, 0.06),
         ("- A red fox\n- is easy to", 2.0, 0.06 + 0.15),
         ("A red fox. I hope this helps.", 2.0, 0.3 * 7 / 40 + 0.15),
         ("I may be wrong. A red fox.", 2.0, 0.3 * 7 / 40 - 0.15),
@@ -214,6 +226,7 @@ def test_style_never_outweighs_what_was_asked():
         ({"style_bias": 1.5}, r"style_bias=1.5 must lie in \[-1.0, 1.0\]"),
         ({"label_noise": 0.5}, r"label_noise=0.5 must lie in \[0.0, 0.5\)"),
         ({"label_noise": float("nan")}, "label_noise=nan"),
+        ({"off_topic_share": 1.1}, "off_topic_share=1.1"),
         ({"adversarial_share": -0.1}, "adversarial_share=-0.1"),
         ({"adversarial_share": 0.6, "equal_content_share": 0.6}, "must not exceed 1"),
         ({"unseen_families": ("verse", "opera")}, r"unknown names \['opera'\]"),
@@ -273,12 +286,13 @@ def test_any_text_is_encoded_with_one_bos_and_a_final_eos(world_tokenizer, promp
     assert world_tokenizer.decode(ids) == f"<|bos|><|user|>{prompt}<|assistant|>{response}<|eos|>"
 
 
-def test_backbone_is_a_small_llama_that_learns_its_text(tmp_path, world_tokenizer):
-    from transformers import AutoModelForCausalLM
-
-    losses = train_backbone(tmp_path, WorldConfig(), num_steps=12, batch_size=4, seed=1)
-    assert losses[-1] < losses[0] - 1.0
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert 1_000_000 <= model.model.num_parameters() <= 5_000_000
-    assert model.config.vocab_size == len(world_tokenizer)
-    assert small_llama_config(world_tokenizer).pad_token_id == world_tokenizer.pad_token_id
+def test_backbone_is_a_small_llama_that_its_seed_decides(tmp_path, world_tokenizer):
+    models = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_backbone(tmp_path / name, seed=seed)
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / name))
+    assert 1_000_000 <= models[0].num_parameters() <= 5_000_000
+    assert models[0].config.vocab_size == len(world_tokenizer)
+    assert models[0].config.pad_token_id == world_tokenizer.pad_token_id
+    first, second, other = (model.state_dict()["model.embed_tokens.weight"] for model in models)
+    assert first.equal(second) and not first.equal(other)

@@ -1,8 +1,8 @@
 """Words, templates and style phrases of the embedded world. Data only; written for this project.
 
-A family is one kind of task. Its prompts ask for two things, each one word from a named list (a *slot*), and its bodies are
-sentences that answer such a prompt. Style phrases and filler sentences contain no slot word, so what a response says and
-how it says it can be varied apart from each other.
+A family is one kind of task. Its prompts ask for two things, each one word from a named list (a *slot*), and its
+bodies are sentences that answer such a prompt. Style phrases and filler sentences contain no slot word, so what a
+response says and how it says it can be varied apart from each other.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SLOT_WORDS: dict[str, tuple[str, ...]] = {
-    "animal": ("fox", "owl", "horse", "rabbit", "otter", "goat", "heron", "turtle", "badger", "swan"),
-    "colour": ("red", "blue", "green", "yellow", "purple", "white", "black", "orange"),
-    "place": ("forest", "harbour", "desert", "library", "market", "castle", "meadow", "museum", "island", "valley"),
+    "animal": ("fox", "wolf", "horse", "rabbit", "beaver", "goat", "heron", "turtle", "badger", "swan"),
+    "colour": ("red", "blue", "green", "yellow", "purple", "white", "black", "pink"),
+    "place": ("forest", "harbour", "desert", "library", "market", "castle", "meadow", "museum", "village", "valley"),
     "food": ("soup", "bread", "rice", "salmon", "pumpkin", "lentils", "noodles", "cabbage"),
     "spice": ("ginger", "pepper", "garlic", "mint", "saffron", "mustard", "vanilla", "lemon"),
     "season": ("spring", "summer", "autumn", "winter"),
-    "object": ("scarf", "lamp", "mug", "kite", "clock", "umbrella", "notebook", "basket"),
+    "object": ("scarf", "lamp", "mug", "kite", "clock", "ladder", "notebook", "basket"),
     "person": ("sister", "uncle", "teacher", "neighbour", "grandmother", "cousin", "doctor", "friend"),
 }
 

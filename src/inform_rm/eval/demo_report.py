@@ -20,8 +20,8 @@ TEST_SETS = {
 }
 _MEANINGS = {
     "in_distribution": "pairs like those in training, without label noise",
-    "bias_reversed": "the response that does what the prompt asks is always the shorter one; in training mostly the longer",
-    "adversarial_prompt": "every two responses stand under two prompts with opposite preference: blind to the prompt is 0.5",
+    "bias_reversed": "what the prompt asks is always done by the shorter response; in training mostly by the longer",
+    "adversarial_prompt": "two responses under two prompts with opposite preference; blind to the prompt gives 0.5",
     "unseen_family": "kinds of task that training never showed; length tells nothing",
 }
 _MODELS = {"standard": "standard", "inform": "InfoRM"}
@@ -70,7 +70,6 @@ def write_demo_report(
     rewards: dict[str, dict[str, np.ndarray]],
     logs: dict[str, list[dict[str, float]]],
     latents: dict[str, np.ndarray],
-    language_model_loss: list[float],
 ) -> None:
     """Write the demo's page.
 
@@ -81,7 +80,6 @@ def write_demo_report(
         rewards: model to test set to ``(N, 2)`` rewards, chosen and rejected.
         logs: model to the log lines of its training.
         latents: ``mean`` and ``kl_nats`` ``(M, K)`` and ``gold_r1`` ``(M,)`` of in-distribution responses.
-        language_model_loss: loss per step of the backbone from scratch; empty for a pretrained one.
     """
     header, table = _accuracy_table(result)
     chosen_words = {name: _words(part, "chosen") - _words(part, "rejected") for name, part in rows.items()}
@@ -93,7 +91,7 @@ def write_demo_report(
             "A model that goes by length puts the points on a rising line.",
         ),
         (
-            lambda: _training_figure(logs, language_model_loss),
+            lambda: _training_figure(logs),
             "Training. Loss without the KL term and accuracy are those of the validation pairs, which hold no label "
             "noise.",
         ),
@@ -108,8 +106,8 @@ def write_demo_report(
         ),
         (
             lambda: _latent_figure(latents),
-            "InfoRM: the latent means of in-distribution responses, on their two main axes, coloured by how many of the two "
-            "requested things the response gets right.",
+            "InfoRM: the latent means of in-distribution responses, on their two main axes, coloured by how many of "
+            "the two requested things the response gets right.",
         ),
     ]
     elsewhere, seconds = result["loaded_elsewhere"], result["seconds"]
@@ -124,8 +122,8 @@ def write_demo_report(
         "<h2>Three pairs</h2>",
         *[_example(name, rows[name], rewards) for name in ("in_distribution", "bias_reversed", "unseen_family")],
         "<h2>Run</h2>",
-        f"<p>The exported InfoRM model was loaded in a fresh interpreter without this package and gave the same rewards "
-        f"for {elsewhere['num_responses']} responses (largest difference "
+        "<p>The exported InfoRM model was loaded in a fresh interpreter without this package and gave the same "
+        f"rewards for {elsewhere['num_responses']} responses (largest difference "
         f"{elsewhere['largest_reward_difference']:.1e}).</p>",
         _wide(html_table(("stage", "seconds"), [(k, f"{v:.0f}") for k, v in seconds.items()])),
         _wide(html_table(("setting", "value"), _setting_rows(result))),
@@ -195,7 +193,8 @@ def _wide(table: str, kind: str = "") -> str:
 def _figure(draw: Callable[[], Figure], caption: str) -> str:
     images = []
     for colors in (_DARK, _LIGHT):
-        with mpl.rc_context({**_SHARED, **colors}):
+        settings: Any = {**_SHARED, **colors}
+        with mpl.rc_context(settings):
             images.append(png_data_uri(figure_png(draw())))
     text = html.escape(caption)
     return (
@@ -257,10 +256,10 @@ def _margin_figure(words: dict[str, np.ndarray], rewards: dict[str, dict[str, np
     return figure
 
 
-def _training_figure(logs: dict[str, list[dict[str, float]]], language_model_loss: list[float]) -> Figure:
+def _training_figure(logs: dict[str, list[dict[str, float]]]) -> Figure:
     panels = [("eval_bradley_terry_loss", "Bradley-Terry loss (nats)"), ("eval_accuracy", "accuracy (share)")]
-    figure = Figure(figsize=(6.4, 6.8 if language_model_loss else 5.2), layout="constrained")
-    axes_list = list(np.atleast_1d(figure.subplots(len(panels) + 1 + bool(language_model_loss))))
+    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    axes_list = figure.subplots(3, 1, sharex=True)
     for axes, (key, label) in zip(axes_list, panels, strict=False):
         for model, log in logs.items():
             points = [(line["step"], line[key]) for line in log if key in line]
@@ -270,10 +269,7 @@ def _training_figure(logs: dict[str, list[dict[str, float]]], language_model_los
     axes_list[0].legend(ncols=3)
     kl = [(line["step"], line["kl_nats"]) for line in logs["inform"] if "kl_nats" in line]
     axes_list[2].plot(*np.array(kl).T, color=_COLORS["inform"])
-    axes_list[2].set(ylabel="InfoRM KL (nats)", xlabel="reward model step")
-    if language_model_loss:
-        axes_list[3].plot(np.arange(1, len(language_model_loss) + 1), language_model_loss, color=_COLORS["rule"])
-        axes_list[3].set(ylabel="LM loss (nats)", xlabel="language model step", ylim=(0, None))
+    axes_list[2].set(ylabel="InfoRM KL (nats)", xlabel="training step", ylim=(0, None))
     figure.align_ylabels()
     return figure
 
@@ -322,7 +318,7 @@ def _latent_figure(latents: dict[str, np.ndarray]) -> Figure:
     shares = scale[:2] ** 2 / max(float((scale**2).sum()), 1e-12)
     for value, color in enumerate(_GOLD_COLORS):
         part = points[latents["gold_r1"] == value]
-        axes.scatter(*part.T, s=12, alpha=0.55, linewidths=0, color=color, label=f"{value} of 2 right")
+        axes.scatter(part[:, 0], part[:, 1], s=12, alpha=0.55, linewidths=0, color=color, label=f"{value} of 2 right")
     axes.set(xlabel=f"first main axis ({shares[0]:.0%} of variance)", ylabel=f"second main axis ({shares[1]:.0%})")
     figure.legend(loc="outside upper center", ncols=3)
     return figure
