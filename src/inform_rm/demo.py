@@ -45,7 +45,7 @@ class DemoBudget:
         test_pairs: pairs in each test set.
     """
 
-    reward_steps: int = 500
+    reward_steps: int = 900
     pairs_per_step: int = 16
     learning_rate: float = 1e-3
     pretrained_reward_steps: int = 150
