@@ -119,7 +119,7 @@ def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | N
         f"---\n{metadata.to_yaml()}\n---\n",
         "# Reward model\n",
         f"This is {kind} on a {config.text_config.model_type} backbone, made with "
-        "[inform-rm](https://pypi.org/project/inform-rm/). It gives one number for a prompt and a response; "
+        "inform-rm. It gives one number for a prompt and a response; "
         "only differences between responses to the same prompt mean anything.\n",
         "## How to load\n",
         "```python",
