@@ -51,8 +51,7 @@ def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
 def small_llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     """A Llama of 1.2 million parameters.
 
-    Four layers: finding a requested word, comparing it and passing the outcome on to the last token take one each, and
-    models of two and three layers learnt to heed the prompt later, if at all.
+    Four layers: of a few single runs of equal cost, those with two and three layers heeded the prompt less.
     """
     return LlamaConfig(
         vocab_size=len(tokenizer),
