@@ -20,7 +20,7 @@ TEST_SETS = {
 }
 _MEANINGS = {
     "in_distribution": "pairs like those in training, without label noise",
-    "bias_reversed": "what the prompt asks is always done by the response with less filler; in training mostly by the other",
+    "bias_reversed": "what is asked is always done by the response with less filler; in training mostly with more",
     "adversarial_prompt": "two responses under two prompts with opposite preference; blind to the prompt gives 0.5",
     "unseen_family": "kinds of task that training never showed; length tells nothing",
 }
