@@ -145,7 +145,8 @@ def write_table(shared: Path, output: Path, runs: list[str], minutes: float) -> 
         lines.append("| " + " | ".join(cells) + " |")
     write_json(output / "table.json", {"table": table, "settings": SETTINGS, "train_pairs": TRAIN_PAIRS,
                                        "minutes": minutes, "versions": versions()})  # fmt: skip
-    text = "\n".join(lines) + f"\n\nThis call took {minutes:.0f} minutes. 95 % Wilson intervals of the seeds' mean on n.\n"
+    note = f"This call took {minutes:.0f} minutes. 95 % Wilson intervals of the seeds' mean on n."
+    text = "\n".join(lines) + f"\n\n{note}\n"
     atomic_write_text(output / "table.md", text)
     print(text)
 

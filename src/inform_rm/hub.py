@@ -127,7 +127,7 @@ def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | N
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n",
         'name = "."  # this repository\'s id, or its folder',
         "model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True).eval()",
-        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)  # it reads the config",
         'messages = [{"role": "user", "content": "Name a prime number."}, {"role": "assistant", "content": "Seven."}]',
         'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)',
         "with torch.no_grad():",
