@@ -120,7 +120,7 @@ class InfoRMHead(nn.Module):
         else:
             # The small first layer makes the start almost linear. Otherwise the decoder's slope varies with the latent
             # noise, and what chosen and rejected have in common, most of the hidden state, does not cancel in the
-            # gradient of their difference: the head then learns several times more slowly.
+            # gradient of their difference.
             self.decoder = nn.Sequential(
                 RewardLinear(config.latent_dim, config.latent_dim, initial_gain=0.1),
                 nn.GELU(),
