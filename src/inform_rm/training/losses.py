@@ -1,7 +1,6 @@
 """The training loss as pure functions of tensors. The two formulas that the model itself needs live with the model."""
 
 from torch import Tensor
-from torch.nn import functional
 
 from inform_rm.modeling_inform import bradley_terry_loss, kl_to_standard_normal
 
@@ -50,10 +49,7 @@ def reward_model_loss(
     """
     loss = bradley_terry_loss(chosen_rewards, rejected_rewards, margin)
     if label_smoothing:
-        difference = chosen_rewards.float() - rejected_rewards.float()
-        if margin is not None:
-            difference = difference - margin
-        swapped = -functional.logsigmoid(-difference).mean()
+        swapped = bradley_terry_loss(rejected_rewards, chosen_rewards, None if margin is None else -margin)
         loss = (1 - label_smoothing) * loss + label_smoothing * swapped
     if chosen_kl is not None and rejected_kl is not None:
         loss = loss + beta * (chosen_kl + rejected_kl).mean()
