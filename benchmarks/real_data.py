@@ -20,14 +20,15 @@ from typing import Any
 SEEDS = (0, 1, 2)
 ARCHITECTURES = ("standard", "inform")
 BACKBONE = "models/smollm2-135m-first6-v16k"
+TEMPLATE = Path(__file__).parent / "chatml.jinja"
 # Pairs drawn once (seed 0) from each training file, and from each test file. Sized for 90 minutes on two cores.
-TRAIN_PAIRS = {"prompt-swap": 900, "truthfulqa": 300, "ukp-convarg1": 60, "hh-rlhf": 30}
+TRAIN_PAIRS = {"prompt-swap": 1800, "truthfulqa": 1455, "ukp-convarg1": 150, "hh-rlhf": 60}
 TEST_PAIRS = {
     "prompt-swap": 300, "truthfulqa": 200, "ukp-convarg1": 100, "hh-rlhf": 60, "llmbar": 60, "xstest": 50,
     "hhh-alignment": 40, "humanevalpack": 30, "chat-human-judgments": 20, "judgebench": 8,
 }  # fmt: skip
 SETTINGS: dict[str, Any] = {
-    "learning_rate": 2e-4, "num_train_epochs": 1, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1,
+    "learning_rate": 3e-4, "num_train_epochs": 1, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1,
     "max_length": 512, "overlong": "truncate_prompt", "group_by_length": True, "use_cpu": True, "save_steps": 0.5,
     "beta": 0.01,
 }  # fmt: skip
@@ -45,7 +46,8 @@ def main() -> None:
         return
     start = time.monotonic()
     write_training_pairs(arguments.shared, arguments.output)
-    runs = [f"{architecture}-{seed}" for seed in arguments.seeds for architecture in ARCHITECTURES] + ["untrained-0"]
+    runs = [f"{architecture}-{seed}" for seed in arguments.seeds for architecture in ARCHITECTURES]
+    runs += ["probe-0", "untrained-0"]
 
     def launch(run: str) -> None:
         command = [sys.executable, __file__, "--shared", arguments.shared, "--output", arguments.output, "--one", run]
@@ -75,43 +77,75 @@ def write_training_pairs(shared: Path, output: Path) -> None:
 
 def one_run(shared: Path, output: Path, run: str) -> None:
     """Train one model (unless untrained) and evaluate it on every test set."""
+    from transformers import set_seed
+
     from inform_rm import InfoRMForSequenceClassification, evaluate, train
     from inform_rm.encoding import load_tokenizer
     from inform_rm.scoring import RewardScorer
     from inform_rm.training.config import config_from_mapping
 
     kind, seed = run.split("-")
-    template = str(Path(__file__).parent / "chatml.jinja")
     folder = output / run
-    if kind == "untrained":
-        from transformers import set_seed
-
+    if kind not in ARCHITECTURES:
         set_seed(int(seed))
         model = InfoRMForSequenceClassification.from_backbone(
             shared / BACKBONE, architecture="standard", dtype="float32"
         )
-        scorer = RewardScorer(model.eval(), load_tokenizer(shared / BACKBONE, chat_template=template))
+        scorer = RewardScorer(model.eval(), load_tokenizer(shared / BACKBONE, chat_template=str(TEMPLATE)))
+        if kind == "probe":
+            fit_probe(scorer, [output / "data" / f"{name}.jsonl" for name in TRAIN_PAIRS])
     else:
         if not (folder / "train_result.json").exists():
-            train(
-                config_from_mapping(
-                    {
-                        **SETTINGS,
-                        "model": str(shared / BACKBONE),
-                        "data": [str(output / "data" / f"{name}.jsonl") for name in TRAIN_PAIRS],
-                        "output": str(folder),
-                        "chat_template": template,
-                        "architecture": kind,
-                        "seed": int(seed),
-                    },
-                    "real_data.py",
-                )
-            )
+            settings = {
+                **SETTINGS,
+                "model": str(shared / BACKBONE),
+                "data": [str(output / "data" / f"{name}.jsonl") for name in TRAIN_PAIRS],
+                "output": str(folder),
+                "chat_template": str(TEMPLATE),
+                "architecture": kind,
+                "seed": int(seed),
+            }
+            train(config_from_mapping(settings, "real_data.py"))
         scorer = RewardScorer(folder)
     for name, count in TEST_PAIRS.items():
         if not (folder / "eval" / name / "result.json").exists():
             test = shared / "data" / name / "test.jsonl.gz"
             evaluate(scorer, test, folder / "eval" / name, max_pairs=count, on_bad_row="skip", progress=False)
+
+
+def fit_probe(scorer: Any, files: list[Path]) -> None:
+    """Give a frozen backbone the linear head that logistic regression finds on differences of its hidden states.
+
+    The strength of the L2 penalty is chosen by 5-fold cross-validation on the same training pairs.
+    """
+    import numpy as np
+    import torch
+    from datasets import concatenate_datasets
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.model_selection import KFold
+
+    from inform_rm.encoding import encode_pairs
+    from inform_rm.preferences import load_preferences
+
+    pairs = concatenate_datasets([load_preferences(file).dataset for file in files]).shuffle(seed=0)
+    limits = {name: SETTINGS[name] for name in ("max_length", "overlong")}
+    encoded = encode_pairs(pairs, scorer.tokenizer, **limits).dataset
+    sequences = list(encoded["chosen_input_ids"]) + list(encoded["rejected_input_ids"])
+    batches: list[torch.Tensor] = []
+    hook = scorer.model.score.register_forward_pre_hook(lambda _, inputs: batches.append(inputs[0]))
+    features = torch.empty(len(sequences), scorer.model.score.in_features)
+    for rows, _, _ in scorer.iter_scores(sequences):
+        features[rows] = batches.pop()
+    hook.remove()
+    chosen, rejected = features.double().numpy().reshape(2, len(encoded), -1)
+    # Each pair enters both ways round, side by side, so that the folds keep them together and no intercept is needed.
+    differences = np.stack([chosen - rejected, rejected - chosen], axis=1).reshape(2 * len(encoded), -1)
+    labels = np.tile([1, 0], len(encoded))
+    probe = LogisticRegressionCV(Cs=np.logspace(-4, 1, 6), cv=KFold(5), fit_intercept=False, max_iter=2000)
+    probe.fit(differences, labels)
+    print(f"probe: C {probe.C_}, accuracy in cross-validation by C {probe.scores_[1].mean(axis=0)}")
+    with torch.no_grad():
+        scorer.model.score.weight.copy_(torch.from_numpy(probe.coef_))
 
 
 def write_table(shared: Path, output: Path, runs: list[str], minutes: float) -> None:
@@ -124,7 +158,7 @@ def write_table(shared: Path, output: Path, runs: list[str], minutes: float) -> 
         run: {name: json.loads((output / run / "eval" / name / "result.json").read_text()) for name in TEST_PAIRS}
         for run in runs
     }
-    table, lines = {}, ["| test set | n | longer wins | untrained | standard | inform |", "|---|---|---|---|---|---|"]
+    table, lines = {}, ["| test set | n | longer wins | untrained | probe | standard | inform |", "|" + "---|" * 7]
     for name in TEST_PAIRS:
         n = results[runs[0]][name]["num_pairs"]
         evaluated = {json.loads(line)["id"] for line in (output / runs[0] / "eval" / name / "pairs.jsonl").open()}
@@ -134,7 +168,7 @@ def write_table(shared: Path, output: Path, runs: list[str], minutes: float) -> 
             "n": n, "longer_wins": sum((d > 0) + 0.5 * (d == 0) for d in lengths) / len(lengths)
         }  # fmt: skip
         cells = [name, str(n), f"{row['longer_wins']:.3f}"]
-        for kind in ("untrained", *ARCHITECTURES):
+        for kind in ("untrained", "probe", *ARCHITECTURES):
             values = [results[run][name]["accuracy"] for run in runs if run.startswith(kind)]
             mean = math.fsum(values) / len(values)
             low, high = wilson_interval(round(mean * n * 2) / 2, n)

@@ -121,7 +121,8 @@ def test_standard_architecture_repeats_the_loss_curve_of_trl(save_reward_model, 
     )
     ours = losses(
         OurRewardTrainer(
-            beta=0.1,  # no effect: a standard model has no KL term
+            beta=0.1,  # no effect, like the next: a standard model has no KL term
+            kl_warmup_steps=0,
             label_smoothing=0.0,
             center_rewards_coefficient=0.0,
             model=AutoModelForSequenceClassification.from_pretrained(folder),

@@ -35,6 +35,10 @@ class TrainingConfig:
         "'sum': the paper's bound; 'averaged_moments': the authors' released code", "sum"
     )
 
+    kl_warmup_steps: float = _setting(
+        "the KL weight is 0 for so many steps and rises to beta over as many again; below 1: fraction of all steps", 0.25
+    )
+
     label_smoothing: float = _setting("probability that a label is wrong, 0 to below 0.5", 0.0)
     center_rewards_coefficient: float = _setting("weight of mean((r_w + r_l)^2), which keeps rewards near 0", 0.0)
 
@@ -92,6 +96,7 @@ class TrainingConfig:
         at_least = {
             "latent_dim": 1, "beta": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
             "gradient_accumulation_steps": 1, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "lora_r": 0,
+            "kl_warmup_steps": 0,
             "center_rewards_coefficient": 0, "dataloader_num_workers": 0, "seed": 0, "max_length": 2,
             "max_pairs_per_source": 1, "max_eval_pairs_per_source": 1, "save_total_limit": 1,
         }  # fmt: skip

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from inform_rm.modeling_inform import bradley_terry_loss, kl_to_standard_normal
 
-__all__ = ["bradley_terry_loss", "kl_to_standard_normal", "reward_centering_loss", "reward_model_loss"]
+__all__ = ["bradley_terry_loss", "kl_to_standard_normal", "kl_weight", "reward_centering_loss", "reward_model_loss"]
 
 
 def reward_centering_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
@@ -56,3 +56,24 @@ def reward_model_loss(
     if center_rewards_coefficient:
         loss = loss + center_rewards_coefficient * reward_centering_loss(chosen_rewards, rejected_rewards)
     return loss
+
+
+def kl_weight(step: int, total_steps: int, beta: float, kl_warmup_steps: float) -> float:
+    """Weight of the KL term at a step: 0 for the warm-up, then a line to ``beta`` over as many steps again.
+
+    A fresh head carries no preference yet, while the KL term pulls every latent to the prior from the first step; with
+    Adam, which looks at the direction of a gradient and not at its size, that empties the latents before the preferences
+    are heard (the posterior collapse of variational autoencoders; annealing as in arXiv:1511.06349, section 3.1).
+
+    Args:
+        step: finished optimizer steps.
+        total_steps: steps of the whole run.
+        beta: the final weight.
+        kl_warmup_steps: steps without KL term; below 1 a fraction of ``total_steps``.
+
+    Example:
+        >>> [kl_weight(step, 100, beta=0.1, kl_warmup_steps=10) for step in (0, 10, 15, 20, 99)]
+        [0.0, 0.0, 0.05, 0.1, 0.1]
+    """
+    warmup = kl_warmup_steps if kl_warmup_steps >= 1 else kl_warmup_steps * total_steps
+    return beta if warmup == 0 else beta * min(1.0, max(0.0, step / warmup - 1.0))

@@ -96,6 +96,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         eval_dataset=eval_set,
         processing_class=tokenizer,
         beta=config.beta,
+        kl_warmup_steps=config.kl_warmup_steps,
         label_smoothing=config.label_smoothing,
         center_rewards_coefficient=config.center_rewards_coefficient,
     )

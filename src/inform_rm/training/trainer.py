@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from inform_rm.hub import add_remote_code
-from inform_rm.training.losses import reward_model_loss
+from inform_rm.training.losses import kl_weight, reward_model_loss
 from inform_rm.training.metrics import compute_eval_metrics, metrics_from_sums, pair_sums
 
 
@@ -70,6 +70,7 @@ class RewardTrainer(Trainer):
 
     Args:
         beta: weight of the KL term.
+        kl_warmup_steps: see `kl_weight`.
         label_smoothing: assumed share of wrong labels.
         center_rewards_coefficient: weight of the centring term.
         kwargs: arguments of `transformers.Trainer`.
@@ -78,12 +79,20 @@ class RewardTrainer(Trainer):
     # The loss is a mean over the pairs of a batch, so accumulated batches are averaged.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *, beta: float, label_smoothing: float, center_rewards_coefficient: float, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        beta: float,
+        kl_warmup_steps: float,
+        label_smoothing: float,
+        center_rewards_coefficient: float,
+        **kwargs: Any,
+    ):
         super().__init__(compute_metrics=compute_eval_metrics, **kwargs)
         self.can_return_loss = True
         self.label_names: list[str] = []
+        self._beta, self._kl_warmup_steps = beta, kl_warmup_steps
         self._loss_settings = {
-            "beta": beta,
             "label_smoothing": label_smoothing,
             "center_rewards_coefficient": center_rewards_coefficient,
         }
@@ -103,8 +112,9 @@ class RewardTrainer(Trainer):
         """The loss of a batch from `PairCollator`; its counts are added to what the next log line divides."""
         chosen, rejected, kl, output = self._rewards(model, inputs)
         chosen_kl, rejected_kl = (None, None) if kl is None else kl.chunk(2)
+        beta = kl_weight(self.state.global_step, self.state.max_steps, self._beta, self._kl_warmup_steps)
         loss = reward_model_loss(
-            chosen, rejected, chosen_kl, rejected_kl, margin=inputs["margin"], **self._loss_settings
+            chosen, rejected, chosen_kl, rejected_kl, beta=beta, margin=inputs["margin"], **self._loss_settings
         )
         sums = pair_sums(chosen, rejected, kl)
         self._sums = sums if self._sums is None else self._sums + sums
