@@ -84,7 +84,7 @@ def alone(model, rows):
 
 
 class Calls:
-    """Shapes of the batches that a model computes."""
+    """Rows and tokens of the batches that a model computes; a packed batch counts the sequences in its one row."""
 
     def __init__(self, model):
         self.shapes = []
@@ -94,7 +94,9 @@ class Calls:
     def _see(self, module, args, kwargs):
         if self.fail_at is not None and len(self.shapes) == self.fail_at:
             raise KeyboardInterrupt
-        self.shapes.append(tuple(kwargs["input_ids"].shape))
+        rows, tokens = kwargs["input_ids"].shape
+        packed = kwargs.get("pooled_positions")
+        self.shapes.append((rows if packed is None else len(packed), tokens))
 
     @property
     def rows(self):
@@ -110,13 +112,16 @@ class Calls:
 # --- one score
 
 
+@pytest.mark.parametrize("batching", ("packed", "padded"))
 @pytest.mark.parametrize("name", MODELS)
-def test_reward_equals_that_of_the_bare_model_on_an_unpadded_row(models, name):
+def test_reward_equals_that_of_the_bare_model_on_an_unpadded_row(models, name, batching):
     rows = random_rows(23)
     expected = alone(models[name], rows)
     assert expected.std() > 0.1  # otherwise the comparison shows nothing
     for tokens_per_batch in (1, 100, 100_000):
-        rewards = RewardScorer(models[name], tokens_per_batch=tokens_per_batch).score_encoded(rows)
+        scorer = RewardScorer(models[name], tokens_per_batch=tokens_per_batch, batching=batching)
+        rewards = scorer.score_encoded(rows)
+        assert scorer.batching == batching
         assert rewards.dtype == torch.float32
         torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
 
@@ -129,7 +134,7 @@ def test_reward_depends_neither_on_order_nor_on_mates(models, name, data):
         st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=30), min_size=1, max_size=8)
     )
     order = data.draw(st.permutations(range(len(rows))))
-    scorer = RewardScorer(models[name], tokens_per_batch=data.draw(st.integers(1, 200)))
+    scorer = RewardScorer(models[name], tokens_per_batch=data.draw(st.integers(1, 200)), batching="padded")
     rewards = scorer.score_encoded([rows[index] for index in order])
     torch.testing.assert_close(rewards, alone(models[name], rows)[list(order)], atol=1e-5, rtol=0)
 
@@ -139,8 +144,9 @@ def test_rows_that_end_in_the_padding_token_score_as_alone(models):
     model.config.pad_token_id = 2
     try:
         rows = [[*row, 2] for row in random_rows(9)]
-        rewards = RewardScorer(model).score_encoded(rows)
-        torch.testing.assert_close(rewards, alone(model, rows), atol=1e-5, rtol=0)
+        for batching in ("packed", "padded"):
+            rewards = RewardScorer(model, batching=batching).score_encoded(rows)
+            torch.testing.assert_close(rewards, alone(model, rows), atol=1e-5, rtol=0)
     finally:
         model.config.pad_token_id = 0
 
@@ -153,7 +159,7 @@ def test_without_a_usable_padding_token_rows_are_scored_one_at_a_time_with_a_war
     model.config.pad_token_id = pad_id
     try:
         with caplog.at_level(logging.WARNING), Calls(model) as calls:
-            rewards = RewardScorer(model).score_encoded(rows)
+            rewards = RewardScorer(model, batching="padded").score_encoded(rows)
     finally:
         model.config.pad_token_id = 0
     assert [shape[0] for shape in calls.shapes] == [1] * 5
@@ -167,7 +173,7 @@ def test_inform_needs_no_padding_token_for_batches(models):
     model.config.text_config.pad_token_id, pad_id = None, model.config.text_config.pad_token_id
     try:
         with Calls(model) as calls:
-            rewards = RewardScorer(model).score_encoded(rows)
+            rewards = RewardScorer(model, batching="padded").score_encoded(rows)
     finally:
         model.config.text_config.pad_token_id = pad_id
     assert len(calls.shapes) == 1
@@ -178,7 +184,8 @@ def test_inform_needs_no_padding_token_for_batches(models):
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=20), budget=st.integers(1, 300))
 def test_batches_keep_the_token_budget_unless_one_row_exceeds_it(models, lengths, budget):
     with Calls(models["inform"]) as calls:
-        RewardScorer(models["inform"], tokens_per_batch=budget).score_encoded([[5] * length for length in lengths])
+        scorer = RewardScorer(models["inform"], tokens_per_batch=budget, batching="padded")
+        scorer.score_encoded([[5] * length for length in lengths])
     assert all(rows * longest <= budget or rows == 1 for rows, longest in calls.shapes)
     assert calls.rows == len(lengths)
     assert [longest for _, longest in calls.shapes] == sorted((shape[1] for shape in calls.shapes), reverse=True)

@@ -252,7 +252,7 @@ def _latents(scorer: RewardScorer, rows: list[dict[str, Any]]) -> dict[str, np.n
     means, kls = [], []
     for side in ("chosen", "rejected"):
         for row in rows:
-            ids = torch.tensor([scorer.encode(row["prompt"], row[side], row["id"])])
+            ids = torch.tensor([scorer.encode(row["prompt"], row[side], row["id"]).input_ids])
             with torch.no_grad():
                 out = scorer.model(input_ids=ids.to(scorer.model.device), use_cache=False)
             mean, log_variance = out.latent_mean[0].float().cpu(), out.latent_log_variance[0].float().cpu()
@@ -296,7 +296,7 @@ def check_loads_elsewhere(folder: str | Path, rows: list[dict[str, Any]], scorer
         RuntimeError: if it does not load, or token ids differ, or rewards by more than `ROUND_TRIP_TOLERANCE`.
     """
     texts = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
-    input_ids = [scorer.encode(prompt, response, prompt) for prompt, response in texts]
+    input_ids = [scorer.encode(prompt, response, prompt).input_ids for prompt, response in texts]
     request = {
         "folder": str(Path(folder).resolve()),
         "messages": [

@@ -309,6 +309,8 @@ class InfoRMForSequenceClassification(PreTrainedModel):
         margin: Tensor | None = None,
         return_loss: bool = False,
         reward_samples: int | None = None,
+        packed_segments: list[list[int]] | None = None,
+        pooled_positions: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> "InfoRMOutput | tuple[Tensor, ...]":
@@ -324,6 +326,10 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                 ``-log sigmoid(r_w - r_l - margin) + beta * (kl_w + kl_l)``, mean over pairs (eq. 25).
             reward_samples: at least 2; ``logits`` becomes the mean over that many draws of the latent and
                 ``reward_std`` their standard deviation.
+            packed_segments: handed to the backbone's attention, for rows that hold several sequences
+                (`inform_rm.packing`); needs ``pooled_positions``.
+            pooled_positions: ``(N,)`` places in the single row of ``input_ids`` at which rewards are read off, instead
+                of at the last token: the output then has N rows.
             return_dict: ``False`` returns a tuple without the absent fields.
             kwargs: `output_attentions`, `use_cache` and the like are accepted and ignored: other people's training
                 loops pass keywords of their own.
@@ -340,6 +346,10 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                 f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(embedded.shape[:2])}, "
                 "one number per token."
             )
+        if (pooled_positions is not None and embedded.shape[0] != 1) or (packed_segments and pooled_positions is None):
+            raise ValueError(
+                f"packed_segments and pooled_positions go together, with one row of input_ids; got {len(embedded)}."
+            )
         if reward_samples is not None:
             if self.config.architecture != "inform":
                 raise ValueError('reward_samples needs architecture="inform": a standard reward head has no latent.')
@@ -351,8 +361,10 @@ class InfoRMForSequenceClassification(PreTrainedModel):
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
         if self._backbone_takes_positions:
             backbone_inputs["position_ids"] = position_ids
+        if packed_segments is not None:
+            backbone_inputs["packed_segments"] = packed_segments
         hidden = self.model(**backbone_inputs, use_cache=False).last_hidden_state
-        pooled = _last_token(hidden, attention_mask)
+        pooled = _last_token(hidden, attention_mask) if pooled_positions is None else hidden[0, pooled_positions]
 
         if self.config.architecture == "inform":
             rewards, mean, log_variance, reward_std = self.score(

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from inform_rm.encoding import check_vocabulary, encode, load_tokenizer
+from inform_rm.encoding import Encoded, check_vocabulary, encode, load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.files import check_output_directory
 from inform_rm.journal import RewardJournal, drop_torn_line, shortest_float
+from inform_rm.packing import pack_sequences, packed_attention_of, packed_rewards, why_not_packed
 from inform_rm.reward_models import fingerprint_model, fingerprint_tokenizer, load_reward_model
 from inform_rm.score_rows import ScoreRow, read_score_rows
 
 logger = logging.getLogger(__name__)
+
+BATCHINGS = ("packed", "padded")
 
 Prompt = str | list[dict[str, str]]
 
@@ -42,22 +45,26 @@ class NonFiniteRewardError(RuntimeError):
 class RewardScorer:
     """Scores responses with any reward model: a folder, a Hub id or a loaded model with one output.
 
-    Rows are sorted by length, batched by a token budget and padded on the right with an attention mask; results come
-    back in input order. In float32 a reward differs by less than 1e-5 from that of a batch of one. The sequence
-    classifiers of transformers find the last token by ``config.pad_token_id``, so rows are padded with that id; where
-    a model has none, rows are scored one at a time.
+    Rows are sorted by length and batched by a token budget; results come back in input order. In float32 a reward
+    differs by less than 1e-5 from that of a batch of one. Batches are packed (`inform_rm.packing`): a prompt is
+    computed once for its responses, and nothing is padded. A model with which that gives other rewards, found out on
+    a few random tokens when the scorer is made, is run on padded batches with an attention mask, and a log line says
+    why. The sequence classifiers of transformers find the last token by ``config.pad_token_id``, so rows are padded
+    with that id; where a model has none, padded rows are scored one at a time.
 
     Args:
         model: folder, Hub id (see `load_reward_model`) or a loaded model, whose device and dtype are kept.
         tokenizer: by default the one beside the model. A loaded model needs it for text, not for token ids.
         max_length: longest accepted input in tokens. By default the model's ``max_position_embeddings``. A longer
             input is an error; nothing is cut.
-        tokens_per_batch: padded tokens in one forward pass; a longer row makes a batch of its own.
+        tokens_per_batch: tokens in one forward pass (packed: each prompt counted once; padded: with padding); a longer
+            row makes a batch of its own.
         device: see `load_reward_model`.
         dtype: see `load_reward_model`.
         trust_remote_code: run code from the checkpoint. Off unless asked.
         revision: branch, tag or commit of a Hub model.
         chat_template: see `inform_rm.encoding.load_tokenizer`.
+        batching: ``"packed"`` or ``"padded"``.
 
     Raises:
         InputError: if the model is no reward model, or the tokenizer is missing or does not fit it.
@@ -75,6 +82,7 @@ class RewardScorer:
         trust_remote_code: bool = False,
         revision: str | None = None,
         chat_template: str | None = None,
+        batching: str = "packed",
     ):
         for name, value in (("max_length", max_length), ("tokens_per_batch", tokens_per_batch)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -107,8 +115,15 @@ class RewardScorer:
         self._vocabulary_size = self.model.get_input_embeddings().weight.shape[0]
         if tokenizer is not None:
             check_vocabulary(tokenizer, self._vocabulary_size)
-        self._pad_id = self._padding_id(text_config)
         parameters = inspect.signature(self.model.forward).parameters
+        if batching not in BATCHINGS:
+            raise InputError(f"batching: {batching!r}; expected one of {', '.join(BATCHINGS)}.")
+        self.batching = batching
+        reason = why_not_packed(self.model) if batching == "packed" else None
+        if reason is not None:
+            self.batching = "padded"
+            logger.warning("%s is scored in padded batches: %s.", self.name, reason)
+        self._pad_id = self._padding_id(text_config) if self.batching == "padded" else None
         self._forward_options = {"use_cache": False} if "use_cache" in parameters else {}
 
     def score(
@@ -141,41 +156,56 @@ class RewardScorer:
             raise InputError(
                 f"{len(prompts)} prompts for {len(responses)} responses; expected one prompt per response."
             )
-        sequences = [
+        encoded = [
             self.encode(prompt, response, f"row {row} (counted from 0)")
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         ]
-        return self.score_encoded(sequences, uncertainty, progress)
+        sequences, prompt_lengths = [row.input_ids for row in encoded], [len(row.prompt_ids) for row in encoded]
+        return self.score_encoded(sequences, prompt_lengths, uncertainty, progress)
 
     def score_encoded(
-        self, sequences: Sequence[Sequence[int]], uncertainty: int | None = None, progress: bool = False
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_lengths: Sequence[int] | None = None,
+        uncertainty: int | None = None,
+        progress: bool = False,
     ) -> Any:
-        """Rewards of N rows of token ids, without padding; otherwise as `score`."""
+        """Rewards of N rows of token ids, without padding; see `iter_scores` and, for the rest, `score`."""
         rewards = torch.full((len(sequences),), float("nan"))
         stds = torch.full((len(sequences),), float("nan"))
         with tqdm(total=len(sequences), unit="row", desc="score", disable=not progress) as bar:
-            for rows, batch_rewards, batch_stds in self.iter_scores(sequences, uncertainty):
+            for rows, batch_rewards, batch_stds in self.iter_scores(sequences, prompt_lengths, uncertainty):
                 rewards[rows] = batch_rewards
                 if batch_stds is not None:
                     stds[rows] = batch_stds
                 bar.update(len(rows))
         return rewards if uncertainty is None else (rewards, stds)
 
-    def encode(self, prompt: Prompt, response: str, where: str) -> list[int]:
+    def encode(self, prompt: Prompt, response: str, where: str) -> Encoded:
         """Token ids of one row as the model sees them; ``where`` names the row in an error."""
         if self.tokenizer is None:
             raise InputError("tokenizer: a loaded model scores text only with its tokenizer. Pass tokenizer=...")
         try:
-            ids = encode(self.tokenizer, prompt, response).input_ids
+            encoded = encode(self.tokenizer, prompt, response)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-        self._check_ids(ids, where)
-        return ids
+        self._check_ids(encoded.input_ids, where)
+        return encoded
 
     def iter_scores(
-        self, sequences: Sequence[Sequence[int]], uncertainty: int | None = None
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_lengths: Sequence[int] | None = None,
+        uncertainty: int | None = None,
     ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
-        """Yield ``(rows, rewards, reward_stds)`` by batches, longest first; ``rows`` are places in ``sequences``."""
+        """Yield ``(rows, rewards, reward_stds)`` by batches, longest first; ``rows`` are places in ``sequences``.
+
+        Args:
+            sequences: N rows of token ids.
+            prompt_lengths: tokens at the start of each row that are its prompt. Rows with the same prompt tokens share
+                their computation (``batching="packed"``); the rewards are the same.
+            uncertainty: see `score`.
+        """
         self.check_uncertainty(uncertainty)
         for row, ids in enumerate(sequences):
             self._check_ids(ids, f"row {row} (counted from 0)")
@@ -183,8 +213,11 @@ class RewardScorer:
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            for rows in self._batches([len(ids) for ids in sequences]):
-                rewards, stds = self._forward([sequences[row] for row in rows], uncertainty)
+            batches = self._batches if self.batching == "padded" else self._packed_batches
+            forward = self._forward if self.batching == "padded" else self._packed_forward
+            lengths = [0] * len(sequences) if prompt_lengths is None else prompt_lengths
+            for rows in batches(sequences, lengths):
+                rewards, stds = forward([sequences[row] for row in rows], [lengths[row] for row in rows], uncertainty)
                 for values in (rewards, stds):
                     if values is not None and not values.isfinite().all():
                         place = int(values.isfinite().int().argmin())
@@ -214,8 +247,9 @@ class RewardScorer:
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
 
-    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+    def _batches(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> Iterator[list[int]]:
         """Rows in batches of similar length whose padded size keeps the token budget; longest first, to fail early."""
+        lengths = [len(ids) for ids in sequences]
         batch: list[int] = []
         for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
             is_full = batch and (len(batch) + 1) * lengths[batch[0]] > self.tokens_per_batch
@@ -226,8 +260,44 @@ class RewardScorer:
         if batch:
             yield batch
 
+    def _packed_batches(
+        self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
+    ) -> Iterator[list[int]]:
+        """Rows in batches whose tokens, each prompt counted once, keep the token budget; longest rows first."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, (ids, length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+            groups.setdefault(tuple(ids[:length]), []).append(row)
+        batch: list[int] = []
+        tokens = 0
+        for prompt, rows in sorted(groups.items(), key=lambda group: -max(len(sequences[row]) for row in group[1])):
+            shared = 0
+            for row in rows:
+                if batch and tokens + len(sequences[row]) - shared > self.tokens_per_batch:
+                    yield batch
+                    batch, tokens, shared = [], 0, 0
+                batch.append(row)
+                tokens += len(sequences[row]) - shared
+                shared = len(prompt)
+        if batch:
+            yield batch
+
     @torch.no_grad()
-    def _forward(self, sequences: Sequence[Sequence[int]], uncertainty: int | None) -> tuple[Tensor, Tensor | None]:
+    def _packed_forward(
+        self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], uncertainty: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        is_inform = self.model.config.model_type == "inform"
+        # transformers' own classifiers read the reward at the last token that is not the padding id.
+        pad_id = None if is_inform else self.model.config.get_text_config().pad_token_id
+        with packed_attention_of(self.model):
+            rewards, stds = packed_rewards(
+                self.model, pack_sequences(sequences, prompt_lengths, pad_id), reward_samples=uncertainty
+            )
+        return rewards.float().cpu(), None if stds is None else stds.float().cpu()
+
+    @torch.no_grad()
+    def _forward(
+        self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], uncertainty: int | None
+    ) -> tuple[Tensor, Tensor | None]:
         longest = len(sequences[0])
         input_ids = torch.full((len(sequences), longest), self._pad_id or 0, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
@@ -375,9 +445,10 @@ def _score_chunk(
     """``(reward, reward_std)`` of each row of a chunk from row ``first`` on, those in ``earlier`` taken over."""
     scores = {row - first: score for row, score in earlier.items()}
     todo = [index for index in range(len(chunk)) if index not in scores]
-    sequences = [scorer.encode(chunk[index].prompt, chunk[index].response, chunk[index].where) for index in todo]
+    encoded = [scorer.encode(chunk[index].prompt, chunk[index].response, chunk[index].where) for index in todo]
+    sequences, prompt_lengths = [row.input_ids for row in encoded], [len(row.prompt_ids) for row in encoded]
     try:
-        for batch, rewards, stds in scorer.iter_scores(sequences, uncertainty):
+        for batch, rewards, stds in scorer.iter_scores(sequences, prompt_lengths, uncertainty):
             indices = [todo[place] for place in batch]
             std_values = None if stds is None else stds.tolist()
             journal.add([first + index for index in indices], rewards.tolist(), std_values)

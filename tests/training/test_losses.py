@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from inform_rm.training.losses import bradley_terry_loss, reward_centering_loss, reward_model_loss
+from inform_rm.training.losses import bradley_terry_loss, kl_weight, reward_centering_loss, reward_model_loss
 
 
 @pytest.fixture
@@ -50,3 +50,11 @@ def test_half_precision_rewards_are_compared_in_float32():
 
 def test_centering_is_zero_for_opposite_rewards(rewards):
     assert reward_centering_loss(rewards[0], -rewards[0]).item() == 0.0
+
+
+def test_kl_weight_is_beta_without_warm_up_and_never_falls():
+    assert [kl_weight(step, 10, 0.1, 0) for step in range(10)] == [0.1] * 10
+    for warmup in (0.25, 3, 20):
+        weights = [kl_weight(step, 10, 0.1, warmup) for step in range(10)]
+        assert weights[0] == 0 and weights == sorted(weights) and max(weights) <= 0.1
+    assert kl_weight(5, 10, 0.1, 0.25) == 0.1  # 2.5 steps without, 2.5 steps of rise

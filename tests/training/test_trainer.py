@@ -188,6 +188,27 @@ def test_lora_trains_and_saves_the_head_and_freezes_the_backbone(settings, causa
     assert not any("lora" in name for name in trained)
 
 
+def test_kl_term_is_absent_in_its_warm_up_and_rises_after(settings):
+    config = dataclasses.replace(settings, beta=100.0, max_steps=8, kl_warmup_steps=0.5, learning_rate=1e-6)
+    curve = losses(train(config))
+    assert max(curve[:5]) < 2  # steps 0 to 4: Bradley-Terry alone
+    assert 2 < curve[5] < curve[6] < curve[7]
+
+
+@pytest.mark.parametrize("architecture", ["standard", "inform"])
+def test_packed_and_padded_batches_train_alike(settings, architecture, tmp_path):
+    config = dataclasses.replace(settings, architecture=architecture, max_steps=50, save_steps=50)
+    packed = train(config)
+    padded = train(dataclasses.replace(config, batching="padded", output=str(tmp_path / "padded")))
+    assert (packed["batching"], padded["batching"]) == ("packed", "padded")
+    assert losses(packed) == pytest.approx(losses(padded), abs=1e-4)
+    assert losses(packed)[-1] < 0.9 * losses(packed)[0]  # a curve, not a line that anything would match
+
+
+def test_chosen_attention_trains_on_padded_batches(settings):
+    assert train(dataclasses.replace(settings, attn_implementation="eager"))["batching"] == "padded"
+
+
 def test_best_checkpoint_is_the_final_model(settings, pairs_file):
     config = dataclasses.replace(
         settings, eval_data=(str(pairs_file),), eval_steps=2, save_steps=2, load_best_model_at_end=True,

@@ -164,7 +164,9 @@ def _score_pairs(scorer: RewardScorer, parts: list[Any], journal: RewardJournal 
                 (pair, side) for pair in range(len(sides)) for side in (0, 1) if np.isnan(rewards[first + pair, side])
             ]
             try:
-                for places, values, _ in scorer.iter_scores([sides[pair][side] for pair, side in todo]):
+                sequences = [sides[pair][side] for pair, side in todo]
+                prompt_lengths = [chunk["prompt_length"][pair] for pair, _ in todo]
+                for places, values, _ in scorer.iter_scores(sequences, prompt_lengths):
                     done = [(first + todo[place][0], todo[place][1]) for place in places]
                     for (pair, side), value in zip(done, values.tolist(), strict=True):
                         rewards[pair, side] = value

@@ -36,7 +36,8 @@ class TrainingConfig:
     )
 
     kl_warmup_steps: float = _setting(
-        "the KL weight is 0 for so many steps and rises to beta over as many again; below 1: fraction of all steps", 0.25
+        "the KL weight is 0 for so many steps and rises to beta over as many again; below 1: fraction of all steps",
+        0.25,
     )
 
     label_smoothing: float = _setting("probability that a label is wrong, 0 to below 0.5", 0.0)
@@ -60,6 +61,10 @@ class TrainingConfig:
     weight_decay: float = _setting("AdamW weight decay", 0.0)
     max_grad_norm: float = _setting("gradient clipping norm", 1.0)
     optim: str = _setting("optimizer of the transformers Trainer", "adamw_torch_fused")
+    batching: Literal["packed", "padded"] = _setting(
+        "'packed': prompts shared by both sides computed once, no padding; 'padded': the same results, slower",
+        "packed",
+    )
     group_by_length: bool = _setting("put pairs of similar length in one batch", False)
     seed: int = _setting("seed of the head, the data order and the latent noise", 0)
 

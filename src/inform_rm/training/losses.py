@@ -61,9 +61,10 @@ def reward_model_loss(
 def kl_weight(step: int, total_steps: int, beta: float, kl_warmup_steps: float) -> float:
     """Weight of the KL term at a step: 0 for the warm-up, then a line to ``beta`` over as many steps again.
 
-    A fresh head carries no preference yet, while the KL term pulls every latent to the prior from the first step; with
-    Adam, which looks at the direction of a gradient and not at its size, that empties the latents before the preferences
-    are heard (the posterior collapse of variational autoencoders; annealing as in arXiv:1511.06349, section 3.1).
+    A fresh head carries no preference yet, while the KL term pulls every latent to the prior from the first step.
+    Under Adam, which takes the direction of a gradient and not its size, that empties the latents before preferences
+    are learnt: the posterior collapse of variational autoencoders, and the annealing of arXiv:1511.06349, section 3.1,
+    is the remedy.
 
     Args:
         step: finished optimizer steps.

@@ -28,10 +28,11 @@ from inform_rm.errors import InputError
 from inform_rm.files import atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.hub import model_card
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
+from inform_rm.packing import use_packed_attention, why_not_packed
 from inform_rm.preferences import load_preferences
 from inform_rm.statistics import wilson_interval
 from inform_rm.training.config import TrainingConfig
-from inform_rm.training.trainer import PairCollator, RewardTrainer
+from inform_rm.training.trainer import PackedPairCollator, PairCollator, RewardTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +88,13 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     model = load_model(config)
     check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
     model.config.pad_token_id = tokenizer.pad_token_id
+    arguments = _training_arguments(config, checkpoints)
+    batching = _choose_batching(model, config, arguments)
     trainable = _add_lora(model, config) if config.lora_r else model
     trainer = RewardTrainer(
         model=trainable,
-        args=_training_arguments(config, checkpoints),
-        data_collator=PairCollator(tokenizer),
+        args=arguments,
+        data_collator=PackedPairCollator() if batching == "packed" else PairCollator(tokenizer),
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=tokenizer,
@@ -108,6 +111,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         "data_fingerprints": fingerprints,
         "train_pairs": train_counts,
         "eval_pairs": eval_counts,
+        "batching": batching,
         "num_processes": trainer.accelerator.num_processes,
         "distributed_type": str(trainer.accelerator.distributed_type.value),
         "steps": trainer.state.global_step,
@@ -161,6 +165,23 @@ def load_model(config: TrainingConfig) -> PreTrainedModel:
         raise
     except Exception as error:  # transformers, safetensors and the Hub raise many types for a bad checkpoint
         raise InputError(f"model: {config.model} cannot be loaded as a backbone: {error}") from error
+
+
+def _choose_batching(model: Any, config: TrainingConfig, arguments: TrainingArguments) -> str:
+    """Packed rows where they are asked for and give the model's own rewards; a log line says why not."""
+    if config.batching == "padded":
+        return "padded"
+    if config.attn_implementation is not None:
+        reason: str | None = f"attn_implementation is {config.attn_implementation}"
+    elif arguments.n_gpu > 1:
+        reason = "one process drives several GPUs; start it with accelerate launch"
+    else:
+        reason = why_not_packed(model)
+    if reason is not None:
+        logger.warning("Training on padded batches: %s.", reason)
+        return "padded"
+    use_packed_attention(model)
+    return "packed"
 
 
 def _load_encoded(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from inform_rm.hub import add_remote_code
+from inform_rm.packing import pack_sequences
 from inform_rm.training.losses import kl_weight, reward_model_loss
 from inform_rm.training.metrics import compute_eval_metrics, metrics_from_sums, pair_sums
 
@@ -32,12 +33,31 @@ class PairCollator:
         """Pad and stack; see the class."""
         rows = [pair["chosen_input_ids"] for pair in pairs] + [pair["rejected_input_ids"] for pair in pairs]
         batch = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-        margins = [pair["margin"] if pair["margin"] is not None else 0.0 for pair in pairs]
         return {
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],
-            "margin": torch.tensor(margins, dtype=torch.float32),
+            "margin": _margins(pairs),
         }
+
+
+class PackedPairCollator:
+    """Encoded pairs -> one row without padding in which both sides share their prompt (`inform_rm.packing`)."""
+
+    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rewards come out as with `PairCollator`: of the chosen responses, then of the rejected ones."""
+        sequences = [pair[side] for side in ("chosen_input_ids", "rejected_input_ids") for pair in pairs]
+        row = pack_sequences(sequences, [pair["prompt_length"] for pair in pairs] * 2)
+        return {
+            "input_ids": row.input_ids,
+            "position_ids": row.position_ids,
+            "packed_segments": row.segments,
+            "pooled_positions": row.pooled_positions,
+            "margin": _margins(pairs),
+        }
+
+
+def _margins(pairs: list[dict[str, Any]]) -> Tensor:
+    return torch.tensor([pair["margin"] if pair["margin"] is not None else 0.0 for pair in pairs])
 
 
 class EpochSeededLengthSampler(LengthGroupedSampler):
@@ -152,7 +172,7 @@ class RewardTrainer(Trainer):
         return EpochSeededLengthSampler(batch_size, list(rows["length"]), self.args.seed)
 
     def _rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Any]:
-        output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        output = model(**{name: value for name, value in inputs.items() if name != "margin"})
         chosen, rejected = output.logits.float().flatten().chunk(2)
         return chosen, rejected, None if output.kl is None else output.kl.float(), output
 

@@ -1,0 +1,257 @@
+"""Sequences that begin with the same prompt, computed as one row: the prompt once, no padding.
+
+A packed row is ``[prompt | response | response | ... | prompt | response | ...]``. Everything in a decoder but
+attention works on single tokens, so only attention has to know the layout: a prompt sees itself, a response sees its
+prompt and itself, and positions go on from the prompt. Token ids, positions and what each token sees are those of the
+separate sequences; so are rewards and gradients, up to rounding.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_NAME = "inform_rm_packed"
+# Keywords of an attention call that do not change what a token sees. Any other one (soft caps, sinks, position biases)
+# is refused, because leaving it out would give other rewards.
+_HARMLESS_KEYWORDS = {
+    "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict",
+    "num_items_in_batch", "is_causal",
+}  # fmt: skip
+_NOT_GIVEN = -1
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Sequences in one row without padding.
+
+    Attributes:
+        input_ids: ``(1, T)`` token ids.
+        position_ids: ``(1, T)`` position of each token in its own sequence.
+        segments: per prompt its number of tokens, then those of each response to it; they add up to T.
+        pooled_positions: ``(N,)`` place in the row of each sequence's last token, in the order the sequences came.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: list[list[int]]
+    pooled_positions: Tensor
+
+
+def pack_sequences(
+    sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], pad_token_id: int | None = None
+) -> PackedRow:
+    """Put sequences into one row; those that begin with the same prompt tokens share them.
+
+    Args:
+        sequences: N rows of token ids.
+        prompt_lengths: how many tokens at the start of each are its prompt; at least one token must be left.
+        pad_token_id: for models that read the reward at the last token that is not this id, wherever it comes from;
+            ``None`` reads it at the last token.
+
+    Example:
+        >>> row = pack_sequences([[1, 2, 3], [7, 8], [1, 2, 4, 5]], [2, 1, 2])
+        >>> row.input_ids.tolist(), row.position_ids.tolist()
+        ([[1, 2, 3, 4, 5, 7, 8]], [[0, 1, 2, 2, 3, 0, 1]])
+        >>> row.segments, row.pooled_positions.tolist()
+        ([[2, 1, 2], [2]], [2, 6, 4])
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, (ids, length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+        if not 0 <= length < len(ids):
+            raise ValueError(f"prompt_lengths: {length} of sequence {row}, which has {len(ids)} tokens.")
+        groups.setdefault(tuple(ids[:length]), []).append(row)
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[list[int]] = []
+    pooled = [0] * len(sequences)
+    for prompt, rows in groups.items():
+        if len(rows) == 1:  # nothing to share: one causal segment
+            prompt = tuple(sequences[rows[0]])
+        start = len(tokens)
+        tokens += prompt
+        positions += range(len(prompt))
+        lengths = [len(prompt)]
+        for row in rows:
+            last = _last_place(sequences[row], pad_token_id)
+            # A place before the response lies in the shared prompt.
+            pooled[row] = start + last if last < len(prompt) else len(tokens) + last - len(prompt)
+            if len(rows) > 1:
+                response = sequences[row][len(prompt) :]
+                tokens += response
+                positions += range(len(prompt), len(prompt) + len(response))
+                lengths.append(len(response))
+        segments.append(lengths)
+    return PackedRow(torch.tensor([tokens]), torch.tensor([positions]), segments, torch.tensor(pooled))
+
+
+def _last_place(ids: Sequence[int], pad_token_id: int | None) -> int:
+    if pad_token_id is not None:
+        for place in range(len(ids) - 1, 0, -1):
+            if ids[place] != pad_token_id:
+                return place
+        return 0
+    return len(ids) - 1
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = _NOT_GIVEN,
+    packed_segments: list[list[int]] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a `PackedRow`, segment by segment: no scores between segments that must not see each other.
+
+    Args:
+        module: the model's attention layer.
+        query: ``(1, heads, T, size)``; key and value may have fewer heads (grouped queries).
+        key: see query.
+        value: see query.
+        attention_mask: must be ``None``.
+        scaling: factor of the scores.
+        dropout: probability, while training.
+        sliding_window: a token sees at most this many tokens, itself among them; a layer whose config has a window
+            must say whether it applies there.
+        packed_segments: see `PackedRow.segments`.
+        kwargs: further keywords of the layer; those that would change the result are refused.
+
+    Returns:
+        ``(1, T, heads, size)`` and ``None``, as transformers' attention functions do.
+    """
+    strange = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS_KEYWORDS]
+    if sliding_window == _NOT_GIVEN:
+        sliding_window = None
+        if getattr(getattr(module, "config", None), "sliding_window", None) is not None:
+            strange.append("a sliding window that the layer does not hand over")
+    if not getattr(module, "is_causal", True):
+        strange.append("attention in both directions")
+    if packed_segments is None or attention_mask is not None:
+        strange.append("rows that are not packed")
+    if strange:
+        raise NotImplementedError(f"{type(module).__name__}: packed_attention cannot do {', '.join(strange)}")
+    lengths = [length for tree in packed_segments for length in tree]
+    # One split for all segments: its backward pass is one concatenation.
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = _causal_mask(q.shape[2], k.shape[2], sliding_window, q.device)
+        is_plain = mask is None and q.shape[2] == k.shape[2]
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_plain and q.shape[2] > 1, scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+
+    outputs = []
+    for tree in packed_segments:
+        prompt_query, prompt_key, prompt_value = next(parts)
+        if tree[0]:
+            outputs.append(attend(prompt_query, prompt_key, prompt_value))
+        for _ in tree[1:]:
+            q, k, v = next(parts)
+            outputs.append(attend(q, torch.cat([prompt_key, k], dim=2), torch.cat([prompt_value, v], dim=2)))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _causal_mask(queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """``(queries, keys)`` of bool for the last ``queries`` of ``keys`` tokens; ``None`` where causality needs none."""
+    if (sliding_window is None or keys <= sliding_window) and queries in (1, keys):
+        return None
+    positions = torch.arange(keys, device=device)
+    distance = positions[keys - queries :, None] - positions
+    return distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+
+
+@contextmanager
+def packed_attention_of(model: Any) -> Iterator[None]:
+    """Let a model's layers use `packed_attention` inside the block; afterwards they use what they used before."""
+    text_config = model.config.get_text_config()
+    before = {"": model.config._attn_implementation}
+    if text_config is not model.config:
+        before["text_config"] = text_config._attn_implementation
+    if ATTENTION_NAME in before.values():
+        yield
+        return
+    try:
+        use_packed_attention(model)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def use_packed_attention(model: Any) -> None:
+    """Let a model's layers use `packed_attention` from now on; it then runs packed rows only."""
+    model.set_attn_implementation(ATTENTION_NAME)
+    if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
+        raise NotImplementedError(f"{type(model).__name__} has attention of its own")
+
+
+def packed_rewards(model: Any, row: PackedRow, reward_samples: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Rewards ``(N,)`` of a packed row and, with ``reward_samples``, their spread; under `packed_attention_of`."""
+    device = model.get_input_embeddings().weight.device
+    inputs = {
+        "input_ids": row.input_ids.to(device),
+        "position_ids": row.position_ids.to(device),
+        "packed_segments": row.segments,
+    }
+    places = row.pooled_positions.to(device)
+    if model.config.model_type == "inform":
+        output = model(**inputs, pooled_positions=places, reward_samples=reward_samples)
+        return output.logits.flatten(), None if reward_samples is None else output.reward_std.flatten()
+    backbone = getattr(model, model.base_model_prefix)
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state
+    return model.score(hidden[0, places]).flatten(), None
+
+
+def why_not_packed(model: Any) -> str | None:
+    """Whether packed rows give this reward model's own rewards: tried on a few random tokens.
+
+    Args:
+        model: a loaded sequence-classification model with one label.
+
+    Returns:
+        ``None`` if they do, else the reason in a few words.
+    """
+    text_config = model.config.get_text_config()
+    kinds = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"layers of type {', '.join(sorted(kinds))}"
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = [token for token in range(min(text_config.vocab_size, 1000)) if token != text_config.pad_token_id]
+    drawn = torch.tensor(vocabulary)[torch.randint(len(vocabulary), (24,), generator=generator)].tolist()
+    prompt, sequences = drawn[:7], [drawn[:7] + drawn[7:10], drawn[:7] + drawn[10:18], drawn[18:]]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            device = model.get_input_embeddings().weight.device
+            alone = [model(input_ids=torch.tensor([ids], device=device)).logits.flatten()[0] for ids in sequences]
+            with packed_attention_of(model):
+                together, _ = packed_rewards(model, pack_sequences(sequences, [len(prompt), len(prompt), 0]))
+        expected = torch.stack(alone).float()
+        difference = (together.float() - expected).abs().max()
+        tolerance = 1e-5 if model.dtype == torch.float32 else 0.05
+        if not difference <= tolerance * max(1.0, expected.abs().max().item()):
+            return f"packed rewards differ by {difference:.2g}"
+    except Exception as error:  # whatever a foreign model raises, it can still be scored in padded batches
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    finally:
+        for module, training in modes:
+            module.training = training
+    return None
+
+
+AttentionInterface.register(ATTENTION_NAME, packed_attention)
