@@ -86,6 +86,9 @@ def one_run(shared: Path, output: Path, run: str) -> None:
 
     kind, seed = run.split("-")
     folder = output / run
+    missing = [name for name in TEST_PAIRS if not (folder / "eval" / name / "result.json").exists()]
+    if not missing:
+        return
     if kind not in ARCHITECTURES:
         set_seed(int(seed))
         model = InfoRMForSequenceClassification.from_backbone(
@@ -107,10 +110,9 @@ def one_run(shared: Path, output: Path, run: str) -> None:
             }
             train(config_from_mapping(settings, "real_data.py"))
         scorer = RewardScorer(folder)
-    for name, count in TEST_PAIRS.items():
-        if not (folder / "eval" / name / "result.json").exists():
-            test = shared / "data" / name / "test.jsonl.gz"
-            evaluate(scorer, test, folder / "eval" / name, max_pairs=count, on_bad_row="skip", progress=False)
+    for name in missing:
+        test = shared / "data" / name / "test.jsonl.gz"
+        evaluate(scorer, test, folder / "eval" / name, max_pairs=TEST_PAIRS[name], on_bad_row="skip", progress=False)
 
 
 def fit_probe(scorer: Any, files: list[Path]) -> None:
