@@ -223,7 +223,9 @@ def test_from_backbone_loads_every_weight_and_the_copy_reloads(name, base, causa
     expected, found = reference.state_dict(), model.model.state_dict()
     assert set(found) == set(expected)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert abs(model.score.encoder.weight.std().item() * 32**0.5 - 0.1) < 0.02
+    mean_rows, log_variance_rows = model.score.encoder.weight.chunk(2)
+    assert mean_rows.std().item() * 32**0.5 == pytest.approx(1.0, rel=0.2)
+    assert log_variance_rows.std().item() * 32**0.5 == pytest.approx(0.1, rel=0.2)
     assert not model.score.encoder.bias.any()
 
     model.save_pretrained(tmp_path / "saved")
@@ -360,3 +362,11 @@ def test_embeddings_can_be_resized(model):
     model.resize_token_embeddings(330)
     assert model.get_input_embeddings().weight.shape[0] == 330
     assert model.config.get_text_config().vocab_size == 330
+
+
+def test_fresh_latent_means_are_as_large_as_the_hidden_states_and_log_variances_a_tenth(backbone_configs):
+    torch.manual_seed(0)
+    model = InfoRMForSequenceClassification(InfoRMConfig(text_config=backbone_configs["llama"], latent_dim=512))
+    mean, log_variance = model.score.encode(torch.randn(64, 32))
+    assert mean.std().item() == pytest.approx(1.0, rel=0.05)
+    assert log_variance.std().item() == pytest.approx(0.1, rel=0.05)

@@ -88,10 +88,13 @@ class RewardLinear(nn.Linear):
         in_features: size of the input.
         out_features: size of the output.
         bias: whether there is one.
-        initial_gain: root mean square of the output for a freshly initialised layer and inputs of 1.
+        initial_gain: root mean square of the output for a freshly initialised layer and inputs of 1; several values
+            divide the outputs into as many equal parts.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, initial_gain: float = 1.0):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, initial_gain: tuple[float, ...] = (1.0,)
+    ):
         super().__init__(in_features, out_features, bias=bias)
         self.initial_gain = initial_gain
 
@@ -112,9 +115,10 @@ class InfoRMHead(nn.Module):
 
     def __init__(self, config: InfoRMConfig, hidden_size: int):
         super().__init__()
-        # Final hidden states have a root mean square of 1 to 5: the small gain starts every posterior near the prior.
-        # With gain 1 the KL term would begin at hundreds of nats and drown the preferences.
-        self.encoder = RewardLinear(hidden_size, 2 * config.latent_dim, initial_gain=0.1)
+        # Final hidden states have a root mean square of 1 to 5. Means of that size stand out from the noise from the
+        # first step; the KL term, hundreds of nats then, needs a warm-up (`kl_warmup_steps` of the training). Log
+        # variances of that size would put the noise anywhere between nothing and overflow.
+        self.encoder = RewardLinear(hidden_size, 2 * config.latent_dim, initial_gain=(1.0, 0.1))
         if config.decoder == "linear":
             self.decoder: nn.Module = RewardLinear(config.latent_dim, 1)
         else:
@@ -122,9 +126,9 @@ class InfoRMHead(nn.Module):
             # noise, and what chosen and rejected have in common, most of the hidden state, does not cancel in the
             # gradient of their difference.
             self.decoder = nn.Sequential(
-                RewardLinear(config.latent_dim, config.latent_dim, initial_gain=0.1),
+                RewardLinear(config.latent_dim, config.latent_dim, initial_gain=(0.1,)),
                 nn.GELU(),
-                RewardLinear(config.latent_dim, 1, initial_gain=10.0),
+                RewardLinear(config.latent_dim, 1, initial_gain=(10.0,)),
             )
 
     def encode(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,7 +300,10 @@ class InfoRMForSequenceClassification(PreTrainedModel):
         if isinstance(module, RewardLinear):
             with torch.no_grad():
                 if not getattr(module.weight, "_is_hf_initialized", False):
-                    module.weight.normal_(mean=0.0, std=module.initial_gain / math.sqrt(module.in_features))
+                    for rows, gain in zip(
+                        module.weight.chunk(len(module.initial_gain)), module.initial_gain, strict=True
+                    ):
+                        rows.normal_(mean=0.0, std=gain / math.sqrt(module.in_features))
                 if module.bias is not None and not getattr(module.bias, "_is_hf_initialized", False):
                     module.bias.zero_()
 
