@@ -334,7 +334,7 @@ def test_unreadable_rows_are_named_and_can_be_skipped(name, content, message, tm
         ("a.csv", b"prompt,chosen,chosen\na,b,c\n", r"names a column twice: chosen"),
         ("a.csv", b'prompt,chosen,rejected\na,"b,c\n', r"broken CSV after row 0"),
         ("a.parquet", b"PAR1 this is not one", r"not a readable Parquet file"),
-        ("a.jsonl.gz", gzip.compress(GOOD)[:-9], r"damaged or cut short after row 0"),
+        ("a.jsonl.gz", gzip.compress(GOOD, mtime=0)[:-9], r"damaged or cut short after row 0"),
         ("a.jsonl.gz", GOOD, r"damaged or cut short after row 0 \(Not a gzipped file"),
         ("a.txt", GOOD, r"a\.txt: unknown format; expected a name ending in \.jsonl, "),
         ("a", GOOD, r"unknown format"),

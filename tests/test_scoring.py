@@ -744,7 +744,11 @@ def test_no_more_rows_than_a_chunk_are_held_and_rows_are_read_lazily(scorer, tmp
         ("in.jsonl", b'{"prompt": "a", "response": "\xff"}\n', "row 1.*UTF-8"),
         ("in.jsonl", "", "empty"),
         ("in.jsonl", "\n\n", "has no rows"),
-        ("in.jsonl.gz", gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 50)[:-9], "damaged or cut short"),
+        (
+            "in.jsonl.gz",
+            gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 50, mtime=0)[:-9],
+            "damaged or cut short",
+        ),
         ("in.csv", "prompt,response\na\n", "row 1: it has another number of cells"),
         ("in.csv", "prompt,response\na,b,c\n", "row 1: it has another number of cells"),
         ("in.csv", "prompt,answer\na,b\n", "row 1 has no response"),
