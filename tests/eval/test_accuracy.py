@@ -228,7 +228,7 @@ def test_a_model_that_ignores_the_prompt_scores_half_on_swapped_prompts(scorer, 
     iter_scores = blind.iter_scores
     start = {prompt: len(encode(tokenizer, prompt, "x").prompt_ids) for prompt in ("What is it?", "How many apples?")}
 
-    def without_prompt(sequences):
+    def without_prompt(sequences, prompt_lengths):
         assert len(sequences) == 40
         prompt_of = [("What is it?", "How many apples?")[place // 2 % 2] for place in range(40)]
         return iter_scores([ids[start[prompt] :] for ids, prompt in zip(sequences, prompt_of, strict=True)])
@@ -300,7 +300,7 @@ def test_interrupted_evaluation_computes_no_reward_twice(scorer, data, tmp_path,
     def count(module, args, kwargs):
         if limit is not None and len(seen) == limit:
             raise KeyboardInterrupt
-        seen.append(len(kwargs["input_ids"]))
+        seen.append(len(kwargs["pooled_positions"]))
 
     handle = scorer.model.register_forward_pre_hook(count, with_kwargs=True)
     try:
