@@ -362,7 +362,11 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                 raise ValueError('reward_samples needs architecture="inform": a standard reward head has no latent.')
             if reward_samples < 2:
                 raise ValueError(f"reward_samples must be at least 2 for a standard deviation, got {reward_samples}.")
-        backbone_inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        backbone_inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+        }
         if position_ids is None and attention_mask is not None:
             # Positions count real tokens: learned positions (GPT-2) would otherwise shift with left padding.
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)

@@ -141,7 +141,7 @@ def packed_attention(
         strange.append("attention in both directions")
     if packed_segments is None or attention_mask is not None:
         strange.append("rows that are not packed")
-    if strange:
+    if packed_segments is None or strange:
         raise NotImplementedError(f"{type(module).__name__}: packed_attention cannot do {', '.join(strange)}")
     lengths = [length for tree in packed_segments for length in tree]
     # One split for all segments: its backward pass is one concatenation.
