@@ -4,7 +4,7 @@
     python benchmarks/speed.py --shared ../shared --output runs/speed --only train score
 
 Contestants of a measurement take turns in one process; a table gives the median of the repeats and their range, the
-tokens that went through the model, and the ratio to the first contestant (``docs/performance.md``).
+tokens that went through the model, and the ratio to the first contestant.
 """
 
 import argparse
@@ -57,12 +57,12 @@ def main() -> None:
 def measure_training(shared: Path) -> list[Contest]:
     """Pairs a second of whole training steps (forward, backward, AdamW), `standard` head, float32, 8 pairs a step."""
     return [
-        training_contest(shared, "hh-rlhf", pairs=32, prompt_cut=None),
-        training_contest(shared, "qa-feedback", pairs=16, prompt_cut=None),
+        training_contest(shared, "hh-rlhf", pairs=32),
+        training_contest(shared, "qa-feedback", pairs=16),
     ]
 
 
-def training_contest(shared: Path, source: str, pairs: int, prompt_cut: int | None) -> Contest:
+def training_contest(shared: Path, source: str, pairs: int) -> Contest:
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, TrainingArguments
     from trl import RewardConfig
