@@ -6,7 +6,6 @@ prompt and itself, and positions go on from the prompt. Token ids, positions and
 separate sequences; so are rewards and gradients, up to rounding.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-
-logger = logging.getLogger(__name__)
 
 ATTENTION_NAME = "inform_rm_packed"
 # Keywords of an attention call that do not change what a token sees. Any other one (soft caps, sinks, position biases)
@@ -64,16 +61,11 @@ def pack_sequences(
         >>> row.segments, row.pooled_positions.tolist()
         ([[2, 1, 2], [2]], [2, 6, 4])
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, (ids, length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
-        if not 0 <= length < len(ids):
-            raise ValueError(f"prompt_lengths: {length} of sequence {row}, which has {len(ids)} tokens.")
-        groups.setdefault(tuple(ids[:length]), []).append(row)
     tokens: list[int] = []
     positions: list[int] = []
     segments: list[list[int]] = []
     pooled = [0] * len(sequences)
-    for prompt, rows in groups.items():
+    for prompt, rows in rows_by_prompt(sequences, prompt_lengths).items():
         if len(rows) == 1:  # nothing to share: one causal segment
             prompt = tuple(sequences[rows[0]])
         start = len(tokens)
@@ -91,6 +83,18 @@ def pack_sequences(
                 lengths.append(len(response))
         segments.append(lengths)
     return PackedRow(torch.tensor([tokens]), torch.tensor([positions]), segments, torch.tensor(pooled))
+
+
+def rows_by_prompt(
+    sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
+) -> dict[tuple[int, ...], list[int]]:
+    """Prompt tokens -> places in ``sequences`` of the rows that begin with them; see `pack_sequences`."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, (ids, length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+        if not 0 <= length < len(ids):
+            raise ValueError(f"prompt_lengths: {length} of sequence {row}, which has {len(ids)} tokens.")
+        groups.setdefault(tuple(ids[:length]), []).append(row)
+    return groups
 
 
 def _last_place(ids: Sequence[int], pad_token_id: int | None) -> int:
@@ -176,6 +180,18 @@ def _causal_mask(queries: int, keys: int, sliding_window: int | None, device: to
 
 
 @contextmanager
+def eval_mode_of(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards each module has the mode it had, for a caller that trains the model."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def packed_attention_of(model: Any) -> Iterator[None]:
     """Let a model's layers use `packed_attention` inside the block; afterwards they use what they used before."""
     text_config = model.config.get_text_config()
@@ -233,10 +249,8 @@ def why_not_packed(model: Any) -> str | None:
     vocabulary = [token for token in range(min(text_config.vocab_size, 1000)) if token != text_config.pad_token_id]
     drawn = torch.tensor(vocabulary)[torch.randint(len(vocabulary), (24,), generator=generator)].tolist()
     prompt, sequences = drawn[:7], [drawn[:7] + drawn[7:10], drawn[:7] + drawn[10:18], drawn[18:]]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode_of(model):
             device = model.get_input_embeddings().weight.device
             alone = [model(input_ids=torch.tensor([ids], device=device)).logits.flatten()[0] for ids in sequences]
             with packed_attention_of(model):
@@ -248,9 +262,6 @@ def why_not_packed(model: Any) -> str | None:
             return f"packed rewards differ by {difference:.2g}"
     except Exception as error:  # whatever a foreign model raises, it can still be scored in padded batches
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    finally:
-        for module, training in modes:
-            module.training = training
     return None
 
 

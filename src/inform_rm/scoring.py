@@ -18,7 +18,14 @@ from inform_rm.encoding import Encoded, check_vocabulary, encode, load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.files import check_output_directory
 from inform_rm.journal import RewardJournal, drop_torn_line, shortest_float
-from inform_rm.packing import pack_sequences, packed_attention_of, packed_rewards, why_not_packed
+from inform_rm.packing import (
+    eval_mode_of,
+    pack_sequences,
+    packed_attention_of,
+    packed_rewards,
+    rows_by_prompt,
+    why_not_packed,
+)
 from inform_rm.reward_models import fingerprint_model, fingerprint_tokenizer, load_reward_model
 from inform_rm.score_rows import ScoreRow, read_score_rows
 
@@ -209,13 +216,10 @@ class RewardScorer:
         self.check_uncertainty(uncertainty)
         for row, ids in enumerate(sequences):
             self._check_ids(ids, f"row {row} (counted from 0)")
-        # A caller that trains this model gets each module's mode back.
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            batches = self._batches if self.batching == "padded" else self._packed_batches
-            forward = self._forward if self.batching == "padded" else self._packed_forward
-            lengths = [0] * len(sequences) if prompt_lengths is None else prompt_lengths
+        batches = self._batches if self.batching == "padded" else self._packed_batches
+        forward = self._forward if self.batching == "padded" else self._packed_forward
+        lengths = [0] * len(sequences) if prompt_lengths is None else prompt_lengths
+        with eval_mode_of(self.model):
             for rows in batches(sequences, lengths):
                 rewards, stds = forward([sequences[row] for row in rows], [lengths[row] for row in rows], uncertainty)
                 for values in (rewards, stds):
@@ -223,9 +227,6 @@ class RewardScorer:
                         place = int(values.isfinite().int().argmin())
                         raise NonFiniteRewardError(rows[place], values[place].item())
                 yield rows, rewards, stds
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def check_uncertainty(self, uncertainty: int | None) -> None:
         """Raise `InputError` unless the model can give this many reward samples (``None`` always passes)."""
@@ -264,9 +265,7 @@ class RewardScorer:
         self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
     ) -> Iterator[list[int]]:
         """Rows in batches whose tokens, each prompt counted once, keep the token budget; longest rows first."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for row, (ids, length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
-            groups.setdefault(tuple(ids[:length]), []).append(row)
+        groups = rows_by_prompt(sequences, prompt_lengths)
         batch: list[int] = []
         tokens = 0
         for prompt, rows in sorted(groups.items(), key=lambda group: -max(len(sequences[row]) for row in group[1])):
