@@ -238,8 +238,8 @@ def test_columns_and_counts_when_everything_fits(tokenizer):
     assert encoded.counts == {"pairs": 2, "overlong": 0, "dropped": 0, "truncated": 0}
     first, second = encoded.dataset
     assert set(first) == {
-        "chosen_input_ids", "rejected_input_ids", "prompt_length", "margin", "subset", "id", "chosen_characters",
-        "rejected_characters",
+        "chosen_input_ids", "rejected_input_ids", "prompt_length", "length", "margin", "subset", "id",
+        "chosen_characters", "rejected_characters",
     }  # fmt: skip
     assert (first["margin"], second["margin"], second["id"]) == (1.5, None, "2")
     assert (second["chosen_characters"], second["rejected_characters"]) == (11, 3)

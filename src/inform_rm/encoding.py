@@ -37,6 +37,7 @@ _ENCODED_FEATURES = Features(
         "chosen_input_ids": [Value("int32")],
         "rejected_input_ids": [Value("int32")],
         "prompt_length": Value("int32"),
+        "length": Value("int32"),
         "margin": Value("float64"),
         "subset": Value("string"),
         "id": Value("string"),
@@ -66,7 +67,7 @@ class EncodedPairs:
 
     Attributes:
         dataset: Columns chosen_input_ids, rejected_input_ids, prompt_length (tokens at the start that both sides
-            share), margin, subset, id, chosen_characters, rejected_characters.
+            share), length (tokens of the longer side), margin, subset, id, chosen_characters, rejected_characters.
         counts: ``pairs`` given, ``overlong`` among them, and how many of those were ``dropped`` or ``truncated``.
     """
 
@@ -300,8 +301,9 @@ def encode_pairs(
             if max_length is not None:
                 pair = _fit(pair, max_length, overlong, tokenizer.bos_token_id, file, row)
             values = (
-                pair.chosen_ids, pair.rejected_ids, pair.prompt_length, batch["margin"][index], batch["subset"][index],
-                batch["id"][index], len(batch["chosen"][index]), len(batch["rejected"][index]), is_overlong,
+                pair.chosen_ids, pair.rejected_ids, pair.prompt_length, pair.longest, batch["margin"][index],
+                batch["subset"][index], batch["id"][index], len(batch["chosen"][index]),
+                len(batch["rejected"][index]), is_overlong,
             )  # fmt: skip
             for name, value in zip(columns, values, strict=True):
                 columns[name].append(value)

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -92,6 +93,12 @@ def open_text(path: str | Path) -> TextIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8")
     return path.open(encoding="utf-8")
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ that says what is wrong, and reading goes on. A fault after which no later row c
 import codecs
 import csv
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from inform_rm.errors import InputError
+from inform_rm.files import file_digest
 
 Records = Iterator[tuple[int, Any]]
 
@@ -68,9 +70,33 @@ def open_records(source: str | Path, *, split: str | None = None, revision: str 
         if revision is not None:
             raise InputError(f"revision: {revision!r} was given, but {name} is a local folder. Leave revision out.")
         return name, _rows(_load_saved(path, split))
-    if suffix or path.is_absolute() or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name):
-        raise InputError(f"{name}: no such file or folder. Check the path.")
+    _check_hub_id(name)
     return name, _rows(_load_hub(name, split, revision))
+
+
+def source_digest(source: str | Path) -> str:
+    """What tells one state of a source from another: the SHA-256 of its files, or a Hub dataset's fingerprint.
+
+    Raises:
+        InputError: Missing source, or a Hub id that cannot be loaded.
+        OSError: A file cannot be read.
+    """
+    path = Path(source)
+    if path.is_file():
+        return file_digest(path)
+    if path.is_dir():
+        digests = [
+            (str(file.relative_to(path)), file_digest(file)) for file in sorted(path.rglob("*")) if file.is_file()
+        ]
+        return hashlib.sha256(json.dumps(digests).encode("utf-8", "surrogatepass")).hexdigest()
+    _check_hub_id(str(source))
+    return _load_hub(str(source), None, None)._fingerprint  # of the builder, its revision and its files
+
+
+def _check_hub_id(name: str) -> None:
+    path = Path(name)
+    if _suffix(path.name) or path.is_absolute() or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name):
+        raise InputError(f"{name}: no such file or folder. Check the path.")
 
 
 def _suffix(name: str) -> str | None:

@@ -1,6 +1,5 @@
 """Rewards of responses from any sequence-classification reward model, the same however they are batched."""
 
-import hashlib
 import inspect
 import json
 import logging
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from inform_rm.encoding import Encoded, check_vocabulary, encode, load_tokenizer
 from inform_rm.errors import InputError
-from inform_rm.files import check_output_directory
+from inform_rm.files import check_output_directory, file_digest
 from inform_rm.journal import RewardJournal, drop_torn_line, shortest_float
 from inform_rm.packing import (
     eval_mode_of,
@@ -393,7 +392,7 @@ def score_file(
         raise InputError(f"input: {input} has no rows. Each row needs prompt and response.")
     identity = {
         **scorer.identity(),
-        "input": _file_digest(input),
+        "input": file_digest(input),
         "uncertainty": uncertainty,
         "max_length": scorer.max_length,
     }
@@ -458,11 +457,3 @@ def _score_chunk(
         index = todo[error.row]
         raise NonFiniteRewardError(first + index, error.value, chunk[index].where) from error
     return [scores[index] for index in range(len(chunk))]
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from inform_rm.errors import InputError
 from inform_rm.training.config import TrainingConfig
+from inform_rm.training.data import load_training_pairs
 from inform_rm.training.losses import reward_model_loss
 from inform_rm.training.run import load_model, train
 from inform_rm.training.trainer import EpochSeededLengthSampler, PairCollator
@@ -78,10 +79,8 @@ def test_final_weights_equal_a_plain_loop(settings, tokenizer):
     torch.manual_seed(0)
     from transformers import set_seed
 
-    from inform_rm.training import run
-
     set_seed(config.seed)
-    data, _, _ = run._load_encoded(config, config.data, None, tokenizer, "data")
+    data = load_training_pairs(config, config.data, None, tokenizer, "data").dataset
     model = load_model(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     # The Trainer's order: one permutation of the seed's generator (accelerate's seedable sampler, epoch 0).

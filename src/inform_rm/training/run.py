@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
 from transformers import (
     AutoConfig,
     PreTrainedModel,
@@ -23,15 +22,15 @@ from transformers import (
 )
 from transformers.training_args import OptimizerNames
 
-from inform_rm.encoding import check_vocabulary, encode_pairs, load_tokenizer
+from inform_rm.encoding import check_vocabulary, load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.files import atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.hub import model_card
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
 from inform_rm.packing import use_packed_attention, why_not_packed
-from inform_rm.preferences import load_preferences
 from inform_rm.statistics import wilson_interval
 from inform_rm.training.config import TrainingConfig
+from inform_rm.training.data import load_training_pairs
 from inform_rm.training.trainer import PackedPairCollator, PairCollator, RewardTrainer
 
 logger = logging.getLogger(__name__)
@@ -74,15 +73,14 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         trust_remote_code=config.trust_remote_code,
         chat_template=config.chat_template,
     )
-    train_set, train_counts, fingerprints = _load_encoded(
-        config, config.data, config.max_pairs_per_source, tokenizer, "data"
-    )
-    eval_set, eval_counts = None, None
+    train_pairs = load_training_pairs(config, config.data, config.max_pairs_per_source, tokenizer, "data")
+    eval_pairs = None
+    fingerprints = dict(train_pairs.fingerprints)
     if config.eval_data:
-        eval_set, eval_counts, eval_fingerprints = _load_encoded(
+        eval_pairs = load_training_pairs(
             config, config.eval_data, config.max_eval_pairs_per_source, tokenizer, "eval_data"
         )
-        fingerprints |= eval_fingerprints
+        fingerprints |= eval_pairs.fingerprints
     _check_resume(output, config, fingerprints, resume_from)
 
     model = load_model(config)
@@ -95,8 +93,8 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         model=trainable,
         args=arguments,
         data_collator=PackedPairCollator() if batching == "packed" else PairCollator(tokenizer),
-        train_dataset=train_set,
-        eval_dataset=eval_set,
+        train_dataset=train_pairs.dataset,
+        eval_dataset=None if eval_pairs is None else eval_pairs.dataset,
         processing_class=tokenizer,
         beta=config.beta,
         kl_warmup_steps=config.kl_warmup_steps,
@@ -104,13 +102,13 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         center_rewards_coefficient=config.center_rewards_coefficient,
     )
     outcome = trainer.train(resume_from_checkpoint=resume_from)
-    evaluation = _final_evaluation(trainer) if eval_set is not None else None
+    evaluation = _final_evaluation(trainer) if eval_pairs is not None else None
     result = {
         "settings": dataclasses.asdict(config),
         "versions": versions(),
         "data_fingerprints": fingerprints,
-        "train_pairs": train_counts,
-        "eval_pairs": eval_counts,
+        "train_pairs": train_pairs.counts,
+        "eval_pairs": None if eval_pairs is None else eval_pairs.counts,
         "batching": batching,
         "num_processes": trainer.accelerator.num_processes,
         "distributed_type": str(trainer.accelerator.distributed_type.value),
@@ -182,43 +180,6 @@ def _choose_batching(model: Any, config: TrainingConfig, arguments: TrainingArgu
         return "padded"
     use_packed_attention(model)
     return "packed"
-
-
-def _load_encoded(
-    config: TrainingConfig,
-    sources: tuple[str, ...],
-    max_pairs: int | None,
-    tokenizer: PreTrainedTokenizerBase,
-    argument: str,
-) -> tuple[Dataset, dict[str, Any], dict[str, str]]:
-    parts: list[Dataset] = []
-    fingerprints: dict[str, str] = {}
-    bad_rows: list[str] = []
-    # One process reads first, the others find the table in the cache.
-    with PartialState().main_process_first():
-        for source in sources:
-            loaded = load_preferences(source, on_bad_row=config.on_bad_row)
-            bad_rows += [str(row) for row in loaded.bad_rows]
-            fingerprints[source] = loaded.fingerprint
-            part = loaded.dataset
-            if max_pairs is not None and len(part) > max_pairs:
-                part = part.shuffle(seed=config.seed).select(range(max_pairs))
-            parts.append(part)
-        encoded = encode_pairs(
-            concatenate_datasets(parts), tokenizer, max_length=config.max_length, overlong=config.overlong
-        )
-    if len(encoded.dataset) == 0:
-        raise InputError(f"{argument}: no pair is left of {', '.join(sources)}: {encoded.counts}.")
-    lengths = [
-        max(len(chosen), len(rejected))
-        for chosen, rejected in zip(
-            encoded.dataset["chosen_input_ids"], encoded.dataset["rejected_input_ids"], strict=True
-        )
-    ]
-    counts = {**encoded.counts, "pairs": len(encoded.dataset), "bad_rows": bad_rows}
-    if bad_rows or counts.get("dropped") or counts.get("truncated"):
-        logger.warning("%s: %s", argument, counts)
-    return encoded.dataset.add_column("length", lengths), counts, fingerprints
 
 
 def _training_arguments(config: TrainingConfig, checkpoints: Path) -> TrainingArguments:
