@@ -1,39 +1,30 @@
-"""Speed of packed batches against TRL, transformers' pipeline and plain loops, on real text and a real small Llama.
+"""Speed of packed batches against TRL, transformers' pipeline and padded loops, on real text and a real small Llama.
 
-    python benchmarks/speed.py --shared ../shared --output runs/speed               # everything
+    python benchmarks/speed.py --shared ../shared --output runs/speed               # everything, about an hour
     python benchmarks/speed.py --shared ../shared --output runs/speed --only train score
 
-Contestants of a measurement take turns in one process; a table gives the median of the repeats and their range, the
-tokens that went through the model, and the ratio to the first contestant.
+Each measurement writes a table (NAME.md, NAME.json) with the median of the repeats and their range, the tokens that
+went through the model, the ratio to the first contestant, and the peak memory of a process of its own.
 """
 
 import argparse
-import contextlib
-import gc
 import random
 import statistics
+import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+from contest import Contest, Contestant, hold, peak_memory, peak_memory_alone, write
+
 TEMPLATE = Path(__file__).parent / "chatml.jinja"
 BACKBONE = "models/smollm2-135m-first6-v16k"
-
-
-@dataclass
-class Contest:
-    """One measurement: contestants that do the same work of ``units``."""
-
-    name: str
-    unit: str
-    units: int
-    contestants: dict[str, Callable[[], None]]
-    setting: str
+PAIRS_A_STEP = 8
 
 
 def main() -> None:
@@ -43,219 +34,341 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), default=list(MEASUREMENTS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--alone", nargs=2, metavar=("CONTEST", "CONTESTANT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.alone:
+        contests = {contest.name: contest for contest in MEASUREMENTS[arguments.only[0]](arguments.shared)}
+        peak_memory_alone(contests[arguments.alone[0]], arguments.alone[1])
+        return
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in arguments.only:
-        contests = [run(contest, arguments.repeats) for contest in MEASUREMENTS[name](arguments.shared)]
+        contests = [hold(contest, arguments.repeats) for contest in MEASUREMENTS[name](arguments.shared)]
+        for contest in contests if name in WITH_MEMORY else []:
+            for contestant, result in contest["results"].items():
+                result["before_mib"], result["peak_mib"] = peak_memory(
+                    [__file__, "--shared", str(arguments.shared), "--threads", str(arguments.threads),
+                     "--only", name, "--alone", contest["name"], contestant]
+                )  # fmt: skip
         write(arguments.output, name, contests, arguments.threads)
+        if name == "growth":
+            plot_growth(arguments.output / "growth.png", contests)
 
 
-# --- what is measured
+# --- training
 
 
 def measure_training(shared: Path) -> list[Contest]:
-    """Pairs a second of whole training steps (forward, backward, AdamW), `standard` head, float32, 8 pairs a step."""
+    """Pairs a second of whole training steps (forward, backward, AdamW), standard head, float32."""
     return [
         training_contest(shared, "hh-rlhf", pairs=32),
         training_contest(shared, "qa-feedback", pairs=16),
     ]
 
 
-def training_contest(shared: Path, source: str, pairs: int) -> Contest:
-    from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification, TrainingArguments
-    from trl import RewardConfig
-    from trl import RewardTrainer as TRLRewardTrainer
+def measure_large_shape(shared: Path) -> list[Contest]:
+    """The same on all 30 layers of SmolLM2-135M's shape (random weights: time does not depend on them)."""
+    return [training_contest(shared, "hh-rlhf", pairs=8, layers=30)]
+
+
+def measure_head(shared: Path) -> list[Contest]:
+    """A training step with the InfoRM head against one with the linear head, both packed."""
+    grouped, _ = training_pairs(shared, "hh-rlhf", 16)
+    contestants = {
+        f"{architecture} head": ours(shared, grouped, "packed", architecture=architecture)
+        for architecture in ("standard", "inform")
+    }
+    setting = f"16 pairs of hh-rlhf, {PAIRS_A_STEP} a step, packed; K = 128, MLP decoder"
+    return [Contest("InfoRM head against linear head", "pairs", 16, contestants, setting)]
+
+
+def training_contest(shared: Path, source: str, pairs: int, layers: int | None = None) -> Contest:
+    grouped, shuffled = training_pairs(shared, source, pairs)
+    longer = statistics.mean(grouped["length"])
+    name = f"training on {source}" + (f", {layers} layers" if layers else "")
+    return Contest(
+        name,
+        "pairs",
+        pairs,
+        {
+            "TRL, its defaults": trl(shared, shuffled, layers),
+            "TRL, length-grouped, no checkpointing": trl(shared, grouped, layers, gradient_checkpointing=False),
+            "inform-rm padded": ours(shared, grouped, "padded", layers),
+            "inform-rm packed": ours(shared, grouped, "packed", layers),
+        },
+        f"{pairs} pairs, longer side {longer:.0f} tokens on average, {PAIRS_A_STEP} a step; batches taken evenly from "
+        "the length-grouped order of the source's first 800 pairs (random order for TRL's defaults).",
+        warm_up=False,
+    )
+
+
+def training_pairs(shared: Path, source: str, count: int) -> tuple[Any, Any]:
+    """The same pairs twice: in batches as length-grouped sampling of a larger set makes them, and in random order."""
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    _, encoded = encoded_pairs(shared, source, 800)
+    generator = torch.Generator().manual_seed(0)
+    order = get_length_grouped_indices(encoded["length"][:], PAIRS_A_STEP, generator=generator)
+    batches = [order[start : start + PAIRS_A_STEP] for start in range(0, len(order), PAIRS_A_STEP)]
+    wanted = count // PAIRS_A_STEP
+    chosen = [batches[(2 * index + 1) * len(batches) // (2 * wanted)] for index in range(wanted)]
+    rows = [row for batch in chosen for row in batch]
+    grouped = encoded.select(rows)
+    return grouped, grouped.shuffle(seed=0)
+
+
+def ours(
+    shared: Path, pairs: Any, batching: str, layers: int | None = None, architecture: str = "standard"
+) -> Contestant:
+    from transformers import TrainingArguments
 
     from inform_rm.packing import use_packed_attention
     from inform_rm.training.trainer import PackedPairCollator, PairCollator, RewardTrainer
 
-    tokenizer, encoded = encoded_pairs(shared, source, pairs)
-    rows = encoded.to_list()
-    lengths = [max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"])) for row in rows]
-    scratch = tempfile.mkdtemp()
-    common: dict[str, Any] = {
-        "per_device_train_batch_size": 8, "num_train_epochs": 1, "learning_rate": 1e-5, "report_to": "none", "seed": 0,
-        "save_strategy": "no", "logging_strategy": "no", "use_cpu": True, "disable_tqdm": True, "bf16": False,
+    tokenizer = tokenizer_of(shared)
+    holder: dict[str, Any] = {}
+
+    def prepare() -> None:
+        model = fresh_inform_rm(shared, architecture, layers)
+        if batching == "packed":
+            use_packed_attention(model)
+        holder["trainer"] = RewardTrainer(
+            beta=0.1, kl_warmup_steps=0, label_smoothing=0.0, center_rewards_coefficient=0.0, model=model,
+            args=TrainingArguments(scratch(), remove_unused_columns=False, **common_arguments()),
+            train_dataset=pairs, processing_class=tokenizer,
+            data_collator=PackedPairCollator(2048) if batching == "packed" else PairCollator(tokenizer),
+        )  # fmt: skip
+
+    return Contestant(lambda: holder["trainer"].train(), prepare)
+
+
+def trl(shared: Path, pairs: Any, layers: int | None, **settings: Any) -> Contestant:
+    from datasets import Dataset
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    tokenizer = tokenizer_of(shared)
+    columns = {"chosen_ids": pairs["chosen_input_ids"][:], "rejected_ids": pairs["rejected_input_ids"][:]}
+    holder: dict[str, Any] = {}
+
+    def prepare() -> None:
+        torch.manual_seed(0)
+        one_reward = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
+        if layers is None:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                shared / BACKBONE, dtype=torch.float32, **one_reward
+            )
+        else:
+            config = AutoConfig.from_pretrained(shared / BACKBONE, num_hidden_layers=layers, **one_reward)
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        holder["trainer"] = RewardTrainer(
+            model=model, args=RewardConfig(scratch(), max_length=None, **settings, **common_arguments()),
+            train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
+        )  # fmt: skip
+
+    return Contestant(lambda: holder["trainer"].train(), prepare)
+
+
+def fresh_inform_rm(shared: Path, architecture: str, layers: int | None = None) -> Any:
+    from transformers import AutoConfig
+
+    from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
+
+    torch.manual_seed(0)
+    if layers is None:
+        return InfoRMForSequenceClassification.from_backbone(
+            shared / BACKBONE, architecture=architecture, dtype=torch.float32
+        )
+    text_config = AutoConfig.from_pretrained(shared / BACKBONE, num_hidden_layers=layers, dtype=torch.float32)
+    return InfoRMForSequenceClassification(InfoRMConfig(text_config=text_config, architecture=architecture))
+
+
+def common_arguments() -> dict[str, Any]:
+    # The order of the pairs is part of the measurement, so nobody shuffles them again.
+    return {
+        "per_device_train_batch_size": PAIRS_A_STEP, "num_train_epochs": 1, "learning_rate": 1e-5,
+        "report_to": "none", "seed": 0, "save_strategy": "no", "logging_strategy": "no", "use_cpu": True,
+        "disable_tqdm": True, "bf16": False, "train_sampling_strategy": "sequential",
     }  # fmt: skip
 
-    def fresh_model() -> Any:
-        torch.manual_seed(0)
-        return AutoModelForSequenceClassification.from_pretrained(
-            shared / BACKBONE, num_labels=1, dtype=torch.float32, pad_token_id=tokenizer.pad_token_id
-        )
 
-    def ours(batching: str) -> Callable[[], None]:
-        from inform_rm import InfoRMForSequenceClassification
-
-        def prepare() -> Any:
-            torch.manual_seed(0)
-            model = InfoRMForSequenceClassification.from_backbone(
-                shared / BACKBONE, architecture="standard", dtype=torch.float32
-            )
-            if batching == "packed":
-                use_packed_attention(model)
-            arguments = TrainingArguments(
-                scratch, remove_unused_columns=False, train_sampling_strategy="group_by_length", **common
-            )
-            return RewardTrainer(
-                beta=0.0, kl_warmup_steps=0, label_smoothing=0.0, center_rewards_coefficient=0.0, model=model,
-                args=arguments, train_dataset=encoded.add_column("length", lengths), processing_class=tokenizer,
-                data_collator=PackedPairCollator() if batching == "packed" else PairCollator(tokenizer),
-            )  # fmt: skip
-
-        return timed_training(prepare)
-
-    def trl(**settings: Any) -> Callable[[], None]:
-        def prepare() -> Any:
-            columns = {
-                "chosen_ids": [row["chosen_input_ids"] for row in rows],
-                "rejected_ids": [row["rejected_input_ids"] for row in rows],
-                "length": lengths,
-            }
-            trainer = TRLRewardTrainer(
-                model=fresh_model(), args=RewardConfig(scratch, max_length=None, **settings, **common),
-                train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
-            )  # fmt: skip
-            trainer._signature_columns = ["chosen_ids", "rejected_ids", "margin", "length"]
-            return trainer
-
-        return timed_training(prepare)
-
-    return Contest(
-        f"training on {source}",
-        "pairs",
-        pairs,
-        {
-            "TRL, its defaults": trl(),
-            "TRL, length-grouped, no checkpointing": trl(
-                gradient_checkpointing=False, train_sampling_strategy="group_by_length"
-            ),
-            "inform-rm padded": ours("padded"),
-            "inform-rm packed": ours("packed"),
-        },
-        f"{pairs} pairs of {statistics.mean(lengths):.0f} tokens (longer side, mean), 8 a step",
-    )
-
-
-def timed_training(prepare: Callable[[], Any]) -> Callable[[], None]:
-    """Trains when called; the preparation before each run is not timed (see `run`)."""
-
-    def call() -> None:
-        call.trainer.train()  # type: ignore[attr-defined]
-
-    def before() -> None:
-        call.trainer = prepare()  # type: ignore[attr-defined]
-
-    call.before = before  # type: ignore[attr-defined]
-    return call
+# --- scoring
 
 
 def measure_scoring(shared: Path) -> list[Contest]:
-    """Responses a second of scoring, for pairs as they are and for 16 responses to a prompt."""
-    tokenizer, encoded = encoded_pairs(shared, "hh-rlhf", 48)
-    prompt_lengths = [length for length in encoded["prompt_length"] for _ in range(2)]
-    sequences = [ids for pair in encoded for ids in (pair["chosen_input_ids"], pair["rejected_input_ids"])]
-    pairs = scoring_contest(shared, tokenizer, "scoring hh-rlhf pairs", sequences, prompt_lengths)
-    best_of_16 = made_up_rows(prompts=4, responses=16, prompt_tokens=200, response_tokens=100)
-    best = scoring_contest(shared, tokenizer, "best of 16 (prompts of 200, responses of 100 tokens)", *best_of_16)
-    return [pairs, best]
+    """Responses a second, from text to rewards: pairs as they are, and the best of 16 responses to a prompt."""
+    from inform_rm.preferences import load_preferences
+
+    pairs = load_preferences(shared / "data/hh-rlhf/test.jsonl.gz", on_bad_row="skip").dataset.shuffle(seed=0)
+    pairs = pairs.select(range(48))
+    prompts = [prompt for prompt in pairs["prompt"] for _ in range(2)]
+    responses = [text for pair in zip(pairs["chosen"], pairs["rejected"], strict=True) for text in pair]
+    contests = [scoring_contest(shared, "scoring the pairs of hh-rlhf", prompts, responses)]
+    for prompt_tokens, response_tokens in ((200, 100), (300, 100)):
+        texts = texts_of_length(shared, 4, prompt_tokens, 16, response_tokens)
+        name = f"best of 16, prompts of {prompt_tokens} and responses of {response_tokens} tokens"
+        contests.append(scoring_contest(shared, name, *texts))
+    return contests
 
 
-def measure_grid(shared: Path) -> list[Contest]:
-    """The gap grid: every pair under every prompt."""
-    from inform_rm.encoding import load_tokenizer
+def scoring_contest(shared: Path, name: str, prompts: list[Any], responses: list[str]) -> Contest:
+    from transformers import pipeline
 
-    tokenizer = load_tokenizer(shared / BACKBONE, chat_template=str(TEMPLATE))
-    rows = made_up_rows(prompts=16, responses=2 * 4, prompt_tokens=200, response_tokens=100, same_responses=True)
-    return [scoring_contest(shared, tokenizer, "gap grid: 4 pairs x 16 prompts (200 + 100 tokens)", *rows)]
-
-
-def scoring_contest(
-    shared: Path, tokenizer: Any, name: str, sequences: list[list[int]], prompt_lengths: list[int]
-) -> Contest:
-    from inform_rm import InfoRMForSequenceClassification
     from inform_rm.scoring import RewardScorer
 
-    torch.manual_seed(0)
-    model = InfoRMForSequenceClassification.from_backbone(
-        shared / BACKBONE, architecture="standard", dtype=torch.float32
-    ).eval()
-    packed = RewardScorer(model, tokenizer)
-    padded = RewardScorer(model, tokenizer, batching="padded")
+    tokenizer = tokenizer_of(shared)
+    model = fresh_inform_rm(shared, "standard").eval()
+    packed, padded = RewardScorer(model, tokenizer), RewardScorer(model, tokenizer, batching="padded")
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, function_to_apply="none")
 
-    @torch.no_grad()
-    def one_by_one() -> None:
-        for ids in sequences:
-            model(input_ids=torch.tensor([ids]))
-
-    @torch.no_grad()
-    def in_order() -> None:  # what `pipeline("text-classification", batch_size=8)` computes, without its tokenizing
-        for start in range(0, len(sequences), 8):
-            batch = tokenizer.pad({"input_ids": sequences[start : start + 8]}, return_tensors="pt")
-            model(**batch)
+    def by_pipeline(batch_size: int) -> torch.Tensor:
+        texts = [
+            tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        return torch.tensor([found["score"] for found in classify(texts, batch_size=batch_size)])
 
     return Contest(
         name,
         "responses",
-        len(sequences),
+        len(responses),
         {
-            "batches of 8 in order, padded (the pipeline's way)": in_order,
-            "one by one": one_by_one,
-            "inform-rm padded (sorted by length)": lambda: padded.score_encoded(sequences, prompt_lengths),
-            "inform-rm packed": lambda: packed.score_encoded(sequences, prompt_lengths),
+            "pipeline, batches of 8": Contestant(lambda: by_pipeline(8)),
+            "pipeline, one at a time (its default)": Contestant(lambda: by_pipeline(1)),
+            "inform-rm padded (sorted by length)": Contestant(lambda: padded.score(prompts, responses)),
+            "inform-rm packed": Contestant(lambda: packed.score(prompts, responses)),
         },
-        f"{len(sequences)} responses of {statistics.mean(map(len, sequences)):.0f} tokens with prompt (mean)",
+        f"{len(responses)} responses, text to reward, standard head",
     )
 
 
-def measure_growth(shared: Path) -> list[Contest]:
-    """Cost against the number of responses to a prompt, of prompts and of tokens; all packed."""
-    from inform_rm import InfoRMForSequenceClassification
+def texts_of_length(
+    shared: Path, num_prompts: int, prompt_tokens: int, num_responses: int, response_tokens: int
+) -> tuple[list[Any], list[str]]:
+    """Real prompts and responses of hh-rlhf whose lengths are nearest to those asked for; each with each."""
+    from inform_rm.preferences import load_preferences
+
+    tokenizer = tokenizer_of(shared)
+    pairs = load_preferences(shared / "data/hh-rlhf/train.jsonl.gz", on_bad_row="skip").dataset
+    prompts = [prompt for prompt in pairs["prompt"][:2000]]
+    responses = [text for text in pairs["chosen"][:2000]]
+    sizes = [len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]) for prompt in prompts]
+    lengths = [len(ids) for ids in tokenizer(responses)["input_ids"]]
+    near_prompts = sorted(range(len(prompts)), key=lambda row: abs(sizes[row] - prompt_tokens))[:num_prompts]
+    near_responses = sorted(range(len(responses)), key=lambda row: abs(lengths[row] - response_tokens))
+    rows = [
+        (prompts[prompt], responses[response])
+        for prompt in near_prompts
+        for response in near_responses[:num_responses]
+    ]
+    random.Random(0).shuffle(rows)  # files of candidates are in any order
+    return [prompt for prompt, _ in rows], [response for _, response in rows]
+
+
+def measure_grid(shared: Path) -> list[Contest]:
+    """The gap grid: both responses of every pair under every prompt, against plain forward passes."""
     from inform_rm.scoring import RewardScorer
 
-    model = InfoRMForSequenceClassification.from_backbone(
-        shared / BACKBONE, architecture="standard", dtype=torch.float32
-    ).eval()
-    scorer = RewardScorer(model)
+    tokenizer = tokenizer_of(shared)
+    model = fresh_inform_rm(shared, "standard").eval()
+    packed = RewardScorer(model)
+    sequences, lengths = made_up_rows(16, 2 * 8, 200, 100, same_responses=True)
 
-    def contest(name: str, sizes: list[dict[str, int]]) -> Contest:
-        calls = {}
-        for size in sizes:
-            rows = made_up_rows(**size)
-            calls[" ".join(f"{key} {value}" for key, value in size.items())] = (
-                lambda rows=rows: scorer.score_encoded(*rows)
-            )  # fmt: skip
-        return Contest(name, "runs", 1, calls, "packed, standard head")
+    @torch.no_grad()
+    def plain(batch_size: int) -> torch.Tensor:
+        rewards = []
+        for start in range(0, len(sequences), batch_size):
+            batch = tokenizer.pad({"input_ids": sequences[start : start + batch_size]}, return_tensors="pt")
+            rewards.append(model(**batch).logits.flatten())
+        return torch.cat(rewards)
 
+    contestants = {
+        "plain forward passes, batches of 8": Contestant(lambda: plain(8)),
+        "plain forward passes, one at a time": Contestant(lambda: plain(1)),
+        "inform-rm packed": Contestant(lambda: packed.score_encoded(sequences, lengths)),
+    }
+    setting = "8 pairs x 16 prompts x 2 responses; prompts of 200, responses of 100 tokens (random ids), standard head"
+    return [Contest("gap grid", "rewards", len(sequences), contestants, setting)]
+
+
+# --- growth
+
+
+def measure_growth(shared: Path) -> list[Contest]:
+    """Cost of packed scoring against responses to a prompt, number of prompts, and length."""
     base = {"prompts": 4, "responses": 4, "prompt_tokens": 100, "response_tokens": 50}
     return [
-        contest("responses per prompt", [{**base, "prompts": 1, "responses": count} for count in (1, 4, 16, 64)]),
-        contest("number of prompts", [{**base, "prompts": count} for count in (1, 2, 4, 8, 16)]),
-        contest(
-            "sequence length",
-            [{"prompts": 2, "responses": 2, "prompt_tokens": count, "response_tokens": count // 2}
-             for count in (64, 128, 256, 512, 1024)],
-        ),
+        growth_contest(shared, "responses to a prompt", "responses", [1, 4, 16, 64], {**base, "prompts": 1}),
+        growth_contest(shared, "number of prompts, 2 responses each", "prompts", [2, 4, 8, 16, 32, 64],
+                       {**base, "responses": 2}),
+        growth_contest(shared, "tokens of the prompt, 2 prompts with 2 responses of 50", "prompt_tokens",
+                       [128, 256, 512, 1024, 2048, 4096], {**base, "prompts": 2, "responses": 2}),
     ]  # fmt: skip
 
 
+def growth_contest(shared: Path, name: str, varied: str, values: list[int], base: dict[str, int]) -> Contest:
+    from inform_rm.scoring import RewardScorer
+
+    scorer = RewardScorer(fresh_inform_rm(shared, "standard").eval())
+    contestants = {}
+    for value in values:
+        rows = made_up_rows(**{**base, varied: value})
+        contestants[str(value)] = Contestant(lambda rows=rows: scorer.score_encoded(*rows) and None)
+    return Contest(name, "runs", 1, contestants, f"packed, standard head; {varied} varies from {base}")
+
+
+def plot_growth(path: Path, contests: list[dict[str, Any]]) -> None:
+    """Seconds against size on logarithmic axes, with the fitted power of the last points and the tokens' growth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axes = plt.subplots(1, len(contests), figsize=(4.6 * len(contests), 3.8), layout="constrained")
+    for axis, contest in zip(axes, contests, strict=True):
+        sizes = np.array([int(name) for name in contest["results"]])
+        seconds = np.array([result["median_seconds"] for result in contest["results"].values()])
+        tokens = np.array([result["tokens"] for result in contest["results"].values()])
+        power, _ = np.polyfit(np.log(tokens[-3:]), np.log(seconds[-3:]), 1)
+        axis.loglog(sizes, seconds, "o-", label="measured")
+        axis.loglog(sizes, seconds[-1] * tokens / tokens[-1], "--", color="grey", label="as the tokens grow")
+        axis.set_xlabel(contest["name"])
+        axis.set_ylabel("seconds")
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+        axis.set_title(f"seconds ~ tokens^{power:.2f} (last three)", fontsize=10)
+        axis.legend()
+        print(f"{contest['name']}: seconds ~ tokens^{power:.3f} over the last three points")
+    figure.savefig(path, dpi=110)
+
+
 MEASUREMENTS: dict[str, Callable[[Path], list[Contest]]] = {
-    "train": measure_training, "score": measure_scoring, "grid": measure_grid, "growth": measure_growth,
+    "train": measure_training, "large": measure_large_shape, "head": measure_head, "score": measure_scoring,
+    "grid": measure_grid, "growth": measure_growth,
 }  # fmt: skip
+WITH_MEMORY = ("train", "large", "score", "grid")
 
 
 # --- helpers
 
 
+@cache
+def tokenizer_of(shared: Path) -> Any:
+    from inform_rm.encoding import load_tokenizer
+
+    return load_tokenizer(shared / BACKBONE, chat_template=str(TEMPLATE))
+
+
 def encoded_pairs(shared: Path, source: str, count: int) -> tuple[Any, Any]:
-    from inform_rm.encoding import encode_pairs, load_tokenizer
+    from inform_rm.encoding import encode_pairs
     from inform_rm.preferences import load_preferences
 
-    tokenizer = load_tokenizer(shared / BACKBONE, chat_template=str(TEMPLATE))
-    pairs = load_preferences(shared / "data" / source / "test.jsonl.gz", on_bad_row="skip").dataset.shuffle(seed=0)
-    return tokenizer, encode_pairs(pairs.select(range(count)), tokenizer, max_length=None).dataset
+    tokenizer = tokenizer_of(shared)
+    folder = shared / "data" / source
+    file = next(path for path in (folder / "train.jsonl.gz", folder / "test.jsonl.gz") if path.exists())
+    pairs = load_preferences(file, on_bad_row="skip").dataset
+    return tokenizer, encode_pairs(pairs.select(range(min(count, len(pairs)))), tokenizer, max_length=None).dataset
 
 
 def made_up_rows(
@@ -275,70 +388,8 @@ def made_up_rows(
     return sequences, [prompt_tokens] * len(sequences)
 
 
-def run(contest: Contest, repeats: int) -> dict[str, Any]:
-    """Seconds of every contestant in every round, one after the other in each round; tokens through the embedding."""
-    seconds: dict[str, list[float]] = {name: [] for name in contest.contestants}
-    tokens: dict[str, int] = {}
-    counted = [0]
-
-    def count(module: Any, inputs: tuple[Any, ...]) -> None:
-        counted[0] += inputs[0].numel()
-
-    for number in range(repeats + 1):  # the first round warms up and is not reported
-        for name, call in contest.contestants.items():
-            with contextlib.suppress(AttributeError):
-                call.before()  # type: ignore[attr-defined]
-            counted[0] = 0
-            handle = torch.nn.modules.module.register_module_forward_pre_hook(
-                lambda module, inputs: count(module, inputs) if isinstance(module, torch.nn.Embedding) else None
-            )
-            start = time.perf_counter()
-            call()
-            taken = time.perf_counter() - start
-            handle.remove()
-            gc.collect()
-            tokens[name] = counted[0]
-            if number:
-                seconds[name].append(taken)
-            print(f"{contest.name}: {name}: {taken:.2f} s, {counted[0]} tokens", flush=True)
-    first = statistics.median(next(iter(seconds.values())))
-    results = {
-        name: {
-            "seconds": values,
-            "median_seconds": statistics.median(values),
-            "per_second": contest.units / statistics.median(values),
-            "tokens": tokens[name],
-            "speed_up": first / statistics.median(values),
-        }
-        for name, values in seconds.items()
-    }
-    return {"name": contest.name, "unit": contest.unit, "setting": contest.setting, "results": results}
-
-
-def write(output: Path, name: str, contests: list[dict[str, Any]], threads: int) -> None:
-    from inform_rm.files import atomic_write_text, versions, write_json
-
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), "unknown")  # fmt: skip
-    host = {"cpu": cpu, "threads": threads, "dtype": "float32", "versions": versions()}
-    write_json(output / f"{name}.json", {**host, "contests": contests})
-    lines = []
-    for contest in contests:
-        lines += [
-            f"### {contest['name']}", "", contest["setting"], "",
-            f"| | {contest['unit']}/s, median | seconds, median (range) | tokens | times the first |",
-            "|---|---|---|---|---|",
-        ]  # fmt: skip
-        for contestant, result in contest["results"].items():
-            low, high = min(result["seconds"]), max(result["seconds"])
-            lines.append(
-                f"| {contestant} | {result['per_second']:.2f} | {result['median_seconds']:.2f} ({low:.2f} to "
-                f"{high:.2f}) | {result['tokens']} | {result['speed_up']:.2f} |"
-            )
-        lines.append("")
-    lines.append(f"{cpu}, {threads} threads, float32, {versions()}")
-    atomic_write_text(output / f"{name}.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+def scratch() -> str:
+    return tempfile.mkdtemp()
 
 
 if __name__ == "__main__":

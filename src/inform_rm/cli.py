@@ -113,7 +113,9 @@ def _command(
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="any sequence-classification reward model: folder or Hub id")
     command.add_argument("--max-length", type=int, help="longest allowed input in tokens (default: the model's)")
-    command.add_argument("--tokens-per-batch", type=int, default=8192, help="tokens computed at once, with padding")
+    command.add_argument(
+        "--tokens-per-batch", type=int, help="tokens computed at once (default: 2048 on a CPU, else 8192)"
+    )
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if there is one)")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "auto"),
                          help="default: float32 on a CPU, else the checkpoint's own")  # fmt: skip

@@ -299,7 +299,7 @@ def encode_pairs(
             if is_overlong and overlong == "drop":
                 continue
             if max_length is not None:
-                pair = _fit(pair, max_length, overlong, tokenizer.bos_token_id, file, row)
+                pair = fit_pair(pair, max_length, overlong, tokenizer.bos_token_id, file, row)
             values = (
                 pair.chosen_ids, pair.rejected_ids, pair.prompt_length, pair.longest, batch["margin"][index],
                 batch["subset"][index], batch["id"][index], len(batch["chosen"][index]),
@@ -328,7 +328,14 @@ def encode_pairs(
     return EncodedPairs(encoded.remove_columns("truncated"), counts)
 
 
-def _fit(pair: TokenPair, max_length: int, overlong: str, bos_token_id: int | None, file: str, row: int) -> TokenPair:
+def fit_pair(
+    pair: TokenPair, max_length: int, overlong: str, bos_token_id: int | None, file: str, row: int
+) -> TokenPair:
+    """The pair within `max_length` under a policy of `encode_pairs` other than ``"drop"``.
+
+    Raises:
+        BadRow: It is too long under ``"error"``, or even without its prompt.
+    """
     if overlong == "error" and pair.longest > max_length:
         reason = (
             f"{pair.longest} tokens, over max_length {max_length}. Raise max_length, or choose overlong='drop' or "

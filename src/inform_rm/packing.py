@@ -24,6 +24,8 @@ _HARMLESS_KEYWORDS = {
     "num_items_in_batch", "is_causal",
 }  # fmt: skip
 _NOT_GIVEN = -1
+# Rows of this length keep a CPU's caches warm and its threads busy (measured: docs/performance.md).
+CPU_TOKENS_PER_BATCH = 2048
 
 
 @dataclass(frozen=True)

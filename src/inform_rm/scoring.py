@@ -18,6 +18,7 @@ from inform_rm.errors import InputError
 from inform_rm.files import check_output_directory, file_digest
 from inform_rm.journal import RewardJournal, drop_torn_line, shortest_float
 from inform_rm.packing import (
+    CPU_TOKENS_PER_BATCH,
     eval_mode_of,
     pack_sequences,
     packed_attention_of,
@@ -31,6 +32,7 @@ from inform_rm.score_rows import ScoreRow, read_score_rows
 logger = logging.getLogger(__name__)
 
 BATCHINGS = ("packed", "padded")
+_ENOUGH_TOKENS = 1024
 
 Prompt = str | list[dict[str, str]]
 
@@ -64,13 +66,16 @@ class RewardScorer:
         max_length: longest accepted input in tokens. By default the model's ``max_position_embeddings``. A longer
             input is an error; nothing is cut.
         tokens_per_batch: tokens in one forward pass (packed: each prompt counted once; padded: with padding); a longer
-            row makes a batch of its own.
+            row makes a batch of its own. By default 2048 on a CPU, which larger rows slow down, else 8192.
         device: see `load_reward_model`.
         dtype: see `load_reward_model`.
         trust_remote_code: run code from the checkpoint. Off unless asked.
         revision: branch, tag or commit of a Hub model.
         chat_template: see `inform_rm.encoding.load_tokenizer`.
         batching: ``"packed"`` or ``"padded"``.
+
+    Attributes:
+        tokens_computed: tokens that went through the model so far, padding included.
 
     Raises:
         InputError: if the model is no reward model, or the tokenizer is missing or does not fit it.
@@ -82,7 +87,7 @@ class RewardScorer:
         tokenizer: Any = None,
         *,
         max_length: int | None = None,
-        tokens_per_batch: int = 8192,
+        tokens_per_batch: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         trust_remote_code: bool = False,
@@ -115,7 +120,8 @@ class RewardScorer:
             if self.model.config.num_labels != 1:
                 raise InputError(f"model: num_labels is {self.model.config.num_labels}; a reward model has 1.")
         self.tokenizer = tokenizer
-        self.tokens_per_batch = tokens_per_batch
+        on_cpu = self.model.get_input_embeddings().weight.device.type == "cpu"
+        self.tokens_per_batch = tokens_per_batch or (CPU_TOKENS_PER_BATCH if on_cpu else 8192)
         text_config = self.model.config.get_text_config()
         self.max_length: int | None = max_length or getattr(text_config, "max_position_embeddings", None)
         self._vocabulary_size = self.model.get_input_embeddings().weight.shape[0]
@@ -125,6 +131,7 @@ class RewardScorer:
         if batching not in BATCHINGS:
             raise InputError(f"batching: {batching!r}; expected one of {', '.join(BATCHINGS)}.")
         self.batching = batching
+        self.tokens_computed = 0
         reason = why_not_packed(self.model) if batching == "packed" else None
         if reason is not None:
             self.batching = "padded"
@@ -203,6 +210,7 @@ class RewardScorer:
         sequences: Sequence[Sequence[int]],
         prompt_lengths: Sequence[int] | None = None,
         uncertainty: int | None = None,
+        check_finite: bool = True,
     ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
         """Yield ``(rows, rewards, reward_stds)`` by batches, longest first; ``rows`` are places in ``sequences``.
 
@@ -211,6 +219,7 @@ class RewardScorer:
             prompt_lengths: tokens at the start of each row that are its prompt. Rows with the same prompt tokens share
                 their computation (``batching="packed"``); the rewards are the same.
             uncertainty: see `score`.
+            check_finite: raise `NonFiniteRewardError` on NaN or infinity instead of handing it on.
         """
         self.check_uncertainty(uncertainty)
         for row, ids in enumerate(sequences):
@@ -222,7 +231,7 @@ class RewardScorer:
             for rows in batches(sequences, lengths):
                 rewards, stds = forward([sequences[row] for row in rows], [lengths[row] for row in rows], uncertainty)
                 for values in (rewards, stds):
-                    if values is not None and not values.isfinite().all():
+                    if check_finite and values is not None and not values.isfinite().all():
                         place = int(values.isfinite().int().argmin())
                         raise NonFiniteRewardError(rows[place], values[place].item())
                 yield rows, rewards, stds
@@ -252,10 +261,14 @@ class RewardScorer:
         lengths = [len(ids) for ids in sequences]
         batch: list[int] = []
         for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-            is_full = batch and (len(batch) + 1) * lengths[batch[0]] > self.tokens_per_batch
-            if is_full or (batch and self._pad_id is None):
-                yield batch
-                batch = []
+            if batch:
+                padded = len(batch) * lengths[batch[0]]
+                is_full = padded + lengths[batch[0]] > self.tokens_per_batch
+                # From some size on a larger batch saves less than the padding of a much shorter row costs.
+                is_ragged = padded >= _ENOUGH_TOKENS and lengths[row] < 0.8 * lengths[batch[0]]
+                if is_full or is_ragged or self._pad_id is None:
+                    yield batch
+                    batch = []
             batch.append(row)
         if batch:
             yield batch
@@ -286,10 +299,10 @@ class RewardScorer:
         is_inform = self.model.config.model_type == "inform"
         # transformers' own classifiers read the reward at the last token that is not the padding id.
         pad_id = None if is_inform else self.model.config.get_text_config().pad_token_id
+        row = pack_sequences(sequences, prompt_lengths, pad_id)
         with packed_attention_of(self.model):
-            rewards, stds = packed_rewards(
-                self.model, pack_sequences(sequences, prompt_lengths, pad_id), reward_samples=uncertainty
-            )
+            rewards, stds = packed_rewards(self.model, row, reward_samples=uncertainty)
+        self.tokens_computed += row.input_ids.numel()
         return rewards.float().cpu(), None if stds is None else stds.float().cpu()
 
     @torch.no_grad()
@@ -310,6 +323,7 @@ class RewardScorer:
             **self._forward_options,
             **samples,
         )
+        self.tokens_computed += input_ids.numel()
         logits = output.logits if hasattr(output, "logits") else output[0]
         if logits.shape != (len(sequences), 1):
             raise InputError(

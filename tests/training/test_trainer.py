@@ -14,7 +14,7 @@ from inform_rm.training.config import TrainingConfig
 from inform_rm.training.data import load_training_pairs
 from inform_rm.training.losses import reward_model_loss
 from inform_rm.training.run import load_model, train
-from inform_rm.training.trainer import EpochSeededLengthSampler, PairCollator
+from inform_rm.training.trainer import EpochSeededLengthSampler, PackedPairCollator, PairCollator
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
 
@@ -192,6 +192,33 @@ def test_kl_term_is_absent_in_its_warm_up_and_rises_after(settings):
     curve = losses(train(config))
     assert max(curve[:5]) < 2  # steps 0 to 4: Bradley-Terry alone
     assert 2 < curve[5] < curve[6] < curve[7]
+
+
+def test_a_batch_of_several_rows_trains_and_evaluates_as_one(settings, pairs_file, tmp_path):
+    config = dataclasses.replace(
+        settings, architecture="standard", eval_data=(str(pairs_file),), eval_steps=3, center_rewards_coefficient=0.1
+    )
+    whole = train(dataclasses.replace(config, tokens_per_batch=100_000))
+    split = train(dataclasses.replace(config, tokens_per_batch=40, output=str(tmp_path / "split")))
+    assert losses(split) == pytest.approx(losses(whole), abs=1e-5)
+    for name in ("accuracy", "margin", "num_pairs"):
+        assert split["evaluation"][name] == pytest.approx(whole["evaluation"][name], abs=1e-4)
+    one, other = weights(tmp_path / "run"), weights(tmp_path / "split")
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=1e-4, rtol=0)
+
+
+def test_rows_of_a_batch_keep_the_budget_and_the_order(tokenizer):
+    pairs = [
+        {"chosen_input_ids": [1, 2, *range(10, 10 + size)], "rejected_input_ids": [1, 2, 9], "prompt_length": 2,
+         "margin": float(size)}
+        for size in (3, 4, 20, 1, 1)
+    ]  # fmt: skip
+    batch = PackedPairCollator(tokens_per_batch=14)(pairs)
+    assert [row["margin"].tolist() for row in batch["rows"]] == [[3.0, 4.0], [20.0], [1.0, 1.0]]
+    assert [row["input_ids"].shape[1] for row in batch["rows"]] == [11, 23, 6]
+    assert batch["input_ids"].shape == (1, 40)
+    assert "rows" not in PackedPairCollator()(pairs)
 
 
 @pytest.mark.parametrize("architecture", ["standard", "inform"])

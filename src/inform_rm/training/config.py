@@ -65,6 +65,11 @@ class TrainingConfig:
         "'packed': prompts shared by both sides computed once, no padding; 'padded': the same results, slower",
         "packed",
     )
+    tokens_per_batch: int | None = _setting(
+        "packed, one process: most tokens of a forward pass, a larger batch takes several; none: 2048 on a CPU, "
+        "else no limit",
+        None,
+    )
     group_by_length: bool = _setting("put pairs of similar length in one batch", False)
     seed: int = _setting("seed of the head, the data order and the latent noise", 0)
 
@@ -104,6 +109,7 @@ class TrainingConfig:
             "kl_warmup_steps": 0,
             "center_rewards_coefficient": 0, "dataloader_num_workers": 0, "seed": 0, "max_length": 2,
             "max_pairs_per_source": 1, "max_eval_pairs_per_source": 1, "save_total_limit": 1,
+            "tokens_per_batch": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)

@@ -27,7 +27,7 @@ from inform_rm.errors import InputError
 from inform_rm.files import atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.hub import model_card
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
-from inform_rm.packing import use_packed_attention, why_not_packed
+from inform_rm.packing import CPU_TOKENS_PER_BATCH, use_packed_attention, why_not_packed
 from inform_rm.statistics import wilson_interval
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.data import load_training_pairs
@@ -92,7 +92,11 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     trainer = RewardTrainer(
         model=trainable,
         args=arguments,
-        data_collator=PackedPairCollator() if batching == "packed" else PairCollator(tokenizer),
+        data_collator=(
+            PackedPairCollator(_tokens_per_batch(config, arguments))
+            if batching == "packed"
+            else PairCollator(tokenizer)
+        ),
         train_dataset=train_pairs.dataset,
         eval_dataset=None if eval_pairs is None else eval_pairs.dataset,
         processing_class=tokenizer,
@@ -180,6 +184,19 @@ def _choose_batching(model: Any, config: TrainingConfig, arguments: TrainingArgu
         return "padded"
     use_packed_attention(model)
     return "packed"
+
+
+def _tokens_per_batch(config: TrainingConfig, arguments: TrainingArguments) -> int | None:
+    if arguments.world_size > 1:
+        # Under FSDP every process must make equally many forward passes.
+        if config.tokens_per_batch is not None:
+            raise InputError(
+                f"tokens_per_batch: {config.tokens_per_batch} with {arguments.world_size} processes; it works in one "
+                "process. Leave it out and lower per_device_train_batch_size."
+            )
+        return None
+    on_cpu = arguments.device.type == "cpu"
+    return config.tokens_per_batch or (CPU_TOKENS_PER_BATCH if on_cpu else None)
 
 
 def _training_arguments(config: TrainingConfig, checkpoints: Path) -> TrainingArguments:

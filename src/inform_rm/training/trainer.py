@@ -41,19 +41,46 @@ class PairCollator:
 
 
 class PackedPairCollator:
-    """Encoded pairs -> one row without padding in which both sides share their prompt (`inform_rm.packing`)."""
+    """Encoded pairs -> rows without padding in which both sides share their prompt (`inform_rm.packing`).
+
+    Args:
+        tokens_per_batch: most tokens of a row; a pair with more has its own. ``None`` puts all pairs into one.
+    """
+
+    def __init__(self, tokens_per_batch: int | None = None):
+        self.tokens_per_batch = tokens_per_batch
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Rewards come out as with `PairCollator`: of the chosen responses, then of the rejected ones."""
-        sequences = [pair[side] for side in ("chosen_input_ids", "rejected_input_ids") for pair in pairs]
-        row = pack_sequences(sequences, [pair["prompt_length"] for pair in pairs] * 2)
-        return {
-            "input_ids": row.input_ids,
-            "position_ids": row.position_ids,
-            "packed_segments": row.segments,
-            "pooled_positions": row.pooled_positions,
-            "margin": _margins(pairs),
-        }
+        """The inputs of one forward pass, or ``{"rows": [...]}`` with those of several.
+
+        Rewards of a row come out as with `PairCollator`: of the chosen responses, then of the rejected ones.
+        """
+        rows: list[list[dict[str, Any]]] = [[]]
+        tokens = 0
+        for pair in pairs:
+            added = len(pair["chosen_input_ids"]) + len(pair["rejected_input_ids"]) - pair["prompt_length"]
+            if rows[-1] and self.tokens_per_batch is not None and tokens + added > self.tokens_per_batch:
+                rows.append([])
+                tokens = 0
+            rows[-1].append(pair)
+            tokens += added
+        packed = [_packed_pairs(row) for row in rows]
+        if len(packed) == 1:
+            return packed[0]
+        # The Trainer counts what it finds under input_ids.
+        return {"rows": packed, "input_ids": torch.cat([row["input_ids"] for row in packed], dim=1)}
+
+
+def _packed_pairs(pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    sequences = [pair[side] for side in ("chosen_input_ids", "rejected_input_ids") for pair in pairs]
+    row = pack_sequences(sequences, [pair["prompt_length"] for pair in pairs] * 2)
+    return {
+        "input_ids": row.input_ids,
+        "position_ids": row.position_ids,
+        "packed_segments": row.segments,
+        "pooled_positions": row.pooled_positions,
+        "margin": _margins(pairs),
+    }
 
 
 def _margins(pairs: list[dict[str, Any]]) -> Tensor:
@@ -126,16 +153,27 @@ class RewardTrainer(Trainer):
         set_seed(self.args.seed, device_specific=True)
         return super().train(*args, **kwargs)
 
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward pass of a batch; row by row where it has several: the gradients add up."""
+        if "rows" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        losses = []
+        num_pairs = sum(len(row["margin"]) for row in inputs["rows"])
+        for row in inputs["rows"]:
+            share = len(row["margin"]) / num_pairs
+            losses.append(super().training_step(model, {**row, "share": share}, num_items_in_batch))
+        return torch.stack(losses).sum()
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a batch from `PairCollator`; its counts are added to what the next log line divides."""
+        """The loss of a batch or row, times its ``share``; its counts are added to what the next log line divides."""
         chosen, rejected, kl, output = self._rewards(model, inputs)
         chosen_kl, rejected_kl = (None, None) if kl is None else kl.chunk(2)
         beta = kl_weight(self.state.global_step, self.state.max_steps, self._beta, self._kl_warmup_steps)
         loss = reward_model_loss(
             chosen, rejected, chosen_kl, rejected_kl, beta=beta, margin=inputs["margin"], **self._loss_settings
-        )
+        ) * inputs.get("share", 1.0)
         sums = pair_sums(chosen, rejected, kl)
         self._sums = sums if self._sums is None else self._sums + sums
         self._has_kl = kl is not None
@@ -147,6 +185,10 @@ class RewardTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Rows ``(B, 3)`` for `compute_eval_metrics`, and the margins as labels; gathering counts each pair once."""
         inputs = self._prepare_inputs(inputs)
+        if "rows" in inputs:
+            parts = [self.prediction_step(model, row, prediction_loss_only, ignore_keys) for row in inputs["rows"]]
+            _, predictions, margins = zip(*parts, strict=True)
+            return None, torch.cat(predictions), torch.cat(margins)
         chosen, rejected, kl, _ = self._rewards(model, inputs)
         kl_sum = torch.full_like(chosen, float("nan")) if kl is None else torch.stack(kl.chunk(2)).sum(dim=0)
         return None, torch.stack([chosen, rejected, kl_sum], dim=1).detach(), inputs["margin"]
@@ -172,7 +214,7 @@ class RewardTrainer(Trainer):
         return EpochSeededLengthSampler(batch_size, list(rows["length"]), self.args.seed)
 
     def _rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Any]:
-        output = model(**{name: value for name, value in inputs.items() if name != "margin"})
+        output = model(**{name: value for name, value in inputs.items() if name not in ("margin", "share")})
         chosen, rejected = output.logits.float().flatten().chunk(2)
         return chosen, rejected, None if output.kl is None else output.kl.float(), output
 

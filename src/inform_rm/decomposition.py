@@ -1,0 +1,411 @@
+"""What of a reward gap comes from the prompt, and what from the two responses alone (arXiv:2504.06020).
+
+A reward is read as ``r(x, y) = r1(x, y) + r2(y)``. For a pair of responses ``D(x) = r(x, y_w) - r(x, y_l)`` is the gap
+under prompt x, and the *prompt-free gap* D2 is the root c of ``sum_k w_k sigmoid(D(x_k) - c) = 1/2`` over prompts x_k
+that could have led to these responses. What is left, ``D1 = D(own prompt) - D2``, is the *prompt-related gap*:
+averaged over prompts, the preference it stands for is a coin flip for every pair, so it tells nothing about which pair
+it was.
+
+This equation is derived from the definitions and theorem 1 in the paper's introduction, the only part that was
+available when it was written; it is not copied from the authors' algorithm.
+
+P counts pairs and M the prompts of each. Gaps are in the unit of rewards (logits); everything is computed and returned
+in float64, on the device of the input, and nothing here carries a gradient.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inform_rm.errors import InputError
+
+# Below this slope of the balance, rounding would move its root by more than about 1e-7.
+_FLAT = 1e-8
+_TEMPERING_STEPS = 60
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Gaps of P pairs taken apart, with what is known about their precision.
+
+    Attributes:
+        own_gap: ``(P,)`` D under the pair's own prompt.
+        prompt_related_gap: ``(P,)`` D1 = D - D2.
+        prompt_free_gap: ``(P,)`` D2; NaN where a gap that counts is not finite.
+        effective_sample_size: ``(P,)`` ``(sum w)^2 / sum w^2``, between 1 and M. At 1, D2 is the gap of one prompt: if
+            that is the own prompt, D1 is 0.
+        standard_error: ``(P,)`` of D2, from the draw of prompts; see :func:`decompose` for NaN, 0 and inf.
+        converged: ``(P,)`` bool; false where D2 is NaN or known less closely than the tolerance, as for gaps so large
+            that neighbouring floats lie further apart.
+    """
+
+    own_gap: Tensor
+    prompt_related_gap: Tensor
+    prompt_free_gap: Tensor
+    effective_sample_size: Tensor
+    standard_error: Tensor
+    converged: Tensor
+
+
+def prompt_free_gap(gaps: Tensor, weights: Tensor | None = None, *, tolerance: float = 1e-6) -> Tensor:
+    """D2: the root c of ``sum_k w_k sigmoid(D_k - c) = 1/2`` with ``sum_k w_k = 1``, for every pair.
+
+    The left side falls strictly in c, and the root lies between the smallest and the largest gap.
+
+    Args:
+        gaps: ``(P, M)`` gap of each pair under each of its prompts.
+        weights: ``(P, M)``, or ``(M,)`` for all pairs; ``None`` for equal ones. They need not add up to 1. At 0 the
+            entry is left out, whatever its gap; entries of weight +inf share the whole mass of their row equally.
+        tolerance: width of the interval that the root is known to lie in, in the unit of the gaps.
+
+    Returns:
+        ``(P,)`` float64. NaN for a pair with a NaN or infinite gap at positive weight; other pairs do not notice.
+
+    Raises:
+        InputError: (a ValueError) for wrong shapes, no prompts, weights that are negative or NaN, or a row without a
+            positive one; the message names the first such row.
+
+    Example:
+        >>> gaps = torch.tensor([[0.0, 1.0, 2.0], [3.0, 3.0, 3.0]])
+        >>> [round(value, 4) for value in prompt_free_gap(gaps).tolist()]
+        [1.0, 3.0]
+        >>> prompt_free_gap(gaps, torch.tensor([0.0, 0.0, 1.0])).tolist()
+        [2.0, 3.0]
+    """
+    return _solve(gaps, weights, tolerance)[0]
+
+
+def decompose(
+    gaps: Tensor,
+    weights: Tensor | None = None,
+    *,
+    own_prompt: int | Tensor = 0,
+    population: int | Tensor | None = None,
+    tolerance: float = 1e-6,
+) -> Decomposition:
+    """Take each pair's gap under its own prompt apart into D1 + D2, with the standard error of D2.
+
+    D2 solves ``S(c) = sum_k w_k psi(D_k - c) = 0`` with ``psi(z) = sigmoid(z) - 1/2``: an M-estimator of the root that
+    all prompts together would give. To first order around the root, ``D2 - root = S(root) / sum_k w_k sigmoid'``. S is
+    a sum of independent terms of mean 0 over drawn prompts, so ``sum_k w_k^2 psi_k^2`` estimates its variance, and ::
+
+        se = sqrt(sum_k w_k^2 psi(D_k - D2)^2) / sum_k w_k sigmoid'(D_k - D2)
+
+    It is the usual sandwich formula, without a correction for few prompts: with m prompts of equal weight it is too
+    small by a factor of about ``sqrt(1 - 1/m)``.
+
+    Drawing m of ``population`` = N prompts without replacement leaves less to chance: se is multiplied by
+    ``sqrt(1 - m/N)``. The own prompt is treated as a draw like the others. In truth it is always there, which makes
+    the random part a draw of m - 1 from N - 1, whose factor ``sqrt((N - m) / (N - 1))`` is the same up to 1/(2N). What
+    se does not cover is that the own prompt counts 1/m where it would count 1/N: that pulls D2 towards the own gap by
+    about ``(1/m - 1/N) psi(D1) / sum_k w_k sigmoid'``.
+
+    se is NaN where one prompt alone has weight, because one prompt tells nothing about the others, and where D2 is
+    NaN; 0 where all N prompts are used, even if N = 1; very large or inf where equal halves of the mass lie so far
+    apart that D2, between them, hangs on nothing.
+
+    Args:
+        gaps: ``(P, M)`` gap of each pair under each of its prompts.
+        weights: as in :func:`prompt_free_gap`.
+        own_prompt: column of the pair's own prompt, one for all or ``(P,)``. Its weight may be 0: D1 is then its gap
+            against the other prompts.
+        population: how many prompts there were to draw from, one number for all or ``(P,)``; ``None`` for very many.
+        tolerance: as in :func:`prompt_free_gap`.
+
+    Raises:
+        InputError: as in :func:`prompt_free_gap`, and for an ``own_prompt`` that is no column or a ``population``
+            smaller than the number of prompts with weight.
+
+    Example:
+        >>> parts = decompose(torch.tensor([[2.0, 0.0, 1.0]]))
+        >>> round(parts.prompt_free_gap.item(), 4), round(parts.prompt_related_gap.item(), 4)
+        (1.0, 1.0)
+    """
+    root, width, values, shares = _solve(gaps, weights, tolerance)
+    pairs, prompts = shares.shape
+    columns = _per_pair("own_prompt", own_prompt, pairs, shares.device)
+    outside = (columns < 0) | (columns >= prompts)
+    if outside.any():
+        row = _first(outside)
+        raise InputError(f"own_prompt of row {row} is {columns[row]}; it must be a column of gaps, 0 to {prompts - 1}")
+    own = gaps.detach().gather(1, columns[:, None])[:, 0].double()
+
+    distance = values - root[:, None]
+    influence = shares * torch.tanh(distance / 2) / 2  # psi(z) = sigmoid(z) - 1/2 = tanh(z / 2) / 2
+    # Where the slope underflows the numerator is far from 0, since gaps near the root would make a slope: no 0 / 0.
+    error = influence.square().sum(1).sqrt() / _slope(distance, shares)
+    used = (shares > 0).sum(1)
+    error = error.masked_fill(used == 1, math.nan)
+    if population is not None:
+        total = _per_pair("population", population, pairs, shares.device)
+        if (total < used).any():
+            row = _first(total < used)
+            raise InputError(
+                f"population of row {row} is {total[row]}, but {used[row]} of its prompts have weight; it must be the "
+                "number of prompts that they were drawn from"
+            )
+        left = 1 - used.double() / total.double()  # as integers they would divide in float32
+        error = torch.where(total == used, 0.0, error * left.sqrt())
+    return Decomposition(
+        own_gap=own,
+        prompt_related_gap=own - root,
+        prompt_free_gap=root,
+        effective_sample_size=1 / shares.square().sum(1),
+        standard_error=torch.where(root.isnan(), math.nan, error),
+        converged=width <= tolerance,  # false for NaN
+    )
+
+
+def effective_sample_size(weights: Tensor) -> Tensor:
+    """``(sum w)^2 / sum w^2`` per row: how many equal weights would be worth as much (Kish).
+
+    Args:
+        weights: ``(P, M)``, as in :func:`prompt_free_gap`.
+
+    Returns:
+        ``(P,)`` float64, from 1 to M.
+
+    Raises:
+        InputError: for weights that :func:`prompt_free_gap` refuses.
+
+    Example:
+        >>> effective_sample_size(torch.tensor([[1.0, 1.0, 0.0], [5.0, 0.0, 0.0]])).tolist()
+        [2.0, 1.0]
+    """
+    if weights.dim() != 2:
+        raise InputError(f"weights have shape {tuple(weights.shape)}; expected (pairs, prompts)")
+    return 1 / _normalised(weights).square().sum(1)
+
+
+def tempered_weights(log_likelihoods: Tensor, target: float = 0.25) -> tuple[Tensor, Tensor]:
+    """``softmax(a * log_likelihoods)`` with the largest a in [0, 1] that keeps enough prompts in play.
+
+    The likelihood of a long response differs so much between prompts that the plain softmax puts all weight on one.
+    The exponent a is the largest one at which the effective sample size is at least ``target`` times the number of
+    usable prompts of the row.
+
+    Args:
+        log_likelihoods: ``(P, M)`` in nats; -inf marks a prompt that cannot be used and gets weight 0.
+        target: share of the usable prompts, above 0 and at most 1. At 1 every row gets exponent 0, except rows whose
+            log-likelihoods are all equal: they are equally weighted at any exponent and get 1.
+
+    Returns:
+        Weights ``(P, M)`` with rows that add up to 1 and exponents ``(P,)``; both float64.
+
+    Raises:
+        InputError: for a target outside (0, 1], a wrong shape, NaN, +inf, or a row without a usable entry.
+
+    Example:
+        >>> weights, exponents = tempered_weights(torch.tensor([[0.0, -1000.0], [0.0, 0.0]]), target=0.75)
+        >>> round(1 / weights[0].square().sum().item(), 6), exponents[1].item()
+        (1.5, 1.0)
+    """
+    if not 0 < target <= 1:
+        raise InputError(
+            f"target is {target}; it is a share of the prompts, above 0 and at most 1: take a small one such as 0.01 "
+            "for nearly untempered weights, or 1 for equal weights"
+        )
+    if log_likelihoods.dim() != 2:
+        raise InputError(f"log_likelihoods have shape {tuple(log_likelihoods.shape)}; expected (pairs, prompts)")
+    scores = log_likelihoods.detach().double()
+    wrong = (scores.isnan() | (scores == math.inf)).any(1)
+    if wrong.any():
+        raise InputError(f"log_likelihoods of row {_first(wrong)} hold NaN or +inf; -inf marks an unusable prompt")
+    usable = scores != -math.inf
+    if not usable.any(1).all():
+        row = _first(~usable.any(1))
+        raise InputError(f"log_likelihoods of row {row} have no usable (finite) entry; drop this pair")
+    # Finite everywhere, because 0 * -inf is NaN; relative to the largest, which therefore never underflows.
+    scores = (scores - scores.amax(1, keepdim=True)).masked_fill(~usable, 0.0)
+
+    def tempered(exponents: Tensor) -> Tensor:
+        return (exponents[:, None] * scores).exp() * usable
+
+    # ESS falls in a: with the convex K(a) = log sum exp(a s), log ESS = 2 K(a) - K(2a), whose derivative is
+    # 2 (K'(a) - K'(2a)) <= 0, because the derivative of a convex function does not fall. So bisection finds the
+    # largest a; the lower end is returned, at which the target is met. At a = 0 it is, since ESS = number of usable.
+    needed = target * usable.sum(1).double()
+    low = torch.zeros_like(needed)
+    high = torch.ones_like(low)
+    equal = (scores == 0).all(1)  # by hand, as rounding decides whether ESS >= 1.0 * M
+    untempered = equal | (_kish(tempered(high)) >= needed)
+    if target < 1:
+        for _ in range(_TEMPERING_STEPS):
+            middle = (low + high) / 2
+            enough = _kish(tempered(middle)) >= needed
+            low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    else:
+        untempered = equal
+    exponents = torch.where(untempered, 1.0, low)
+    weights = tempered(exponents)
+    return weights / weights.sum(1, keepdim=True), exponents
+
+
+def sample_prompts(
+    own: Tensor, num_prompts: int, population: int, *, seed: int, strata: Tensor | None = None
+) -> Tensor:
+    """Draw prompts for each pair: its own one first, then others without replacement, all equally likely.
+
+    A row depends on the seed, on its place in ``own``, on its own prompt, on ``num_prompts`` and on the strata, not on
+    the other rows: two pairs of one prompt get different draws, and appending pairs changes nothing.
+
+    Args:
+        own: ``(P,)`` integers, index of each pair's own prompt.
+        num_prompts: prompts per pair, the own one included.
+        population: number of distinct prompts; they are numbered from 0.
+        seed: any whole number.
+        strata: ``(population,)`` integer labels; if given, only prompts with the label of the own one are drawn.
+
+    Returns:
+        ``(P, M)`` int64. M is ``num_prompts``, or the largest number of prompts that a pair can get if that is
+        smaller; rows that can get fewer end in -1.
+
+    Raises:
+        InputError: for numbers below 1, an ``own`` outside the population, or tensors of a wrong shape or type.
+
+    Example:
+        >>> rows = sample_prompts(torch.tensor([0, 3]), 3, 4, seed=0, strata=torch.tensor([7, 8, 8, 8]))
+        >>> rows[0].tolist(), rows[1, 0].item(), sorted(rows[1].tolist())
+        ([0, -1, -1], 3, [1, 2, 3])
+    """
+    if num_prompts < 1 or population < 1:
+        raise InputError(f"num_prompts is {num_prompts} and population {population}; both must be at least 1")
+    _check_integers("own", own, None)
+    own = own.long()
+    outside = (own < 0) | (own >= population)
+    if outside.any():
+        row = _first(outside)
+        raise InputError(f"own prompt of row {row} is {own[row]}; prompts are numbered 0 to {population - 1}")
+    if strata is None:
+        strata = torch.zeros(population, dtype=torch.long)
+    _check_integers("strata", strata, population)
+
+    _, label, sizes = np.unique(strata.cpu().numpy(), return_inverse=True, return_counts=True)
+    # The prompts sorted by stratum: each stratum is a slice, in which every prompt has a place.
+    members = label.argsort(kind="stable")
+    starts = sizes.cumsum() - sizes
+    place = np.empty_like(members)
+    place[members] = np.arange(population) - starts[label[members]]
+
+    own_prompts = own.cpu().numpy()
+    others = sizes[label[own_prompts]] - 1
+    columns = min(num_prompts - 1, int(others.max(initial=0)))
+    rows = np.full((len(own), columns + 1), -1)
+    for row, (prompt, count) in enumerate(zip(own_prompts.tolist(), others.tolist(), strict=True)):
+        generator = np.random.default_rng([seed % 2**64, row, prompt])
+        drawn = generator.choice(count, size=min(columns, count), replace=False)
+        drawn += drawn >= place[prompt]  # the own prompt is not among the others: step over it
+        rows[row, 0] = prompt
+        rows[row, 1 : 1 + len(drawn)] = members[starts[label[prompt]] + drawn]
+    return torch.from_numpy(rows).to(own.device)
+
+
+def _solve(gaps: Tensor, weights: Tensor | None, tolerance: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Root ``(P,)``, width of its interval ``(P,)``, gaps ``(P, M)`` as they were used, normalised weights ``(P, M)``.
+
+    Rows with a non-finite gap at positive weight have NaN in the first two; their gaps come back as 0.
+    """
+    if not 0 < tolerance < math.inf:
+        raise InputError(f"tolerance is {tolerance}; it must be above 0, in the unit of the gaps (default 1e-6)")
+    if gaps.dim() != 2:
+        raise InputError(f"gaps have shape {tuple(gaps.shape)}; expected (pairs, prompts)")
+    if gaps.shape[1] == 0:
+        raise InputError("gaps have no prompts; each pair needs at least one, its own")
+    if weights is None:
+        shares = torch.full(gaps.shape, 1 / gaps.shape[1], dtype=torch.float64, device=gaps.device)
+    else:
+        if weights.shape not in (gaps.shape, gaps.shape[1:]):
+            raise InputError(
+                f"weights have shape {tuple(weights.shape)}; expected {tuple(gaps.shape)} or {tuple(gaps.shape[1:])}, "
+                "as gaps have"
+            )
+        shares = _normalised(weights.to(gaps.device).expand(gaps.shape))
+    used = shares > 0
+    values = gaps.detach().double()
+    known = (values.isfinite() | ~used).all(1)
+    values = values.masked_fill(~known[:, None], 0.0)
+    low = values.masked_fill(~used, math.inf).amin(1)
+    high = values.masked_fill(~used, -math.inf).amax(1)
+    values = torch.where(used, values, low[:, None])  # finite, and without weight
+
+    # Halves of differences, so that gaps near the largest float do not overflow.
+    widest = max((high / 2 - low / 2).max().item() if len(low) else 0.0, tolerance)
+    for _ in range(math.ceil(math.log2(widest) - math.log2(tolerance)) + 2):
+        middle = low / 2 + high / 2
+        balance = (shares * torch.tanh((values - middle[:, None]) / 2)).sum(1)
+        # Both ends at an exact 0: swapping the sides of a pair then changes the sign of the root and nothing else.
+        low, high = torch.where(balance >= 0, middle, low), torch.where(balance <= 0, middle, high)
+    root = _polish_flat(low / 2 + high / 2, values, shares)
+    unknown = ~known
+    return root.masked_fill(unknown, math.nan), (high - low).masked_fill(unknown, math.nan), values, shares
+
+
+def _polish_flat(root: Tensor, values: Tensor, shares: Tensor) -> Tensor:
+    """Find the root of rows whose mass lies in equal halves, further apart than float64 can see the balance tilt.
+
+    All sigmoids are then 0 or 1 up to rounding, and bisection stops anywhere between the halves. With the halves'
+    weights equal, what decides are the tails: ``sum_below w sigmoid(D - c) = sum_above w sigmoid(c - D)``. In logs
+    both sides are lines in c, of slopes -1 and 1, so one Newton step reaches the root; the second removes what the
+    first left because the lines bend by up to the slope of the balance.
+    """
+    distance = values - root[:, None]
+    tilt = (shares * distance.sign()).sum(1)
+    rounding = shares.shape[1] * torch.finfo(torch.float64).eps
+    rows = ((_slope(distance, shares) < _FLAT) & (tilt.abs() <= rounding)).nonzero()[:, 0]
+    if len(rows) == 0:
+        return root
+    center, values, logs = root[rows], values[rows], shares[rows].log()
+    above = values > center[:, None]
+    for _ in range(2):
+        tails = logs + torch.nn.functional.logsigmoid(-(values - center[:, None]).abs())
+        below_tail = tails.masked_fill(above, -math.inf).logsumexp(1)
+        above_tail = tails.masked_fill(~above, -math.inf).logsumexp(1)
+        center = center + (below_tail - above_tail) / 2
+    return root.index_copy(0, rows, center)
+
+
+def _slope(distance: Tensor, shares: Tensor) -> Tensor:
+    """``(P,)`` ``sum_k w_k sigmoid'(z_k)``, to full relative precision in the tails."""
+    return (shares * torch.sigmoid(distance) * torch.sigmoid(-distance)).sum(1)
+
+
+def _normalised(weights: Tensor) -> Tensor:
+    """``(P, M)`` float64 weights whose rows add up to 1; refuses rows for which there are none."""
+    weights = weights.detach().double()
+    wrong = (weights.isnan() | (weights < 0)).any(1)
+    if wrong.any():
+        raise InputError(f"weights of row {_first(wrong)} hold a negative number or NaN; they must be 0 or above")
+    empty = ~(weights > 0).any(1)
+    if empty.any():
+        raise InputError(f"weights of row {_first(empty)} have no positive entry; at least one prompt must count")
+    infinite = weights.isinf()
+    weights = torch.where(infinite.any(1, keepdim=True), infinite.double(), weights)
+    weights = weights / weights.amax(1, keepdim=True)  # so that the sum of large weights does not overflow
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _kish(weights: Tensor) -> Tensor:
+    return weights.sum(1).square() / weights.square().sum(1)
+
+
+def _per_pair(name: str, value: int | Tensor, pairs: int, device: torch.device) -> Tensor:
+    """``(P,)`` int64 from one number or ``(P,)`` integers."""
+    if not isinstance(value, Tensor):
+        return torch.full((pairs,), value, dtype=torch.long, device=device)
+    _check_integers(name, value, pairs)
+    return value.to(device, torch.long)
+
+
+def _check_integers(name: str, value: Tensor, length: int | None) -> None:
+    if value.is_floating_point() or value.dim() != 1 or (length is not None and len(value) != length):
+        expected = "one dimension" if length is None else f"shape ({length},)"
+        raise InputError(
+            f"{name} has shape {tuple(value.shape)} and type {value.dtype}; expected integers of {expected}"
+        )
+
+
+def _first(mask: Tensor) -> int:
+    return int(mask.nonzero()[0, 0])
