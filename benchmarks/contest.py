@@ -5,7 +5,6 @@ Not a command; `speed.py` says what competes.
 
 import contextlib
 import gc
-import resource
 import statistics
 import subprocess
 import sys
@@ -106,11 +105,18 @@ def counting_tokens() -> Any:
 
 
 def peak_memory_alone(contest: Contest, contestant: str) -> None:
-    """Run one contestant once and print the process's peak resident memory before and after, in MiB."""
+    """Run one contestant once and print the process's memory before and at its peak, in MiB (Linux)."""
     contest.contestants[contestant].prepare()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the preparation
+    before = _memory("VmRSS")
     contest.contestants[contestant].run()
-    print(f"PEAK {before} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}")
+    print(f"PEAK {before} {_memory('VmHWM')}")
+
+
+def _memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) // 1024
 
 
 def peak_memory(command: list[str]) -> tuple[int, int]:

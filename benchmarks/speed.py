@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +93,20 @@ def training_contest(shared: Path, source: str, pairs: int, layers: int | None =
         {
             "TRL, its defaults": trl(shared, shuffled, layers),
             "TRL, length-grouped, no checkpointing": trl(shared, grouped, layers, gradient_checkpointing=False),
+            "the same, 2 pairs at a time, 4 accumulated": trl(
+                shared,
+                grouped,
+                layers,
+                gradient_checkpointing=False,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=PAIRS_A_STEP // 2,
+            ),
             "inform-rm padded": ours(shared, grouped, "padded", layers),
             "inform-rm packed": ours(shared, grouped, "packed", layers),
         },
-        f"{pairs} pairs, longer side {longer:.0f} tokens on average, {PAIRS_A_STEP} a step; batches taken evenly from "
-        "the length-grouped order of the source's first 800 pairs (random order for TRL's defaults).",
+        f"{pairs} pairs, longer side {longer:.0f} tokens on average, {PAIRS_A_STEP} a step: batches that "
+        "length-grouped sampling makes of the source's first 800 pairs, at even quantiles of length (shuffled for "
+        "TRL's defaults).",
         warm_up=False,
     )
 
@@ -108,9 +117,12 @@ def training_pairs(shared: Path, source: str, count: int) -> tuple[Any, Any]:
 
     _, encoded = encoded_pairs(shared, source, 800)
     generator = torch.Generator().manual_seed(0)
-    order = get_length_grouped_indices(encoded["length"][:], PAIRS_A_STEP, generator=generator)
+    lengths = encoded["length"][:]
+    order = get_length_grouped_indices(lengths, PAIRS_A_STEP, generator=generator)
     batches = [order[start : start + PAIRS_A_STEP] for start in range(0, len(order), PAIRS_A_STEP)]
+    batches.sort(key=lambda batch: sum(lengths[row] for row in batch))
     wanted = count // PAIRS_A_STEP
+    # Quantiles of the batches' length, so that few batches stand for all.
     chosen = [batches[(2 * index + 1) * len(batches) // (2 * wanted)] for index in range(wanted)]
     rows = [row for batch in chosen for row in batch]
     grouped = encoded.select(rows)
@@ -162,7 +174,7 @@ def trl(shared: Path, pairs: Any, layers: int | None, **settings: Any) -> Contes
             config = AutoConfig.from_pretrained(shared / BACKBONE, num_hidden_layers=layers, **one_reward)
             model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         holder["trainer"] = RewardTrainer(
-            model=model, args=RewardConfig(scratch(), max_length=None, **settings, **common_arguments()),
+            model=model, args=RewardConfig(scratch(), max_length=None, **{**common_arguments(), **settings}),
             train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
         )  # fmt: skip
 
@@ -312,8 +324,11 @@ def growth_contest(shared: Path, name: str, varied: str, values: list[int], base
     scorer = RewardScorer(fresh_inform_rm(shared, "standard").eval())
     contestants = {}
     for value in values:
-        rows = made_up_rows(**{**base, varied: value})
-        contestants[str(value)] = Contestant(lambda rows=rows: scorer.score_encoded(*rows) and None)
+        sequences, lengths = made_up_rows(**{**base, varied: value})
+        # A list, not a tensor: the contestants' rewards are not to be compared.
+        contestants[str(value)] = Contestant(
+            partial(lambda *rows: scorer.score_encoded(*rows).tolist(), sequences, lengths)
+        )
     return Contest(name, "runs", 1, contestants, f"packed, standard head; {varied} varies from {base}")
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inform_rm.decomposition import (
-    decompose,
+    decompose_gaps,
     effective_sample_size,
     prompt_free_gap,
     sample_prompts,
@@ -112,11 +112,11 @@ def test_swapping_the_sides_of_a_pair_negates_the_root(seed, scale):
 def test_a_reward_of_the_response_alone_is_wholly_prompt_free(seed, shift):
     gaps, weights = grid(seed), grid(seed + 1).abs()
     shifts = shift * torch.arange(1, 6, dtype=torch.float64)
-    before, after = decompose(gaps, weights), decompose(gaps + shifts[:, None], weights)
+    before, after = decompose_gaps(gaps, weights), decompose_gaps(gaps + shifts[:, None], weights)
     torch.testing.assert_close(after.prompt_free_gap, before.prompt_free_gap + shifts, atol=2e-6, rtol=0)
     torch.testing.assert_close(after.prompt_related_gap, before.prompt_related_gap, atol=2e-6, rtol=0)
     # Exactly 0, but for gaps at the smallest floats, whose halves are rounded.
-    assert decompose(shifts[:, None].expand(5, 4)).prompt_related_gap.abs().max() < 1e-300
+    assert decompose_gaps(shifts[:, None].expand(5, 4)).prompt_related_gap.abs().max() < 1e-300
 
 
 @quick
@@ -132,7 +132,7 @@ def test_root_rises_with_each_gap(seed, column, increase):
 @given(seed=seeds)
 def test_prompt_related_preference_is_a_coin_flip_over_the_prompts(seed):
     gaps, weights = grid(seed), grid(seed + 1).abs()
-    related = torch.stack([decompose(gaps, weights, own_prompt=k).prompt_related_gap for k in range(7)], dim=1)
+    related = torch.stack([decompose_gaps(gaps, weights, own_prompt=k).prompt_related_gap for k in range(7)], dim=1)
     mean = (weights * related.sigmoid()).sum(1) / weights.sum(1)
     torch.testing.assert_close(mean, torch.full((5,), 0.5, dtype=torch.float64), atol=1e-6, rtol=0)
 
@@ -142,7 +142,7 @@ def test_prompt_related_preference_is_a_coin_flip_over_the_prompts(seed):
 def test_exact_on_a_sum_whose_prompt_related_gaps_are_symmetric(seed):
     half, weights, free = grid(seed, prompts=4), grid(seed + 1, prompts=4).abs(), grid(seed + 2)[:, 0]
     gaps = torch.cat([half, -half], dim=1) + free[:, None]
-    parts = decompose(gaps, weights.repeat(1, 2), own_prompt=5)
+    parts = decompose_gaps(gaps, weights.repeat(1, 2), own_prompt=5)
     torch.testing.assert_close(parts.prompt_free_gap, free, atol=1e-6, rtol=0)
     torch.testing.assert_close(parts.prompt_related_gap, -half[:, 1], atol=1e-6, rtol=0)
 
@@ -182,7 +182,7 @@ def test_bad_gaps_stay_in_their_row():
         root = prompt_free_gap(spoilt)
         assert root.isnan().tolist() == [False, True, False, False, False]
         assert root[[0, 2, 3, 4]].equal(expected[[0, 2, 3, 4]])
-        parts = decompose(spoilt)
+        parts = decompose_gaps(spoilt)
         assert parts.converged.tolist() == [True, False, True, True, True]
         assert parts.standard_error.isnan().equal(root.isnan())
         assert parts.prompt_related_gap.isnan().equal(root.isnan())
@@ -190,7 +190,7 @@ def test_bad_gaps_stay_in_their_row():
         weights = torch.ones(7).index_fill(0, torch.tensor(4), 0.0)
         kept = gaps[:, [0, 1, 2, 3, 5, 6]]
         torch.testing.assert_close(prompt_free_gap(spoilt, weights), prompt_free_gap(kept), atol=1e-6, rtol=0)
-        assert decompose(spoilt, weights).converged.all()
+        assert decompose_gaps(spoilt, weights).converged.all()
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_wrong_input_is_named(gaps, weights, message):
     with pytest.raises(ValueError, match=message):
         prompt_free_gap(gaps, weights)
     with pytest.raises(ValueError, match=message):
-        decompose(gaps, weights)
+        decompose_gaps(gaps, weights)
 
 
 @pytest.mark.parametrize(
@@ -226,13 +226,13 @@ def test_wrong_input_is_named(gaps, weights, message):
 )
 def test_wrong_options_of_decompose_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        decompose(grid(0), **options)
+        decompose_gaps(grid(0), **options)
 
 
 def test_types_and_empty_batches():
     for dtype in (torch.bfloat16, torch.float32, torch.int64):
         assert prompt_free_gap(torch.tensor([[1, 3]], dtype=dtype)).equal(doubles([2.0])[0])
-    assert prompt_free_gap(torch.zeros(0, 4)).shape == decompose(torch.zeros(0, 4)).standard_error.shape == (0,)
+    assert prompt_free_gap(torch.zeros(0, 4)).shape == decompose_gaps(torch.zeros(0, 4)).standard_error.shape == (0,)
     assert not prompt_free_gap(torch.zeros(2, 3, requires_grad=True)).requires_grad
 
 
@@ -241,31 +241,31 @@ def test_types_and_empty_batches():
 
 def test_own_prompt_may_differ_between_pairs():
     gaps, own = grid(5), torch.tensor([3, 0, 6, 2, 2])
-    parts = decompose(gaps, own_prompt=own)
+    parts = decompose_gaps(gaps, own_prompt=own)
     assert parts.own_gap.equal(gaps[torch.arange(5), own])
     assert parts.prompt_related_gap.equal(parts.own_gap - parts.prompt_free_gap)
-    assert decompose(gaps, own_prompt=2).own_gap.equal(gaps[:, 2])
+    assert decompose_gaps(gaps, own_prompt=2).own_gap.equal(gaps[:, 2])
 
 
 def test_not_converged_where_floats_are_too_coarse():
-    parts = decompose(doubles([0.0, 1.0, 5.0], [1e13, 1e13 + 1, 1e13 + 5]))
+    parts = decompose_gaps(doubles([0.0, 1.0, 5.0], [1e13, 1e13 + 1, 1e13 + 5]))
     assert parts.converged.tolist() == [True, False]
     assert parts.prompt_free_gap[1].item() - 1e13 == pytest.approx(parts.prompt_free_gap[0].item(), abs=0.01)
-    assert decompose(doubles([-1e308, 1e308, 1e308])).prompt_free_gap.isfinite().all()
+    assert decompose_gaps(doubles([-1e308, 1e308, 1e308])).prompt_free_gap.isfinite().all()
 
 
 def test_standard_error_of_one_prompt_all_prompts_and_hopeless_gaps():
     gaps = doubles([1.0, 2.0, 4.0])
-    error = decompose(gaps).standard_error
+    error = decompose_gaps(gaps).standard_error
     assert error.item() > 0.5
-    assert decompose(gaps, doubles([0.0, 1.0, 0.0])).standard_error.isnan().all()
-    assert decompose(gaps, doubles([0.0, INF, 0.0]), population=9).standard_error.isnan().all()
-    assert decompose(gaps, population=3).standard_error.item() == 0.0
-    assert decompose(gaps[:, :1], population=1).standard_error.item() == 0.0
-    assert decompose(gaps, population=12).standard_error.item() == pytest.approx(error.item() * math.sqrt(3 / 4))
-    both = decompose(gaps.expand(2, 3), population=torch.tensor([3, 12])).standard_error
+    assert decompose_gaps(gaps, doubles([0.0, 1.0, 0.0])).standard_error.isnan().all()
+    assert decompose_gaps(gaps, doubles([0.0, INF, 0.0]), population=9).standard_error.isnan().all()
+    assert decompose_gaps(gaps, population=3).standard_error.item() == 0.0
+    assert decompose_gaps(gaps[:, :1], population=1).standard_error.item() == 0.0
+    assert decompose_gaps(gaps, population=12).standard_error.item() == pytest.approx(error.item() * math.sqrt(3 / 4))
+    both = decompose_gaps(gaps.expand(2, 3), population=torch.tensor([3, 12])).standard_error
     assert both.tolist() == pytest.approx([0.0, error.item() * math.sqrt(3 / 4)])
-    assert decompose(doubles([0.0, 1e4], [2.0, 2.0])).standard_error.tolist() == [INF, 0.0]
+    assert decompose_gaps(doubles([0.0, 1e4], [2.0, 2.0])).standard_error.tolist() == [INF, 0.0]
 
 
 @pytest.mark.parametrize("weighted", (False, True))
@@ -275,7 +275,7 @@ def test_standard_error_agrees_with_a_bootstrap_over_prompts(weighted):
     weights = torch.rand(1, 80, generator=generator, dtype=torch.float64) if weighted else torch.ones(1, 80).double()
     picks = torch.randint(80, (3000, 80), generator=generator)
     spread = prompt_free_gap(gaps[0, picks], weights[0, picks]).std().item()
-    assert decompose(gaps, weights).standard_error.item() == pytest.approx(spread, rel=0.15)
+    assert decompose_gaps(gaps, weights).standard_error.item() == pytest.approx(spread, rel=0.15)
 
 
 @pytest.mark.parametrize("population", (None, 60))
@@ -285,7 +285,7 @@ def test_standard_error_covers_the_root_of_all_prompts(population):
     truth = prompt_free_gap(everything[None])
     draws = 600
     rows = torch.stack([torch.randperm(len(everything), generator=generator)[:40] for _ in range(draws)])
-    parts = decompose(everything[rows], population=population)
+    parts = decompose_gaps(everything[rows], population=population)
     covered = ((parts.prompt_free_gap - truth).abs() <= 1.96 * parts.standard_error).double().mean().item()
     assert 0.9 <= covered <= 0.99
 
@@ -296,7 +296,7 @@ def test_standard_error_covers_the_root_of_all_prompts(population):
 def test_effective_sample_size():
     weights = doubles([1.0, 1.0, 1.0, 1.0], [3.0, 1.0, 0.0, 0.0], [1e200, 1e200, 0.0, 0.0], [INF, 1.0, 1.0, INF])
     assert effective_sample_size(weights).tolist() == pytest.approx([4.0, 1.6, 2.0, 2.0])
-    assert decompose(grid(0, 4, 4), weights).effective_sample_size.tolist() == pytest.approx([4.0, 1.6, 2.0, 2.0])
+    assert decompose_gaps(grid(0, 4, 4), weights).effective_sample_size.tolist() == pytest.approx([4.0, 1.6, 2.0, 2.0])
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         effective_sample_size(torch.ones(3))
 

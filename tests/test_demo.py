@@ -17,7 +17,10 @@ from inform_rm.hub import export_model
 from inform_rm.scoring import RewardScorer
 from inform_rm.worlds import WorldConfig, make_pairs
 
-TINY = DemoBudget(reward_steps=8, pretrained_reward_steps=8, pairs_per_step=2, latent_dim=4, test_pairs=20)
+TINY = DemoBudget(
+    reward_steps=8, pretrained_reward_steps=8, pairs_per_step=2, latent_dim=4, test_pairs=20, audited_pairs=12,
+    num_prompts=3,
+)  # fmt: skip
 ROWS = {name: make_pairs(WorldConfig(), name, 40) for name in TEST_SETS}
 
 
@@ -39,13 +42,23 @@ def made_up(inform_is_right, standard_is_right):
             "interval": paired_bootstrap_interval(difference),
         }
     result = {
-        "settings": {"backbone": "<b>&amp;", "seed": 0},
+        "settings": {"backbone": "<b>&amp;", "seed": 0, "num_prompts": 4},
         "world": {"style_bias": 0.5},
         "versions": {"torch": "0"},
         "model_parameters": {"standard": 10, "inform": 20},
         "train_pairs": 16,
         "data_fingerprints": {"world/in_distribution.jsonl": "0" * 64},
         "test_sets": sets,
+        "decomposition": {
+            model: {
+                "num_pairs": 30,
+                "response_decides": 0.5,
+                "response_decides_interval": [0.3, 0.7],
+                "sign_flips": 0.2,
+                "correlations": {"words": {"prompt_free_gap": -0.31, "prompt_related_gap": 0.1}},
+            }
+            for model in ("standard", "inform")
+        },
         "loaded_elsewhere": {"num_responses": 16, "largest_reward_difference": 0.0, "module": "m"},
         "seconds": {"world": 1.0},
     }
@@ -132,15 +145,18 @@ def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(tmp_pa
     }
     rng = np.random.default_rng(0)
     latents = {"mean": rng.normal(size=(80, 4)), "kl_nats": rng.random((80, 4)), "gold_r1": rng.integers(0, 3, 80)}
-    write_demo_report(tmp_path / "report.html", result, ROWS, rewards, logs, latents)
+    columns = ("prompt_free_gap", "prompt_related_gap", "words_difference")
+    gaps = {model: {name: rng.normal(size=30).tolist() for name in columns} for model in ("standard", "inform")}
+    write_demo_report(tmp_path / "report.html", result, ROWS, rewards, logs, latents, gaps)
     page = read_page(tmp_path / "report.html")
-    assert len(page.sources) == 12 and len(set(page.sources)) == 12  # six figures, each in two schemes
+    assert len(page.sources) == 14 and len(set(page.sources)) == 14  # seven figures, each in two schemes
     for source in page.sources:
         assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
-    assert len(page.alternatives) == 6 and all(page.alternatives)
+    assert len(page.alternatives) == 7 and all(page.alternatives)
     assert "<b>&amp;" in page.text  # a name with markup in it is shown, not obeyed
     for name in TEST_SETS:
         assert f"{result['test_sets'][name]['inform']['accuracy']:.3f} [" in page.text
+    assert "0.500 [0.300, 0.700]" in page.text and "-0.31" in page.text
     source_text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "width=device-width" in source_text and "prefers-color-scheme: dark" in source_text
     assert source_text.index("<table>") < source_text.index("<p")  # tables before prose
@@ -203,7 +219,11 @@ def test_whole_demo_on_a_tiny_budget(tmp_path, capsys):
     assert result["loaded_elsewhere"]["num_responses"] == 16
     assert result["train_pairs"] == 16
     assert re.fullmatch(r"[0-9a-f]{64}", next(iter(result["data_fingerprints"].values())))
-    assert len(read_page(tmp_path / "report.html").alternatives) == 6
+    assert len(read_page(tmp_path / "report.html").alternatives) == 7
+    for model in ("standard", "inform"):
+        audit = json.loads((tmp_path / "decomposition" / model / "result.json").read_text())
+        assert audit["num_pairs"] == 12 and audit["settings"]["num_prompts"] == 3
+        assert result["decomposition"][model]["response_decides"] == audit["response_decides"]
     # Both architectures saw the same pairs and took the same number of steps.
     runs = [json.loads((tmp_path / model / "train_result.json").read_text()) for model in ("standard", "inform")]
     for key in ("data_fingerprints", "train_pairs", "steps"):

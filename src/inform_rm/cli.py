@@ -73,11 +73,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(evaluate)
     evaluate.add_argument("--data", required=True, nargs="+", help="pairs: files, saved datasets or Hub ids")
     evaluate.add_argument("--output", required=True, help="folder for result.json, result.md and plots")
-    evaluate.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="default: %(default)s")
-    evaluate.add_argument("--overlong", choices=("error", "drop", "truncate_prompt"), default="error",
-                          help="pairs over --max-length (default: %(default)s)")  # fmt: skip
-    evaluate.add_argument("--max-pairs", type=int, help="use a seeded random subset of each item of data")
-    evaluate.add_argument("--seed", type=int, default=0, help="seed of the subset (default: %(default)s)")
+    _add_pairs_policy(evaluate)
+
+    decompose = _command(commands, "decompose", _decompose, "how much of a preference the response alone decides")
+    _add_model(decompose)
+    decompose.add_argument("--data", required=True, nargs="+", help="pairs: files, saved datasets or Hub ids")
+    decompose.add_argument("--output", required=True, help="folder for result.json, pairs.parquet, plots and page")
+    decompose.add_argument("--num-prompts", type=int, default=16, help="prompts for each pair, its own among them "
+                           "(default: %(default)s)")  # fmt: skip
+    decompose.add_argument("--stratify", action="store_true", help="only prompts of the pair's own subset")
+    decompose.add_argument(
+        "--behavior-model", help="causal LM that weighs prompts by how likely it finds the responses"
+    )
+    decompose.add_argument("--length-normalized", action="store_true", help="weigh by mean token log-likelihoods")
+    decompose.add_argument("--ess-target", type=float, default=0.25, help="effective sample size that the weights "
+                           "keep, as a share of the prompts (default: %(default)s)")  # fmt: skip
+    decompose.add_argument("--color", choices=("length", "subset"), default="length",
+                           help="what colours the plane of D1 and D2 (default: %(default)s)")  # fmt: skip
+    _add_pairs_policy(decompose)
 
     score = _command(commands, "score", _score, "rewards for rows of prompt and response")
     _add_model(score)
@@ -124,6 +137,18 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
 
 
+def _add_pairs_policy(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="default: %(default)s")
+    command.add_argument("--overlong", choices=("error", "drop", "truncate_prompt"), default="error",
+                         help="pairs over --max-length (default: %(default)s)")  # fmt: skip
+    command.add_argument("--max-pairs", type=int, help="use a seeded random subset of each item of data")
+    command.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
+
+
+def _pairs_policy(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("on_bad_row", "overlong", "max_pairs", "seed")}
+
+
 def _shown(default: Any) -> str:
     if default is None or default == ():
         return "none"
@@ -163,11 +188,31 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.model,
         arguments.data,
         arguments.output,
-        on_bad_row=arguments.on_bad_row,
-        overlong=arguments.overlong,
-        max_pairs=arguments.max_pairs,
-        seed=arguments.seed,
+        **_pairs_policy(arguments),
         **_scorer_options(arguments),
+    )
+
+
+def _decompose(arguments: argparse.Namespace) -> None:
+    from inform_rm import decompose
+
+    result = decompose(
+        arguments.model,
+        arguments.data,
+        arguments.output,
+        num_prompts=arguments.num_prompts,
+        stratify=arguments.stratify,
+        weights="behavior" if arguments.behavior_model else "uniform",
+        behavior_model=arguments.behavior_model,
+        length_normalized=arguments.length_normalized,
+        ess_target=arguments.ess_target,
+        color=arguments.color,
+        **_pairs_policy(arguments),
+        **_scorer_options(arguments),
+    )
+    print(
+        f"response decides {result['response_decides']:.3f}, sign flips {result['sign_flips']:.3f}, "
+        f"accuracy {result['accuracy']:.3f} on {result['num_pairs']} pairs; {arguments.output}/result.html"
     )
 
 

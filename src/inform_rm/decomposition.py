@@ -37,7 +37,7 @@ class Decomposition:
         prompt_free_gap: ``(P,)`` D2; NaN where a gap that counts is not finite.
         effective_sample_size: ``(P,)`` ``(sum w)^2 / sum w^2``, between 1 and M. At 1, D2 is the gap of one prompt: if
             that is the own prompt, D1 is 0.
-        standard_error: ``(P,)`` of D2, from the draw of prompts; see :func:`decompose` for NaN, 0 and inf.
+        standard_error: ``(P,)`` of D2, from the draw of prompts; see :func:`decompose_gaps` for NaN, 0 and inf.
         converged: ``(P,)`` bool; false where D2 is NaN or known less closely than the tolerance, as for gaps so large
             that neighbouring floats lie further apart.
     """
@@ -78,7 +78,7 @@ def prompt_free_gap(gaps: Tensor, weights: Tensor | None = None, *, tolerance: f
     return _solve(gaps, weights, tolerance)[0]
 
 
-def decompose(
+def decompose_gaps(
     gaps: Tensor,
     weights: Tensor | None = None,
     *,
@@ -120,7 +120,7 @@ def decompose(
             smaller than the number of prompts with weight.
 
     Example:
-        >>> parts = decompose(torch.tensor([[2.0, 0.0, 1.0]]))
+        >>> parts = decompose_gaps(torch.tensor([[2.0, 0.0, 1.0]]))
         >>> round(parts.prompt_free_gap.item(), 4), round(parts.prompt_related_gap.item(), 4)
         (1.0, 1.0)
     """

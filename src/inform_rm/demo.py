@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from inform_rm.errors import InputError
 from inform_rm.eval.accuracy import pairwise_accuracy
+from inform_rm.eval.decompose import decompose
 from inform_rm.eval.demo_report import TEST_SETS, console_table, write_demo_report
 from inform_rm.eval.evaluate import evaluate
 from inform_rm.files import atomic_write_text, check_output_directory, versions, write_json
@@ -24,6 +26,9 @@ from inform_rm.training.run import train
 from inform_rm.worlds import WorldConfig, make_pairs
 
 ARCHITECTURES = ("standard", "inform")
+_AUDIT_KEYS = (
+    "num_pairs", "response_decides", "response_decides_interval", "sign_flips", "prompt_sensitivity", "correlations",
+)  # fmt: skip
 ROUND_TRIP_TOLERANCE = 1e-5  # reward units, float32; DESIGN section 4
 
 
@@ -44,6 +49,8 @@ class DemoBudget:
         latent_dim: K of InfoRM.
         beta: weight of InfoRM's KL term.
         test_pairs: pairs in each test set.
+        audited_pairs: in-distribution pairs whose reward gaps are decomposed.
+        num_prompts: prompts for each of them.
     """
 
     reward_steps: int = 900
@@ -54,6 +61,8 @@ class DemoBudget:
     latent_dim: int = 32
     beta: float = 0.01
     test_pairs: int = 500
+    audited_pairs: int = 300
+    num_prompts: int = 16
 
 
 def demo(
@@ -98,7 +107,7 @@ def demo(
     else:
         backbone_name = backbone
 
-    runs, evaluations = {}, {}
+    runs, evaluations, audits = {}, {}, {}
     for architecture in ARCHITECTURES:
         clock.start(f"train {architecture}")
         runs[architecture] = train(
@@ -134,6 +143,16 @@ def demo(
             folder / "evaluation" / architecture,
             progress=False,
         )
+        clock.start(f"decompose {architecture}")
+        audits[architecture] = decompose(
+            scorers[architecture],
+            files["in_distribution"],
+            folder / "decomposition" / architecture,
+            num_prompts=budget.num_prompts,
+            max_pairs=budget.audited_pairs,
+            seed=seed,
+            progress=False,
+        )
     rows = {name: _read_jsonl(files[name]) for name in TEST_SETS}
     rewards = {architecture: _pair_rewards(folder / "evaluation" / architecture) for architecture in ARCHITECTURES}
 
@@ -152,12 +171,18 @@ def demo(
         "train_pairs": runs["inform"]["train_pairs"]["pairs"],
         "data_fingerprints": {item["source"]: item["fingerprint"] for item in evaluations["inform"]["data"]},
         "test_sets": _compare(rows, rewards),
+        "decomposition": {
+            name: {key: audit[key] for key in _AUDIT_KEYS if key in audit} for name, audit in audits.items()
+        },
         "loaded_elsewhere": loaded_elsewhere,
     }
     latents = _latents(scorers["inform"], rows["in_distribution"])
     result["seconds"] = clock.seconds()
     logs = {architecture: run["log_history"] for architecture, run in runs.items()}
-    write_demo_report(folder / "report.html", result, rows, rewards, logs, latents)
+    gaps = {
+        name: pq.read_table(folder / "decomposition" / name / "pairs.parquet").to_pydict() for name in ARCHITECTURES
+    }
+    write_demo_report(folder / "report.html", result, rows, rewards, logs, latents, gaps)
     result["seconds"] = clock.seconds()
     write_json(folder / "result.json", result)
     print(console_table(result))

@@ -17,7 +17,7 @@ from datasets import Dataset, Features, Value
 from transformers import AutoTokenizer
 
 from inform_rm.errors import InputError
-from inform_rm.preferences import BadRow, Message, to_messages
+from inform_rm.preferences import FEATURES, BadRow, Message, to_messages
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,9 @@ _ENCODED_FEATURES = Features(
         "truncated": Value("bool"),
     }
 )
+
+
+_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "file", "row")
 
 
 @dataclass(frozen=True)
@@ -268,6 +271,7 @@ def encode_pairs(
     max_length: int | None,
     overlong: str = "error",
     num_proc: int | None = None,
+    keep_text: bool = False,
 ) -> EncodedPairs:
     """Encode a whole dataset of preference pairs.
 
@@ -279,6 +283,7 @@ def encode_pairs(
             ``"truncate_prompt"`` removes the same tokens from the left of both sides' prompt (after BOS), never
             response tokens.
         num_proc: Processes to encode with.
+        keep_text: Keep the columns prompt, chosen, rejected, file and row.
 
     Raises:
         BadRow: An over-long pair under ``"error"``; responses that do not fit alone under ``"truncate_prompt"``; a row
@@ -290,8 +295,10 @@ def encode_pairs(
     if overlong not in OVERLONG_POLICIES:
         raise InputError(f"overlong: got {overlong!r}; expected one of {', '.join(OVERLONG_POLICIES)}.")
 
+    kept = Features({name: FEATURES[name] for name in (_TEXT_COLUMNS if keep_text else ())})
+
     def encode_batch(batch: dict[str, list]) -> dict[str, list]:
-        columns: dict[str, list] = {name: [] for name in _ENCODED_FEATURES}
+        columns: dict[str, list] = {name: [] for name in (*_ENCODED_FEATURES, *kept)}
         for index, pair in enumerate(encode_sides(tokenizer, batch)):
             file, row = batch["file"][index], batch["row"][index]
             check_sides_differ(pair, file, row)
@@ -300,11 +307,12 @@ def encode_pairs(
                 continue
             if max_length is not None:
                 pair = fit_pair(pair, max_length, overlong, tokenizer.bos_token_id, file, row)
-            values = (
+            values: tuple[Any, ...] = (
                 pair.chosen_ids, pair.rejected_ids, pair.prompt_length, pair.longest, batch["margin"][index],
                 batch["subset"][index], batch["id"][index], len(batch["chosen"][index]),
                 len(batch["rejected"][index]), is_overlong,
             )  # fmt: skip
+            values += tuple(batch[name][index] for name in kept)
             for name, value in zip(columns, values, strict=True):
                 columns[name].append(value)
         return columns
@@ -315,7 +323,7 @@ def encode_pairs(
         batch_size=256,
         num_proc=num_proc,
         remove_columns=dataset.column_names,
-        features=_ENCODED_FEATURES,
+        features=Features({**_ENCODED_FEATURES, **kept}),
         load_from_cache_file=False,  # a stale encoding would go unnoticed
         new_fingerprint=uuid.uuid4().hex,
         desc="Encoding pairs",

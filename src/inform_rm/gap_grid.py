@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from inform_rm.encoding import OVERLONG_POLICIES, TokenPair, encode_sides, fit_pair
 from inform_rm.errors import InputError
 from inform_rm.journal import RewardJournal
+from inform_rm.likelihoods import ResponseLikelihood
 from inform_rm.preferences import BadRow
 from inform_rm.scoring import RewardScorer
 
@@ -69,7 +71,7 @@ def distinct_prompts(pairs: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def gap_grid(
-    scorer: RewardScorer,
+    scorer: RewardScorer | ResponseLikelihood,
     pairs: Dataset,
     choice: Tensor,
     prompt_rows: Tensor,
@@ -86,7 +88,7 @@ def gap_grid(
     responses that follow it in a batch, whichever pairs they belong to. Memory holds a thousand cells at a time.
 
     Args:
-        scorer: the model.
+        scorer: the model; with a `ResponseLikelihood`, log-likelihoods take the place of rewards.
         pairs: columns as in `inform_rm.preferences.FEATURES`.
         choice: ``(P, M)`` number of each prompt, the pair's own one in column 0, -1 for none (see
             `inform_rm.decomposition.sample_prompts`).
@@ -137,7 +139,8 @@ def gap_grid(
                         sequences.append(ids)
                         prompt_lengths.append(fitted.prompt_length)
                         entries.append((pair, column, side))
-            for places, values, _ in scorer.iter_scores(sequences, prompt_lengths, check_finite=False):
+            scores: Iterator[Any] = scorer.iter_scores(sequences, prompt_lengths, check_finite=False)
+            for places, values, _ in scores:
                 done = [entries[place] for place in places]
                 for (pair, column, side), value in zip(done, values.tolist(), strict=True):
                     rewards[pair, column, side] = value
@@ -158,7 +161,7 @@ def _chunks_by_prompt(choice: Tensor) -> Iterator[list[tuple[int, int]]]:
 
 
 def _encode_cells(
-    scorer: RewardScorer,
+    scorer: RewardScorer | ResponseLikelihood,
     pairs: Dataset,
     pair_rows: Tensor,
     prompt_rows: Tensor,
@@ -177,7 +180,9 @@ def _encode_cells(
     return zip(cells, encode_sides(scorer.tokenizer, columns), places, strict=True)
 
 
-def _fit(both: TokenPair, scorer: RewardScorer, overlong: str, where: tuple[str, int] | None) -> TokenPair | None:
+def _fit(
+    both: TokenPair, scorer: RewardScorer | ResponseLikelihood, overlong: str, where: tuple[str, int] | None
+) -> TokenPair | None:
     """A cell within the model's length, or ``None``; ``where`` is given for a pair under its own prompt."""
     if scorer.max_length is None or both.longest <= scorer.max_length:
         return both

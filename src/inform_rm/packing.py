@@ -99,6 +99,26 @@ def rows_by_prompt(
     return groups
 
 
+def packed_batches(
+    sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], tokens_per_batch: int
+) -> Iterator[list[int]]:
+    """Places of the sequences in batches whose tokens, each prompt counted once, keep a budget; longest first."""
+    groups = rows_by_prompt(sequences, prompt_lengths)
+    batch: list[int] = []
+    tokens = 0
+    for prompt, rows in sorted(groups.items(), key=lambda group: -max(len(sequences[row]) for row in group[1])):
+        shared = 0
+        for row in rows:
+            if batch and tokens + len(sequences[row]) - shared > tokens_per_batch:
+                yield batch
+                batch, tokens, shared = [], 0, 0
+            batch.append(row)
+            tokens += len(sequences[row]) - shared
+            shared = len(prompt)
+    if batch:
+        yield batch
+
+
 def _last_place(ids: Sequence[int], pad_token_id: int | None) -> int:
     if pad_token_id is not None:
         for place in range(len(ids) - 1, 0, -1):
@@ -244,6 +264,8 @@ def why_not_packed(model: Any) -> str | None:
         ``None`` if they do, else the reason in a few words.
     """
     text_config = model.config.get_text_config()
+    if text_config._attn_implementation == ATTENTION_NAME:
+        return None  # tried before it was set
     kinds = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"layers of type {', '.join(sorted(kinds))}"

@@ -3,13 +3,20 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 import inform_rm
 from inform_rm.errors import InputError
@@ -46,6 +53,32 @@ def load_reward_model(
         InputError: if there is no such model, it is not a reward model with one output, its weights are pickled,
             incomplete or broken, or it needs remote code that was not allowed.
     """
+    return _load(
+        model, AutoModelForSequenceClassification, _check_config, dtype, device, trust_remote_code, revision
+    )  # fmt: skip
+
+
+def load_causal_lm(
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model as safely as `load_reward_model` loads a reward model; see there."""
+    return _load(model, AutoModelForCausalLM, None, dtype, device, trust_remote_code, revision)
+
+
+def _load(
+    model: str | Path,
+    auto_class: Any,
+    check_config: Callable[[PreTrainedConfig, str], None] | None,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    trust_remote_code: bool,
+    revision: str | None,
+) -> PreTrainedModel:
     inform_rm.register_auto_classes()
     name = str(model)
     folder = Path(model)
@@ -71,9 +104,10 @@ def load_reward_model(
         hub["revision"] = revision
     try:
         config = AutoConfig.from_pretrained(name, **hub)
-        _check_config(config, name)
+        if check_config is not None:
+            check_config(config, name)
         placement = {"device_map": "auto"} if target == "auto" else {}
-        loaded, loading = AutoModelForSequenceClassification.from_pretrained(
+        loaded, loading = auto_class.from_pretrained(
             name,
             config=config,
             dtype=dtype,
@@ -163,8 +197,8 @@ def _check_loading(loading: dict[str, Any], name: str) -> None:
     if absent:
         shown = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
         raise InputError(
-            f"model: {name} is not a complete reward model: {len(absent)} weights are not in its checkpoint and would "
-            f"be random ({shown}). Pass a trained sequence-classification model, or train one (inform-rm train)."
+            f"model: {name} is not complete: {len(absent)} weights are not in its checkpoint and would "
+            f"be random ({shown}). Pass a trained model of this kind; a reward model is trained by inform-rm train."
         )
     unexpected = sorted(str(key) for key in loading["unexpected_keys"])
     if unexpected:

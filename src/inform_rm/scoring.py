@@ -22,8 +22,8 @@ from inform_rm.packing import (
     eval_mode_of,
     pack_sequences,
     packed_attention_of,
+    packed_batches,
     packed_rewards,
-    rows_by_prompt,
     why_not_packed,
 )
 from inform_rm.reward_models import fingerprint_model, fingerprint_tokenizer, load_reward_model
@@ -224,11 +224,14 @@ class RewardScorer:
         self.check_uncertainty(uncertainty)
         for row, ids in enumerate(sequences):
             self._check_ids(ids, f"row {row} (counted from 0)")
-        batches = self._batches if self.batching == "padded" else self._packed_batches
         forward = self._forward if self.batching == "padded" else self._packed_forward
         lengths = [0] * len(sequences) if prompt_lengths is None else prompt_lengths
         with eval_mode_of(self.model):
-            for rows in batches(sequences, lengths):
+            if self.batching == "padded":
+                batches = self._batches(sequences)
+            else:
+                batches = packed_batches(sequences, lengths, self.tokens_per_batch)
+            for rows in batches:
                 rewards, stds = forward([sequences[row] for row in rows], [lengths[row] for row in rows], uncertainty)
                 for values in (rewards, stds):
                     if check_finite and values is not None and not values.isfinite().all():
@@ -256,7 +259,7 @@ class RewardScorer:
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
 
-    def _batches(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> Iterator[list[int]]:
+    def _batches(self, sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Rows in batches of similar length whose padded size keeps the token budget; longest first, to fail early."""
         lengths = [len(ids) for ids in sequences]
         batch: list[int] = []
@@ -270,25 +273,6 @@ class RewardScorer:
                     yield batch
                     batch = []
             batch.append(row)
-        if batch:
-            yield batch
-
-    def _packed_batches(
-        self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
-    ) -> Iterator[list[int]]:
-        """Rows in batches whose tokens, each prompt counted once, keep the token budget; longest rows first."""
-        groups = rows_by_prompt(sequences, prompt_lengths)
-        batch: list[int] = []
-        tokens = 0
-        for prompt, rows in sorted(groups.items(), key=lambda group: -max(len(sequences[row]) for row in group[1])):
-            shared = 0
-            for row in rows:
-                if batch and tokens + len(sequences[row]) - shared > self.tokens_per_batch:
-                    yield batch
-                    batch, tokens, shared = [], 0, 0
-                batch.append(row)
-                tokens += len(sequences[row]) - shared
-                shared = len(prompt)
         if batch:
             yield batch
 
@@ -360,6 +344,23 @@ class RewardScorer:
             )
             return None
         return pad_id
+
+
+def as_scorer(model: Any, tokenizer: Any, options: dict[str, Any]) -> RewardScorer:
+    """A `RewardScorer` with its tokenizer: the given one, or one made from model, tokenizer and keywords.
+
+    Raises:
+        InputError: if there is no tokenizer, or a scorer comes with settings that it has already.
+    """
+    if isinstance(model, RewardScorer):
+        if tokenizer is not None or options:
+            raise InputError("model: a RewardScorer has its tokenizer and options already. Set them on the scorer.")
+        scorer = model
+    else:
+        scorer = RewardScorer(model, tokenizer, **options)
+    if scorer.tokenizer is None:
+        raise InputError("tokenizer: a loaded model needs its tokenizer here. Pass tokenizer=...")
+    return scorer
 
 
 def score_file(

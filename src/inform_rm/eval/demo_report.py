@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from inform_rm.eval.decompose_report import PLANE_CAPTION, draw_plane
 from inform_rm.eval.report import figure_png, format_interval, html_table, png_data_uri
 from inform_rm.files import atomic_write_text
 
@@ -70,6 +71,7 @@ def write_demo_report(
     rewards: dict[str, dict[str, np.ndarray]],
     logs: dict[str, list[dict[str, float]]],
     latents: dict[str, np.ndarray],
+    gaps: dict[str, dict[str, list[Any]]],
 ) -> None:
     """Write the demo's page.
 
@@ -80,6 +82,7 @@ def write_demo_report(
         rewards: model to test set to ``(N, 2)`` rewards, chosen and rejected.
         logs: model to the log lines of its training.
         latents: ``mean`` and ``kl_nats`` ``(M, K)`` and ``gold_r1`` ``(M,)`` of in-distribution responses.
+        gaps: model to the columns of its ``pairs.parquet`` (see `inform_rm.eval.decompose`).
     """
     header, table = _accuracy_table(result)
     chosen_words = {name: _words(part, "chosen") - _words(part, "rejected") for name, part in rows.items()}
@@ -90,6 +93,7 @@ def write_demo_report(
             "Reward margin (chosen minus rejected) against the difference in length. Points above 0 are ranked right. "
             "A model that goes by length puts the points on a rising line.",
         ),
+        (lambda: _plane_figure(gaps), f"In-distribution pairs, coloured by length difference. {PLANE_CAPTION}"),
         (
             lambda: _training_figure(logs),
             "Training. Loss without the KL term and accuracy are those of the validation pairs, which hold no label "
@@ -118,6 +122,12 @@ def write_demo_report(
         "brackets the 95 % Wilson interval. Difference: InfoRM minus standard, 95 % paired bootstrap interval. One "
         "training seed each: the intervals cover the choice of test pairs, not that of the seed.</p>",
         _wide(html_table(("test set", "what it holds"), [(TEST_SETS[k], _MEANINGS[k]) for k in TEST_SETS]), "words"),
+        _wide(html_table(*_decomposition_table(result))),
+        '<p class="note">Prompt-free and prompt-related reward on in-distribution pairs, each scored under '
+        f"{result['settings']['num_prompts']} prompts. Response decides: share of pairs whose prompt-free gap is the "
+        "larger one. Sign flips: share of pairs ranked the other way under another prompt. Prompt sensitivity: share "
+        "of the gaps' variance between prompts of one pair. Length: rank correlation of the gap with the difference "
+        "in words.</p>",
         *[_figure(draw, caption) for draw, caption in figures],
         "<h2>Three pairs</h2>",
         *[_example(name, rows[name], rewards) for name in ("in_distribution", "bias_reversed", "unseen_family")],
@@ -155,6 +165,20 @@ def _accuracy_table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple
                 f"{part['longer_wins']['accuracy']:.3f}",
             )
         )
+    return header, rows
+
+
+def _decomposition_table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    header = ("decomposition", "n", "response decides", "sign flips", "prompt sensitivity",
+              "length, prompt-free", "length, prompt-related")  # fmt: skip
+    rows = []
+    for model, label in _MODELS.items():
+        part = result["decomposition"][model]
+        words = part["correlations"].get("words", {})
+        cells = [f"{part[name]:.3f}" if name in part else "" for name in ("sign_flips", "prompt_sensitivity")]
+        decides = f"{part['response_decides']:.3f} [{_short(part['response_decides_interval'])}]"
+        gaps = [f"{words[gap]:+.2f}" if gap in words else "" for gap in ("prompt_free_gap", "prompt_related_gap")]
+        rows.append((label, str(part["num_pairs"]), decides, *cells, *gaps))
     return header, rows
 
 
@@ -253,6 +277,23 @@ def _margin_figure(words: dict[str, np.ndarray], rewards: dict[str, dict[str, np
     for axes in grid[:, 0]:
         axes.set_ylabel("reward margin")
     figure.supxlabel("chosen minus rejected length (words)", fontsize=11)
+    return figure
+
+
+def _plane_figure(gaps: dict[str, dict[str, list[Any]]]) -> Figure:
+    figure = Figure(figsize=(6.4, 3.9), layout="constrained")
+    panels = figure.subplots(1, 2)
+    words = {model: np.array(columns["words_difference"]) for model, columns in gaps.items()}
+    limit = max(1.0, *(np.abs(part).max() for part in words.values()))
+    for axes, (model, label) in zip(panels, _MODELS.items(), strict=True):
+        free, related = (np.array(gaps[model][name]) for name in ("prompt_free_gap", "prompt_related_gap"))
+        draw_plane(axes, 1.05 * max(np.abs(free).max(), np.abs(related).max(), 1e-6))
+        points = axes.scatter(
+            free, related, s=9, linewidths=0, c=words[model], cmap="coolwarm", vmin=-limit, vmax=limit
+        )
+        axes.set_title(label, fontsize=11)
+    panels[1].set_ylabel("")
+    figure.colorbar(points, ax=panels, location="bottom", label="words, chosen - rejected", shrink=0.6)
     return figure
 
 

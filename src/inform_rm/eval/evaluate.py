@@ -1,7 +1,6 @@
 """Evaluating a reward model on preference data: from model and data to a folder of results."""
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,11 @@ import torch
 from tqdm import tqdm
 
 from inform_rm.encoding import encode_pairs
-from inform_rm.errors import InputError
 from inform_rm.eval import accuracy, report
+from inform_rm.eval.sources import load_sources, warn_of_left_out
 from inform_rm.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.journal import RewardJournal, shortest_float
-from inform_rm.preferences import load_preferences
-from inform_rm.scoring import NonFiniteRewardError, RewardScorer
-
-logger = logging.getLogger(__name__)
+from inform_rm.scoring import NonFiniteRewardError, RewardScorer, as_scorer
 
 JOURNAL_FILE = "rewards.partial"
 _CHUNK_PAIRS = 2048
@@ -69,53 +65,22 @@ def evaluate(
         InputError: on bad data, a model that is no reward model, or an unfinished run with other settings.
         NonFiniteRewardError: if the model gives NaN or infinity; the pair is named.
     """
-    sources = [data] if isinstance(data, str | Path) else list(data)
-    if not sources:
-        raise InputError("data: expected at least one source of preference pairs.")
-    if max_pairs is not None and (isinstance(max_pairs, bool) or not isinstance(max_pairs, int) or max_pairs < 1):
-        raise InputError(f"max_pairs: {max_pairs!r}; expected a whole number of at least 1.")
     folder = None if output is None else check_output_directory(output)
-    if isinstance(model, RewardScorer):
-        if tokenizer is not None or scorer_options:
-            raise InputError("model: a RewardScorer has its tokenizer and options already. Set them on the scorer.")
-        scorer = model
-    else:
-        scorer = RewardScorer(model, tokenizer, **scorer_options)
-    if scorer.tokenizer is None:
-        raise InputError("tokenizer: a loaded model needs its tokenizer here. Pass tokenizer=...")
+    scorer = as_scorer(model, tokenizer, scorer_options)
 
     parts, described = [], []
-    for source in sources:
-        loaded = load_preferences(source, split=split, revision=data_revision, on_bad_row=on_bad_row)
-        pairs = loaded.dataset
-        if max_pairs is not None and len(pairs) > max_pairs:
-            pairs = pairs.shuffle(seed=seed).select(range(max_pairs))
-        encoded = encode_pairs(pairs, scorer.tokenizer, max_length=scorer.max_length, overlong=overlong)
-        counts = {
-            "pairs_read": len(loaded.dataset),
-            "not_sampled": len(loaded.dataset) - len(pairs),
-            "overlong": encoded.counts["overlong"],
-            "dropped": encoded.counts["dropped"],
-            "truncated": encoded.counts["truncated"],
-            "bad_rows": len(loaded.bad_rows),
-            "evaluated": len(encoded.dataset),
-        }
-        left_out = {name: counts[name] for name in ("dropped", "truncated", "bad_rows") if counts[name]}
-        if left_out:
-            logger.warning("%s: %s", source, ", ".join(f"{name} {count}" for name, count in left_out.items()))
+    for source in load_sources(
+        data, split=split, revision=data_revision, on_bad_row=on_bad_row, max_pairs=max_pairs, seed=seed
+    ):
+        encoded = encode_pairs(source.pairs, scorer.tokenizer, max_length=scorer.max_length, overlong=overlong)
+        counts = {name: encoded.counts[name] for name in ("overlong", "dropped", "truncated")}
+        described.append({**source.record, **counts, "evaluated": len(encoded.dataset)})
+        warn_of_left_out(described[-1])
         parts.append(encoded.dataset)
-        described.append(
-            {
-                "source": str(source),
-                "fingerprint": loaded.fingerprint,
-                **counts,
-                **({"bad_row_reasons": [str(row) for row in loaded.bad_rows]} if loaded.bad_rows else {}),
-            }
-        )
 
     identity = scorer.identity()
     settings = {
-        "data": [str(source) for source in sources],
+        "data": [item["source"] for item in described],
         "split": split,
         "data_revision": data_revision,
         "on_bad_row": on_bad_row,

@@ -40,6 +40,22 @@ class TrainingConfig:
         0.25,
     )
 
+    objective: Literal["bradley_terry", "prioritized"] = _setting(
+        "'prioritized': of each pool, learn from the pairs with the smallest prompt-free gap (arXiv:2504.06020)",
+        "bradley_terry",
+    )
+    pool_factor: int = _setting("prioritized: pairs drawn for each pair that is learnt from", 2)
+    num_prompts: int = _setting("prioritized: prompts behind each prompt-free gap, the pair's own among them", 8)
+    warmup_fraction: float = _setting("prioritized: share of the steps that start without selection", 0.1)
+    refresh: int = _setting("prioritized: steps for which an estimated gap may be used again; 1: never", 1)
+    selection: Literal["smallest", "soft"] = _setting(
+        "prioritized: the smallest gaps (the paper's), or a draw with probability sigmoid(-gap)", "smallest"
+    )
+
+    augmentation: Literal["none", "rrm"] = _setting(
+        "'rrm': two more pairs for each, against responses of other prompts (arXiv:2409.13156)", "none"
+    )
+
     label_smoothing: float = _setting("probability that a label is wrong, 0 to below 0.5", 0.0)
     center_rewards_coefficient: float = _setting("weight of mean((r_w + r_l)^2), which keeps rewards near 0", 0.0)
 
@@ -109,7 +125,7 @@ class TrainingConfig:
             "kl_warmup_steps": 0,
             "center_rewards_coefficient": 0, "dataloader_num_workers": 0, "seed": 0, "max_length": 2,
             "max_pairs_per_source": 1, "max_eval_pairs_per_source": 1, "save_total_limit": 1,
-            "tokens_per_batch": 1,
+            "tokens_per_batch": 1, "pool_factor": 1, "num_prompts": 2, "refresh": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -118,7 +134,7 @@ class TrainingConfig:
         for name in ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps"):
             if not 0 < getattr(self, name) < float("inf"):
                 faults.append(f"{name} must be a finite number above 0, got {getattr(self, name)}")
-        for name, limit in (("label_smoothing", 0.5), ("lora_dropout", 1.0)):
+        for name, limit in (("label_smoothing", 0.5), ("lora_dropout", 1.0), ("warmup_fraction", 1.0)):
             if not 0 <= getattr(self, name) < limit:
                 faults.append(f"{name} must be at least 0 and below {limit}, got {getattr(self, name)}")
         if self.load_best_model_at_end and not self.eval_data:

@@ -20,6 +20,8 @@ from inform_rm.files import atomic_directory, file_digest, write_json
 from inform_rm.preferences import load_preferences
 from inform_rm.records import source_digest
 from inform_rm.reward_models import fingerprint_tokenizer
+from inform_rm.training import augmentation
+from inform_rm.training.augmentation import add_non_contextual_pairs
 from inform_rm.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -61,12 +63,13 @@ def load_training_pairs(
     Raises:
         InputError: on bad data, or if no pair is left.
     """
+    augment = config.augmentation == "rrm" and argument == "data"  # evaluation is on the pairs as they are
     # One process encodes, the others find the result in the cache.
     with PartialState().main_process_first():
-        folder = _cache_folder(config, sources, max_pairs, tokenizer)
+        folder = _cache_folder(config, sources, max_pairs, tokenizer, augment)
         pairs = None if folder is None else _read(folder)
         if pairs is None:
-            pairs = _encode(config, sources, max_pairs, tokenizer)
+            pairs = _encode(config, sources, max_pairs, tokenizer, augment)
             if folder is not None and PartialState().is_main_process:
                 _write(folder, pairs)
         else:
@@ -77,7 +80,9 @@ def load_training_pairs(
     return pairs
 
 
-def _encode(config: TrainingConfig, sources: Sequence[str], max_pairs: int | None, tokenizer: Any) -> TrainingPairs:
+def _encode(
+    config: TrainingConfig, sources: Sequence[str], max_pairs: int | None, tokenizer: Any, augment: bool
+) -> TrainingPairs:
     parts: list[Dataset] = []
     fingerprints: dict[str, str] = {}
     bad_rows: list[str] = []
@@ -89,15 +94,23 @@ def _encode(config: TrainingConfig, sources: Sequence[str], max_pairs: int | Non
         if max_pairs is not None and len(part) > max_pairs:
             part = part.shuffle(seed=config.seed).select(range(max_pairs))
         parts.append(part)
+    pairs = concatenate_datasets(parts)
+    if augment:
+        pairs = add_non_contextual_pairs(pairs, config.seed)
     encoded = encode_pairs(
-        concatenate_datasets(parts), tokenizer, max_length=config.max_length, overlong=config.overlong
-    )
+        pairs, tokenizer, max_length=config.max_length, overlong=config.overlong,
+        keep_text=_keeps_text(config),
+    )  # fmt: skip
     counts = {**encoded.counts, "pairs": len(encoded.dataset), "bad_rows": bad_rows}
     return TrainingPairs(encoded.dataset, counts, fingerprints)
 
 
+def _keeps_text(config: TrainingConfig) -> bool:
+    return config.objective == "prioritized"  # whose pairs are encoded again, with other prompts
+
+
 def _cache_folder(
-    config: TrainingConfig, sources: Sequence[str], max_pairs: int | None, tokenizer: Any
+    config: TrainingConfig, sources: Sequence[str], max_pairs: int | None, tokenizer: Any, augment: bool
 ) -> Path | None:
     """Where the pairs of these settings are cached; ``None`` where they must not be, or a source cannot be read."""
     # A tokenizer written in Python has no text that tells all it does.
@@ -111,10 +124,11 @@ def _cache_folder(
         # Names too: they are part of the rows' ids and of messages about bad rows.
         "sources": list(zip(map(str, sources), digests, strict=True)),
         "tokenizer": fingerprint_tokenizer(tokenizer),
-        "settings": [config.max_length, config.overlong, config.on_bad_row],
+        "settings": [config.max_length, config.overlong, config.on_bad_row, _keeps_text(config)],
         "choice": None if max_pairs is None else [max_pairs, config.seed],
+        "augmentation": [config.augmentation, config.seed] if augment else None,
         "versions": {name: metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "jinja2")},
-        "code": [file_digest(str(module.__file__)) for module in (encoding, preferences, records)],
+        "code": [file_digest(str(module.__file__)) for module in (augmentation, encoding, preferences, records)],
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
     return Path(datasets.config.HF_DATASETS_CACHE) / "inform_rm_pairs" / key[:32]

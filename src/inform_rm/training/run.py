@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
@@ -28,9 +29,11 @@ from inform_rm.files import atomic_write_text, check_output_directory, versions,
 from inform_rm.hub import model_card
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
 from inform_rm.packing import CPU_TOKENS_PER_BATCH, use_packed_attention, why_not_packed
+from inform_rm.scoring import RewardScorer
 from inform_rm.statistics import wilson_interval
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.data import load_training_pairs
+from inform_rm.training.prioritized import PoolCollator, PrioritizedRewardTrainer, Selection
 from inform_rm.training.trainer import PackedPairCollator, PairCollator, RewardTrainer
 
 logger = logging.getLogger(__name__)
@@ -89,22 +92,22 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     arguments = _training_arguments(config, checkpoints)
     batching = _choose_batching(model, config, arguments)
     trainable = _add_lora(model, config) if config.lora_r else model
-    trainer = RewardTrainer(
-        model=trainable,
-        args=arguments,
-        data_collator=(
-            PackedPairCollator(_tokens_per_batch(config, arguments))
-            if batching == "packed"
-            else PairCollator(tokenizer)
-        ),
-        train_dataset=train_pairs.dataset,
-        eval_dataset=None if eval_pairs is None else eval_pairs.dataset,
-        processing_class=tokenizer,
-        beta=config.beta,
-        kl_warmup_steps=config.kl_warmup_steps,
-        label_smoothing=config.label_smoothing,
-        center_rewards_coefficient=config.center_rewards_coefficient,
-    )
+    tokens_per_batch = _tokens_per_batch(config, arguments)
+    options: dict[str, Any] = {
+        "model": trainable,
+        "args": arguments,
+        "data_collator": PackedPairCollator(tokens_per_batch) if batching == "packed" else PairCollator(tokenizer),
+        "train_dataset": train_pairs.dataset,
+        "eval_dataset": None if eval_pairs is None else eval_pairs.dataset,
+        "processing_class": tokenizer,
+        **{name: getattr(config, name) for name in
+           ("beta", "kl_warmup_steps", "label_smoothing", "center_rewards_coefficient")},
+    }  # fmt: skip
+    if config.objective == "prioritized":
+        scorer = RewardScorer(trainable, tokenizer, max_length=config.max_length, batching=batching)
+        trainer: RewardTrainer = _prioritized_trainer(config, scorer, options)
+    else:
+        trainer = RewardTrainer(**options)
     outcome = trainer.train(resume_from_checkpoint=resume_from)
     evaluation = _final_evaluation(trainer) if eval_pairs is not None else None
     result = {
@@ -186,6 +189,25 @@ def _choose_batching(model: Any, config: TrainingConfig, arguments: TrainingArgu
     return "packed"
 
 
+def _prioritized_trainer(config: TrainingConfig, scorer: RewardScorer, options: dict[str, Any]) -> RewardTrainer:
+    dataset = options["train_dataset"]
+    trainer = PrioritizedRewardTrainer(
+        **{
+            **options,
+            "train_dataset": dataset.add_column("position", np.arange(len(dataset))),
+            "data_collator": PoolCollator(options["data_collator"]),
+        },
+        scorer=scorer,
+        selection=Selection(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Selection)}),
+    )
+    if trainer.is_fsdp_enabled:
+        raise InputError(
+            "objective: 'prioritized' does not run under FSDP, where all processes must make equally many forward "
+            "passes. Launch it with DDP or one process, or train with objective 'bradley_terry'."
+        )
+    return trainer
+
+
 def _tokens_per_batch(config: TrainingConfig, arguments: TrainingArguments) -> int | None:
     if arguments.world_size > 1:
         # Under FSDP every process must make equally many forward passes.
@@ -207,13 +229,17 @@ def _training_arguments(config: TrainingConfig, checkpoints: Path) -> TrainingAr
         "load_best_model_at_end", "report_to",
     )  # fmt: skip
     evaluates = bool(config.eval_data)
+    pool_factor = config.pool_factor if config.objective == "prioritized" else 1
     for name, known in (("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames)):
         choices = [choice.value for choice in known]
         if getattr(config, name) not in choices:
             raise InputError(f"{name}: {getattr(config, name)!r} is unknown. Choose one of {', '.join(choices)}.")
     return TrainingArguments(
         output_dir=str(checkpoints),
-        **{name: getattr(config, name) for name in passed_on},
+        **{
+            **{name: getattr(config, name) for name in passed_on},
+            "per_device_train_batch_size": config.per_device_train_batch_size * pool_factor,
+        },
         data_seed=config.seed,
         activation_checkpointing=config.gradient_checkpointing,
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",

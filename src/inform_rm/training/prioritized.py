@@ -1,0 +1,184 @@
+"""Prioritized training (arXiv:2504.06020): of a pool of pairs, learn from those with the smallest prompt-free gap.
+
+Pairs whose preference the model already draws from the responses alone teach it to ignore the prompt even more. So
+every step draws a pool of ``pool_factor`` batches, estimates the prompt-free gap D2 of its pairs without gradient, and
+updates on the batch with the smallest *signed* D2 ("left half", Fig. 3).
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inform_rm.decomposition import decompose_gaps
+from inform_rm.files import atomic_write_text
+from inform_rm.gap_grid import distinct_prompts, gap_grid
+from inform_rm.scoring import NonFiniteRewardError, RewardScorer
+from inform_rm.training.trainer import RewardTrainer
+
+_GAPS_FILE = "prompt_free_gaps-{}.json"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How pairs are chosen from a pool; the settings of the same names in `TrainingConfig` say more."""
+
+    pool_factor: int
+    num_prompts: int
+    warmup_fraction: float
+    refresh: int
+    selection: str
+    seed: int
+    overlong: str
+
+
+class PoolCollator:
+    """Training rows -> ``{"positions": (N,)}``, places in the dataset; evaluation rows -> batches of ``collate``.
+
+    Args:
+        collate: what makes a batch of encoded pairs.
+    """
+
+    def __init__(self, collate: Any):
+        self.collate = collate
+
+    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+        """See the class."""
+        if "position" in pairs[0]:
+            return {"positions": torch.tensor([pair["position"] for pair in pairs])}
+        return self.collate(pairs)
+
+
+class PrioritizedRewardTrainer(RewardTrainer):
+    """`RewardTrainer` that updates on a part of each pool.
+
+    With several processes each one selects from its own pool, the same number of pairs on every process.
+
+    Logs beside the usual metrics: ``prompt_free_gap_selected`` and ``prompt_free_gap_left_out`` (means of D2),
+    ``effective_sample_size`` (prompts behind a D2) and ``selection_time_share`` (of the time spent in steps).
+
+    Args:
+        selection: how pairs are chosen.
+        scorer: scores the model that is trained; nothing but its tokenizer and batching may differ.
+        kwargs: arguments of `RewardTrainer`. ``train_dataset`` holds the text of the pairs (``keep_text``) and their
+            ``position``, ``data_collator`` is a `PoolCollator`, and the batch size of the arguments is the pool's.
+    """
+
+    def __init__(self, *, selection: Selection, scorer: RewardScorer, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._selection, self._scorer = selection, scorer
+        self._pairs: Any = self.train_dataset
+        self._collate: Any = kwargs["data_collator"].collate
+        self._prompt_rows, self._own_prompts = distinct_prompts(self._pairs)
+        # Position of a pair -> step and value of its latest D2; only where it may be used again.
+        self._known_gaps: dict[int, tuple[int, float]] = {}
+        # D2 of selected and of left-out pairs, ESS: sum and number of each; seconds of selection and of steps.
+        self._selection_sums = torch.zeros(8, dtype=torch.float64)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; a resumed run takes up the gaps that may still be used."""
+        checkpoint = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+        if checkpoint:
+            path = Path(checkpoint) / _GAPS_FILE.format(self.args.process_index)
+            if path.exists():
+                self._known_gaps = {row: (step, gap) for row, step, gap in json.loads(path.read_text())}
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Select from the pool, then forward and backward pass of what was selected."""
+        start = time.perf_counter()
+        positions = inputs["positions"].cpu()
+        wanted = math.ceil(len(positions) / self._selection.pool_factor)
+        if self.state.global_step < self._selection.warmup_fraction * self.state.max_steps:
+            selected = torch.arange(wanted)  # the pool's order is random
+        else:
+            selected = self._select(positions, wanted)
+        seconds = time.perf_counter() - start
+        rows = self._pairs[positions[selected].tolist()]
+        pairs = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        loss = super().training_step(model, self._collate(pairs), num_items_in_batch)
+        self._selection_sums[6:] += torch.tensor([seconds, time.perf_counter() - start], dtype=torch.float64)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the metrics of the selection since the last line."""
+        if "loss" in logs:
+            sums = self._selection_sums.to(self.args.device, torch.float32)
+            sums = self.accelerator.reduce(sums, reduction="sum").tolist()
+            self._selection_sums.zero_()
+            names = ("prompt_free_gap_selected", "prompt_free_gap_left_out", "effective_sample_size")
+            logs |= {name: sums[2 * at] / sums[2 * at + 1] for at, name in enumerate(names) if sums[2 * at + 1]}
+            if sums[7]:
+                logs["selection_time_share"] = sums[6] / sums[7]
+        super().log(logs, *args, **kwargs)
+
+    def _select(self, positions: Tensor, wanted: int) -> Tensor:
+        """Places in the pool of the pairs to learn from, in the pool's order."""
+        gaps = self._prompt_free_gaps(positions)
+        scores = -gaps
+        if self._selection.selection == "soft":
+            # Adding Gumbel noise to log-probabilities and taking the largest draws without replacement.
+            generator = np.random.default_rng([self._selection.seed, 1, *positions.tolist()])
+            scores = torch.nn.functional.logsigmoid(-gaps) + torch.from_numpy(generator.gumbel(size=len(gaps)))
+        selected = scores.argsort(descending=True, stable=True)[:wanted].sort().values
+        is_selected = torch.zeros(len(gaps), dtype=torch.bool)
+        is_selected[selected] = True
+        for at, part in ((0, gaps[is_selected]), (2, gaps[~is_selected])):
+            self._selection_sums[at] += part.sum()
+            self._selection_sums[at + 1] += len(part)
+        return selected
+
+    def _prompt_free_gaps(self, positions: Tensor) -> Tensor:
+        """``(N,)`` float64: D2 of the pairs, from their own prompt and others that are drawn for the whole pool."""
+        step = self.state.global_step
+        known = {
+            row: gap for row in positions.tolist()
+            if (found := self._known_gaps.get(row)) is not None
+            for since, gap in [found] if step - since < self._selection.refresh
+        }  # fmt: skip
+        missing = torch.tensor([row for row in positions.tolist() if row not in known], dtype=torch.long)
+        if len(missing):
+            fresh = self._estimate(missing)
+            known |= dict(zip(missing.tolist(), fresh.tolist(), strict=True))
+            if self._selection.refresh > 1:
+                self._known_gaps |= {row: (step, known[row]) for row in missing.tolist()}
+        return torch.tensor([known[row] for row in positions.tolist()], dtype=torch.float64)
+
+    def _estimate(self, positions: Tensor) -> Tensor:
+        own = self._own_prompts[positions]
+        # Of the pool alone, so that a resumed run draws the same; one draw for all, so that each prompt is computed
+        # once for the whole pool.
+        generator = np.random.default_rng([self._selection.seed, 0, *positions.tolist()])
+        num_others = min(self._selection.num_prompts - 1, len(self._prompt_rows))
+        others = torch.from_numpy(generator.choice(len(self._prompt_rows), num_others, replace=False))
+        others = others.expand(len(positions), -1)
+        choice = torch.cat([own[:, None], others.masked_fill(others == own[:, None], -1)], dim=1)
+        grid = gap_grid(
+            self._scorer, self._pairs, choice, self._prompt_rows, rows=positions,
+            overlong=self._selection.overlong,
+        )  # fmt: skip
+        parts = decompose_gaps(grid.gaps, grid.used.double())
+        broken = ~parts.prompt_free_gap.isfinite()
+        if broken.any():
+            row = self._pairs[int(positions[broken][0])]
+            raise NonFiniteRewardError(row["row"], math.nan, f"{row['file']}, row {row['row']}, under some prompt,")
+        self._selection_sums[4] += parts.effective_sample_size.sum()
+        self._selection_sums[5] += len(positions)
+        return parts.prompt_free_gap
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._selection.refresh > 1:
+            folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
+            usable = [
+                [row, since, gap] for row, (since, gap) in self._known_gaps.items()
+                if self.state.global_step - since < self._selection.refresh
+            ]  # fmt: skip
+            # Before the rest: what is written last tells that a checkpoint is complete.
+            atomic_write_text(folder / _GAPS_FILE.format(self.args.process_index), json.dumps(usable))
+        super()._save_checkpoint(*args, **kwargs)

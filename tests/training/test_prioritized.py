@@ -1,0 +1,212 @@
+"""Prioritized training: it selects what it says, trains on nothing else, and resumes where it was."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from inform_rm.decomposition import decompose_gaps
+from inform_rm.encoding import encode
+from inform_rm.errors import InputError
+from inform_rm.scoring import NonFiniteRewardError
+from inform_rm.training import prioritized
+from inform_rm.training.config import TrainingConfig
+from inform_rm.training.prioritized import PrioritizedRewardTrainer
+from inform_rm.training.run import train
+
+COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [
+        {
+            "prompt": f"Name the colour {COLOURS[index % 8]}" + " please" * (index % 3),
+            "chosen": f"It is {COLOURS[index % 8]}." + " Indeed." * (index % 4),
+            "rejected": f"It is {COLOURS[(index + 1 + index // 8) % 8]}.",
+        }
+        for index in range(48)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def settings(causal_lm_dir, pairs_file, tmp_path):
+    return TrainingConfig(
+        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output=str(tmp_path / "run"), latent_dim=8,
+        objective="prioritized", num_prompts=4, warmup_fraction=0.25, learning_rate=1e-3, max_steps=4,
+        per_device_train_batch_size=4, gradient_accumulation_steps=1, logging_steps=1, save_steps=2, use_cpu=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Each selection: positions of the pool, gaps as they were estimated, places selected, and the model's weights."""
+    calls = []
+    original = PrioritizedRewardTrainer._select
+
+    def record(self, positions, wanted):
+        weights = {name: value.clone() for name, value in self._scorer.model.state_dict().items()}
+        estimates = []
+        estimate = self._estimate
+        self._estimate = lambda rows: estimates.append(estimate(rows)) or estimates[-1]
+        selected = original(self, positions, wanted)
+        del self._estimate
+        calls.append(
+            {"positions": positions, "gaps": estimates, "selected": selected, "weights": weights, "trainer": self}
+        )
+        return selected
+
+    monkeypatch.setattr(PrioritizedRewardTrainer, "_select", record)
+    return calls
+
+
+@pytest.fixture
+def learnt(monkeypatch):
+    """Ids of the pairs of every forward pass with gradient."""
+    batches = []
+    original = prioritized.RewardTrainer.training_step
+
+    def record(self, model, inputs, *args):
+        batches.append(inputs)
+        return original(self, model, inputs, *args)
+
+    monkeypatch.setattr(prioritized.RewardTrainer, "training_step", record)
+    return batches
+
+
+@pytest.mark.parametrize("architecture", ("standard", "inform"))
+@pytest.mark.parametrize("batching", ("packed", "padded"))
+def test_the_smallest_gaps_are_selected_and_only_they_are_learnt(settings, seen, learnt, architecture, batching):
+    result = train(dataclasses.replace(settings, architecture=architecture, batching=batching))
+    assert result["steps"] == 4 and len(seen) == 3  # the first step is warm-up
+    for call in seen:
+        (gaps,) = call["gaps"]
+        assert len(gaps) == 8 and len(call["selected"]) == 4
+        assert call["selected"].tolist() == sorted(gaps.argsort()[:4].tolist())
+        assert not call["trainer"].model.training or call["trainer"].model.score.training  # modes are put back
+    assert len(learnt) == 4
+    assert all(len(batch["margin"]) == 4 for batch in learnt)
+    for call, line in zip(seen, result["log_history"][1:4], strict=True):
+        (gaps,) = call["gaps"]
+        left_out = [place for place in range(8) if place not in call["selected"].tolist()]
+        assert line["prompt_free_gap_selected"] == pytest.approx(gaps[call["selected"]].mean().item(), abs=1e-5)
+        assert line["prompt_free_gap_left_out"] == pytest.approx(gaps[left_out].mean().item(), abs=1e-5)
+        assert 0 < line["selection_time_share"] < 1 and 2 <= line["effective_sample_size"] <= 4
+    assert "prompt_free_gap_selected" not in result["log_history"][0]
+
+
+def test_gaps_are_those_of_single_forward_passes(settings, seen, tokenizer):
+    train(dataclasses.replace(settings, architecture="standard"))
+    call = seen[-1]
+    trainer, positions = call["trainer"], call["positions"]
+    from inform_rm import InfoRMForSequenceClassification
+
+    model = InfoRMForSequenceClassification.from_pretrained(settings.output)
+    model.load_state_dict(call["weights"])
+    dataset = trainer.train_dataset
+    generator = prioritized.np.random.default_rng([settings.seed, 0, *positions.tolist()])
+    prompts = [dataset[int(row)]["prompt"] for row in trainer._prompt_rows]
+    others = generator.choice(len(prompts), 3, replace=False)
+
+    def reward(prompt, response):
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([encode(tokenizer, prompt, response).input_ids])).logits.item()
+
+    for position, gap in zip(positions.tolist(), call["gaps"][0].tolist(), strict=True):
+        pair = dataset[position]
+        used = [pair["prompt"], *(prompts[k] for k in others if prompts[k] != pair["prompt"])]
+        gaps = [reward(prompt, pair["chosen"]) - reward(prompt, pair["rejected"]) for prompt in used]
+        assert gap == pytest.approx(decompose_gaps(torch.tensor([gaps])).prompt_free_gap.item(), abs=2e-5)
+
+
+def test_a_pool_of_one_batch_is_ordinary_training(settings, tmp_path):
+    plain = train(dataclasses.replace(settings, objective="bradley_terry", architecture="standard"))
+    pooled = train(
+        dataclasses.replace(settings, pool_factor=1, architecture="standard", output=str(tmp_path / "pooled"))
+    )
+    losses = [[line["loss"] for line in result["log_history"] if "loss" in line] for result in (plain, pooled)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("refresh", (1, 100))
+@pytest.mark.parametrize("selection", ("smallest", "soft"))
+def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, selection, refresh, monkeypatch):
+    # 3 pools an epoch: with refresh 100 gaps of the first epoch decide in the second.
+    config = dataclasses.replace(
+        settings, selection=selection, refresh=refresh, max_steps=8, save_steps=5, per_device_train_batch_size=8,
+        pool_factor=2, warmup_fraction=0.1,
+    )  # fmt: skip
+    whole = train(config)
+    cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
+    original = PrioritizedRewardTrainer._select
+
+    def stops(self, *args):
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(PrioritizedRewardTrainer, "_select", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut)
+    monkeypatch.setattr(PrioritizedRewardTrainer, "_select", original)
+    resumed = train(cut)
+    assert resumed["resumed_from_step"] == 5
+    for name in ("loss", "prompt_free_gap_selected"):
+        one, other = ([line[name] for line in result["log_history"] if name in line] for result in (whole, resumed))
+        assert one == pytest.approx(other, abs=1e-6)
+
+
+def test_gaps_are_used_again_while_they_are_fresh(settings, seen):
+    train(dataclasses.replace(settings, refresh=3, max_steps=14, warmup_fraction=0.0))  # 6 pools an epoch
+    estimated = [sum(len(gaps) for gaps in call["gaps"]) for call in seen]
+    assert estimated == [8] * 14  # 6 steps lie between two draws of a pair: never fresh enough
+    seen.clear()
+    train(dataclasses.replace(settings, refresh=50, max_steps=14, warmup_fraction=0.0, output=settings.output + "2"))
+    estimated = [sum(len(gaps) for gaps in call["gaps"]) for call in seen]
+    assert estimated == [8] * 6 + [0] * 8
+
+
+def test_soft_selection_prefers_small_gaps(settings, seen):
+    train(dataclasses.replace(settings, selection="soft", max_steps=2, warmup_fraction=0.0))
+    trainer, positions = seen[0]["trainer"], torch.arange(40)
+    gaps = torch.linspace(-8, 8, 40, dtype=torch.float64)
+    trainer._prompt_free_gaps = lambda rows: gaps
+    chosen = [prioritized.PrioritizedRewardTrainer._select(trainer, positions + 40 * draw, 10) for draw in range(30)]
+    mean = torch.stack([gaps[places] for places in chosen]).mean().item()
+    assert -5.5 < mean < -2  # the ten smallest would give -6.2, any ten 0
+    assert len({tuple(places.tolist()) for places in chosen}) > 20
+
+
+def test_lora_and_accumulation(settings, seen, learnt):
+    result = train(dataclasses.replace(settings, lora_r=2, gradient_accumulation_steps=2))
+    assert result["steps"] == 4 and len(learnt) == 8 and len(seen) == 6
+
+
+def test_pairs_whose_rewards_are_no_numbers_stop_the_run(settings, monkeypatch):
+    original = prioritized.gap_grid
+
+    def broken(*args, **kwargs):
+        grid = original(*args, **kwargs)
+        grid.rewards[2, 1, 0] = math.nan
+        return grid
+
+    monkeypatch.setattr(prioritized, "gap_grid", broken)
+    with pytest.raises(NonFiniteRewardError, match=r"pairs.jsonl, row \d+, under some prompt"):
+        train(settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pool_factor": 0}, "pool_factor"), ({"num_prompts": 1}, "num_prompts"), ({"refresh": 0}, "refresh"),
+        ({"warmup_fraction": 1.0}, "warmup_fraction"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(settings, change, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(settings, **change)
