@@ -82,6 +82,33 @@ def measure_head(shared: Path) -> list[Contest]:
     return [Contest("InfoRM head against linear head", "pairs", 16, contestants, setting)]
 
 
+def measure_row_length(shared: Path) -> list[Contest]:
+    """Packed training and scoring with rows of at most so many tokens."""
+    from inform_rm.scoring import RewardScorer
+
+    grouped, _ = training_pairs(shared, "hh-rlhf", 16)
+    model = fresh_inform_rm(shared, "standard").eval()
+    sequences, lengths = made_up_rows(4, 16, 200, 100)
+    budgets = (512, 1024, 2048, 4096, 8192)
+    scorers = {budget: RewardScorer(model, tokens_per_batch=budget) for budget in budgets}
+    setting = "tokens in one forward pass, packed, standard head"
+    return [
+        Contest(
+            "row length in training", "pairs", 16,
+            {str(budget): ours(shared, grouped, "packed", tokens_per_batch=budget) for budget in budgets},
+            f"16 pairs of hh-rlhf, {PAIRS_A_STEP} a step; {setting}",
+        ),
+        Contest(
+            "row length in scoring", "responses", 64,
+            {
+                str(budget): Contestant(partial(scorer.score_encoded, sequences, lengths))
+                for budget, scorer in scorers.items()
+            },
+            f"4 prompts of 200 tokens with 16 responses of 100; {setting}",
+        ),
+    ]  # fmt: skip
+
+
 def training_contest(shared: Path, source: str, pairs: int, layers: int | None = None) -> Contest:
     grouped, shuffled = training_pairs(shared, source, pairs)
     longer = statistics.mean(grouped["length"])
@@ -130,7 +157,12 @@ def training_pairs(shared: Path, source: str, count: int) -> tuple[Any, Any]:
 
 
 def ours(
-    shared: Path, pairs: Any, batching: str, layers: int | None = None, architecture: str = "standard"
+    shared: Path,
+    pairs: Any,
+    batching: str,
+    layers: int | None = None,
+    architecture: str = "standard",
+    tokens_per_batch: int = 2048,
 ) -> Contestant:
     from transformers import TrainingArguments
 
@@ -148,7 +180,7 @@ def ours(
             beta=0.1, kl_warmup_steps=0, label_smoothing=0.0, center_rewards_coefficient=0.0, model=model,
             args=TrainingArguments(scratch(), remove_unused_columns=False, **common_arguments()),
             train_dataset=pairs, processing_class=tokenizer,
-            data_collator=PackedPairCollator(2048) if batching == "packed" else PairCollator(tokenizer),
+            data_collator=PackedPairCollator(tokens_per_batch) if batching == "packed" else PairCollator(tokenizer),
         )  # fmt: skip
 
     return Contestant(lambda: holder["trainer"].train(), prepare)
@@ -359,7 +391,8 @@ def plot_growth(path: Path, contests: list[dict[str, Any]]) -> None:
 
 
 MEASUREMENTS: dict[str, Callable[[Path], list[Contest]]] = {
-    "train": measure_training, "large": measure_large_shape, "head": measure_head, "score": measure_scoring,
+    "train": measure_training, "large": measure_large_shape, "head": measure_head, "rows": measure_row_length,
+    "score": measure_scoring,
     "grid": measure_grid, "growth": measure_growth,
 }  # fmt: skip
 WITH_MEMORY = ("train", "large", "score", "grid")

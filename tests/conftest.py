@@ -7,6 +7,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +25,9 @@ from transformers.utils import logging as transformers_logging
 import inform_rm  # noqa: F401  (registers the Auto classes before any test asks for them)
 
 torch.set_num_threads(1)
+# Nothing is asserted about time: on a busy machine any example can be slow.
+hypothesis_settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("untimed")
 transformers_logging.disable_progress_bar()
 
 _SENTENCES = [

@@ -119,8 +119,8 @@ def test_help_imports_nothing_heavy(command):
     imported = {name.strip().split(".")[0] for _, _, name in rows}
     assert "inform_rm" in imported
     assert imported & HEAVY == set()
-    seconds = sum(int(own) for own, _, _ in rows) / 1e6
-    assert seconds < 0.5, f"{seconds:.2f} s of imports"
+    # Modules, not seconds: a busy machine may not fail it. One third-party package would double the number.
+    assert len(rows) < 300
 
 
 def test_unknown_command_is_wrong_use():

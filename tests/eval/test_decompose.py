@@ -116,7 +116,7 @@ def test_a_model_that_does_not_see_the_prompt(model, tokenizer, data):
     source = write_pairs(data.with_name("blind.jsonl"), rows)
     tokenizer = copy.deepcopy(tokenizer)
     # Plain text without an end token: the last token is one of the response.
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ ' ' + m['content'] }}{% endfor %}"
     result = decompose(blind, source, tokenizer=tokenizer, num_prompts=5, progress=False)
     assert result["response_decides"] == 1 and result["sign_flips"] == 0
     assert result.get("prompt_sensitivity", 0.0) == pytest.approx(0, abs=1e-9)

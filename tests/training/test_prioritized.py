@@ -161,14 +161,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, selectio
         assert one == pytest.approx(other, abs=1e-6)
 
 
-def test_gaps_are_used_again_while_they_are_fresh(settings, seen):
-    train(dataclasses.replace(settings, refresh=3, max_steps=14, warmup_fraction=0.0))  # 6 pools an epoch
-    estimated = [sum(len(gaps) for gaps in call["gaps"]) for call in seen]
-    assert estimated == [8] * 14  # 6 steps lie between two draws of a pair: never fresh enough
-    seen.clear()
-    train(dataclasses.replace(settings, refresh=50, max_steps=14, warmup_fraction=0.0, output=settings.output + "2"))
-    estimated = [sum(len(gaps) for gaps in call["gaps"]) for call in seen]
-    assert estimated == [8] * 6 + [0] * 8
+@pytest.mark.parametrize("refresh", (1, 3, 50))
+def test_gaps_are_used_again_while_they_are_fresh(settings, seen, refresh):
+    train(dataclasses.replace(settings, refresh=refresh, max_steps=14, warmup_fraction=0.0))  # 6 pools an epoch
+    since: dict[int, int] = {}
+    expected = []
+    for step, call in enumerate(seen):
+        stale = [row for row in call["positions"].tolist() if step - since.get(row, -1000) >= refresh]
+        since |= dict.fromkeys(stale, step)
+        expected.append(len(stale))
+    assert [sum(len(gaps) for gaps in call["gaps"]) for call in seen] == expected
+    assert sum(expected) == {1: 112, 50: 48}.get(refresh, sum(expected)) and (refresh != 3 or 48 < sum(expected) < 112)
 
 
 def test_soft_selection_prefers_small_gaps(settings, seen):

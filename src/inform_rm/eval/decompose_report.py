@@ -64,7 +64,7 @@ def plane_figure(table: dict[str, np.ndarray], color: str) -> Figure:
 
 def draw_plane(axes: Axes, reach: float) -> None:
     """Axes, the line of equal rewards and the shaded parts in which abs(D2) > abs(D1), from -reach to reach."""
-    line = np.array([-reach, reach])
+    line = np.array([-reach, 0.0, reach])
     axes.fill_between(line, -np.abs(line), np.abs(line), color="#c9a227", alpha=0.15, linewidth=0, zorder=0)
     axes.plot(line, -line, color="grey", linestyle="--", linewidth=0.9)
     axes.axhline(0, color="grey", linewidth=0.8)

@@ -43,15 +43,14 @@ def add_non_contextual_pairs(pairs: Dataset, seed: int) -> Dataset:
 def _against_foreign_responses(
     pairs: Dataset, own_prompts: np.ndarray, side: str, generator: np.random.Generator
 ) -> Dataset:
-    foreign_sides = generator.integers(2, size=len(pairs))
     candidates = generator.integers(len(pairs), size=(len(pairs), _DRAWS))
+    sides = np.array(["chosen", "rejected"])[generator.integers(2, size=(len(pairs), _DRAWS))]
 
     def replaced(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
         rejected = []
         for place, row in enumerate(rows):
-            name = ("chosen", "rejected")[foreign_sides[row]]
-            others = [other for other in candidates[row].tolist() if own_prompts[other] != own_prompts[row]]
-            texts = (pairs[other][name] for other in others)
+            drawn = zip(candidates[row].tolist(), sides[row], strict=True)
+            texts = (pairs[other][name] for other, name in drawn if own_prompts[other] != own_prompts[row])
             found = next((text for text in texts if text.strip() != batch[side][place].strip()), None)
             if found is None:
                 raise InputError(
