@@ -326,9 +326,21 @@ def measure_grid(shared: Path) -> list[Contest]:
             rewards.append(model(**batch).logits.flatten())
         return torch.cat(rewards)
 
+    @torch.no_grad()
+    def with_cache() -> torch.Tensor:  # the other way to compute a prompt once
+        rewards = []
+        for start in range(0, len(sequences), 16):
+            group = torch.tensor(sequences[start : start + 16])
+            cache = model.model(input_ids=group[:1, :200], use_cache=True).past_key_values
+            cache.batch_repeat_interleave(16)
+            hidden = model.model(input_ids=group[:, 200:], past_key_values=cache).last_hidden_state
+            rewards.append(model.score(hidden[:, -1]).flatten())
+        return torch.cat(rewards)
+
     contestants = {
         "plain forward passes, batches of 8": Contestant(lambda: plain(8)),
         "plain forward passes, one at a time": Contestant(lambda: plain(1)),
+        "key/value cache, a prompt at a time": Contestant(with_cache),
         "inform-rm packed": Contestant(lambda: packed.score_encoded(sequences, lengths)),
     }
     setting = "8 pairs x 16 prompts x 2 responses; prompts of 200, responses of 100 tokens (random ids), standard head"
