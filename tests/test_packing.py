@@ -15,6 +15,7 @@ from inform_rm.packing import (
     pack_sequences,
     packed_attention,
     packed_attention_of,
+    packed_batches,
     packed_rewards,
     use_packed_attention,
     why_not_packed,
@@ -105,6 +106,33 @@ def test_rewards_do_not_depend_on_packing_order_or_mates(mistral, rows, budget):
         expected = rewards_alone(mistral, sequences)
     rewards = scorer.score_encoded(sequences, prompt_lengths=lengths)
     torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=60)
+@given(rows=trees(), budget=st.integers(1, 80))
+def test_batches_keep_the_budget_and_part_no_prompt_that_fits(rows, budget):
+    sequences, lengths = [ids for ids, _ in rows], [length for _, length in rows]
+    batches = list(packed_batches(sequences, lengths, budget))
+    assert sorted(row for batch in batches for row in batch) == list(range(len(rows)))
+    sizes = {}
+    for ids, length in rows:
+        prompt = tuple(ids[:length])
+        sizes[prompt] = sizes.get(prompt, length) + len(ids) - length
+    for batch in batches:
+        packed = pack_sequences([sequences[row] for row in batch], [lengths[row] for row in batch])
+        prompts = [tuple(sequences[row][: lengths[row]]) for row in batch]
+        longest = max(len(sequences[row]) for row in batch)
+        assert packed.input_ids.numel() <= max(budget, 4 * max(map(len, prompts)), longest)
+        for prompt in set(prompts):
+            if sizes[prompt] <= budget:
+                assert prompts.count(prompt) == sum(tuple(ids[:length]) == prompt for ids, length in rows)
+
+
+def test_a_long_prompt_is_not_computed_for_every_response():
+    prompt = list(range(100, 200))
+    sequences = [[*prompt, 5, reply] for reply in range(300)]
+    batches = list(packed_batches(sequences, [100] * 300, tokens_per_batch=50))
+    assert [len(batch) for batch in batches] == [150, 150]  # 400 tokens: the prompt and 150 responses of 2
 
 
 @settings(max_examples=40, deadline=None)

@@ -419,10 +419,10 @@ def make_remote_code(folder, models):
     ("make", "message"),
     [
         (make_causal_lm, "num_labels=2 .*LlamaForCausalLM.*not a reward model"),
-        (make_causal_lm_that_claims_one_label, "not a complete reward model: 1 weights .*score.weight"),
+        (make_causal_lm_that_claims_one_label, "not complete: 1 weights .*score.weight"),
         (make_classifier, "num_labels=3 .*several classes"),
-        (make_head_of_another_shape, "not a complete reward model: 1 weights .*score.weight"),
-        (make_missing_layer, "not a complete reward model: 9 weights .*layers.1"),
+        (make_head_of_another_shape, "not complete: 1 weights .*score.weight"),
+        (make_missing_layer, "not complete: 9 weights .*layers.1"),
         (make_pickle, r"only pickled weights \(pytorch_model.bin\)"),
         (make_truncated_weights, "incomplete or broken"),
         (make_missing_shard, "cannot load .*model-00001"),

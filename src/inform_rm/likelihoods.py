@@ -73,9 +73,12 @@ class ResponseLikelihood:
                 raise InputError(
                     f"likelihood model: no token id {max(ids)} among its {largest}. Use its own tokenizer."
                 )
-        budget = self.tokens_per_batch if self.is_packed else 1
+        if self.is_packed:
+            batches = packed_batches(sequences, prompt_lengths, self.tokens_per_batch)
+        else:
+            batches = iter([row] for row in range(len(sequences)))
         with eval_mode_of(self.model):
-            for rows in packed_batches(sequences, prompt_lengths, budget):
+            for rows in batches:
                 part = [sequences[row] for row in rows]
                 values = self._log_likelihoods(part, [prompt_lengths[row] for row in rows])
                 if check_finite and not values.isfinite().all():

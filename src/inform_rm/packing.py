@@ -102,14 +102,21 @@ def rows_by_prompt(
 def packed_batches(
     sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], tokens_per_batch: int
 ) -> Iterator[list[int]]:
-    """Places of the sequences in batches whose tokens, each prompt counted once, keep a budget; longest first."""
+    """Places of the sequences in batches whose tokens, each prompt counted once, keep a budget; longest first.
+
+    Responses to one prompt are parted only if they exceed the budget, and then a batch may hold four times as many
+    tokens as their prompt: a long prompt would otherwise be computed again for every few responses.
+    """
     groups = rows_by_prompt(sequences, prompt_lengths)
     batch: list[int] = []
     tokens = 0
     for prompt, rows in sorted(groups.items(), key=lambda group: -max(len(sequences[row]) for row in group[1])):
+        if batch and tokens + sum(len(sequences[row]) - len(prompt) for row in rows) + len(prompt) > tokens_per_batch:
+            yield batch
+            batch, tokens = [], 0
         shared = 0
         for row in rows:
-            if batch and tokens + len(sequences[row]) - shared > tokens_per_batch:
+            if row != rows[0] and tokens + len(sequences[row]) - shared > max(tokens_per_batch, 4 * len(prompt)):
                 yield batch
                 batch, tokens, shared = [], 0, 0
             batch.append(row)

@@ -65,8 +65,9 @@ class RewardScorer:
         tokenizer: by default the one beside the model. A loaded model needs it for text, not for token ids.
         max_length: longest accepted input in tokens. By default the model's ``max_position_embeddings``. A longer
             input is an error; nothing is cut.
-        tokens_per_batch: tokens in one forward pass (packed: each prompt counted once; padded: with padding); a longer
-            row makes a batch of its own. By default 2048 on a CPU, which larger rows slow down, else 8192.
+        tokens_per_batch: tokens in one forward pass, with padding or, packed, with each prompt counted once; a longer
+            row makes a batch of its own, and many responses to a long prompt may take four times its tokens. By
+            default 2048 on a CPU, which larger rows slow down, else 8192.
         device: see `load_reward_model`.
         dtype: see `load_reward_model`.
         trust_remote_code: run code from the checkpoint. Off unless asked.
