@@ -31,7 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/ and models/")
     parser.add_argument("--output", type=Path, default=Path("runs/speed"))
-    parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), default=list(MEASUREMENTS))
+    names = [*MEASUREMENTS, "profile"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--alone", nargs=2, metavar=("CONTEST", "CONTESTANT"), help=argparse.SUPPRESS)
@@ -43,6 +44,9 @@ def main() -> None:
         return
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in arguments.only:
+        if name == "profile":
+            write_profile(arguments.shared, arguments.output / "profile.md")
+            continue
         contests = [hold(contest, arguments.repeats) for contest in MEASUREMENTS[name](arguments.shared)]
         for contest in contests if name in WITH_MEMORY else []:
             for contestant, result in contest["results"].items():
@@ -400,6 +404,34 @@ def plot_growth(path: Path, contests: list[dict[str, Any]]) -> None:
         axis.legend()
         print(f"{contest['name']}: seconds ~ tokens^{power:.3f} over the last three points")
     figure.savefig(path, dpi=110)
+
+
+def write_profile(shared: Path, path: Path) -> None:
+    """Where the time of packed training and of packed scoring goes, by operation."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from inform_rm.scoring import RewardScorer
+
+    training = ours(shared, training_pairs(shared, "qa-feedback", 8)[0], "packed")
+    scorer = RewardScorer(fresh_inform_rm(shared, "standard").eval())
+    rows = made_up_rows(4, 16, 200, 100)
+    scoring = Contestant(lambda: scorer.score_encoded(*rows))
+    lines = []
+    for title, work in (("training, 8 pairs of qa-feedback", training), ("scoring, 4 x 16 responses", scoring)):
+        work.prepare()
+        work.run()
+        work.prepare()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            work.run()
+        events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        total = sum(event.self_cpu_time_total for event in events)
+        lines += [f"### {title}", "", "| operation | share of time | calls |", "|---|---|---|"]
+        lines += [
+            f"| {event.key} | {event.self_cpu_time_total / total:.1%} | {event.count} |" for event in events[:12]
+        ]
+        lines.append("")
+    path.write_text("\n".join(lines))
+    print("\n".join(lines))
 
 
 MEASUREMENTS: dict[str, Callable[[Path], list[Contest]]] = {

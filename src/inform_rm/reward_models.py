@@ -59,15 +59,10 @@ def load_reward_model(
 
 
 def load_causal_lm(
-    model: str | Path,
-    *,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
+    model: str | Path, *, device: str | torch.device | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Load a causal language model as safely as `load_reward_model` loads a reward model; see there."""
-    return _load(model, AutoModelForCausalLM, None, dtype, device, trust_remote_code, revision)
+    return _load(model, AutoModelForCausalLM, None, None, device, trust_remote_code, None)
 
 
 def _load(

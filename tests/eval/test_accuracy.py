@@ -138,21 +138,6 @@ def test_wrong_arguments_are_refused(arguments, message):
 # --- evaluate
 
 
-@pytest.fixture(scope="module")
-def model(backbone_configs):
-    torch.manual_seed(1)
-    model = InfoRMForSequenceClassification(InfoRMConfig(text_config=backbone_configs["llama"], latent_dim=8))
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def scorer(model, tokenizer):
-    return RewardScorer(model, tokenizer, tokens_per_batch=200)
-
-
 def pair(index):
     return {
         "prompt": "Name a colour and a fruit, please." if index % 3 else "How many apples are in the basket?",

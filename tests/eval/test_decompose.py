@@ -10,29 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from inform_rm import InfoRMConfig, InfoRMForSequenceClassification, decompose, evaluate
+from inform_rm import decompose, evaluate
 from inform_rm.decomposition import decompose_gaps, sample_prompts, tempered_weights
 from inform_rm.encoding import encode
 from inform_rm.errors import InputError
-from inform_rm.scoring import RewardScorer
 from inform_rm.worlds import WorldConfig, gold_reward, make_pairs
 
 NOUNS = ["apple", "sky", "sea", "rose", "basket", "colour", "fruit", "grass", "sentence", "number"]
-
-
-@pytest.fixture(scope="module")
-def model(backbone_configs):
-    torch.manual_seed(1)
-    model = InfoRMForSequenceClassification(InfoRMConfig(text_config=backbone_configs["llama"], latent_dim=8))
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def scorer(model, tokenizer):
-    return RewardScorer(model, tokenizer, tokens_per_batch=200)
 
 
 def row(number):
