@@ -90,17 +90,18 @@ def measure_row_length(shared: Path) -> list[Contest]:
     """Packed training and scoring with rows of at most so many tokens."""
     from inform_rm.scoring import RewardScorer
 
-    grouped, _ = training_pairs(shared, "hh-rlhf", 16)
+    grouped, _ = training_pairs(shared, "qa-feedback", 16)
     model = fresh_inform_rm(shared, "standard").eval()
     sequences, lengths = made_up_rows(4, 16, 200, 100)
-    budgets = (512, 1024, 2048, 4096, 8192)
+    budgets = (1024, 2048, 4096, 8192)
     scorers = {budget: RewardScorer(model, tokens_per_batch=budget) for budget in budgets}
     setting = "tokens in one forward pass, packed, standard head"
     return [
         Contest(
             "row length in training", "pairs", 16,
             {str(budget): ours(shared, grouped, "packed", tokens_per_batch=budget) for budget in budgets},
-            f"16 pairs of hh-rlhf, {PAIRS_A_STEP} a step; {setting}",
+            f"16 pairs of qa-feedback, {PAIRS_A_STEP} a step; {setting}",
+            warm_up=False,
         ),
         Contest(
             "row length in scoring", "responses", 64,

@@ -17,6 +17,7 @@ from inform_rm.packing import (
     packed_attention_of,
     packed_batches,
     packed_rewards,
+    split_at,
     use_packed_attention,
     why_not_packed,
 )
@@ -112,7 +113,7 @@ def test_rewards_do_not_depend_on_packing_order_or_mates(mistral, rows, budget):
 @given(rows=trees(), budget=st.integers(1, 80))
 def test_batches_keep_the_budget_and_part_no_prompt_that_fits(rows, budget):
     sequences, lengths = [ids for ids, _ in rows], [length for _, length in rows]
-    batches = list(packed_batches(sequences, lengths, budget))
+    batches = packed_batches(*split_at(sequences, lengths), budget)
     assert sorted(row for batch in batches for row in batch) == list(range(len(rows)))
     sizes = {}
     for ids, length in rows:
@@ -131,7 +132,7 @@ def test_batches_keep_the_budget_and_part_no_prompt_that_fits(rows, budget):
 def test_a_long_prompt_is_not_computed_for_every_response():
     prompt = list(range(100, 200))
     sequences = [[*prompt, 5, reply] for reply in range(300)]
-    batches = list(packed_batches(sequences, [100] * 300, tokens_per_batch=50))
+    batches = packed_batches(*split_at(sequences, [100] * 300), tokens_per_batch=50)
     assert [len(batch) for batch in batches] == [150, 150]  # 400 tokens: the prompt and 150 responses of 2
 
 

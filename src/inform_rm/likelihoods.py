@@ -16,6 +16,7 @@ from inform_rm.packing import (
     packed_attention_of,
     packed_batches,
     rows_by_prompt,
+    split_at,
 )
 from inform_rm.reward_models import fingerprint_model, fingerprint_tokenizer
 
@@ -74,7 +75,7 @@ class ResponseLikelihood:
                     f"likelihood model: no token id {max(ids)} among its {largest}. Use its own tokenizer."
                 )
         if self.is_packed:
-            batches = packed_batches(sequences, prompt_lengths, self.tokens_per_batch)
+            batches = iter(packed_batches(*split_at(sequences, prompt_lengths), self.tokens_per_batch))
         else:
             batches = iter([row] for row in range(len(sequences)))
         with eval_mode_of(self.model):

@@ -99,31 +99,45 @@ def rows_by_prompt(
     return groups
 
 
-def packed_batches(
-    sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], tokens_per_batch: int
-) -> Iterator[list[int]]:
-    """Places of the sequences in batches whose tokens, each prompt counted once, keep a budget; longest first.
+def split_at(
+    sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
+) -> tuple[list[Sequence[int]], list[int]]:
+    """The prompts of sequences, and how many tokens each has besides: what `packed_batches` takes."""
+    both = list(zip(sequences, prompt_lengths, strict=True))
+    return [ids[:length] for ids, length in both], [len(ids) - length for ids, length in both]
 
-    Responses to one prompt are parted only if they exceed the budget, and then a batch may hold four times as many
-    tokens as their prompt: a long prompt would otherwise be computed again for every few responses.
+
+def packed_batches(prompts: Sequence[Sequence[int]], sizes: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Items in batches whose tokens, each prompt counted once, keep a budget; items with the most tokens first.
+
+    Items of one prompt are parted only if they exceed the budget, and then a batch may hold four times as many tokens
+    as their prompt: a long prompt would otherwise be computed again for every few responses.
+
+    Args:
+        prompts: token ids of each item's prompt.
+        sizes: tokens that each item has besides its prompt: those of a response, or of both responses of a pair.
+        tokens_per_batch: the budget; an item with more makes a batch of its own.
+
+    Returns:
+        Lists of places in ``prompts``; each place is in one of them.
     """
-    groups = rows_by_prompt(sequences, prompt_lengths)
-    batch: list[int] = []
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for item, prompt in enumerate(prompts):
+        groups.setdefault(tuple(prompt), []).append(item)
+    batches: list[list[int]] = [[]]
     tokens = 0
-    for prompt, rows in sorted(groups.items(), key=lambda group: -max(len(sequences[row]) for row in group[1])):
-        if batch and tokens + sum(len(sequences[row]) - len(prompt) for row in rows) + len(prompt) > tokens_per_batch:
-            yield batch
-            batch, tokens = [], 0
-        shared = 0
-        for row in rows:
-            if row != rows[0] and tokens + len(sequences[row]) - shared > max(tokens_per_batch, 4 * len(prompt)):
-                yield batch
-                batch, tokens, shared = [], 0, 0
-            batch.append(row)
-            tokens += len(sequences[row]) - shared
-            shared = len(prompt)
-    if batch:
-        yield batch
+    for group, items in sorted(groups.items(), key=lambda pair: -len(pair[0]) - max(sizes[item] for item in pair[1])):
+        if batches[-1] and tokens + len(group) + sum(sizes[item] for item in items) > tokens_per_batch:
+            batches.append([])
+            tokens = 0
+        tokens += len(group)
+        for place, item in enumerate(items):
+            if place and tokens + sizes[item] > max(tokens_per_batch, 4 * len(group)):
+                batches.append([])
+                tokens = len(group)
+            batches[-1].append(item)
+            tokens += sizes[item]
+    return batches if batches[-1] else []
 
 
 def _last_place(ids: Sequence[int], pad_token_id: int | None) -> int:

@@ -24,6 +24,7 @@ from inform_rm.packing import (
     packed_attention_of,
     packed_batches,
     packed_rewards,
+    split_at,
     why_not_packed,
 )
 from inform_rm.reward_models import fingerprint_model, fingerprint_tokenizer, load_reward_model
@@ -231,7 +232,7 @@ class RewardScorer:
             if self.batching == "padded":
                 batches = self._batches(sequences)
             else:
-                batches = packed_batches(sequences, lengths, self.tokens_per_batch)
+                batches = iter(packed_batches(*split_at(sequences, lengths), self.tokens_per_batch))
             for rows in batches:
                 rewards, stds = forward([sequences[row] for row in rows], [lengths[row] for row in rows], uncertainty)
                 for values in (rewards, stds):

@@ -215,9 +215,18 @@ def test_rows_of_a_batch_keep_the_budget_and_the_order(tokenizer):
         for size in (3, 4, 20, 1, 1)
     ]  # fmt: skip
     batch = PackedPairCollator(tokens_per_batch=14)(pairs)
+    # One prompt for all: rows may take four times its two tokens, or the budget.
     assert [row["margin"].tolist() for row in batch["rows"]] == [[3.0, 4.0], [20.0], [1.0, 1.0]]
     assert [row["input_ids"].shape[1] for row in batch["rows"]] == [11, 23, 6]
     assert batch["input_ids"].shape == (1, 40)
+    # Pairs of one prompt come into one row, wherever they stand in the batch.
+    apart = [
+        {"chosen_input_ids": [*prompt, 8, 8], "rejected_input_ids": [*prompt, 9], "prompt_length": 4, "margin": margin}
+        for prompt, margin in (([1] * 4, 1.0), ([2] * 4, 2.0), ([1] * 4, 3.0), ([2] * 4, 4.0))
+    ]
+    rows = PackedPairCollator(tokens_per_batch=12)(apart)["rows"]
+    assert [row["margin"].tolist() for row in rows] == [[1.0, 3.0], [2.0, 4.0]]
+    assert [row["input_ids"].shape[1] for row in rows] == [10, 10]
     assert "rows" not in PackedPairCollator()(pairs)
 
 

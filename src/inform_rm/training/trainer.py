@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from inform_rm.hub import add_remote_code
-from inform_rm.packing import pack_sequences
+from inform_rm.packing import pack_sequences, packed_batches
 from inform_rm.training.losses import kl_weight, reward_model_loss
 from inform_rm.training.metrics import compute_eval_metrics, metrics_from_sums, pair_sums
 
@@ -51,20 +51,20 @@ class PackedPairCollator:
         self.tokens_per_batch = tokens_per_batch
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-        """The inputs of one forward pass, or ``{"rows": [...]}`` with those of several.
+        """The inputs of one forward pass, or ``{"rows": [...]}`` with those of several, pairs of one prompt together.
 
         Rewards of a row come out as with `PairCollator`: of the chosen responses, then of the rejected ones.
         """
-        rows: list[list[dict[str, Any]]] = [[]]
-        tokens = 0
-        for pair in pairs:
-            added = len(pair["chosen_input_ids"]) + len(pair["rejected_input_ids"]) - pair["prompt_length"]
-            if rows[-1] and self.tokens_per_batch is not None and tokens + added > self.tokens_per_batch:
-                rows.append([])
-                tokens = 0
-            rows[-1].append(pair)
-            tokens += added
-        packed = [_packed_pairs(row) for row in rows]
+        rows = [list(range(len(pairs)))]
+        if self.tokens_per_batch is not None:
+            prompts = [pair["chosen_input_ids"][: pair["prompt_length"]] for pair in pairs]
+            sizes = [
+                len(pair["chosen_input_ids"]) + len(pair["rejected_input_ids"]) - 2 * pair["prompt_length"]
+                for pair in pairs
+            ]
+            # In the batch's order, in which a single row draws the same latent noise as a padded batch.
+            rows = [sorted(row) for row in packed_batches(prompts, sizes, self.tokens_per_batch)]
+        packed = [_packed_pairs([pairs[place] for place in row]) for row in rows]
         if len(packed) == 1:
             return packed[0]
         # The Trainer counts what it finds under input_ids.
