@@ -24,7 +24,7 @@ _HARMLESS_KEYWORDS = {
     "num_items_in_batch", "is_causal",
 }  # fmt: skip
 _NOT_GIVEN = -1
-# Rows of this length keep a CPU's caches warm and its threads busy (measured: docs/performance.md).
+# On a CPU longer rows take more memory and gain little (docs/performance.md).
 CPU_TOKENS_PER_BATCH = 2048
 
 

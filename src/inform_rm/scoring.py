@@ -68,7 +68,7 @@ class RewardScorer:
             input is an error; nothing is cut.
         tokens_per_batch: tokens in one forward pass, with padding or, packed, with each prompt counted once; a longer
             row makes a batch of its own, and many responses to a long prompt may take four times its tokens. By
-            default 2048 on a CPU, which larger rows slow down, else 8192.
+            default 2048 on a CPU, else 8192.
         device: see `load_reward_model`.
         dtype: see `load_reward_model`.
         trust_remote_code: run code from the checkpoint. Off unless asked.
