@@ -24,7 +24,7 @@ _HARMLESS_KEYWORDS = {
     "num_items_in_batch", "is_causal",
 }  # fmt: skip
 _NOT_GIVEN = -1
-# On a CPU longer rows take more memory and gain little (docs/performance.md).
+# On a CPU longer rows take more memory and are no faster (docs/performance.md).
 CPU_TOKENS_PER_BATCH = 2048
 
 
