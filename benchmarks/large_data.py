@@ -2,7 +2,7 @@
 
     python benchmarks/large_data.py --shared ../shared --output runs/large-data
 
-Pairs are drawn from the demo's world (`inform_rm.worlds`), so they are short: about 45 tokens a side. Each number
+Pairs are drawn from the demo's world (`inform_rm.worlds`), so they are short: about 50 tokens a side. Each number
 comes from a process of its own; the pairs are made once and kept in the output folder.
 """
 

@@ -1,6 +1,6 @@
 """Speed of packed batches against TRL, transformers' pipeline and padded loops, on real text and a real small Llama.
 
-    python benchmarks/speed.py --shared ../shared --output runs/speed               # everything, about an hour
+    python benchmarks/speed.py --shared ../shared --output runs/speed               # everything, about 75 minutes
     python benchmarks/speed.py --shared ../shared --output runs/speed --only train score
 
 Each measurement writes a table (NAME.md, NAME.json) with the median of the repeats and their range, the tokens that
