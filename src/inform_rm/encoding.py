@@ -4,6 +4,7 @@ With a chat template the ids are exactly those of `tokenizer.apply_chat_template
 feed. Without one, the ids are those of prompt + response as one text, with the end token added.
 """
 
+import json
 import logging
 import os
 import uuid
@@ -169,7 +170,12 @@ def encode_many(tokenizer: Any, prompts: Sequence[str | list[Message]], response
             full = [ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id] for ids in full]
     else:
         replies = [{"role": "assistant", "content": response} for response in responses]
-        starts = _render(tokenizer, conversations, add_generation_prompt=True)
+        # Both sides of a pair, and many cells of a gap grid, have one prompt: it is rendered once.
+        keys = [json.dumps(messages) for messages in conversations]
+        distinct = dict(zip(keys, conversations, strict=True))
+        rendered = _render(tokenizer, list(distinct.values()), add_generation_prompt=True)
+        start_of = dict(zip(distinct, rendered, strict=True))
+        starts = [start_of[key] for key in keys]
         full = _render(tokenizer, [[*turns, reply] for turns, reply in zip(conversations, replies, strict=True)])
     encoded = []
     for start, ids in zip(starts, full, strict=True):

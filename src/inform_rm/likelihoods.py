@@ -9,8 +9,8 @@ from torch import Tensor
 
 from inform_rm.errors import InputError
 from inform_rm.packing import (
-    CPU_TOKENS_PER_BATCH,
     PackedRow,
+    default_tokens_per_batch,
     eval_mode_of,
     pack_sequences,
     packed_attention_of,
@@ -47,8 +47,7 @@ class ResponseLikelihood:
     ):
         self.model, self.tokenizer, self.length_normalized = model, tokenizer, length_normalized
         self.max_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
-        self.tokens_per_batch = tokens_per_batch or (CPU_TOKENS_PER_BATCH if on_cpu else 8192)
+        self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(model)
         self.tokens_computed = 0
         self.is_packed = True
         reason = self._why_not_packed()

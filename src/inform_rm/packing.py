@@ -140,6 +140,12 @@ def packed_batches(prompts: Sequence[Sequence[int]], sizes: Sequence[int], token
     return batches if batches[-1] else []
 
 
+def default_tokens_per_batch(model: Any) -> int:
+    """Tokens of a forward pass without gradient where nobody chose a number."""
+    on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
+    return CPU_TOKENS_PER_BATCH if on_cpu else 8192
+
+
 def _last_place(ids: Sequence[int], pad_token_id: int | None) -> int:
     if pad_token_id is not None:
         for place in range(len(ids) - 1, 0, -1):

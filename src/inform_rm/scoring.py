@@ -18,7 +18,7 @@ from inform_rm.errors import InputError
 from inform_rm.files import check_output_directory, file_digest
 from inform_rm.journal import RewardJournal, drop_torn_line, shortest_float
 from inform_rm.packing import (
-    CPU_TOKENS_PER_BATCH,
+    default_tokens_per_batch,
     eval_mode_of,
     pack_sequences,
     packed_attention_of,
@@ -122,8 +122,7 @@ class RewardScorer:
             if self.model.config.num_labels != 1:
                 raise InputError(f"model: num_labels is {self.model.config.num_labels}; a reward model has 1.")
         self.tokenizer = tokenizer
-        on_cpu = self.model.get_input_embeddings().weight.device.type == "cpu"
-        self.tokens_per_batch = tokens_per_batch or (CPU_TOKENS_PER_BATCH if on_cpu else 8192)
+        self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(self.model)
         text_config = self.model.config.get_text_config()
         self.max_length: int | None = max_length or getattr(text_config, "max_position_embeddings", None)
         self._vocabulary_size = self.model.get_input_embeddings().weight.shape[0]
