@@ -9,13 +9,11 @@ Two runs at a time, one thread each. Started again, it goes on where it was stop
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from two_at_a_time import run_all
 
 SEEDS = (0, 1, 2)
 ARCHITECTURES = ("standard", "inform")
@@ -49,15 +47,8 @@ def main() -> None:
     runs = [f"{architecture}-{seed}" for seed in arguments.seeds for architecture in ARCHITECTURES]
     runs += ["probe-0", "untrained-0"]
 
-    def launch(run: str) -> None:
-        command = [sys.executable, __file__, "--shared", arguments.shared, "--output", arguments.output, "--one", run]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        with (arguments.output / f"{run}.log").open("w") as log:
-            subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
-        print(f"{run}: done after {(time.monotonic() - start) / 60:.1f} min", flush=True)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(launch, runs))
+    command = [__file__, "--shared", str(arguments.shared), "--output", str(arguments.output)]
+    run_all(command, runs, arguments.output / "logs")
     write_table(arguments.shared, arguments.output, runs, minutes=(time.monotonic() - start) / 60)
 
 

@@ -46,6 +46,11 @@ class GapGrid:
         chosen, rejected = self.rewards.double().unbind(dim=2)
         return chosen - rejected
 
+    @property
+    def pair_log_likelihoods(self) -> Tensor:
+        """``(P, M)`` float64: of a `ResponseLikelihood`, both responses together; -inf where the cell is not used."""
+        return self.rewards.double().sum(dim=2).masked_fill(~self.used, -torch.inf)
+
 
 def distinct_prompts(pairs: Dataset) -> tuple[Tensor, Tensor]:
     """The prompts of a dataset without repetition.

@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from inform_rm.encoding import load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.packing import (
     PackedRow,
@@ -18,7 +20,7 @@ from inform_rm.packing import (
     rows_by_prompt,
     split_at,
 )
-from inform_rm.reward_models import fingerprint_model, fingerprint_tokenizer
+from inform_rm.reward_models import fingerprint_model, fingerprint_tokenizer, load_causal_lm
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +144,24 @@ class ResponseLikelihood:
         finally:
             self.tokens_computed = 0
         return None
+
+
+def load_likelihood(
+    model: str | Path,
+    *,
+    length_normalized: bool = False,
+    chat_template: str | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> ResponseLikelihood:
+    """A causal language model and its tokenizer from a folder or the Hub, as `ResponseLikelihood`.
+
+    Raises:
+        InputError: if either cannot be loaded.
+    """
+    loaded = load_causal_lm(model, device=device, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, chat_template=chat_template, trust_remote_code=trust_remote_code)
+    return ResponseLikelihood(loaded, tokenizer, length_normalized)
 
 
 def _places_of_sequences(

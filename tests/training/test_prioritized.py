@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from inform_rm.decomposition import decompose_gaps
+from inform_rm.decomposition import decompose_gaps, tempered_weights
 from inform_rm.encoding import encode
 from inform_rm.errors import InputError
 from inform_rm.scoring import NonFiniteRewardError
@@ -100,8 +101,16 @@ def test_the_smallest_gaps_are_selected_and_only_they_are_learnt(settings, seen,
     assert "prompt_free_gap_selected" not in result["log_history"][0]
 
 
-def test_gaps_are_those_of_single_forward_passes(settings, seen, tokenizer):
-    train(dataclasses.replace(settings, architecture="standard"))
+@pytest.mark.parametrize("weights", ("uniform", "behavior"))
+def test_gaps_are_those_of_single_forward_passes(settings, seen, tokenizer, weights, tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(settings.model)
+    for parameter in lm.parameters():  # so that its likelihoods differ between prompts
+        torch.nn.init.normal_(parameter, std=0.3)
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    behavior_model = str(tmp_path / "lm") if weights == "behavior" else None
+    changes = {"weights": weights, "behavior_model": behavior_model, "ess_target": 0.6}
+    train(dataclasses.replace(settings, architecture="standard", **changes))
     call = seen[-1]
     trainer, positions = call["trainer"], call["positions"]
     from inform_rm import InfoRMForSequenceClassification
@@ -117,11 +126,26 @@ def test_gaps_are_those_of_single_forward_passes(settings, seen, tokenizer):
         with torch.no_grad():
             return model(input_ids=torch.tensor([encode(tokenizer, prompt, response).input_ids])).logits.item()
 
+    def log_likelihood(prompt, response):
+        encoded = encode(tokenizer, prompt, response)
+        ids, first = encoded.input_ids, len(encoded.prompt_ids)
+        with torch.no_grad():
+            logs = lm(input_ids=torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+        return sum(logs[at - 1, ids[at]].item() for at in range(first, len(ids)))
+
     for position, gap in zip(positions.tolist(), call["gaps"][0].tolist(), strict=True):
         pair = dataset[position]
         used = [pair["prompt"], *(prompts[k] for k in others if prompts[k] != pair["prompt"])]
         gaps = [reward(prompt, pair["chosen"]) - reward(prompt, pair["rejected"]) for prompt in used]
-        assert gap == pytest.approx(decompose_gaps(torch.tensor([gaps])).prompt_free_gap.item(), abs=2e-5)
+        shares = None
+        if weights == "behavior":
+            logs = [
+                log_likelihood(prompt, pair["chosen"]) + log_likelihood(prompt, pair["rejected"]) for prompt in used
+            ]
+            shares, _ = tempered_weights(torch.tensor([logs]), 0.6)
+            assert shares.max() > 1.5 * shares.min()
+        expected = decompose_gaps(torch.tensor([gaps]), shares).prompt_free_gap.item()
+        assert gap == pytest.approx(expected, abs=2e-5 if weights == "uniform" else 1e-4)
 
 
 def test_a_pool_of_one_batch_is_ordinary_training(settings, tmp_path):
@@ -207,7 +231,8 @@ def test_pairs_whose_rewards_are_no_numbers_stop_the_run(settings, monkeypatch):
     ("change", "message"),
     [
         ({"pool_factor": 0}, "pool_factor"), ({"num_prompts": 1}, "num_prompts"), ({"refresh": 0}, "refresh"),
-        ({"warmup_fraction": 1.0}, "warmup_fraction"),
+        ({"warmup_fraction": 1.0}, "warmup_fraction"), ({"ess_target": 1.5}, "ess_target"),
+        ({"weights": "behavior"}, "behavior_model"), ({"behavior_model": "some-lm"}, "'uniform' uses none"),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused(settings, change, message):

@@ -15,7 +15,6 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from inform_rm.decomposition import Decomposition, decompose_gaps, sample_prompts, tempered_weights
-from inform_rm.encoding import load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.eval import decompose_report as report
 from inform_rm.eval.report import figure_png
@@ -23,8 +22,7 @@ from inform_rm.eval.sources import load_sources, warn_of_left_out
 from inform_rm.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.gap_grid import GapGrid, distinct_prompts, gap_grid
 from inform_rm.journal import RewardJournal
-from inform_rm.likelihoods import ResponseLikelihood
-from inform_rm.reward_models import load_causal_lm
+from inform_rm.likelihoods import ResponseLikelihood, load_likelihood
 from inform_rm.scoring import RewardScorer, as_scorer
 from inform_rm.statistics import wilson_interval
 
@@ -159,7 +157,7 @@ def decompose(
         likelihood = _likelihood(behavior_model, scorer.tokenizer, length_normalized, scorer_options)
         settings |= {"length_normalized": length_normalized, "ess_target": ess_target}
         behavior = compute(likelihood, LIKELIHOOD_JOURNAL_FILE, "drop", likelihood=likelihood.identity())
-        log_likelihoods = behavior.rewards.double().sum(dim=2).masked_fill(~behavior.used, -torch.inf)
+        log_likelihoods = behavior.pair_log_likelihoods
     table, left_out = _table(pairs, grid, population, log_likelihoods, ess_target)
     for source in sources:
         warn_of_left_out(source.record)
@@ -187,10 +185,9 @@ def _likelihood(
     model: str | Path | torch.nn.Module, tokenizer: Any, length_normalized: bool, scorer_options: dict[str, Any]
 ) -> ResponseLikelihood:
     if isinstance(model, str | Path):
-        hub = {"trust_remote_code": scorer_options.get("trust_remote_code", False)}
-        loaded: Any = load_causal_lm(model, device=scorer_options.get("device"), **hub)
-        template = scorer_options.get("chat_template")
-        return ResponseLikelihood(loaded, load_tokenizer(model, chat_template=template, **hub), length_normalized)
+        passed_on = ("chat_template", "device", "trust_remote_code")
+        options = {name: scorer_options[name] for name in passed_on if name in scorer_options}
+        return load_likelihood(model, length_normalized=length_normalized, **options)
     return ResponseLikelihood(model, tokenizer, length_normalized)
 
 

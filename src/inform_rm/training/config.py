@@ -46,6 +46,15 @@ class TrainingConfig:
     )
     pool_factor: int = _setting("prioritized: pairs drawn for each pair that is learnt from", 2)
     num_prompts: int = _setting("prioritized: prompts behind each prompt-free gap, the pair's own among them", 8)
+    weights: Literal["uniform", "behavior"] = _setting(
+        "prioritized: prompts count the same, or as likely as behavior_model finds both responses under them",
+        "uniform",
+    )
+    behavior_model: str | None = _setting(
+        "prioritized: causal LM near what wrote the responses, a folder or Hub id; what weights 'behavior' needs", None
+    )
+    length_normalized: bool = _setting("weights 'behavior': mean log-likelihoods of the tokens instead of sums", False)
+    ess_target: float = _setting("weights 'behavior': effective sample size to keep, as a share of the prompts", 0.25)
     warmup_fraction: float = _setting("prioritized: share of the steps that start without selection", 0.1)
     refresh: int = _setting("prioritized: steps for which an estimated gap may be used again; 1: never", 1)
     selection: Literal["smallest", "soft"] = _setting(
@@ -137,6 +146,13 @@ class TrainingConfig:
         for name, limit in (("label_smoothing", 0.5), ("lora_dropout", 1.0), ("warmup_fraction", 1.0)):
             if not 0 <= getattr(self, name) < limit:
                 faults.append(f"{name} must be at least 0 and below {limit}, got {getattr(self, name)}")
+        if not 0 < self.ess_target <= 1:
+            faults.append(f"ess_target must be above 0 and at most 1, got {self.ess_target}")
+        if (self.weights == "behavior") != (self.behavior_model is not None):
+            faults.append(
+                f"weights {self.weights!r} does not go with behavior_model {self.behavior_model!r}: 'behavior' needs "
+                "one, 'uniform' uses none"
+            )
         if self.load_best_model_at_end and not self.eval_data:
             faults.append("load_best_model_at_end needs eval_data to choose by")
         if self.load_best_model_at_end and self.eval_steps != self.save_steps:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inform_rm.decomposition import decompose_gaps
+from inform_rm.decomposition import decompose_gaps, tempered_weights
 from inform_rm.files import atomic_write_text
 from inform_rm.gap_grid import distinct_prompts, gap_grid
+from inform_rm.likelihoods import ResponseLikelihood
 from inform_rm.scoring import NonFiniteRewardError, RewardScorer
 from inform_rm.training.trainer import RewardTrainer
 
@@ -34,6 +35,7 @@ class Selection:
     warmup_fraction: float
     refresh: int
     selection: str
+    ess_target: float
     seed: int
     overlong: str
 
@@ -66,13 +68,22 @@ class PrioritizedRewardTrainer(RewardTrainer):
     Args:
         selection: how pairs are chosen.
         scorer: scores the model that is trained; nothing but its tokenizer and batching may differ.
+        likelihood: weighs the prompts of a gap by how likely it finds both responses under them; ``None`` weighs all
+            the same.
         kwargs: arguments of `RewardTrainer`. ``train_dataset`` holds the text of the pairs (``keep_text``) and their
             ``position``, ``data_collator`` is a `PoolCollator`, and the batch size of the arguments is the pool's.
     """
 
-    def __init__(self, *, selection: Selection, scorer: RewardScorer, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        selection: Selection,
+        scorer: RewardScorer,
+        likelihood: ResponseLikelihood | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
-        self._selection, self._scorer = selection, scorer
+        self._selection, self._scorer, self._likelihood = selection, scorer, likelihood
         self._pairs: Any = self.train_dataset
         self._collate: Any = kwargs["data_collator"].collate
         self._prompt_rows, self._own_prompts = distinct_prompts(self._pairs)
@@ -159,11 +170,15 @@ class PrioritizedRewardTrainer(RewardTrainer):
         others = torch.from_numpy(generator.choice(len(self._prompt_rows), num_others, replace=False))
         others = others.expand(len(positions), -1)
         choice = torch.cat([own[:, None], others.masked_fill(others == own[:, None], -1)], dim=1)
-        grid = gap_grid(
-            self._scorer, self._pairs, choice, self._prompt_rows, rows=positions,
-            overlong=self._selection.overlong,
-        )  # fmt: skip
-        parts = decompose_gaps(grid.gaps, grid.used.double())
+        cells: dict[str, Any] = {
+            "pairs": self._pairs, "choice": choice, "prompt_rows": self._prompt_rows, "rows": positions
+        }  # fmt: skip
+        grid = gap_grid(self._scorer, **cells, overlong=self._selection.overlong)
+        weights = grid.used.double()
+        if self._likelihood is not None:
+            logs = gap_grid(self._likelihood, **cells, overlong="drop").pair_log_likelihoods
+            weights, _ = tempered_weights(logs.masked_fill(~grid.used, -torch.inf), self._selection.ess_target)
+        parts = decompose_gaps(grid.gaps, weights)
         broken = ~parts.prompt_free_gap.isfinite()
         if broken.any():
             row = self._pairs[int(positions[broken][0])]

@@ -27,6 +27,7 @@ from inform_rm.encoding import check_vocabulary, load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.files import atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.hub import model_card
+from inform_rm.likelihoods import load_likelihood
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
 from inform_rm.packing import CPU_TOKENS_PER_BATCH, use_packed_attention, why_not_packed
 from inform_rm.scoring import RewardScorer
@@ -191,6 +192,15 @@ def _choose_batching(model: Any, config: TrainingConfig, arguments: TrainingArgu
 
 def _prioritized_trainer(config: TrainingConfig, scorer: RewardScorer, options: dict[str, Any]) -> RewardTrainer:
     dataset = options["train_dataset"]
+    likelihood = None
+    if config.behavior_model is not None:
+        likelihood = load_likelihood(
+            config.behavior_model,
+            length_normalized=config.length_normalized,
+            chat_template=config.chat_template,
+            device=options["args"].device,
+            trust_remote_code=config.trust_remote_code,
+        )
     trainer = PrioritizedRewardTrainer(
         **{
             **options,
@@ -198,6 +208,7 @@ def _prioritized_trainer(config: TrainingConfig, scorer: RewardScorer, options: 
             "data_collator": PoolCollator(options["data_collator"]),
         },
         scorer=scorer,
+        likelihood=likelihood,
         selection=Selection(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Selection)}),
     )
     if trainer.is_fsdp_enabled:
