@@ -156,7 +156,7 @@ def rank_correlations(pairs: Path, table: Path) -> dict[str, float]:
     gold = {row["id"]: row for row in map(json.loads, pairs.read_text().splitlines())}
     columns = pq.read_table(table).to_pydict()
     right = [gold[name]["gold_r1_chosen"] - gold[name]["gold_r1_rejected"] for name in columns["id"]]
-    length = columns["words difference"]
+    length = columns["words_difference"]
     return {
         f"{gap} ~ {name}": float(spearmanr(columns[column], values).statistic)
         for gap, column in (("D2", "prompt_free_gap"), ("D1", "prompt_related_gap"))
@@ -269,7 +269,7 @@ def write_planes(folder: Path, path: Path) -> None:
         table = pq.read_table(folder / name / method / "audit" / "pairs.parquet").to_pydict()
         free, related = np.array(table["prompt_free_gap"]), np.array(table["prompt_related_gap"])
         draw_plane(axes, 1.05 * max(np.abs(free).max(), np.abs(related).max()))
-        points = axes.scatter(free, related, c=table["words difference"], cmap="coolwarm", s=10, vmin=-30, vmax=30)
+        points = axes.scatter(free, related, c=table["words_difference"], cmap="coolwarm", s=10, vmin=-30, vmax=30)
         axes.set_title(f"{method}, trained on {name}: {np.mean(free + related > 0):.0%} ranked right")
     figure.colorbar(points, ax=figure.axes, label="words, chosen - rejected", shrink=0.5, extend="both")
     atomic_write_bytes(path, figure_png(figure))

@@ -1,12 +1,8 @@
 """Prioritized training with two CPU processes under DDP, launched as users launch it."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-import yaml
 
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.run import train
@@ -15,7 +11,7 @@ pytestmark = pytest.mark.distributed
 
 # Put in the processes through sitecustomize: each says which pairs its pools hold and which of them it learns from.
 PATCH = """
-import json, sys
+import json
 from inform_rm.training import prioritized
 
 select = prioritized.PrioritizedRewardTrainer._select
@@ -29,31 +25,9 @@ def told(self, positions, wanted):
 
 prioritized.PrioritizedRewardTrainer._select = told
 """
-LAUNCH = {
-    "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_CPU", "mixed_precision": "no",
-    "num_machines": 1, "num_processes": 2, "machine_rank": 0, "rdzv_backend": "static", "same_network": True,
-    "use_cpu": True,
-}  # fmt: skip
 
 
-def launched(tmp_path, settings, patch):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(LAUNCH))
-    (tmp_path / "sitecustomize.py").write_text(patch)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
-        str(tmp_path / "launch.yaml"), "--main_process_port", "0", "-m", "inform_rm.cli", "train",
-        str(tmp_path / "config.yaml"),
-    ]  # fmt: skip
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    result = json.loads((tmp_path / settings["output"] / "train_result.json").read_text())
-    assert (result["distributed_type"], result["num_processes"]) == ("MULTI_CPU", 2)
-    return result
-
-
-def test_each_process_selects_as_many_pairs_from_its_own_pools(causal_lm_dir, tmp_path):
+def test_each_process_selects_as_many_pairs_from_its_own_pools(causal_lm_dir, tmp_path, train_on_two):
     data = tmp_path / "pairs.jsonl"
     rows = [
         {"prompt": f"Count to {n}.", "chosen": "one two " * (n % 4 + 1), "rejected": "no " * (n % 3 + 1)}
@@ -66,7 +40,10 @@ def test_each_process_selects_as_many_pairs_from_its_own_pools(causal_lm_dir, tm
         "save_steps": 4, "use_cpu": True, "batching": "padded", "objective": "prioritized", "num_prompts": 3,
         "warmup_fraction": 0.0, "refresh": 2, "output": str(tmp_path / "two"),
     }  # fmt: skip
-    result = launched(tmp_path, settings, PATCH)
+    # Accelerate starts CPU processes for what it calls MULTI_GPU, and none beside the first for MULTI_CPU.
+    train_on_two(settings, {"distributed_type": "MULTI_GPU"}, PATCH)
+    result = json.loads((tmp_path / "two" / "train_result.json").read_text())
+    assert (result["distributed_type"], result["num_processes"]) == ("MULTI_CPU", 2)
     pools = [
         [json.loads(line) for line in (tmp_path / "two" / "checkpoints" / f"pools-{rank}.jsonl").open()]
         for rank in (0, 1)
@@ -88,7 +65,8 @@ def test_each_process_selects_as_many_pairs_from_its_own_pools(causal_lm_dir, tm
 
     # Without a choice it is the training of one process with pools as large as both.
     no_choice = {**settings, "pool_factor": 1, "output": str(tmp_path / "all")}
-    two = launched(tmp_path, no_choice, "")
+    train_on_two(no_choice, {"distributed_type": "MULTI_GPU"})
+    two = json.loads((tmp_path / "all" / "train_result.json").read_text())
     one = train(
         TrainingConfig(**no_choice | {"data": (str(data),), "output": str(tmp_path / "one"), "objective":
                                       "bradley_terry", "per_device_train_batch_size": 8})

@@ -1,13 +1,11 @@
 """Training with two CPU processes under FSDP2, launched as users launch it."""
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
-import yaml
 from transformers import AutoModelForSequenceClassification
 
 from inform_rm.training.config import TrainingConfig
@@ -18,6 +16,7 @@ pytestmark = pytest.mark.distributed
 # Accelerate turns FSDP on CPU processes into DDP without a word. This patch, put in the processes through
 # sitecustomize, makes FSDP2 run there; the class that it prints shows that it did.
 PATCH = """
+import os
 import accelerate.accelerator, accelerate.state
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -36,15 +35,14 @@ plain_prepare = accelerate.accelerator.fsdp2_prepare_model
 
 def prepare(*args, **kwargs):
     model = plain_prepare(*args, **kwargs)
-    print("PREPARED", type(model).__name__, flush=True)
+    os.write(1, f"PREPARED {type(model).__name__}\\n".encode())  # whole, though both processes write
     return model
 
 accelerate.accelerator.fsdp2_prepare_model = prepare
 """
 
-LAUNCH = {
-    "compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "mixed_precision": "no", "num_machines": 1,
-    "num_processes": 2, "machine_rank": 0, "rdzv_backend": "static", "same_network": True, "use_cpu": True,
+FSDP2 = {
+    "distributed_type": "FSDP",
     "fsdp_config": {
         "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "fsdp_state_dict_type": "FULL_STATE_DICT", "fsdp_reshard_after_forward": True,
@@ -54,7 +52,7 @@ LAUNCH = {
 }  # fmt: skip
 
 
-def test_two_processes_train_as_one_and_save_ordinary_folders(causal_lm_dir, tmp_path):
+def test_two_processes_train_as_one_and_save_ordinary_folders(causal_lm_dir, tmp_path, train_on_two):
     data = tmp_path / "pairs.jsonl"
     rows = [
         {"prompt": f"Count to {n}.", "chosen": "one two " * (n % 4 + 1), "rejected": "no " * (n % 3 + 1)}
@@ -67,17 +65,7 @@ def test_two_processes_train_as_one_and_save_ordinary_folders(causal_lm_dir, tmp
         "learning_rate": 1e-3, "max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
         "logging_steps": 1, "eval_steps": 4, "save_steps": 4, "use_cpu": True, "output": str(tmp_path / "two"),
     }  # fmt: skip
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(LAUNCH))
-    (tmp_path / "sitecustomize.py").write_text(PATCH)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
-        str(tmp_path / "launch.yaml"), "--main_process_port", "0", "-m", "inform_rm.cli", "train",
-        str(tmp_path / "config.yaml"),
-    ]  # fmt: skip
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    run = train_on_two(settings, FSDP2, PATCH)
     assert run.stdout.count("PREPARED FSDPInfoRMForSequenceClassification") == 2
 
     two = json.loads((tmp_path / "two" / "train_result.json").read_text())
