@@ -39,6 +39,7 @@ setup(
         "numpy>=2.1,<3",
         "pyarrow>=21,<27",
         "matplotlib>=3.9,<4",
+        "scikit-learn>=1.7,<2",
         "scipy>=1.15,<2",
         "PyYAML>=6,<7",
         "tqdm>=4.66,<5",

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification
 
 from inform_rm.cli import main
 
-COMMANDS = ["demo", "train", "evaluate", "decompose", "score", "check-data", "export"]
+COMMANDS = ["demo", "train", "evaluate", "decompose", "detect", "simulate", "score", "check-data", "export"]
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,19 @@ def trained(causal_lm_dir, pairs_file, tmp_path_factory):
     )  # fmt: skip
     assert code == 0
     return folder
+
+
+def test_simulate_names_proxies_by_folder_or_as_told(trained, causal_lm_dir, pairs_file, tmp_path, capsys):
+    command = ["simulate", "--data", str(pairs_file), "--policy", str(causal_lm_dir("llama")), "--max-new-tokens", "4",
+               "--gold", str(trained), "--num-prompts", "3", "--num-responses", "4", "--output", str(tmp_path / "out"),
+               "--proxy", str(trained), f"again={trained}"]  # fmt: skip
+    assert main(command) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert list(result["proxies"]) == ["run", "again"] and result["ns"] == [1, 2, 4]
+    assert result["proxies"]["run"] == result["proxies"]["again"]
+    assert "again: gold peaks at n = " in capsys.readouterr().out
+    assert main([*command, "--proxy", str(trained), str(trained)]) == 2
+    assert "two models have the same name" in capsys.readouterr().err
 
 
 def test_train_evaluate_score_export_in_a_row(trained, pairs_file, tmp_path, capsys):

@@ -15,9 +15,11 @@ __all__ = [
     "InfoRMOutput",
     "check_data",
     "decompose",
+    "detect",
     "evaluate",
     "export_model",
     "score_file",
+    "simulate",
     "train",
 ]
 _MODULES = {
@@ -26,9 +28,11 @@ _MODULES = {
     "InfoRMOutput": "inform_rm.modeling_inform",
     "check_data": "inform_rm.preflight",
     "decompose": "inform_rm.eval.decompose",
+    "detect": "inform_rm.eval.detect",
     "evaluate": "inform_rm.eval.evaluate",
     "export_model": "inform_rm.hub",
     "score_file": "inform_rm.scoring",
+    "simulate": "inform_rm.eval.overoptimization",
     "train": "inform_rm.training.run",
 }
 

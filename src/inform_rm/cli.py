@@ -92,6 +92,39 @@ def _parser() -> argparse.ArgumentParser:
                            help="what colours the plane of D1 and D2 (default: %(default)s)")  # fmt: skip
     _add_pairs_policy(decompose)
 
+    detect = _command(commands, "detect", _detect, "does a policy exploit its reward model? latents of its responses")
+    _add_model(detect)
+    detect.add_argument("--reference", required=True, help="responses before training: rows of prompt and response")
+    detect.add_argument("--candidate", required=True, nargs="+", help="responses to check; several files: in order")
+    detect.add_argument("--output", required=True, help="folder for result.json, responses.parquet, plots and page")
+    detect.add_argument("--eps", type=_eps, default="auto", help="radius of DBSCAN, or 'auto' (default: %(default)s)")
+    detect.add_argument("--min-samples", type=int, default=5, help="of DBSCAN (default: %(default)s)")
+    detect.add_argument("--noise", choices=("cluster", "singletons", "drop"), default="cluster",
+                        help="what DBSCAN's noise counts as (default: %(default)s)")  # fmt: skip
+    detect.add_argument("--alpha", type=float, default=0.01, help="tail probability below which a response is an "
+                        "outlier (default: %(default)s)")  # fmt: skip
+    detect.add_argument("--tail", choices=("reference", "chi2"), default="reference",
+                        help="distribution of distances: the reference's own, or the paper's chi-square "
+                        "(default: %(default)s)")  # fmt: skip
+    detect.add_argument("--max-change-ratio", type=float, default=10.0, help="of the stopping rule, for several files "
+                        "(default: %(default)s)")  # fmt: skip
+    detect.add_argument("--max-responses", type=int, help="use a seeded random subset of each file")
+    detect.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
+
+    simulate = _command(commands, "simulate", _simulate, "best-of-n against reward models: what the gold reward says")
+    simulate.add_argument("--proxy", required=True, nargs="+", type=_named, metavar="[NAME=]MODEL",
+                          help="reward models that choose: folders or Hub ids")  # fmt: skip
+    simulate.add_argument("--output", required=True, help="folder for result.json, responses.parquet, plot and page")
+    simulate.add_argument("--gold", help="reward model taken for the truth (default: the world's exact reward)")
+    simulate.add_argument("--policy", help="causal LM that writes the responses (default: the world's sampler)")
+    simulate.add_argument("--data", nargs="+", help="pairs whose prompts are used (default: prompts of the world)")
+    simulate.add_argument("--num-prompts", type=int, help="use so many prompts, drawn at random")
+    simulate.add_argument("--num-responses", type=int, default=1024, help="for each prompt (default: %(default)s)")
+    simulate.add_argument("--temperature", type=float, default=1.0, help="of the policy (default: %(default)s)")
+    simulate.add_argument("--max-new-tokens", type=int, default=128, help="of the policy (default: %(default)s)")
+    simulate.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
+    _add_scoring(simulate)
+
     score = _command(commands, "score", _score, "rewards for rows of prompt and response")
     _add_model(score)
     score.add_argument("--input", required=True, help="JSONL(.gz), CSV or Parquet with 'prompt' and 'response'")
@@ -125,6 +158,10 @@ def _command(
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="any sequence-classification reward model: folder or Hub id")
+    _add_scoring(command)
+
+
+def _add_scoring(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-length", type=int, help="longest allowed input in tokens (default: the model's)")
     command.add_argument(
         "--tokens-per-batch", type=int, help="tokens computed at once (default: 2048 on a CPU, else 8192)"
@@ -214,6 +251,60 @@ def _decompose(arguments: argparse.Namespace) -> None:
         f"response decides {result['response_decides']:.3f}, sign flips {result['sign_flips']:.3f}, "
         f"accuracy {result['accuracy']:.3f} on {result['num_pairs']} pairs; {arguments.output}/result.html"
     )
+
+
+def _eps(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+def _detect(arguments: argparse.Namespace) -> None:
+    from inform_rm import detect
+
+    names = ("eps", "min_samples", "noise", "alpha", "tail", "max_change_ratio", "max_responses", "seed")
+    result = detect(
+        arguments.model,
+        arguments.reference,
+        arguments.candidate,
+        arguments.output,
+        **{name: getattr(arguments, name) for name in names},
+        **_scorer_options(arguments),
+    )
+    for part in result["candidates"]:
+        print(
+            f"{part['name']}: CSI per response {part['csi_normalized']:.3f} "
+            f"(chance {part['csi_normalized_null_rank']:.2f}), "
+            f"MOP {part['mop']:.3f} (chance {part['mop_null_rank']:.2f})"
+            f"{', stopping rule fires' * part['stop']}"
+        )
+    print(f"{arguments.output}/result.html")
+
+
+def _named(text: str) -> tuple[str, str]:
+    """``NAME=MODEL``, or a model named by the last part of its path or id."""
+    name, separator, model = text.partition("=")
+    return (name, model) if separator else (text.rstrip("/").rpartition("/")[2], text)
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    from inform_rm import simulate
+
+    if len(dict(arguments.proxy)) < len(arguments.proxy):
+        raise InputError("proxy: two models have the same name. Name them apart: --proxy one=FOLDER other=FOLDER.")
+    names = ("gold", "policy", "data", "num_prompts", "num_responses", "temperature", "max_new_tokens", "seed")
+    result = simulate(
+        dict(arguments.proxy),
+        arguments.output,
+        **{name: getattr(arguments, name) for name in names},
+        **_scorer_options(arguments),
+    )
+    for name, part in result["proxies"].items():
+        peak = part["peak"]
+        low, high = peak["fall_interval"]
+        print(
+            f"{name}: gold peaks at n = {peak['n']} (KL {peak['kl_nats']:.2f} nats) and falls by {peak['fall']:.3f} "
+            f"[{low:.3f}, {high:.3f}] to n = {result['ns'][-1]}"
+        )
+    print(f"{arguments.output}/result.html")
 
 
 def _score(arguments: argparse.Namespace) -> None:

@@ -113,7 +113,7 @@ def load_tokenizer(
         raise InputError(f"{model_path}: its tokenizer has no vocabulary. Name a folder that holds tokenizer.json.")
     if chat_template is not None:
         tokenizer.chat_template = _read_template(tokenizer, chat_template)
-        _render(tokenizer, [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], tokenize=False)
+        render(tokenizer, [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], tokenize=False)
     if tokenizer.pad_token_id is None:
         name = next((name for name in ("unk_token", "eos_token") if getattr(tokenizer, name) is not None), None)
         if name is None:
@@ -173,10 +173,10 @@ def encode_many(tokenizer: Any, prompts: Sequence[str | list[Message]], response
         # Both sides of a pair, and many cells of a gap grid, have one prompt: it is rendered once.
         keys = [json.dumps(messages) for messages in conversations]
         distinct = dict(zip(keys, conversations, strict=True))
-        rendered = _render(tokenizer, list(distinct.values()), add_generation_prompt=True)
+        rendered = render(tokenizer, list(distinct.values()), add_generation_prompt=True)
         start_of = dict(zip(distinct, rendered, strict=True))
         starts = [start_of[key] for key in keys]
-        full = _render(tokenizer, [[*turns, reply] for turns, reply in zip(conversations, replies, strict=True)])
+        full = render(tokenizer, [[*turns, reply] for turns, reply in zip(conversations, replies, strict=True)])
     encoded = []
     for start, ids in zip(starts, full, strict=True):
         shared = shared_prefix_length(start, ids)
@@ -365,7 +365,12 @@ def fit_pair(
     return fitted
 
 
-def _render(tokenizer: Any, conversations: list[list[Message]], **options: Any) -> list:
+def render(tokenizer: Any, conversations: list[list[Message]], **options: Any) -> list:
+    """Token ids of conversations under the tokenizer's chat template, or their text with ``tokenize=False``.
+
+    Raises:
+        InputError: if the template cannot render one of them.
+    """
     options = {"tokenize": True, **options}
     try:
         if not options["tokenize"]:

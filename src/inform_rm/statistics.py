@@ -1,6 +1,7 @@
 """Statistics of pairwise preference that training and evaluation both report; numpy only."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -48,3 +49,14 @@ def expected_calibration_error(margins: ArrayLike, num_bins: int = 10) -> float:
     bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
     gaps = np.bincount(bins, weights=outcome - confidence, minlength=num_bins)
     return float(np.abs(gaps).sum() / len(margins))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A statistic with a 95 % interval: of what, over how many points, from how many resamples (0: in closed form)."""
+
+    estimate: float
+    low: float
+    high: float
+    num_points: int
+    num_resamples: int

@@ -72,8 +72,8 @@ def collect_latents(
                 (states,) = seen
                 seen.clear()
                 if states.dim() == 3:  # a foreign model's padded batch: its reward is that of the last real token
-                    last = [_last_real(sequences[row], pads) for row in rows]
-                    states = states[torch.arange(len(rows), device=states.device), torch.tensor(last).to(states.device)]
+                    last = torch.tensor([_last_real(sequences[row], pads) for row in rows], device=states.device)
+                    states = states[torch.arange(len(rows), device=states.device), last]
                 part, again = _latents_and_rewards(head, states)
                 if not torch.allclose(again, batch_rewards, rtol=1e-3, atol=1e-3):
                     raise InputError(

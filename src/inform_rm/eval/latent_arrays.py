@@ -1,0 +1,63 @@
+"""Sets of latents as arrays: what every function of them accepts, refuses and takes block by block."""
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from inform_rm.errors import InputError
+
+LatentArray = NDArray | Tensor
+_BLOCK_ELEMENTS = 2**23  # 64 MiB in float64
+
+
+def check_latents(name: str, values: LatentArray) -> NDArray:
+    """``(N, K)`` finite real numbers on the CPU, not copied where possible."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
+    values = np.asarray(values)
+    if values.ndim != 2 or values.dtype.kind not in "fiu":
+        raise InputError(
+            f"{name}: shape {values.shape} of {values.dtype}; expected real numbers of shape (responses, latent "
+            "dimensions)."
+        )
+    if 0 in values.shape:
+        raise InputError(f"{name}: shape {values.shape}; there must be at least one response and one dimension.")
+    size = rows_in_a_block(values)
+    for start in range(0, len(values), size):
+        bad = ~np.isfinite(values[start : start + size]).all(axis=1)
+        if bad.any():
+            raise InputError(
+                f"{name}: row {start + int(bad.argmax())} holds NaN or infinity. Leave such responses out, or find "
+                "out why the model gives them."
+            )
+    return values
+
+
+def check_both(candidate: LatentArray, reference: LatentArray) -> tuple[NDArray, NDArray]:
+    """Candidate ``(N, K)`` and reference ``(M, K)``, both checked, of one K."""
+    points, others = check_latents("candidate", candidate), check_latents("reference", reference)
+    if points.shape[1] != others.shape[1]:
+        raise InputError(
+            f"candidate: {points.shape[1]} latent dimensions, but the reference has {others.shape[1]}. Take both from "
+            "the same reward model."
+        )
+    return points, others
+
+
+def check_integer(name: str, value: int, smallest: int = 1) -> None:
+    """Refuse what is no whole number or too small."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < smallest:
+        raise InputError(f"{name}: {value!r}; expected a whole number, at least {smallest}.")
+
+
+def rows_in_a_block(latents: NDArray) -> int:
+    """Rows that make up a block of at most 64 MiB in float64."""
+    return max(1, _BLOCK_ELEMENTS // latents.shape[1])
+
+
+def subsample(size: int, most: int, seed: int) -> NDArray:
+    """At most so many of 0 to size - 1, in rising order."""
+    if size <= most:
+        return np.arange(size)
+    return np.sort(np.random.default_rng(seed % 2**64).choice(size, most, replace=False))

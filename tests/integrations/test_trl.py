@@ -1,0 +1,150 @@
+"""The reward function and the check work in real TRL runs of a tiny policy, and say what the functions behind say."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
+from inform_rm.errors import InputError
+from inform_rm.eval.early_stopping import CSIEarlyStopping
+from inform_rm.eval.latents import collect_latents
+from inform_rm.eval.outliers import cluster_separation_index, fit_mahalanobis
+from inform_rm.integrations.trl import OveroptimizationCallback, RewardFunction
+from inform_rm.scoring import RewardScorer
+
+PROMPTS = [f"{number} red apples" for number in range(12)]
+REFERENCE = [(prompt, f"So {prompt} it is" + " then" * (number % 4)) for number, prompt in enumerate(PROMPTS * 3)]
+
+
+@pytest.fixture(scope="module")
+def scorer(backbone_configs, tokenizer):
+    torch.manual_seed(1)
+    model = InfoRMForSequenceClassification(InfoRMConfig(text_config=backbone_configs["llama"], latent_dim=6))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return RewardScorer(model.eval(), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def reference(scorer):
+    return collect_latents(scorer, [prompt for prompt, _ in REFERENCE], [text for _, text in REFERENCE]).values
+
+
+@pytest.mark.parametrize("squared", (False, True))
+def test_shaped_rewards_are_the_formula(scorer, reference, squared):
+    function = RewardFunction(scorer, reference=reference, shaping_coefficient=0.25, squared=squared, alpha=0.1)
+    logged = {}
+    texts = ["one apple", "two", "red " * 7]
+    rewards = function(PROMPTS[:3], texts, log_metric=logged.__setitem__, trainer_state=None, completion_ids=None)
+    plain = scorer.score(PROMPTS[:3], texts).double().numpy()
+    found = collect_latents(scorer, PROMPTS[:3], texts)
+    distances = fit_mahalanobis(reference).distances(found.values)
+    assert rewards == pytest.approx((plain - 0.25 * (distances**2 if squared else distances)).tolist(), abs=1e-5)
+    assert logged["unshaped_reward"] == pytest.approx(plain.mean(), abs=1e-6)
+    assert logged["mahalanobis_distance"] == pytest.approx(distances.mean())
+    assert (
+        logged["mop"]
+        == fit_mahalanobis(reference).outlier_probability(found.values, alpha=0.1, tail="reference").estimate
+    )
+    assert function.recent() == (PROMPTS[:3], texts) and function.recent() == ([], [])
+
+
+def test_plain_rewards_of_text_and_of_messages(scorer):
+    function = RewardFunction(scorer, keep=2)
+    expected = scorer.score(PROMPTS[:3], ["a", "b", "c"]).tolist()
+    assert function(PROMPTS[:3], ["a", "b", "c"]) == pytest.approx(expected, abs=1e-6)
+    messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[:3]]
+    replies = [[{"role": "assistant", "content": text}] for text in "abc"]
+    assert function(messages, replies) == pytest.approx(expected, abs=1e-6)
+    assert function.recent() == (messages[1:], ["b", "c"])
+    with pytest.raises(InputError, match=r"shaping_coefficient: 0\.1 needs reference"):
+        RewardFunction(scorer, shaping_coefficient=0.1)
+
+
+def policy_trainer(algorithm, folder, output, function, steps, **settings):
+    trl = pytest.importorskip("trl", reason="TRL is an optional extra: pip install 'inform-rm[rl]'")
+    arguments = getattr(trl, f"{algorithm}Config")(
+        str(output), use_cpu=True, bf16=False, max_steps=steps, logging_steps=1, num_generations=4,
+        per_device_train_batch_size=8, max_completion_length=6, report_to="none", disable_tqdm=True, seed=0,
+        learning_rate=1e-3, **settings,
+    )  # fmt: skip
+    dataset = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS * 2])
+    return getattr(trl, f"{algorithm}Trainer")(
+        str(folder), reward_funcs=function, args=arguments, train_dataset=dataset
+    )
+
+
+class Recorder(RewardFunction):
+    """Remembers what the check was given."""
+
+    def recent(self):
+        taken = super().recent()
+        self.seen.append(taken)
+        return taken
+
+
+@pytest.mark.parametrize("algorithm", ("GRPO", "RLOO"))
+def test_policy_run_with_checks(algorithm, scorer, reference, causal_lm_dir, tmp_path):
+    function = Recorder(scorer, reference=reference, shaping_coefficient=0.1, alpha=0.1)
+    function.seen = []
+    trainer = policy_trainer(algorithm, causal_lm_dir("llama"), tmp_path / "out", function, 4, save_strategy="no")
+    callback = OveroptimizationCallback(scorer, reference, function.recent, every=2, eps=0.8, alpha=0.1, action="warn")
+    callback.attach(trainer)
+    trainer.train()
+    history = trainer.state.log_history
+    lines = [line for line in history if "csi" in line]
+    assert [line["step"] for line in lines] == [2, 4] and len(function.seen) == 2
+    rule = CSIEarlyStopping()
+    for line, (prompts, texts) in zip(lines, function.seen, strict=True):
+        assert len(texts) == 16
+        found = collect_latents(scorer, prompts, texts)
+        csi = cluster_separation_index(found.values, reference, eps=0.8)
+        assert line["csi"] == pytest.approx(csi) and line["csi_normalized"] == pytest.approx(csi / 16)
+        assert line["sampled_reward"] == pytest.approx(found.rewards.mean(), abs=1e-6)
+        assert line["sampled_words"] == pytest.approx(np.mean([len(text.split()) for text in texts]))
+        rule.update(line["csi_normalized"])
+    assert callback.stopping.state_dict() == rule.state_dict()
+    # TRL's own lines are as they would be without the check, the reward function's metrics among them.
+    own = [line for line in history if "reward" in line]
+    assert [line["step"] for line in own] == [1, 2, 3, 4]
+    for line in own:
+        assert line["reward"] == pytest.approx(line["unshaped_reward"] - 0.1 * line["mahalanobis_distance"], abs=1e-5)
+
+
+def test_a_jump_stops_the_run_and_a_resumed_run_decides_alike(scorer, reference, causal_lm_dir, tmp_path, monkeypatch):
+    planted = iter([1.0, 1.1, 1.0, 9.0, 9.0])
+    monkeypatch.setattr(
+        "inform_rm.integrations.trl.cluster_separation_index", lambda latents, *_, **__: next(planted) * len(latents)
+    )
+    settings = {"save_strategy": "steps", "save_steps": 1}
+
+    def trainer(steps):
+        function = RewardFunction(scorer)
+        made = policy_trainer("GRPO", causal_lm_dir("llama"), tmp_path / "out", function, steps, **settings)
+        callback = OveroptimizationCallback(scorer, reference, function.recent, every=1, alpha=0.1)
+        callback.attach(made)
+        return made, callback
+
+    first, _ = trainer(2)
+    first.train()
+    saved = json.loads((tmp_path / "out" / "checkpoint-2" / "overoptimization_state.json").read_text())
+    second, callback = trainer(6)
+    second.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert second.state.global_step == 4  # 1.0 -> 9.0 is more than ten times the mean change of 0.1
+    by_hand = CSIEarlyStopping()
+    for value in (1.0, 1.1):
+        by_hand.update(value)
+    assert saved == by_hand.state_dict()
+    assert [by_hand.update(value) for value in (1.0, 9.0)] == [False, True]
+    assert callback.stopping.state_dict() == by_hand.state_dict()
+
+
+def test_wrong_settings_are_named(scorer, reference):
+    with pytest.raises(InputError, match="every: 0"):
+        OveroptimizationCallback(scorer, reference, lambda: ([], []), every=0)
+    with pytest.raises(InputError, match="action: 'halt'"):
+        OveroptimizationCallback(scorer, reference, lambda: ([], []), action="halt")
