@@ -4,6 +4,7 @@ import json
 import re
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,15 +14,28 @@ from inform_rm.demo import DemoBudget, check_loads_elsewhere, demo, paired_boots
 from inform_rm.errors import InputError
 from inform_rm.eval.accuracy import pairwise_accuracy
 from inform_rm.eval.demo_report import TEST_SETS, console_table, write_demo_report
+from inform_rm.eval.overoptimization import kl_nats, overoptimization_curves
 from inform_rm.hub import export_model
 from inform_rm.scoring import RewardScorer
 from inform_rm.worlds import WorldConfig, make_pairs
 
 TINY = DemoBudget(
     reward_steps=8, pretrained_reward_steps=8, pairs_per_step=2, latent_dim=4, test_pairs=20, audited_pairs=12,
-    num_prompts=3,
+    num_prompts=3, attacked_prompts=12, responses_per_prompt=8,
 )  # fmt: skip
 ROWS = {name: make_pairs(WorldConfig(), name, 40) for name in TEST_SETS}
+
+
+def made_up_curves():
+    """Best-of-n of two models on eight prompts."""
+    rng = np.random.default_rng(3)
+    ns = [1, 2, 4, 8]
+    gold = rng.normal(size=(8, 8))
+    proxies = {
+        model: overoptimization_curves(gold + noise * rng.normal(size=(8, 8)), gold, ns)
+        for model, noise in (("standard", 1.0), ("inform", 0.5))
+    }
+    return {"ns": ns, "kl_nats": kl_nats(ns).tolist(), "proxies": proxies}
 
 
 def made_up(inform_is_right, standard_is_right):
@@ -58,6 +72,16 @@ def made_up(inform_is_right, standard_is_right):
                 "correlations": {"words": {"prompt_free_gap": -0.31, "prompt_related_gap": 0.1}},
             }
             for model in ("standard", "inform")
+        },
+        "best_of_n": {
+            model: {"proxy_gain": 1.5, "gold_gain": 0.75, **part["peak"]}
+            for model, part in made_up_curves()["proxies"].items()
+        },
+        "detection": {
+            "csi_normalized": 0.31,
+            "mop": 0.125,
+            "num_responses": 48,
+            "null": {"csi_normalized": {"interval": [0.2, 0.3]}, "mop": {"interval": [0.0, 0.0625]}},
         },
         "loaded_elsewhere": {"num_responses": 16, "largest_reward_difference": 0.0, "module": "m"},
         "seconds": {"world": 1.0},
@@ -147,16 +171,18 @@ def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(tmp_pa
     latents = {"mean": rng.normal(size=(80, 4)), "kl_nats": rng.random((80, 4)), "gold_r1": rng.integers(0, 3, 80)}
     columns = ("prompt_free_gap", "prompt_related_gap", "words_difference")
     gaps = {model: {name: rng.normal(size=30).tolist() for name in columns} for model in ("standard", "inform")}
-    write_demo_report(tmp_path / "report.html", result, ROWS, rewards, logs, latents, gaps)
+    points = {"x": [0.0, 1.0, 2.0], "y": [1.0, 0.0, 2.0], "kind": ["reference", "candidate", "outlier"]}
+    write_demo_report(tmp_path / "report.html", result, ROWS, rewards, logs, latents, gaps, made_up_curves(), points)
     page = read_page(tmp_path / "report.html")
-    assert len(page.sources) == 14 and len(set(page.sources)) == 14  # seven figures, each in two schemes
+    assert len(page.sources) == 18 and len(set(page.sources)) == 18  # nine figures, each in two schemes
     for source in page.sources:
         assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
-    assert len(page.alternatives) == 7 and all(page.alternatives)
+    assert len(page.alternatives) == 9 and all(page.alternatives)
     assert "<b>&amp;" in page.text  # a name with markup in it is shown, not obeyed
     for name in TEST_SETS:
         assert f"{result['test_sets'][name]['inform']['accuracy']:.3f} [" in page.text
     assert "0.500 [0.300, 0.700]" in page.text and "-0.31" in page.text
+    assert "outlier probability 0.125 (0.000, 0.062)" in page.text and "CSI per response 0.31" in page.text
     source_text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "width=device-width" in source_text and "prefers-color-scheme: dark" in source_text
     assert source_text.index("<table>") < source_text.index("<p")  # tables before prose
@@ -219,11 +245,24 @@ def test_whole_demo_on_a_tiny_budget(tmp_path, capsys):
     assert result["loaded_elsewhere"]["num_responses"] == 16
     assert result["train_pairs"] == 16
     assert re.fullmatch(r"[0-9a-f]{64}", next(iter(result["data_fingerprints"].values())))
-    assert len(read_page(tmp_path / "report.html").alternatives) == 7
+    assert len(read_page(tmp_path / "report.html").alternatives) == 9
     for model in ("standard", "inform"):
         audit = json.loads((tmp_path / "decomposition" / model / "result.json").read_text())
         assert audit["num_pairs"] == 12 and audit["settings"]["num_prompts"] == 3
         assert result["decomposition"][model]["response_decides"] == audit["response_decides"]
+    attack = json.loads((tmp_path / "best-of-n" / "result.json").read_text())
+    for model in ("standard", "inform"):
+        assert result["best_of_n"][model]["gold_gain"] == attack["proxies"][model]["gold"]["gain"][-1]
+    # Four responses to each prompt, and the best of each quarter of the other four by InfoRM.
+    table = pq.read_table(tmp_path / "best-of-n" / "responses.parquet").to_pydict()
+    first, best = (
+        [json.loads(line)["response"] for line in open(tmp_path / "best-of-n" / f"{name}.jsonl")]
+        for name in ("first", "best")
+    )
+    assert first == [text for row, text in enumerate(table["response"]) if row % 8 < 4]
+    assert best == [text for row, text in enumerate(table["response"]) if row % 8 >= 4]
+    detection = json.loads((tmp_path / "detection" / "result.json").read_text())
+    assert detection["candidates"][0]["num_responses"] == 48 and result["detection"]["null"] == detection["null"]
     # Both architectures saw the same pairs and took the same number of steps.
     runs = [json.loads((tmp_path / model / "train_result.json").read_text()) for model in ("standard", "inform")]
     for key in ("data_fingerprints", "train_pairs", "steps"):

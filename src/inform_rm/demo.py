@@ -17,7 +17,9 @@ from inform_rm.errors import InputError
 from inform_rm.eval.accuracy import pairwise_accuracy
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.demo_report import TEST_SETS, console_table, write_demo_report
+from inform_rm.eval.detect import detect
 from inform_rm.eval.evaluate import evaluate
+from inform_rm.eval.overoptimization import simulate
 from inform_rm.files import atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.hub import export_model
 from inform_rm.scoring import RewardScorer
@@ -29,6 +31,8 @@ ARCHITECTURES = ("standard", "inform")
 _AUDIT_KEYS = (
     "num_pairs", "response_decides", "response_decides_interval", "sign_flips", "prompt_sensitivity", "correlations",
 )  # fmt: skip
+_DETECTION_KEYS = ("csi_normalized", "csi_normalized_null_rank", "mop", "mop_null_rank", "num_responses")
+_ALPHA = 0.05  # with the demo's few reference responses a smaller tail would hold no rank of theirs
 ROUND_TRIP_TOLERANCE = 1e-5  # reward units, float32; DESIGN section 4
 
 
@@ -51,6 +55,8 @@ class DemoBudget:
         test_pairs: pairs in each test set.
         audited_pairs: in-distribution pairs whose reward gaps are decomposed.
         num_prompts: prompts for each of them.
+        attacked_prompts: prompts to which the reward models choose the best of many responses.
+        responses_per_prompt: responses to choose from, a power of two.
     """
 
     reward_steps: int = 900
@@ -63,6 +69,8 @@ class DemoBudget:
     test_pairs: int = 500
     audited_pairs: int = 300
     num_prompts: int = 16
+    attacked_prompts: int = 64
+    responses_per_prompt: int = 128
 
 
 def demo(
@@ -153,6 +161,16 @@ def demo(
             seed=seed,
             progress=False,
         )
+    clock.start("optimize against both")
+    curves = simulate(
+        scorers,
+        folder / "best-of-n",
+        num_prompts=budget.attacked_prompts,
+        num_responses=budget.responses_per_prompt,
+        seed=seed,
+        progress=False,
+    )
+    detection = _detect_best_of_n(folder, scorers["inform"], seed)
     rows = {name: _read_jsonl(files[name]) for name in TEST_SETS}
     rewards = {architecture: _pair_rewards(folder / "evaluation" / architecture) for architecture in ARCHITECTURES}
 
@@ -174,6 +192,11 @@ def demo(
         "decomposition": {
             name: {key: audit[key] for key in _AUDIT_KEYS if key in audit} for name, audit in audits.items()
         },
+        "best_of_n": {
+            name: {"proxy_gain": part["proxy"]["gain"][-1], "gold_gain": part["gold"]["gain"][-1], **part["peak"]}
+            for name, part in curves["proxies"].items()
+        },
+        "detection": {key: detection["candidates"][0][key] for key in _DETECTION_KEYS} | {"null": detection["null"]},
         "loaded_elsewhere": loaded_elsewhere,
     }
     latents = _latents(scorers["inform"], rows["in_distribution"])
@@ -182,12 +205,42 @@ def demo(
     gaps = {
         name: pq.read_table(folder / "decomposition" / name / "pairs.parquet").to_pydict() for name in ARCHITECTURES
     }
-    write_demo_report(folder / "report.html", result, rows, rewards, logs, latents, gaps)
+    points = pq.read_table(folder / "detection" / "responses.parquet").to_pydict()
+    write_demo_report(folder / "report.html", result, rows, rewards, logs, latents, gaps, curves, points)
     result["seconds"] = clock.seconds()
     write_json(folder / "result.json", result)
     print(console_table(result))
     print(f"\nreport: {folder / 'report.html'}\nmodel:  {hub_folder}  (loads with trust_remote_code=True)")
     return result
+
+
+def _detect_best_of_n(folder: Path, scorer: RewardScorer, seed: int) -> dict[str, Any]:
+    """Compare latents of InfoRM's choices with those of the policy's first responses to the same prompts."""
+    table = pq.read_table(folder / "best-of-n" / "responses.parquet").to_pydict()
+    by_prompt: dict[str, list[tuple[float, str]]] = {}
+    for prompt, reward, text in zip(table["prompt"], table["inform"], table["response"], strict=True):
+        by_prompt.setdefault(prompt, []).append((reward, text))
+    files = {"reference": folder / "best-of-n" / "first.jsonl", "candidate": folder / "best-of-n" / "best.jsonl"}
+    lines: dict[str, list[str]] = {name: [] for name in files}
+    for prompt, found in by_prompt.items():
+        # Four responses to each prompt stand for the policy; the best of each quarter of the others for its optimum.
+        quarter = (len(found) - 4) // 4
+        best = [max(found[4 + part * quarter : 4 + (part + 1) * quarter])[1] for part in range(4)]
+        for name, texts in (("reference", [text for _, text in found[:4]]), ("candidate", best)):
+            lines[name] += [json.dumps({"prompt": prompt, "response": text}) + "\n" for text in texts]
+    for name, path in files.items():
+        atomic_write_text(path, "".join(lines[name]))
+    return detect(
+        scorer,
+        files["reference"],
+        files["candidate"],
+        folder / "detection",
+        alpha=_ALPHA,
+        num_splits=50,
+        num_resamples=50,
+        seed=seed,
+        progress=False,
+    )
 
 
 class _Clock:

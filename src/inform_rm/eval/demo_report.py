@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from inform_rm.eval.decompose_report import PLANE_CAPTION, draw_plane
+from inform_rm.eval.detect_report import MAP_CAPTION, map_figure
+from inform_rm.eval.overoptimization_report import CURVES_CAPTION, curves_figure
 from inform_rm.eval.report import figure_png, format_interval, html_table, png_data_uri
 from inform_rm.files import atomic_write_text
 
@@ -72,6 +74,8 @@ def write_demo_report(
     logs: dict[str, list[dict[str, float]]],
     latents: dict[str, np.ndarray],
     gaps: dict[str, dict[str, list[Any]]],
+    curves: dict[str, Any],
+    points: dict[str, list[Any]],
 ) -> None:
     """Write the demo's page.
 
@@ -83,6 +87,8 @@ def write_demo_report(
         logs: model to the log lines of its training.
         latents: ``mean`` and ``kl_nats`` ``(M, K)`` and ``gold_r1`` ``(M,)`` of in-distribution responses.
         gaps: model to the columns of its ``pairs.parquet`` (see `inform_rm.eval.decompose`).
+        curves: best-of-n with both models (see `inform_rm.eval.overoptimization.simulate`).
+        points: columns of ``responses.parquet`` (see `inform_rm.eval.detect`).
     """
     header, table = _accuracy_table(result)
     chosen_words = {name: _words(part, "chosen") - _words(part, "rejected") for name, part in rows.items()}
@@ -114,6 +120,13 @@ def write_demo_report(
             "the two requested things the response gets right.",
         ),
     ]
+    figures += [
+        (lambda: curves_figure(curves), f"Best of n responses, chosen by each model. {CURVES_CAPTION}"),
+        (
+            lambda: map_figure(points),
+            f"InfoRM's choices as candidates, the policy's first responses as reference. {MAP_CAPTION}",
+        ),
+    ]
     elsewhere, seconds = result["loaded_elsewhere"], result["seconds"]
     sections = [
         _wide(html_table(header, table)),
@@ -128,6 +141,10 @@ def write_demo_report(
         "larger one. Sign flips: share of pairs ranked the other way under another prompt. Prompt sensitivity: share "
         "of the gaps' variance between prompts of one pair. Length: rank correlation of the gap with the difference "
         "in words.</p>",
+        _wide(html_table(*_best_of_n_table(result))),
+        '<p class="note">The world\'s policy writes many responses to each prompt and each model picks the best; '
+        "gains are over a response drawn at random. "
+        f"{html.escape(_detection_verdict(result))}</p>",
         *[_figure(draw, caption) for draw, caption in figures],
         "<h2>Three pairs</h2>",
         *[_example(name, rows[name], rewards) for name in ("in_distribution", "bias_reversed", "unseen_family")],
@@ -180,6 +197,29 @@ def _decomposition_table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[
         gaps = [f"{words[gap]:+.2f}" if gap in words else "" for gap in ("prompt_free_gap", "prompt_related_gap")]
         rows.append((label, str(part["num_pairs"]), decides, *cells, *gaps))
     return header, rows
+
+
+def _best_of_n_table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    header = ("best of n, chosen by", "gain in its own reward", "gain in gold reward", "gold peaks at n",
+              "fall from there")  # fmt: skip
+    rows: list[tuple[str, ...]] = [
+        (
+            _MODELS[name], f"{part['proxy_gain']:.2f}", f"{part['gold_gain']:.2f}", str(part["n"]),
+            f"{part['fall']:.2f} [{_short(part['fall_interval'])}]",
+        )
+        for name, part in result["best_of_n"].items()
+    ]  # fmt: skip
+    return header, rows
+
+
+def _detection_verdict(result: dict[str, Any]) -> str:
+    found, null = result["detection"], result["detection"]["null"]
+    csi, mop = (_short(null[name]["interval"]) for name in ("csi_normalized", "mop"))
+    return (
+        f"Latents of {found['num_responses']} choices of InfoRM against the policy's own responses: CSI per response "
+        f"{found['csi_normalized']:.2f} (halves of the policy's own give {csi}), outlier probability "
+        f"{found['mop']:.3f} ({mop})."
+    )
 
 
 def _short(interval: list[float]) -> str:

@@ -66,9 +66,9 @@ def detect(
 ) -> dict[str, Any]:
     """Compare the latents of candidate responses with those of a reference (arXiv:2402.09345, arXiv:2510.13694).
 
-    With ``output`` the folder receives ``responses.parquet`` (every response with reward, distance, tail probability
-    and cluster), ``map.png``, with several candidates ``steps.png``, ``result.html`` (a map on which pointing at a
-    point shows its response) and at last ``result.json``.
+    With ``output`` the folder receives ``responses.parquet`` (every response with reward, distance, tail probability,
+    cluster and place on the map), ``map.png``, with several candidates ``steps.png``, ``result.html`` (a map on which
+    pointing at a point shows its response) and at last ``result.json``.
 
     Args:
         model: folder, Hub id, loaded model, or a `RewardScorer`: an InfoRM model; others give hidden states, and the
@@ -181,7 +181,8 @@ def detect(
         "versions": versions(),
     }  # fmt: skip
     if folder is not None:
-        _write(folder, result, columns, _map(latents, columns, alpha, map_points, seed))
+        _add_places(columns, latents, alpha, map_points, seed)
+        _write(folder, result, columns)
     return result
 
 
@@ -283,10 +284,14 @@ def _most_outlying(
     ]
 
 
-def _map(
-    latents: dict[str, Latents], columns: dict[str, list[Any]], alpha: float, map_points: int, seed: int
-) -> dict[str, Any]:
-    """Places of a part of all points on a t-SNE map, with what a reader wants to know of each."""
+def _add_places(
+    columns: dict[str, list[Any]], latents: dict[str, Latents], alpha: float, map_points: int, seed: int
+) -> None:
+    """Columns ``kind``, and ``x`` and ``y`` on a t-SNE map for a random part of each set (``None`` for the rest)."""
+    columns["kind"] = [
+        "reference" if name == "(reference)" else "outlier" if tail < alpha else "candidate"
+        for name, tail in zip(columns["set"], columns["tail_probability"], strict=True)
+    ]
     rng = np.random.default_rng(seed)
     starts = np.cumsum([0, *(len(part.values) for part in latents.values())])
     kept = np.concatenate([
@@ -294,24 +299,25 @@ def _map(
         for first, size in zip(starts[:-1], np.diff(starts), strict=True)
     ])  # fmt: skip
     values = np.concatenate([part.values for part in latents.values()])[kept]
-    # At least 1: t-SNE divides by it. Equal scales, so that no dimension rules the map by its unit.
+    # Equal scales, so that no dimension rules the map by its unit.
     values = (values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-12)
     placed = TSNE(perplexity=min(30.0, (len(values) - 1) / 3), init="pca", random_state=seed).fit_transform(values)
-    points: dict[str, Any] = {"x": placed[:, 0].round(3).tolist(), "y": placed[:, 1].round(3).tolist()}
-    for name in ("set", "response", "reward"):
-        points[name] = [columns[name][row] for row in kept.tolist()]
-    points["response"] = [report.shortened(text) for text in points["response"]]
-    points["kind"] = [
-        "reference" if columns["set"][row] == "(reference)"
-        else "outlier" if columns["tail_probability"][row] < alpha else "candidate"
-        for row in kept.tolist()
-    ]  # fmt: skip
-    # Outliers last: they are drawn over the others.
-    order = sorted(range(len(kept)), key=lambda place: points["kind"][place] == "outlier")
-    return {name: [values[place] for place in order] for name, values in points.items()}
+    for number, axis in enumerate("xy"):
+        columns[axis] = [None] * len(columns["set"])
+        for row, place in zip(kept.tolist(), placed[:, number].round(3).tolist(), strict=True):
+            columns[axis][row] = place
 
 
-def _write(folder: Path, result: dict[str, Any], columns: dict[str, list[Any]], points: dict[str, Any]) -> None:
+def _points(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """What the map shows of the placed rows; outliers last, so that they are drawn over the others."""
+    rows = [row for row, x in enumerate(columns["x"]) if x is not None]
+    rows.sort(key=lambda row: columns["kind"][row] == "outlier")
+    points = {name: [columns[name][row] for row in rows] for name in ("x", "y", "kind", "set", "reward", "response")}
+    return points | {"response": [report.shortened(text) for text in points["response"]]}
+
+
+def _write(folder: Path, result: dict[str, Any], columns: dict[str, list[Any]]) -> None:
+    points = _points(columns)
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer)
     atomic_write_bytes(folder / "responses.parquet", buffer.getvalue())

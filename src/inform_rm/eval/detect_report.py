@@ -11,7 +11,7 @@ from inform_rm.eval.report import format_interval, html_figure, html_page, html_
 
 _COLORS = {"reference": "#9bb7d4", "candidate": "#e0a458", "outlier": "#c2413b"}
 _SHOWN_CHARACTERS = 400
-_MAP_CAPTION = (
+MAP_CAPTION = (
     "t-SNE map of the latents: reference responses, candidate responses, and those candidates whose distance from "
     "the reference is beyond chance (tail probability below alpha). Distances between far points of such a map mean "
     "little."
@@ -22,7 +22,7 @@ _STEPS_CAPTION = (
 )
 
 
-def map_figure(points: dict[str, Any]) -> Figure:
+def map_figure(points: dict[str, list[Any]]) -> Figure:
     """The map of arXiv:2402.09345, Fig. 7, from ``x``, ``y`` and ``kind`` of each point."""
     figure = Figure(figsize=(6.8, 5.6), layout="constrained")
     axes = figure.subplots()
@@ -107,7 +107,7 @@ def result_html(result: dict[str, Any], points: dict[str, Any], map_png: bytes, 
         *([html_figure(steps_png, _STEPS_CAPTION)] if steps_png is not None else []),
         "<h2>Map</h2>",
         interactive_map(points),
-        html_figure(map_png, _MAP_CAPTION),
+        html_figure(map_png, MAP_CAPTION),
         "<h2>The most outlying responses</h2>",
         html_table(("candidate", "squared distance", "tail probability", "reward", "prompt", "response"), outliers),
         "<h2>Settings</h2>",

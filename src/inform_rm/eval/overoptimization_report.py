@@ -16,7 +16,7 @@ from inform_rm.eval.report import figure_png, format_interval, html_figure, html
 from inform_rm.files import atomic_write_bytes, atomic_write_text, write_json
 from inform_rm.scoring import Prompt
 
-_CAPTION = (
+CURVES_CAPTION = (
     "Gain over a response drawn at random, against KL divergence from the policy, with 95 % intervals over prompts. "
     "Left: gold reward of what the proxy chose; the ring marks its peak. Right: the proxy's own reward, in its "
     "standard deviations within prompts, so that proxies of any scale can be compared. Where the right curve rises "
@@ -59,7 +59,7 @@ def result_html(result: dict[str, Any], curves_png: bytes) -> str:
     sections = [
         html_table(header, peaks),
         *(f"<p>{html.escape(note)}</p>" for note in _notes(result)),
-        html_figure(curves_png, _CAPTION),
+        html_figure(curves_png, CURVES_CAPTION),
     ]
     columns = ("n", "KL", "proxy", "gold", "gold, 95 % interval", "gold, gain", "gain, 95 % interval", "words")
     for name, curve in result["proxies"].items():
