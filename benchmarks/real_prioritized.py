@@ -19,11 +19,11 @@ from real_data import BACKBONE, TEMPLATE
 from two_at_a_time import run_all
 
 SEEDS = (0, 1, 2)
-UPDATES, COMPUTE_FACTOR = 50, 3
+UPDATES, COMPUTE_FACTOR = 40, 3
 # Pairs drawn once (seed 0) from each training file and each test file.
 TRAINING_SETS = {"debates": {"ukp-convarg1": 1500}, "swap": {"prompt-swap": 1000, "hh-rlhf": 500}}
-TEST_PAIRS = {"prompt-swap": 200, "ukp-convarg1": 150, "llmbar": 60, "xstest": 60}
-AUDITED_PAIRS = {"ukp-convarg1": 60, "prompt-swap": 60}
+TEST_PAIRS = {"prompt-swap": 150, "ukp-convarg1": 80, "llmbar": 50, "xstest": 50}
+AUDITED_PAIRS = {"ukp-convarg1": 40, "prompt-swap": 40}
 PRIORITIZED = {"objective": "prioritized", "num_prompts": 4}
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "bt": ({"architecture": "standard"}, COMPUTE_FACTOR),
@@ -33,7 +33,7 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
 }
 SETTINGS: dict[str, Any] = {
     "learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5, "beta": 0.01,
-    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_length": 256, "overlong": "drop",
+    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_length": 160, "overlong": "drop",
     "logging_steps": 10, "save_steps": UPDATES, "save_total_limit": None, "use_cpu": True,
 }  # fmt: skip
 
@@ -99,7 +99,7 @@ def one_run(shared: Path, output: Path, seed: int, name: str, method: str) -> No
         folder = run / f"audit-{test}"
         shutil.rmtree(folder, ignore_errors=True)
         path = shared / "data" / test / "test.jsonl.gz"
-        audit = decompose(scorer, path, folder, num_prompts=8, max_pairs=count, progress=False)
+        audit = decompose(scorer, path, folder, num_prompts=6, max_pairs=count, progress=False)
         measured[f"audit {test}"] = {
             "response_decides": audit["response_decides"],
             "prompt_sensitivity": audit["prompt_sensitivity"],
