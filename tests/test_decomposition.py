@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
@@ -60,6 +60,8 @@ def chi_square_bound(degrees):
     seed=seeds, prompts=st.integers(1, 9), scale=st.sampled_from([0.0, 0.01, 1.0, 8.0, 1e4]), kind=st.integers(0, 3)
 )
 def test_root_equals_brute_force(seed, prompts, scale, kind):
+    # Equal halves too far apart for SciPy's floats have a test of their own.
+    assume(not (scale == 1e4 and kind == 2))
     gaps = grid(seed, prompts=prompts, scale=scale)
     weights = torch.rand(gaps.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.01
     if kind == 1:  # some entries left out

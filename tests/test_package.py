@@ -18,7 +18,7 @@ import inform_rm
 
 COMMANDS = ("demo", "train", "evaluate", "decompose", "score", "check-data", "export")
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "numpy", "pandas", "matplotlib", "pyarrow"}
-IMPORT_NAMES = {"pyyaml": "yaml"}  # where the import name is not the distribution's
+IMPORT_NAMES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}  # where the import name is not the distribution's
 
 
 @pytest.fixture(scope="module")
