@@ -74,13 +74,8 @@ def main() -> None:
 
 def write_start(folder: Path, seed: int) -> None:
     """The pairs of both training sets and of the test sets, and a language model trained on right responses."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
-
-    from inform_rm.encoding import encode, load_tokenizer
     from inform_rm.files import atomic_write_text
-    from inform_rm.world_backbone import write_backbone
-    from inform_rm.worlds import WorldConfig, make_pairs, sample_prompts, sample_responses
+    from inform_rm.worlds import WorldConfig, make_pairs
 
     if (folder / "backbone").exists():
         return
@@ -95,10 +90,24 @@ def write_start(folder: Path, seed: int) -> None:
     lines = [json.dumps(row) + "\n" for row in make_pairs(unbiased, "in_distribution", AUDITED_PAIRS)]
     atomic_write_text(folder / "unbiased.jsonl", "".join(lines))
 
+    train_language_model(folder, seed)
+
+
+def train_language_model(folder: Path, seed: int) -> None:
+    """``folder/backbone``: the world's small Llama, trained on right responses to prompts of the training families."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    from inform_rm.encoding import encode, load_tokenizer
+    from inform_rm.world_backbone import write_backbone
+    from inform_rm.worlds import WorldConfig, sample_prompts, sample_responses
+
+    if (folder / "backbone").exists():
+        return
     write_backbone(folder / "untrained", seed=seed)
     tokenizer = load_tokenizer(folder / "untrained")
     model = AutoModelForCausalLM.from_pretrained(folder / "untrained")
-    prompts = sample_prompts(worlds["length"], LANGUAGE_MODEL_STEPS * PAIRS_PER_UPDATE, seed=1)
+    prompts = sample_prompts(WorldConfig(seed=seed), LANGUAGE_MODEL_STEPS * PAIRS_PER_UPDATE, seed=1)
     texts = Dataset.from_list([
         {"input_ids": encode(tokenizer, prompt, sample_responses(prompt, 1, row, word_accuracy=1.0)[0]).input_ids}
         for row, prompt in enumerate(prompts)

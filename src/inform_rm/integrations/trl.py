@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
 from inform_rm.errors import InputError
@@ -114,6 +115,7 @@ class OveroptimizationCallback(TrainerCallback):
     Logs ``csi``, ``csi_normalized``, ``mop``, ``sampled_reward`` and ``sampled_words`` as a line of their own.
     The stopping rule is Algorithm 1 of arXiv:2402.09345 (`CSIEarlyStopping`) on the normalized CSI, so that checks
     with unequal numbers of responses compare. Its state is saved with every checkpoint and taken up by a resumed run.
+    With several processes the responses of all of them are checked together.
 
     Args:
         scorer: InfoRM model.
@@ -172,18 +174,24 @@ class OveroptimizationCallback(TrainerCallback):
         if state.global_step % self._every:
             return
         prompts, responses = self._sample()
-        if not responses:
+        own = []
+        if responses:
+            found = collect_latents(self._scorer, prompts, responses)
+            own.append((found.values, found.rewards, [len(response.split()) for response in responses]))
+        # The responses of all processes together, so that all of them decide alike.
+        parts = gather_object(own)
+        if not parts:
             logger.warning("No fresh responses at step %d: nothing to check.", state.global_step)
             return
-        found = collect_latents(self._scorer, prompts, responses)
-        csi = cluster_separation_index(found.values, self._reference, eps=self._eps)
-        mop = self._fitted.outlier_probability(found.values, alpha=self._alpha, tail=self._tail)
+        latents, rewards, words = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        csi = cluster_separation_index(latents, self._reference, eps=self._eps)
+        mop = self._fitted.outlier_probability(latents, alpha=self._alpha, tail=self._tail)
         values = {
             "csi": csi,
-            "csi_normalized": csi / len(responses),
+            "csi_normalized": csi / len(latents),
             "mop": mop.estimate,
-            "sampled_reward": float(found.rewards.mean()),
-            "sampled_words": float(np.mean([len(response.split()) for response in responses])),
+            "sampled_reward": float(rewards.mean()),
+            "sampled_words": float(words.mean()),
         }
         # Past the log method of TRL's trainers, which would add and clear what they gather for their own line.
         should_log = control.should_log
