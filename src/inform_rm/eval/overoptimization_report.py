@@ -113,8 +113,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
         f"{result['policy']['model']}; gold reward: {result['gold']['model']}. Intervals: {result['intervals']}. "
         f"Of {responses} responses {result['distinct_responses']} are distinct within their prompt and "
         f"{result['empty_responses']} are empty.",
-        "A fall is never negative and noise alone makes it positive: it is shown where the lower end of its interval "
-        "is above 0.",
+        "A fall is never negative, and noise alone makes it positive: take it as real only where the lower end "
+        "of its interval is above 0.",
     ]
     if "cut_responses" in result:
         notes.append(f"{result['cut_responses']} responses had not ended and were cut.")
