@@ -5,9 +5,9 @@
 
 Policy: the world's small language model, trained on right responses. Rewards: the first standard and the first InfoRM
 model (no label noise), KL coefficient 0 and 0.05. Every ten steps responses to held-aside prompts are sampled: proxy
-and gold reward, an estimate of the KL divergence from the start, words, and CSI and MOP of InfoRM's latents against the
-start's responses. Two runs at a time, one thread each. Writes ``curves.json`` and ``curves.png`` into the output
-folder.
+and gold reward, an estimate of the KL divergence from the start, words, and CSI and MOP of InfoRM's latents, with the
+start's responses as reference. Two runs at a time, one thread each. Writes ``curves.json`` and ``curves.png`` into the
+output folder.
 """
 
 import argparse
@@ -30,7 +30,8 @@ CURVES = {"proxy": "proxy reward", "gold": "gold reward", "kl_nats": "KL from th
           "csi": "CSI per response", "mop": "MOP"}  # fmt: skip
 SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-4, "per_device_train_batch_size": 32, "num_generations": 8,
-    "max_completion_length": NEW_TOKENS, "temperature": 1.0, "logging_steps": EVERY, "save_strategy": "no", "report_to": "none", "use_cpu": True,
+    "max_completion_length": NEW_TOKENS, "temperature": 1.0,
+    "logging_steps": EVERY, "save_strategy": "no", "report_to": "none", "use_cpu": True,
     "bf16": False, "disable_tqdm": True,
 }  # fmt: skip
 
