@@ -18,7 +18,6 @@ from inform_rm.eval import detect_report as report
 from inform_rm.eval.early_stopping import CSIEarlyStopping
 from inform_rm.eval.latents import Latents, collect_latents
 from inform_rm.eval.outliers import (
-    MahalanobisReference,
     auto_eps,
     cluster_separation_index,
     csi_interval,
@@ -38,6 +37,7 @@ from inform_rm.files import (
 )
 from inform_rm.score_rows import ScoreRow, read_score_rows
 from inform_rm.scoring import RewardScorer, as_scorer
+from inform_rm.statistics import wilson_interval
 
 _SMALLEST_SET = 20
 
@@ -124,7 +124,7 @@ def detect(
     smallest = min(len(part) for part in rows.values())
     radius = eps if eps != "auto" else auto_eps(base.values, min_samples=min_samples, num_points=smallest, seed=seed)
     clustering: dict[str, Any] = {"eps": radius, "min_samples": min_samples, "noise": noise, "seed": seed}
-    null = _null(base, clustering, alpha, tail, num_splits, seed, progress)
+    by_chance = _null(base, clustering, alpha, tail, num_splits, seed, progress)
     stopping = CSIEarlyStopping(max_change_ratio)
     found = []
     columns: dict[str, list[Any]] = {"set": [], "row": [], "response": [], "reward": [], "squared_mahalanobis": [],
@@ -151,17 +151,20 @@ def detect(
             "csi": clusters.csi,
             "csi_normalized": clusters.normalized_csi,
             "csi_normalized_interval": _csi_interval(own, base, clustering, num_resamples),
-            **_mop(fitted, own, alpha, tail),
+            "mop": float((tails < alpha).mean()),
+            "mop_interval": list(wilson_interval(int((tails < alpha).sum()), len(tails))),
             "noise_share": float(clusters.is_noise.mean()),
             "subsampled": clusters.subsampled,
             "most_outlying": _most_outlying(part, own, squared, tails, num_outliers),
         }
-        for statistic in ("csi_normalized", "mop"):
-            entry[f"{statistic}_null_rank"] = null_rank(entry[statistic], np.array(null[statistic]["values"]))
+        for statistic, values in by_chance.items():
+            entry[f"{statistic}_null_rank"] = null_rank(entry[statistic], values)
         entry["stop"] = stopping.update(entry["csi_normalized"])
         found.append(entry)
-    for statistic in ("csi_normalized", "mop"):
-        del null[statistic]["values"]
+    null = {
+        name: {"mean": float(values.mean()), "interval": np.quantile(values, [0.025, 0.975]).tolist()}
+        for name, values in by_chance.items()
+    }
     result = {
         "model": scorer.name,
         "model_fingerprint": scorer.identity()["model"],
@@ -170,7 +173,7 @@ def detect(
         "eps": radius,
         "reference": _text_statistics(rows["(reference)"], base),
         "candidates": found,
-        "null": null,
+        "null": {"splits": num_splits, **null},
         "settings": {
             "reference": str(reference), "candidates": [str(file) for file in files], "eps": eps,
             "min_samples": min_samples, "noise": noise, "alpha": alpha, "tail": tail,
@@ -230,8 +233,8 @@ def _distinct_names(names: list[str]) -> list[str]:
 
 def _null(
     base: Latents, clustering: dict[str, Any], alpha: float, tail: str, num_splits: int, seed: int, progress: bool
-) -> dict[str, Any]:
-    """What CSI and MOP are when candidate and reference are halves of the same responses."""
+) -> dict[str, np.ndarray]:
+    """What CSI and MOP are when candidate and reference are halves of the same responses: one value a split."""
 
     def csi(candidate: np.ndarray, reference: np.ndarray) -> float:
         return cluster_separation_index(candidate, reference, normalized=True, **clustering)
@@ -239,22 +242,15 @@ def _null(
     def mop(candidate: np.ndarray, reference: np.ndarray) -> float:
         return fit_mahalanobis(reference).outlier_probability(candidate, alpha=alpha, tail=tail).estimate
 
-    null: dict[str, Any] = {"splits": num_splits}
-    for name, statistic in (("csi_normalized", csi), ("mop", mop)):
-        values = split_half_null(base.values, statistic, num_splits=num_splits, seed=seed, progress=progress)
-        low, high = np.quantile(values, [0.025, 0.975])
-        null[name] = {"mean": float(values.mean()), "interval": [float(low), float(high)], "values": values.tolist()}
-    return null
+    return {
+        name: split_half_null(base.values, statistic, num_splits=num_splits, seed=seed, progress=progress)
+        for name, statistic in (("csi_normalized", csi), ("mop", mop))
+    }
 
 
 def _csi_interval(own: Latents, base: Latents, clustering: dict[str, Any], num_resamples: int) -> list[float]:
     interval = csi_interval(own.values, base.values, normalized=True, num_resamples=num_resamples, **clustering)
     return [interval.low, interval.high]
-
-
-def _mop(fitted: MahalanobisReference, own: Latents, alpha: float, tail: str) -> dict[str, Any]:
-    interval = fitted.outlier_probability(own.values, alpha=alpha, tail=tail)
-    return {"mop": interval.estimate, "mop_interval": [interval.low, interval.high]}
 
 
 def _text_statistics(rows: list[ScoreRow], own: Latents) -> dict[str, Any]:
