@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from inform_rm import records
 from inform_rm.errors import InputError
-from inform_rm.preferences import BadRow, load_preferences, parse_pair, to_messages
+from inform_rm.messages import to_messages
+from inform_rm.preferences import BadRow, load_preferences, parse_pair
 
 USER = {"role": "user", "content": "Name a colour."}
 PROMPT = [USER]
@@ -64,9 +65,10 @@ def test_optional_fields_are_kept():
 
 
 def test_implicit_text_is_cut_at_a_word_boundary_and_loses_nothing():
-    pair = parse_pair({"chosen": "The sky is blue.", "rejected": "The sky is blush."}, "f.jsonl", 1)
+    columns = {"prompt": "shared_prefix"}
+    pair = parse_pair({"chosen": "The sky is blue.", "rejected": "The sky is blush."}, "f.jsonl", 1, columns=columns)
     assert (pair.prompt[0]["content"], pair.chosen, pair.rejected) == ("The sky is", " blue.", " blush.")
-    longer = parse_pair({"chosen": "Well? \n yes", "rejected": "Well? \n yes indeed"}, "f.jsonl", 1)
+    longer = parse_pair({"chosen": "Well? \n yes", "rejected": "Well? \n yes indeed"}, "f.jsonl", 1, columns=columns)
     assert (longer.prompt[0]["content"], longer.chosen, longer.rejected) == ("Well?", " \n yes", " \n yes indeed")
 
 
@@ -74,7 +76,7 @@ def test_implicit_text_is_cut_at_a_word_boundary_and_loses_nothing():
 def test_implicit_text_joins_to_the_original(prompt, chosen, rejected):
     record = {"chosen": f"{prompt} {chosen}", "rejected": f"{prompt} {rejected}"}
     try:
-        pair = parse_pair(record, "f.jsonl", 1)
+        pair = parse_pair(record, "f.jsonl", 1, columns={"prompt": "shared_prefix"})
     except BadRow as bad:
         assert chosen == rejected and bad.kind in ("identical sides", "no prompt")
         return
@@ -137,7 +139,7 @@ BAD_RECORDS = [
     (_but(chosen="absent"), "missing field", "no 'chosen'. Its fields are 'prompt', 'rejected'"),
     (_but(rejected=None), "missing field", "no 'rejected'"),
     ({}, "missing field", "Its fields are none"),
-    (_but(prompt="absent"), "no prompt", "no 'prompt', and the two sides do not begin with the same words"),
+    (_but(prompt="absent"), "no prompt", "no 'prompt', and the sides are plain text. Add 'prompt'"),
     (_but(prompt=""), "empty field", "'prompt' is empty"),
     (_but(chosen=""), "empty field", "'chosen' is empty"),
     (_but(rejected=" \n\t "), "empty field", "'rejected' is only whitespace or invisible"),
@@ -152,12 +154,14 @@ BAD_RECORDS = [
     (_but(margin=float("-inf")), "bad margin", "'margin' is float -inf"),
     (_but(margin=10**400), "bad margin", "expected a finite number"),
     (_but(margin=10**5000), "bad margin", "expected a finite number"),
-    (_but(margin="0.5"), "bad margin", "'margin' is str '0.5'; expected a number"),
+    (_but(margin="much"), "bad margin", "'margin' is str 'much'; expected a number"),
+    (_but(margin="inf"), "bad margin", "'margin' is float inf; expected a finite number"),
     (_but(margin=True), "bad margin", "'margin' is bool True"),
     (_but(subset=["a"]), "wrong type", "'subset' is list"),
+    (_but(id=1.5), "wrong type", "'id' is float 1.5; expected text or a whole number"),
     (_but(id={"a": 1}), "wrong type", "'id' is dict"),
     (_but(chosen="broken \ud800 text"), "bad encoding", "unpaired surrogate at character 8"),
-    (_but(tools=[{"name": "search"}]), "unsupported", "'tools' is not encoded"),
+    (_but(tools=[{"name": "search"}]), "unsupported", "'tools' is not encoded.*Write the tools .*ignore=tools"),
     (_but(prompt=[]), "empty field", "'prompt' is an empty list"),
     (_but(prompt=["hello"]), "wrong type", "message 1 of 'prompt' is str 'hello'"),
     (_but(prompt=[{"content": "x"}]), "wrong type", "expected an object with 'role' and 'content'"),
@@ -350,7 +354,7 @@ def test_unusable_files_are_refused_whatever_happens_to_bad_rows(name, content, 
 
 def test_a_file_without_one_usable_row_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{**EXPLICIT, "rejected": "Blue."}] * 5)
-    with pytest.raises(InputError, match=r"none of its 5 rows can be used\. row 1: .*identical.*; row 2: "):
+    with pytest.raises(InputError, match=r"none of its 5 rows can be used\. row 1: .*identical.*remove it\.$"):
         load_preferences(path, on_bad_row="skip")
 
 
@@ -371,27 +375,21 @@ def test_a_missing_source_is_named_without_asking_the_hub(source, message, monke
         load_preferences(source)
 
 
-def test_a_folder_of_data_files_is_refused_with_their_names(tmp_path):
-    write_jsonl(tmp_path / "train.jsonl", [EXPLICIT])
-    with pytest.raises(
-        InputError, match=r"not one written by Dataset.save_to_disk. Name one of its files: train.jsonl"
-    ):
-        load_preferences(tmp_path)
-
-
 def test_splits_of_a_saved_dataset(tmp_path):
     one, two = Dataset.from_list(ROWS), Dataset.from_list(ROWS[:1])
     DatasetDict({"train": one, "test": two}).save_to_disk(tmp_path / "both")
     DatasetDict({"train": one}).save_to_disk(tmp_path / "single")
     one.save_to_disk(tmp_path / "plain")
-    assert len(load_preferences(tmp_path / "both", split="test").dataset) == 1
+    assert len(load_preferences(f"{tmp_path}/both[test]").dataset) == 1
     assert len(load_preferences(tmp_path / "single").dataset) == 2
-    with pytest.raises(InputError, match=r"split: none was named; .* has train, test"):
+    with pytest.raises(InputError, match=r"no split was named. Name one: .*both\[train\], .*both\[test\]"):
         load_preferences(tmp_path / "both")
-    with pytest.raises(InputError, match=r"split: got 'dev'; .* has train, test"):
-        load_preferences(tmp_path / "both", split="dev")
-    with pytest.raises(InputError, match="has no splits"):
-        load_preferences(tmp_path / "plain", split="train")
+    with pytest.raises(InputError, match=r"there is no split 'dev'. Name one: .*both\[train\]"):
+        load_preferences(f"{tmp_path}/both[dev]")
+    with pytest.raises(InputError, match=r"has no splits. Leave \[train\] out"):
+        load_preferences(f"{tmp_path}/plain[train]")
+    with pytest.raises(InputError, match=r"has no configurations\. Leave 'en' out"):
+        load_preferences(f"{tmp_path}/both[en/test]")
     (tmp_path / "plain" / "dataset_info.json").write_text("{broken")
     with pytest.raises(InputError, match="saved dataset cannot be read"):
         load_preferences(tmp_path / "plain")
@@ -399,8 +397,8 @@ def test_splits_of_a_saved_dataset(tmp_path):
 
 def test_arguments_that_would_be_ignored_are_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [EXPLICIT])
-    with pytest.raises(InputError, match="split: 'train' was given"):
-        load_preferences(path, split="train")
+    with pytest.raises(InputError, match=r"a.jsonl is one file and has no splits. Leave \[train\] out"):
+        load_preferences(f"{path}[train]")
     with pytest.raises(InputError, match="revision: 'main' was given"):
         load_preferences(path, revision="main")
     with pytest.raises(InputError, match="revision: 'main' was given"):
@@ -417,9 +415,9 @@ def test_a_hub_id_is_loaded_with_split_and_revision(monkeypatch):
         return Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in ROWS])
 
     monkeypatch.setattr("datasets.load_dataset", fake)
-    data = load_preferences("someone/pairs", split="train", revision="abc")
+    data = load_preferences("someone/pairs[train]", revision="abc")
     assert asked == {"name": "someone/pairs", "split": "train", "revision": "abc"}
-    assert data.dataset["subset"][:] == ["pairs", "pairs"] and data.dataset["file"][0] == "someone/pairs"
+    assert data.dataset["subset"][:] == ["pairs", "pairs"] and data.dataset["file"][0] == "someone/pairs[train]"
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: DatasetDict({"a": Dataset.from_list(ROWS)}))
     assert len(load_preferences("someone/pairs").dataset) == 2
 
@@ -439,7 +437,7 @@ def test_json_arrays_read_in_pieces_equal_the_whole(tmp_path, rows):
     for characters in (1, 3, 1 << 16):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(records, "_CHUNK_CHARACTERS", characters)
-            assert [record for _, record in records.open_records(path)[1]] == rows
+            assert [record for _, record in records.open_file(path)[1]] == rows
 
 
 def test_batches_on_disk_are_bounded_by_rows_and_by_text(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from typing import Any
 
 from inform_rm.cli_arguments import make_parser
 from inform_rm.errors import InputError, Interrupted
-from inform_rm.training.config import field_types, read_config
+from inform_rm.training.config import field_types, read_columns, read_config
 
 _COMMANDS_OF_SEVERAL_PROCESSES = ("train", "evaluate", "decompose", "score")
 
@@ -53,7 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _pairs_policy(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("on_bad_row", "overlong", "max_pairs", "seed")}
+    named = {name: getattr(arguments, name) for name in ("on_bad_row", "overlong", "max_pairs", "seed")}
+    return {**named, "columns": _columns(arguments)}
+
+
+def _columns(arguments: argparse.Namespace) -> dict[str, str] | None:
+    try:
+        return None if arguments.columns is None else read_columns(arguments.columns)
+    except ValueError as error:
+        raise InputError(f"columns: {error}.") from None
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -115,6 +123,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         return
     if policy.pop("max_pairs") is not None:
         raise InputError("max_pairs: a suite is evaluated whole. Leave it out, or evaluate the pairs without --suite.")
+    if policy.pop("columns") is not None:
+        raise InputError("columns: the rows of a suite have their published columns. Leave it out.")
     from inform_rm import evaluate_suite
 
     ties = arguments.ties or "wrong"
@@ -159,6 +169,7 @@ def _detect(arguments: argparse.Namespace) -> None:
         arguments.reference,
         arguments.candidate,
         arguments.output,
+        columns=_columns(arguments),
         **{name: getattr(arguments, name) for name in names},
         **_scorer_options(arguments),
     )
@@ -181,6 +192,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
     result = simulate(
         dict(arguments.proxy),
         arguments.output,
+        columns=_columns(arguments),
         **{name: getattr(arguments, name) for name in names},
         **_scorer_options(arguments),
     )
@@ -231,7 +243,9 @@ def _score(arguments: argparse.Namespace) -> None:
     from inform_rm.scoring import RewardScorer
 
     scorer = RewardScorer(arguments.model, **_scorer_options(arguments), split_over_processes=True)
-    score_file(scorer, arguments.input, arguments.output, uncertainty=arguments.uncertainty)
+    score_file(
+        scorer, arguments.input, arguments.output, uncertainty=arguments.uncertainty, columns=_columns(arguments)
+    )
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -249,19 +263,21 @@ def _serve(arguments: argparse.Namespace) -> None:
     )
 
 
-def _check_data(arguments: argparse.Namespace) -> None:
+def _check_data(arguments: argparse.Namespace) -> int:
     from inform_rm.preflight import check_data, format_report, write_report
 
     report = check_data(
         arguments.data,
         arguments.tokenizer,
         arguments.max_length,
+        columns=_columns(arguments),
         chat_template=arguments.chat_template,
         revision=arguments.revision,
         trust_remote_code=arguments.trust_remote_code,
     )
     print(format_report(report))
     write_report(report, arguments.output)
+    return 1 if report["unusable_rows"] else 0
 
 
 def _export(arguments: argparse.Namespace) -> None:

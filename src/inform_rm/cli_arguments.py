@@ -8,6 +8,10 @@ from inform_rm import __version__
 from inform_rm.eval.suites import SUITES
 from inform_rm.training.config import TrainingConfig, field_types
 
+_SOURCES = "files, folders or Hub ids, NAME[SPLIT] for one split"
+_PAIR_FIELDS = "prompt, chosen, rejected, system, history, margin, subset, id"
+_ROW_FIELDS = "prompt, response, system, history"
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; what it returns names its command as ``command``."""
@@ -29,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         train.add_argument(
             f"--{spec.name}",
             default=argparse.SUPPRESS,
-            nargs="+" if "tuple" in str(hint) else None,
+            nargs="+" if "tuple" in str(hint) or "dict" in str(hint) else None,
             metavar="VALUE",
             help=f"{spec.metadata['help']} ({default})".replace("%", "%%"),
         )
@@ -37,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "evaluate", "accuracy of a reward model on pairs or a benchmark suite")
     _add_model(evaluate)
     evaluate.add_argument("--suite", choices=tuple(SUITES), help="benchmark, with its published aggregation")
-    evaluate.add_argument("--data", nargs="+", help="pairs: files, saved datasets or Hub ids; with --suite its files "
+    evaluate.add_argument("--data", nargs="+", help=f"pairs: {_SOURCES}; with --suite its files "
                           "or folders (default: from the Hub)")  # fmt: skip
     evaluate.add_argument("--data-revision", help="revision of the data on the Hub")
     evaluate.add_argument("--ties", choices=("wrong", "half"), help="--suite rewardbench: what equal rewards give "
@@ -47,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     decompose = _command(commands, "decompose", "how much of a preference the response alone decides")
     _add_model(decompose)
-    decompose.add_argument("--data", required=True, nargs="+", help="pairs: files, saved datasets or Hub ids")
+    decompose.add_argument("--data", required=True, nargs="+", help=f"pairs: {_SOURCES}")
     decompose.add_argument("--output", required=True, help="folder for result.json, pairs.parquet, plots and page")
     decompose.add_argument("--num-prompts", type=int, default=16, help="prompts for each pair, its own among them "
                            "(default: %(default)s)")  # fmt: skip
@@ -66,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_model(detect)
     detect.add_argument("--reference", required=True, help="responses before training: rows of prompt and response")
     detect.add_argument("--candidate", required=True, nargs="+", help="responses to check; several files: in order")
+    _add_columns(detect, _ROW_FIELDS)
     detect.add_argument("--output", required=True, help="folder for result.json, responses.parquet, plots and page")
     detect.add_argument("--eps", type=_eps, default="auto", help="radius of DBSCAN, or 'auto' (default: %(default)s)")
     detect.add_argument("--min-samples", type=int, default=5, help="of DBSCAN (default: %(default)s)")
@@ -87,7 +92,9 @@ def make_parser() -> argparse.ArgumentParser:
     simulate.add_argument("--output", required=True, help="folder for result.json, responses.parquet, plot and page")
     simulate.add_argument("--gold", help="reward model taken for the truth (default: the world's exact reward)")
     simulate.add_argument("--policy", help="causal LM that writes the responses (default: the world's sampler)")
-    simulate.add_argument("--data", nargs="+", help="pairs whose prompts are used (default: prompts of the world)")
+    simulate.add_argument("--data", nargs="+", help=f"pairs whose prompts are used: {_SOURCES} (default: prompts of "
+                          "the world)")  # fmt: skip
+    _add_columns(simulate, _PAIR_FIELDS)
     simulate.add_argument("--num-prompts", type=int, help="use so many prompts, drawn at random")
     simulate.add_argument("--num-responses", type=int, default=1024, help="for each prompt (default: %(default)s)")
     simulate.add_argument("--temperature", type=float, default=1.0, help="of the policy (default: %(default)s)")
@@ -101,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
                       help="what 'inform-rm evaluate' wrote; the first is the baseline")  # fmt: skip
     what.add_argument("--model", nargs="+", type=_named, metavar="[NAME=]MODEL",
                       help="evaluate these on --data first, each into its own folder of the output")  # fmt: skip
-    compare.add_argument("--data", nargs="+", help="with --model: pairs, files, saved datasets or Hub ids")
+    compare.add_argument("--data", nargs="+", help=f"with --model: pairs, {_SOURCES}")
     compare.add_argument("--output", required=True, help="folder for result.json, flips.jsonl, plot and page")
     compare.add_argument("--fail-below", nargs="+", action="extend", type=_limit, metavar="NAME=LIMIT",
                          help="exit with 1 if less; NAME: suite, suite.section, accuracy or a subset")  # fmt: skip
@@ -111,6 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     score = _command(commands, "score", "rewards for rows of prompt and response")
     _add_model(score)
     score.add_argument("--input", required=True, help="JSONL(.gz), CSV or Parquet with 'prompt' and 'response'")
+    _add_columns(score, _ROW_FIELDS)
     score.add_argument("--output", required=True, help="JSONL file: the input's rows with their reward")
     score.add_argument("--uncertainty", type=int, metavar="N", help="InfoRM: also the reward's spread over N draws")
 
@@ -126,7 +134,8 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-queued-rows", type=int, help="of all requests together (default: 32768)")
 
     check = _command(commands, "check-data", "what is in preference data, and what would go wrong")
-    check.add_argument("--data", required=True, nargs="+", help="files, saved datasets or Hub ids; name splits apart")
+    check.add_argument("--data", required=True, nargs="+", help=f"{_SOURCES}; name splits apart")
+    _add_columns(check, _PAIR_FIELDS)
     check.add_argument("--tokenizer", help="folder or Hub id: adds token lengths and the template audit")
     check.add_argument("--max-length", type=int, help="shows what this limit would do")
     check.add_argument("--chat-template", help="template file, or 'plain', for a tokenizer without one")
@@ -178,7 +187,13 @@ def _add_scoring(command: argparse.ArgumentParser) -> None:
     command.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
 
 
+def _add_columns(command: argparse.ArgumentParser, fields: str) -> None:
+    command.add_argument("--columns", nargs="+", metavar="FIELD=COLUMN", help=f"which columns are {fields}; "
+                         "ignore=COLUMN leaves one out knowingly (default: columns of these names)")  # fmt: skip
+
+
 def _add_pairs_policy(command: argparse.ArgumentParser) -> None:
+    _add_columns(command, _PAIR_FIELDS)
     command.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="default: %(default)s")
     command.add_argument("--overlong", choices=("error", "drop", "truncate_prompt"), default="error",
                          help="pairs over --max-length (default: %(default)s)")  # fmt: skip

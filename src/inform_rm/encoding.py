@@ -22,7 +22,8 @@ from transformers import AutoTokenizer
 
 from inform_rm.chat_templates import check_rendered, check_template
 from inform_rm.errors import InputError
-from inform_rm.preferences import FEATURES, BadRow, Message, to_messages
+from inform_rm.messages import Message, to_messages
+from inform_rm.preferences import FEATURES, BadRow
 from inform_rm.untrusted import check_code_is_own, check_files
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +14,9 @@ from transformers import GenerationConfig
 from inform_rm.encoding import load_tokenizer, render
 from inform_rm.errors import InputError
 from inform_rm.gap_grid import distinct_prompts
+from inform_rm.messages import to_messages
 from inform_rm.packing import eval_mode_of
-from inform_rm.preferences import load_preferences, to_messages
+from inform_rm.preferences import load_preferences
 from inform_rm.reward_models import fingerprint_model, fingerprint_tokenizer, load_causal_lm
 from inform_rm.scoring import Prompt
 from inform_rm.worlds import WorldConfig, gold_reward, sample_prompts, sample_responses
@@ -210,6 +211,7 @@ def choose_prompts(
     data: str | Path | Sequence[str | Path] | None = None,
     num_prompts: int | None = None,
     seed: int = 0,
+    columns: Mapping[str, str] | None = None,
 ) -> list[Prompt]:
     """Distinct prompts from a list, from preference data, or, with neither, of the embedded world.
 
@@ -218,6 +220,7 @@ def choose_prompts(
         data: sources of preference pairs, as `inform_rm.preferences.load_preferences` reads them.
         num_prompts: a random subset of this many; of the world, this many (`WORLD_PROMPTS` if not given).
         seed: seed of the subset and of the world's draw.
+        columns: which columns of the data are what, see `inform_rm.columns.Columns.of`.
 
     Raises:
         InputError: both or bad sources, an empty or repeated prompt, or fewer than asked for.
@@ -231,7 +234,7 @@ def choose_prompts(
         found = list(prompts)
     elif data is not None:
         sources = [data] if isinstance(data, str | Path) else data
-        pairs = concatenate_datasets([load_preferences(source).dataset for source in sources])
+        pairs = concatenate_datasets([load_preferences(source, columns=columns).dataset for source in sources])
         found = [pairs[int(row)]["prompt"] for row in distinct_prompts(pairs)[0]]
     else:
         wanted = drawn = num_prompts or WORLD_PROMPTS

@@ -1,32 +1,52 @@
 """A preference pair and its dataset: formats in, checks, and errors that name file, row, fault and remedy.
 
 Every format ends up as one canonical pair: a prompt of messages that ends with a user turn, and the text of one
-assistant reply for each side. `parse_pair` reads one record, `load_preferences` a whole source. Columns other than
-prompt, chosen, rejected, margin, subset and id are ignored.
+assistant reply for each side. `parse_pair` reads one record, `load_preferences` a whole source; which columns they
+read, and what they do not, is the matter of `columns`, what a conversation looks like that of `messages`.
 """
 
 import atexit
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
-import unicodedata
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 
-from inform_rm.errors import InputError, shortened, shown
-from inform_rm.records import open_records, source_name
-
-Message = dict[str, str]
+from inform_rm.columns import (
+    PAIR_FIELDS,
+    SHARED_PREFIX,
+    Columns,
+    Reading,
+    check_not_encoded,
+    no_prompt,
+    no_side,
+    stated_prompt,
+    with_earlier_turns,
+)
+from inform_rm.errors import InputError
+from inform_rm.messages import (
+    Fault,
+    Message,
+    check_text,
+    conversation,
+    found,
+    has_text,
+    is_transcript,
+    json_messages,
+    prompt_messages,
+    transcript_turns,
+)
+from inform_rm.records import open_parts, parse_source, source_name
 
 FEATURES = Features(
     {
@@ -41,11 +61,10 @@ FEATURES = Features(
     }
 )
 
-_ROLES = ("system", "user", "assistant")
-_ROLE_HINTS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):(?=\s|\Z)")
-# Parts of a message that a chat template would render; leaving them out would change the text without a word.
-_RENDERED_KEYS = ("tool_calls", "tool_call_id", "name", "thinking", "reasoning_content", "images", "audio")
+# Rows at the start of a source that show whether its sides are replies or whole dialogues.
+_LOOKED_AT_ROWS = 256
+# A reply may repeat the question: 1 of 3,000 does in hh-rlhf. Where so few begin with the prompt, all are replies.
+_FEW = 0.1
 _BATCH_ROWS = 1000
 _BATCH_CHARACTERS = 16_000_000  # keeps a batch far below the 2 GiB that Arrow's string columns can hold
 
@@ -66,14 +85,6 @@ class BadRow(InputError):
 
     def __str__(self) -> str:
         return f"{self.file}, row {self.row}: {self.reason}"
-
-
-class _Fault(Exception):
-    """What is wrong with a row, before its place is known."""
-
-    def __init__(self, kind: str, reason: str):
-        super().__init__(reason)
-        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -98,63 +109,98 @@ class PreferenceData:
         dataset: Columns as in `FEATURES`; stored on disk, so memory does not grow with the number of rows.
         bad_rows: The rows left out, empty unless ``on_bad_row="skip"``.
         fingerprint: SHA-256 of the pairs' content in order; the same on every machine, whatever the format.
+        reading: Which columns were read, and how.
     """
 
     dataset: Dataset
     bad_rows: list[BadRow]
     fingerprint: str
+    reading: Reading
 
 
-def to_messages(prompt: str | list[Message]) -> list[Message]:
-    r"""The messages of a prompt: text is one user turn, a ``Human:``/``Assistant:`` transcript several.
+def with_layout(columns: Columns, records: Iterable[tuple[int, Any]]) -> Columns:
+    """The mapping, with ``layout`` as the first rows of a source show it: replies, or dialogues with their prompt.
 
-    Raises:
-        InputError: The prompt is empty, has an unknown role, or ends with an assistant turn.
-
-    Example:
-        >>> to_messages("Human: Hello.\n\nAssistant: Hi!\n\nHuman: Who are you?\n\nAssistant:")[-1]
-        {'role': 'user', 'content': 'Who are you?'}
+    Whole dialogues where most rows have both sides begin with the prompt; replies where hardly any side does.
     """
-    try:
-        return _prompt_messages(prompt)
-    except _Fault as fault:
-        raise InputError(f"prompt: {fault}") from None
+    if columns.sides is not None:
+        return columns
+    looked_at, both, any_side = 0, 0, 0
+    for _, record in itertools.islice(records, _LOOKED_AT_ROWS):
+        try:
+            prompt = stated_prompt(record, columns, Reading())
+            sides = [columns.value(record, field) for field in ("chosen", "rejected")]
+        except (Fault, AttributeError, TypeError):
+            continue  # reported when the row is read
+        if prompt is None or not all(isinstance(side, str) for side in sides):
+            continue
+        asked = prompt[-1]["content"]
+        repeats = [_dialogue_about(side, asked) is not None or _after(side, asked) is not None for side in sides]
+        looked_at, both, any_side = looked_at + 1, both + all(repeats), any_side + any(repeats)
+    if 2 * both > looked_at:
+        return replace(columns, layout="whole")
+    return replace(columns, layout="reply" if any_side <= _FEW * looked_at else "unclear")
 
 
-def parse_pair(record: Any, file: str, row: int, *, allow_identical: bool = False) -> PreferencePair:
-    """The canonical pair of one record in any of the supported formats.
+def parse_pair(
+    record: Any,
+    file: str,
+    row: int,
+    *,
+    name: str | None = None,
+    columns: Columns | Mapping[str, str] | None = None,
+    reading: Reading | None = None,
+    allow_identical: bool = False,
+) -> PreferencePair:
+    """The canonical pair of one record in any of the supported formats (docs/data.md).
 
-    `prompt`, `chosen` and `rejected` are text or message lists. Without `prompt`, the part that both sides share is
-    the prompt: the turns before the last reply of a transcript or a message list; in other text the shared prefix, cut
-    back to a word boundary, so that prompt + reply is the original text. `margin` (finite number), `subset` and `id`
-    are optional; they default to none, the name of the source, and name/row. ``allow_identical`` is for benchmarks,
-    whose published items count as they are.
+    `prompt`, `chosen` and `rejected` are text or conversations: message lists in any form, or transcripts. Without
+    `prompt`, the turns before the last reply of both conversations are the prompt; for other text a prompt must be
+    named. Sides that begin with the prompt are whole dialogues: it is cut off. `system` and `history` become turns.
+    `margin` (finite number), `subset` and `id` are optional; they default to none, the name of the source, and
+    name/row. Any other column that would change the conversation is refused.
+
+    Args:
+        record: One row.
+        file: For messages.
+        row: Its number.
+        name: Of the source, for rows without `subset` or `id`; by default that of the file.
+        columns: Where the fields are, see `Columns.of`.
+        reading: Counts how the row was read.
+        allow_identical: For benchmarks, whose published items count as they are.
 
     Raises:
         BadRow: A missing, empty or wrongly typed field, identical sides, sides that differ before the last reply, ...
     """
-    name = source_name(file)
+    name = name or source_name(file)
+    columns = Columns.of(columns)
+    reading = Reading() if reading is None else reading
     try:
-        prompt, chosen, rejected = _sides(record)
+        if not isinstance(record, dict):
+            raise Fault("wrong type", f"expected an object with fields, got {found(record)}.")
+        reading.add_row(record, columns, PAIR_FIELDS)
+        prompt, chosen, rejected = _sides(record, columns, reading)
         if not allow_identical and chosen.strip() == rejected.strip():
             same = "are identical" if chosen == rejected else "differ only in surrounding space"
-            raise _Fault("identical sides", f"'chosen' and 'rejected' {same}. Such a pair teaches nothing: remove it.")
+            raise Fault("identical sides", f"'chosen' and 'rejected' {same}. Such a pair teaches nothing: remove it.")
         return PreferencePair(
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
-            margin=_margin(record.get("margin")),
-            subset=_label(record, "subset") or name,
-            id=_label(record, "id") or f"{name}/{row}",
+            margin=_margin(columns.value(record, "margin")),
+            subset=_label(columns.value(record, "subset"), "subset") or name,
+            id=_label(columns.value(record, "id"), "id") or f"{name}/{row}",
             file=file,
             row=row,
         )
-    except _Fault as fault:
+    except Fault as fault:
         raise BadRow(file, row, str(fault), fault.kind) from None
 
 
-def pair_or_fault(record: Any, file: str, row: int, on_bad_row: str) -> PreferencePair | BadRow:
+def pair_or_fault(record: Any, file: str, row: int, on_bad_row: str, **options: Any) -> PreferencePair | BadRow:
     """The pair of a row as `open_records` gives it; under ``on_bad_row="skip"`` what is wrong with a bad one.
+
+    ``options`` are those of `parse_pair`.
 
     Raises:
         BadRow: As `parse_pair`, under ``"error"``; also for a row that could not be read.
@@ -162,7 +208,7 @@ def pair_or_fault(record: Any, file: str, row: int, on_bad_row: str) -> Preferen
     try:
         if isinstance(record, str):  # the reader's description of a row that it could not read
             raise BadRow(file, row, record, "unreadable")
-        return parse_pair(record, file, row)
+        return parse_pair(record, file, row, **options)
     except BadRow as bad:
         if on_bad_row == "skip":
             return bad
@@ -171,7 +217,11 @@ def pair_or_fault(record: Any, file: str, row: int, on_bad_row: str) -> Preferen
 
 
 def load_preferences(
-    source: str | Path, *, split: str | None = None, revision: str | None = None, on_bad_row: str = "error"
+    source: str | Path,
+    *,
+    columns: Columns | Mapping[str, str] | None = None,
+    revision: str | None = None,
+    on_bad_row: str = "error",
 ) -> PreferenceData:
     """Read and check a whole source of preference pairs.
 
@@ -179,37 +229,49 @@ def load_preferences(
     ends, so memory stays bounded and a changed source is never answered from an old cache.
 
     Args:
-        source: A JSON Lines, JSON or CSV file (also ``.gz``), a Parquet file, a folder written by
-            `Dataset.save_to_disk`, or a dataset id on the Hugging Face Hub.
-        split: For a Hub id or a saved `DatasetDict` with more than one split.
+        source: A JSON Lines, JSON or CSV file (also ``.gz``), a Parquet file, a folder of such files, a folder written
+            by `Dataset.save_to_disk`, or a dataset id on the Hugging Face Hub; ``NAME[SPLIT]`` or
+            ``NAME[CONFIG/SPLIT]`` for one split of a folder or Hub id, see `records.parse_source`.
+        columns: Which columns are prompt, chosen, rejected, ...: see `Columns.of`.
         revision: Branch, tag or commit of a Hub id.
         on_bad_row: ``"error"`` stops at the first bad row, ``"skip"`` leaves bad rows out and returns them.
 
     Raises:
         BadRow: The first bad row, under ``"error"``.
-        InputError: Missing, unreadable or empty source, unknown format, or no usable row.
+        InputError: Missing, unreadable or empty source, unknown format, a wrong mapping of columns, or no usable row.
     """
     if on_bad_row not in ("error", "skip"):
         raise InputError(f"on_bad_row: got {on_bad_row!r}; expected 'error' or 'skip'.")
-    file, records = open_records(source, split=split, revision=revision)
+    parts = open_parts(source, revision=revision)
+    head = list(itertools.islice(parts[0][1], _LOOKED_AT_ROWS))
+    columns = with_layout(Columns.of(columns), head)
+    first = parts[0][0], itertools.chain(head, parts[0][1])
+    name = source_name(parse_source(source).name)
     bad_rows: list[BadRow] = []
     digest = hashlib.sha256()
+    reading = Reading()
 
     def pairs() -> Iterable[PreferencePair]:
-        for row, record in records:
-            pair = pair_or_fault(record, file, row, on_bad_row)
-            if isinstance(pair, BadRow):
-                bad_rows.append(pair)
-            else:
-                yield pair
+        for file, records in (first, *parts[1:]):
+            part_name = name if len(parts) == 1 else f"{name}/{source_name(file)}"
+            for row, record in records:
+                pair = pair_or_fault(record, file, row, on_bad_row, name=part_name, columns=columns, reading=reading)
+                if isinstance(pair, BadRow):
+                    bad_rows.append(pair)
+                elif len(parts) > 1 and pair.subset == part_name:
+                    yield replace(pair, subset=name)
+                else:
+                    yield pair
 
     dataset = _write_arrow(pairs(), digest)
+    reading.check_given(columns, str(source))
     if not len(dataset):
         if bad_rows:
-            shown = "; ".join(f"row {bad.row}: {bad.reason}" for bad in bad_rows[:3])
-            raise InputError(f"{file}: none of its {len(bad_rows)} rows can be used. {shown}")
-        raise InputError(f"{file}: no rows. Expected at least one preference pair.")
-    return PreferenceData(dataset, bad_rows, digest.hexdigest())
+            first_of = {bad.reason: bad for bad in reversed(bad_rows)}  # one line for what all rows have in common
+            shown = "; ".join(f"row {bad.row}: {bad.reason}" for bad in list(first_of.values())[-3:][::-1])
+            raise InputError(f"{source}: none of its {len(bad_rows)} rows can be used. {shown}")
+        raise InputError(f"{source}: no rows. Expected at least one preference pair.")
+    return PreferenceData(dataset, bad_rows, digest.hexdigest(), reading)
 
 
 def _write_arrow(pairs: Iterable[PreferencePair], digest: Any) -> Dataset:
@@ -250,36 +312,132 @@ def _scratch_folder(process_id: int) -> str:
     return folder
 
 
-def _sides(record: Any) -> tuple[list[Message], str, str]:
-    if not isinstance(record, dict):
-        raise _Fault("wrong type", f"expected an object with fields, got {_shown(record)}.")
+def _sides(record: dict, columns: Columns, reading: Reading) -> tuple[list[Message], str, str]:
+    sides = []
     for field in ("chosen", "rejected"):
-        if record.get(field) is None:
-            there = shortened(", ".join(repr(str(key)) for key in record), 300) or "none"
-            raise _Fault("missing field", f"no '{field}'. Its fields are {there}; add or rename the field.")
-    if record.get("tools"):
-        raise _Fault("unsupported", "'tools' is not encoded. Write the tools into the system message.")
-    sides = record["chosen"], record["rejected"]
-    if all(isinstance(side, str) for side in sides):
-        for field, side in zip(("chosen", "rejected"), sides, strict=True):
-            _check_text(f"'{field}'", side)
-        return _text_sides(record, *sides)
-    if all(isinstance(side, list) for side in sides):
-        return _message_sides(record, _messages("'chosen'", sides[0]), _messages("'rejected'", sides[1]))
-    raise _Fault(
-        "wrong type",
-        f"'chosen' is {_shown(sides[0])} and 'rejected' is {_shown(sides[1])}. Give both in the same form.",
+        value = columns.value(record, field, required=True)
+        if value is None:
+            raise no_side(record, field)
+        sides.append(value)
+    check_not_encoded(record, columns)
+    chosen, rejected = (
+        _listed_side(f"'{field}'", side) for field, side in zip(("chosen", "rejected"), sides, strict=True)
     )
+    if chosen is not None and rejected is not None:
+        if isinstance(sides[0], str):
+            reading.layouts["both sides are message lists as JSON text"] += 1
+        return _message_sides(record, columns, reading, stated_prompt(record, columns, reading), chosen, rejected)
+    if chosen is not None or rejected is not None or not all(isinstance(side, str) for side in sides):
+        raise Fault(
+            "wrong type",
+            f"'chosen' is {found(sides[0])} and 'rejected' is {found(sides[1])}. Give both in the same form: as text, "
+            "or as lists of messages.",
+        )
+    for field, side in zip(("chosen", "rejected"), sides, strict=True):
+        check_text(f"'{field}'", side)
+    prompt = stated_prompt(record, columns, reading)
+    if prompt is None:
+        return _sides_without_prompt(record, columns, reading, *sides)
+    return _sides_after_prompt(record, columns, reading, prompt, *sides)
 
 
-def _text_sides(record: dict, chosen: str, rejected: str) -> tuple[list[Message], str, str]:
-    if record.get("prompt") is not None:
-        prompt = _prompt_messages(record["prompt"])
-        if isinstance(record["prompt"], str) and _is_transcript(record["prompt"]):
-            return prompt, chosen.strip(), rejected.strip()  # space around a turn belongs to the transcript
-        return prompt, chosen, rejected
-    if _is_transcript(chosen) and _is_transcript(rejected):
-        return _message_sides(record, _turns("'chosen'", chosen), _turns("'rejected'", rejected))
+def _listed_side(where: str, side: Any) -> list[Message] | None:
+    """The messages of a side that is no plain text and no transcript."""
+    if isinstance(side, str) and json_messages(where, side) is None:
+        return None
+    return conversation(where, side)
+
+
+def _sides_without_prompt(
+    record: dict, columns: Columns, reading: Reading, chosen: str, rejected: str
+) -> tuple[list[Message], str, str]:
+    if columns.given.get("prompt") == SHARED_PREFIX:
+        reading.layouts["the words that both sides begin with are the prompt"] += 1
+        start, chosen, rejected = _shared_words(chosen, rejected)
+        return with_earlier_turns(record, columns, prompt_messages("'prompt'", start), reading), chosen, rejected
+    spoken = [is_transcript("'chosen'", chosen), is_transcript("'rejected'", rejected)]
+    if not all(spoken):
+        raise no_prompt(record, "only one side is a transcript" if any(spoken) else "the sides are plain text")
+    reading.layouts["both sides are transcripts"] += 1
+    turns = transcript_turns("'chosen'", chosen), transcript_turns("'rejected'", rejected)
+    return _message_sides(record, columns, reading, None, *turns)
+
+
+def _sides_after_prompt(
+    record: dict, columns: Columns, reading: Reading, prompt: list[Message], chosen: str, rejected: str
+) -> tuple[list[Message], str, str]:
+    stated = columns.value(record, "prompt")
+    if columns.sides != "reply":
+        dialogues = _dialogues(prompt[-1]["content"], chosen, rejected)
+        if dialogues is not None:
+            reading.layouts["the prompt is cut off both sides, which begin with it"] += 1
+            return _message_sides(record, columns, reading, prompt, *dialogues)
+    rests = _after(chosen, prompt[-1]["content"]), _after(rejected, prompt[-1]["content"])
+    repeats = [rest is not None for rest in rests]
+    layout = columns.sides or columns.layout
+    if layout == "reply":
+        if any(repeats):
+            reading.layouts["a reply begins with the prompt, and is left as it is"] += 1
+    elif all(repeats) and layout != "unclear":
+        reading.layouts["the prompt is cut off both sides, which begin with it"] += 1
+        chosen, rejected = map(str, rests)
+    elif layout == "whole" or any(repeats):
+        which = "both sides begin" if all(repeats) else "only one side begins" if any(repeats) else "no side begins"
+        raise Fault(
+            "sides diverge",
+            f"{which} with the prompt, {'like some' if layout == 'unclear' else 'unlike'} other rows: whole "
+            "dialogues, or replies? Say columns sides=reply or sides=whole (--columns sides=...), or correct the row.",
+        )
+    if is_spoken(stated):
+        chosen, rejected = chosen.strip(), rejected.strip()  # space around a turn belongs to the transcript
+    return with_earlier_turns(record, columns, prompt, reading), chosen, rejected
+
+
+def is_spoken(prompt: Any) -> bool:
+    """Whether a prompt is a transcript, of one turn perhaps."""
+    return isinstance(prompt, str) and json_messages("'prompt'", prompt) is None and is_transcript("'prompt'", prompt)
+
+
+def _dialogues(asked: str, chosen: str, rejected: str) -> tuple[list[Message], list[Message]] | None:
+    """Both sides as messages where they are transcripts that hold what the user asked; ``None`` for other text.
+
+    Raises:
+        Fault: only one of them is.
+    """
+    first, second = (_dialogue_about(side, asked) for side in (chosen, rejected))
+    if first is not None and second is not None:
+        return first, second
+    if first is not None or second is not None:
+        one = "'chosen'" if first is not None else "'rejected'"
+        raise Fault("sides diverge", f"only {one} is a transcript that holds the prompt. Give both in the same form.")
+    return None
+
+
+def _after(side: str, prompt: str) -> str | None:
+    """What follows the prompt in a side that begins with it, whatever the line ends; ``None`` for another side."""
+    side, prompt = (text.replace("\r\n", "\n").replace("\r", "\n").strip() for text in (side, prompt))
+    if not side.startswith(prompt):
+        return None
+    rest = side[len(prompt) :]
+    # "Hello" is not the start of "Hello! How are you?": a prompt ends where its last word does.
+    ends = rest[:1].isspace() or not (prompt[-1:].isalnum() or not rest[:1].isalnum())
+    return rest.strip() if ends and has_text(rest) else None
+
+
+def _dialogue_about(side: str, asked: str) -> list[Message] | None:
+    """The messages of a transcript one of whose user turns is what was asked; ``None`` for other text."""
+    try:
+        messages = transcript_turns("a side", side) if is_transcript("a side", side) else []
+    except Fault:
+        return None  # begins like a transcript, as a reply may
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        return None
+    turns = [" ".join(message["content"].split()) for message in messages if message["role"] == "user"]
+    return messages if " ".join(asked.split()) in turns else None
+
+
+def _shared_words(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """The words that both texts begin with, and what is left of each, its leading space included."""
     both = zip(chosen, rejected, strict=False)
     cut = next((at for at, (one, other) in enumerate(both) if one != other), min(len(chosen), len(rejected)))
     while cut and not (cut < min(len(chosen), len(rejected)) and chosen[cut].isspace()):
@@ -287,135 +445,73 @@ def _text_sides(record: dict, chosen: str, rejected: str) -> tuple[list[Message]
     while cut and chosen[cut - 1].isspace():
         cut -= 1
     if not cut:
-        raise _Fault("no prompt", "no 'prompt', and the two sides do not begin with the same words. Add 'prompt'.")
-    return _prompt_messages(chosen[:cut]), chosen[cut:], rejected[cut:]
+        raise Fault("no prompt", "no 'prompt', and the two sides do not begin with the same words. Add 'prompt'.")
+    return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _message_sides(record: dict, chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
+def _message_sides(
+    record: dict,
+    columns: Columns,
+    reading: Reading,
+    prompt: list[Message] | None,
+    chosen: list[Message],
+    rejected: list[Message],
+) -> tuple[list[Message], str, str]:
     for field, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
-            raise _Fault("no reply", f"the last turn of '{field}' is {messages[-1]['role']!r}; expected 'assistant'.")
+            raise Fault("no reply", f"the last turn of '{field}' is {messages[-1]['role']!r}; expected 'assistant'.")
     prefix = chosen[:-1]
     if prefix != rejected[:-1]:
-        raise _Fault(
+        raise Fault(
             "sides diverge",
             "'chosen' and 'rejected' differ before the last reply. Cut both after the first difference.",
         )
-    stated = record.get("prompt")
-    if stated is None:
+    if prompt is None:
         if not prefix:
-            raise _Fault("no prompt", "no 'prompt', and both sides hold nothing but the reply. Add 'prompt'.")
-        return _check_prompt(prefix), chosen[-1]["content"], rejected[-1]["content"]
-    prompt = _prompt_messages(stated)
-    if prefix and prefix != prompt:
+            raise no_prompt(record, "both sides hold nothing but the reply")
+        reading.layouts["the turns before the last reply are the prompt"] += 1
+    elif prefix and list(map(_trimmed, prefix)) != list(map(_trimmed, prompt)):
         # Common on the Hub: `prompt` as text beside whole conversations in `chosen` and `rejected`.
-        asked = stated.strip() if isinstance(stated, str) else None
-        if not any(message["role"] == "user" and message["content"].strip() == asked for message in prefix):
-            raise _Fault("sides diverge", "'prompt' is not the prompt inside 'chosen'. Remove one of the two.")
-        prompt = _check_prompt(prefix)
+        is_text = isinstance(columns.value(record, "prompt"), str) and len(prompt) == 1
+        if not is_text or _trimmed(prompt[0]) not in map(_trimmed, prefix):
+            raise Fault("sides diverge", "'prompt' is not the prompt inside 'chosen'. Remove one of the two.")
+    prompt = with_earlier_turns(record, columns, prefix or prompt or [], reading)
     return prompt, chosen[-1]["content"], rejected[-1]["content"]
 
 
-def _prompt_messages(prompt: Any) -> list[Message]:
-    if isinstance(prompt, list):
-        return _check_prompt(_messages("'prompt'", prompt))
-    if not isinstance(prompt, str):
-        raise _Fault("wrong type", f"'prompt' is {_shown(prompt)}; expected text or a list of messages.")
-    _check_text("'prompt'", prompt)
-    if not _is_transcript(prompt):
-        return [{"role": "user", "content": prompt}]
-    return _check_prompt(_turns("'prompt'", re.sub(r"\n\nAssistant:\s*\Z", "", prompt)))
-
-
-def _check_prompt(messages: list[Message]) -> list[Message]:
-    if messages[-1]["role"] != "user":
-        raise _Fault("invalid roles", f"the last turn of the prompt is {messages[-1]['role']!r}; expected 'user'.")
-    return messages
-
-
-def _is_transcript(text: str) -> bool:
-    return text.startswith(("Human: ", "\n\nHuman: "))
-
-
-def _turns(where: str, text: str) -> list[Message]:
-    parts = _TURN.split(text)[1:]
-    messages = []
-    for number, (speaker, content) in enumerate(zip(parts[::2], parts[1::2], strict=True), start=1):
-        if not _has_text(content):
-            raise _Fault("empty field", f"{where}: empty {speaker} turn (turn {number}). Fill it or remove the row.")
-        messages.append({"role": "user" if speaker == "Human" else "assistant", "content": content.strip()})
-    return messages
-
-
-def _messages(where: str, messages: list) -> list[Message]:
-    if not messages:
-        raise _Fault("empty field", f"{where} is an empty list; expected at least one message.")
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        place = f"message {number} of {where}"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise _Fault("wrong type", f"{place} is {_shown(message)}; expected an object with 'role' and 'content'.")
-        role = message["role"]
-        if role not in _ROLES:
-            hint = f" Rename it {_ROLE_HINTS[role]!r}." if role in _ROLE_HINTS else ""
-            raise _Fault(
-                "invalid roles",
-                f"{place} has the role {shortened(repr(role))}; expected one of {', '.join(_ROLES)}.{hint}",
-            )
-        if role == "system" and number > 1:
-            raise _Fault("invalid roles", f"{place} is a system message; only the first message can be one.")
-        for key in _RENDERED_KEYS:
-            if message.get(key):
-                raise _Fault("unsupported", f"{place} has {key!r}, which is not encoded. Write it into 'content'.")
-        _check_text(f"the content of {place}", message.get("content"))
-        checked.append({"role": role, "content": message["content"]})
-    return checked
-
-
-def _check_text(where: str, text: Any) -> None:
-    if text is None:
-        raise _Fault("missing field", f"{where} is missing. Add it or remove the row.")
-    if not isinstance(text, str):
-        raise _Fault("wrong type", f"{where} is {_shown(text)}; expected text.")
-    if not _has_text(text):
-        what = "empty" if not text else "only whitespace or invisible characters"
-        raise _Fault("empty field", f"{where} is {what}. Fill it or remove the row.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        reason = f"{where} has an unpaired surrogate at character {error.start + 1}. Repair the text."
-        raise _Fault("bad encoding", reason) from None
-
-
-def _has_text(text: str) -> bool:
-    return any(not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf") for c in text)  # Cf: zero-width
+def _trimmed(message: Message) -> Message:
+    return {**message, "content": message["content"].strip()}
 
 
 def _margin(value: Any) -> float | None:
     if value is None:
         return None
+    if isinstance(value, str):  # a cell of a CSV file
+        try:
+            value = float(value)
+        except ValueError:
+            pass  # refused below
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _Fault("bad margin", f"'margin' is {_shown(value)}; expected a number or null.")
+        raise Fault("bad margin", f"'margin' is {found(value)}; expected a number or null.")
     try:
         finite = math.isfinite(value)
     except OverflowError:
         finite = False
     if not finite:
-        raise _Fault("bad margin", f"'margin' is {_shown(value)}; expected a finite number or null.")
+        raise Fault("bad margin", f"'margin' is {found(value)}; expected a finite number or null.")
     return float(value)
 
 
-def _label(record: dict, field: str) -> str | None:
-    value = record.get(field)
+def _label(value: Any, field: str) -> str | None:
+    if isinstance(value, float):  # a column of whole numbers with a gap, out of a data frame
+        if math.isnan(value):
+            return None
+        value = int(value) if value.is_integer() else value
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _Fault("wrong type", f"'{field}' is {_shown(value)}; expected text or a whole number.")
+        raise Fault("wrong type", f"'{field}' is {found(value)}; expected text or a whole number.")
     text = str(value).strip()
     if text:
-        _check_text(f"'{field}'", text)
+        check_text(f"'{field}'", text)
     return text
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else f"{type(value).__name__} {shown(value, 60)}"

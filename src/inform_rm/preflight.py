@@ -4,12 +4,13 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from inform_rm.columns import lines_of
 from inform_rm.encoding import TokenPair, encode_sides, load_tokenizer, removable_prompt_tokens
 from inform_rm.errors import InputError
 from inform_rm.files import check_output_directory, versions, write_json
@@ -29,7 +30,7 @@ def check_data(
     chat_template: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
     data_revision: str | None = None,
 ) -> dict[str, Any]:
     """Report on preference data: rows, faults, label conflicts, overlap of sources, lengths, template audit.
@@ -41,12 +42,13 @@ def check_data(
         chat_template: As for `load_tokenizer`.
         revision: Revision of the tokenizer.
         trust_remote_code: Run code that comes with the tokenizer.
-        split: Split of every source.
+        columns: Which columns are prompt, chosen, rejected, ...: see `Columns.of`.
         data_revision: Revision of Hub sources.
 
     Returns:
-        JSON-ready report: ``sources`` (one report each), ``overlap`` (of every two sources), ``warnings``, settings
-        and versions. What was not measured is absent.
+        JSON-ready report: ``sources`` (one report each), ``overlap`` (of every two sources), ``unusable_rows`` (at
+        which training with default settings would stop), ``warnings``, settings and versions. What was not measured is
+        absent.
 
     Raises:
         InputError: A source or tokenizer that cannot be read, or a source without any usable row.
@@ -70,7 +72,7 @@ def check_data(
 
     reports, digests = [], []
     for name in names:
-        data = load_preferences(name, split=split, revision=data_revision, on_bad_row="skip")
+        data = load_preferences(name, columns=columns, revision=data_revision, on_bad_row="skip")
         digest = _digests(data)
         report = {"source": str(name), **_content_report(data, digest)}
         if tokenizer is not None:
@@ -82,7 +84,7 @@ def check_data(
             "tokenizer": None if tokenizer is None else str(tokenizer_name),
             "chat_template": chat_template,
             "max_length": max_length,
-            "split": split,
+            "columns": None if columns is None else dict(columns),
         },
         "sources": reports,
         "overlap": _overlap(reports, digests),
@@ -90,6 +92,7 @@ def check_data(
     }
     if tokenizer is not None:
         result["tokenizer"] = _tokenizer_facts(tokenizer)
+    result["unusable_rows"] = sum(map(_unusable_rows, reports))
     result["warnings"] = _warnings(result)
     return result
 
@@ -140,6 +143,7 @@ def _content_report(data: PreferenceData, digest: dict[str, np.ndarray]) -> dict
         "rows": n + len(data.bad_rows),
         "pairs": n,
         "fingerprint": data.fingerprint,
+        "reading": data.reading.to_dict(),
         "bad_rows": {
             "n": len(data.bad_rows),
             "by_kind": dict(sorted(kinds.items())),
@@ -324,6 +328,16 @@ def _overlap(reports: list[dict[str, Any]], digests: list[dict[str, np.ndarray]]
     return found
 
 
+def _unusable_rows(report: dict[str, Any]) -> int:
+    """Rows of a source at which training with default settings would stop."""
+    tokens, template = report.get("tokens", {}), report.get("template", {})
+    counts = (
+        report["bad_rows"]["n"], tokens.get("not_encodable", 0), template.get("identical_tokens", 0),
+        report.get("max_length", {}).get("overlong", 0),
+    )  # fmt: skip
+    return sum(counts)
+
+
 def _warnings(result: dict[str, Any]) -> list[str]:
     """What someone should know before training on this, one sentence each."""
     found = []
@@ -383,6 +397,8 @@ def format_report(report: dict[str, Any]) -> str:
     if "tokenizer" in report:
         facts = ", ".join(f"{name} {value!r}" for name, value in report["tokenizer"].items())
         lines.append(f"Tokenizer {report['settings']['tokenizer']}: {facts}")
+    if report["unusable_rows"]:
+        lines.append(f"Rows that training with default settings would stop at: {report['unusable_rows']:,}")
     lines.append(f"Warnings: {len(report['warnings']) or 'none'}")
     lines += [f"  - {warning}" for warning in report["warnings"]]
     return "\n".join(lines)
@@ -395,6 +411,7 @@ def _format_source(source: dict[str, Any]) -> list[str]:
         f"  rows {source['rows']:,}, usable pairs {source['pairs']:,}, bad rows {bad['n']:,}",
         *(f"    row {row['row']}: {row['reason']}" for row in bad["rows"][:_SHOWN_EXAMPLES]),
         *([f"    ... and {bad['n'] - _SHOWN_EXAMPLES:,} more"] if bad["n"] > _SHOWN_EXAMPLES else []),
+        *(f"  {line}" for line in lines_of(source["reading"], source["rows"])),
         f"  prompts {source['prompts']:,}, with several turns {source['multi_turn_prompts']:,}, "
         f"margins {source['margins']:,}, subsets {len(source['subsets']):,}",
     ]

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ _CHUNK_CHARACTERS = 1 << 16
 _MOST_ROW_BYTES = 16 << 20
 # Text and numbers shrink to a tenth or, with much repetition, a fiftieth; what shrinks more is made to fill a disk.
 _MOST_EXPANSION, _FREE_EXPANSION_BYTES = 200, 256 << 20
-_MARGIN_COLUMN = "margin"
-_MESSAGE_COLUMNS = ("prompt", "chosen", "rejected")
+_WITH_SPLIT = re.compile(r"(.*)\[([^\[\]]*)\]")
 
 
 def source_name(source: str | Path) -> str:
@@ -45,37 +45,142 @@ def source_name(source: str | Path) -> str:
     return (name[: -len(suffix)] if suffix else name) or "default"
 
 
-def open_records(source: str | Path, *, split: str | None = None, revision: str | None = None) -> tuple[str, Records]:
-    """The name of a source for messages, and an iterator over its rows.
+@dataclass(frozen=True)
+class SourceName:
+    """A source as it is written: a file, a folder or a Hub id, and which part of it is meant.
+
+    Attributes:
+        name: path or Hub id.
+        split: name of the split; ``None`` where there is only one.
+        config: name of the configuration, for data sets that have several.
+    """
+
+    name: str
+    split: str | None = None
+    config: str | None = None
+
+
+def parse_source(source: str | Path) -> SourceName:
+    """What ``NAME``, ``NAME[SPLIT]`` or ``NAME[CONFIG/SPLIT]`` means; a path that exists as it stands is that path.
+
+    Example:
+        >>> parse_source("org/pairs[en/train]")
+        SourceName(name='org/pairs', split='train', config='en')
+    """
+    name = str(source)
+    match = _WITH_SPLIT.fullmatch(name)
+    if match is None or Path(name).exists():
+        return SourceName(name)
+    config, _, split = match[2].rpartition("/")
+    if not split.strip() or not match[1].strip():
+        raise InputError(f"data source: {name!r} names no split; expected NAME[SPLIT] or NAME[CONFIG/SPLIT].")
+    return SourceName(match[1], split, config or None)
+
+
+def open_parts(source: str | Path, *, revision: str | None = None) -> list[tuple[str, Records]]:
+    """The parts of a source in order, each with its name for messages and an iterator over its rows.
 
     Args:
-        source: A file ending in one of `SUFFIXES`, a folder written by `Dataset.save_to_disk`, or a Hub dataset id.
-        split: Needed for a Hub id or a saved `DatasetDict` with more than one split.
+        source: As `parse_source` reads it: a file ending in one of `SUFFIXES`, a folder of such files, one written
+            by `Dataset.save_to_disk`, or a Hub dataset id; a split must be named where there are several.
         revision: Branch, tag or commit of a Hub id.
 
     Raises:
-        InputError: Missing, empty or unreadable source, or unknown format; here, or while iterating.
+        InputError: Missing, empty or unreadable source, unknown format, or a split that is not there; here, or while
+            iterating.
     """
-    path, name = Path(source), str(source)
+    named = parse_source(source)
+    path, name = Path(named.name), str(source)
     if not name.strip():
-        raise InputError("data source: got an empty name. Name a file, a saved dataset folder or a Hub id.")
-    suffix = data_suffix(path.name)
+        raise InputError("data source: got an empty name. Name a file, a folder or a Hub id.")
+    if path.exists() and revision is not None:
+        kind = "one file" if path.is_file() else "a local folder"
+        raise InputError(f"revision: {revision!r} was given, but {name} is {kind}. Leave revision out.")
     if path.is_file():
-        for argument, value in (("split", split), ("revision", revision)):
-            if value is not None:
-                raise InputError(f"{argument}: {value!r} was given, but {name} is one file. Leave {argument} out.")
-        if suffix is None:
-            raise InputError(f"{name}: unknown format; expected a name ending in {', '.join(SUFFIXES)}.")
-        if path.stat().st_size == 0:
-            raise InputError(f"{name}: the file is empty (0 bytes).")
-        reader = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "parquet": read_parquet}
-        return name, naming_unreadable(name, reader[suffix.split(".")[1]](path))
+        if named.split is not None:
+            raise InputError(f"{name}: {named.name} is one file and has no splits. Leave [{named.split}] out.")
+        return [open_file(path)]
+    if path.is_dir() and is_saved_dataset(path):
+        if named.config is not None:
+            raise InputError(f"{name}: {named.name} has no configurations. Leave {named.config!r} out.")
+        return [(name, _rows(_load_saved(path, named.split)))]
     if path.is_dir():
-        if revision is not None:
-            raise InputError(f"revision: {revision!r} was given, but {name} is a local folder. Leave revision out.")
-        return name, _rows(_load_saved(path, split))
-    check_hub_id(name)
-    return name, _rows(load_hub(name, split, revision))
+        return [open_file(file) for file in files_of_split(path, named)]
+    check_hub_id(named.name)
+    return [(name, _rows(load_hub(named.name, named.split, revision, config=named.config)))]
+
+
+def open_file(path: Path) -> tuple[str, Records]:
+    """The name of a data file for messages, and an iterator over its rows.
+
+    Raises:
+        InputError: Empty or unreadable file, or unknown format; here, or while iterating.
+    """
+    name, suffix = str(path), data_suffix(path.name)
+    if suffix is None:
+        raise InputError(f"{name}: unknown format; expected a name ending in {', '.join(SUFFIXES)}.")
+    if path.stat().st_size == 0:
+        raise InputError(f"{name}: the file is empty (0 bytes).")
+    reader = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "parquet": read_parquet}
+    return name, naming_unreadable(name, reader[suffix.split(".")[1]](path))
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether a folder was written by `Dataset.save_to_disk`."""
+    return any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
+
+
+def files_of_split(folder: Path, named: SourceName) -> list[Path]:
+    """The data files of a split of a local folder that is laid out like a data set on the Hub.
+
+    Which file belongs to which split is what `datasets` finds in their names, or reads in the folder's ``README.md``.
+
+    Raises:
+        InputError: no data, several splits or configurations of which none is named, or files that no split has.
+    """
+    from datasets import load_dataset_builder
+
+    there = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and data_suffix(path.name)
+        and path.name not in ("dataset_info.json", "dataset_infos.json")
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not there:
+        raise InputError(f"{folder}: no data in this folder; expected files ending in {', '.join(SUFFIXES)}.")
+    try:
+        found = load_dataset_builder(str(folder), name=named.config).config.data_files
+    except Exception as error:  # datasets raises many types for a folder that it cannot make sense of
+        raise InputError(
+            f"{folder}: it is not clear what to read of this folder ({shortened(' '.join(str(error).split()), 300)}). "
+            f"Name one of its files, or a configuration: {folder}[CONFIG/SPLIT]."
+        ) from error
+    own = {path.resolve(): path for path in there}
+    splits: dict[str, list[Path]] = {}
+    for part, files in (found or {}).items():
+        outside = [file for file in files if Path(file).resolve() not in own]
+        if outside:
+            raise InputError(f"{folder}: its README.md names a file outside the folder, {shortened(outside[0])}.")
+        splits[str(part)] = sorted(own[Path(file).resolve()] for file in files)
+    if not splits:
+        raise InputError(f"{folder}: no split in this folder. Name its files.")
+    split = named.split if named.split is not None or len(splits) > 1 else next(iter(splits))
+    if split not in splits:
+        got = "no split was named" if split is None else f"there is no split {split!r}"
+        listed = ", ".join(f"{folder}[{name}]" for name in splits)
+        raise InputError(f"{folder}: {got}. Name one: {listed}.")
+    known = {file for files in splits.values() for file in files}
+    if named.config is None and (lost := [path for path in there if path not in known]):
+        raise InputError(
+            f"{folder}: {lost[0].relative_to(folder)} belongs to no split that its names or its README.md tell "
+            f"({', '.join(splits)}). Name the files to read, or move it."
+        )
+    formats = sorted({str(data_suffix(path.name)) for path in splits[split]})
+    if len(formats) > 1:
+        raise InputError(f"{folder}: files of several formats ({', '.join(formats)}). Name the files to read.")
+    return splits[split]
 
 
 def source_digest(source: str | Path) -> str:
@@ -85,16 +190,19 @@ def source_digest(source: str | Path) -> str:
         InputError: Missing source, or a Hub id that cannot be loaded.
         OSError: A file cannot be read.
     """
-    path = Path(source)
+    named = parse_source(source)
+    path = Path(named.name)
     if path.is_file():
         return file_digest(path)
     if path.is_dir():
-        digests = [
-            (str(file.relative_to(path)), file_digest(file)) for file in sorted(path.rglob("*")) if file.is_file()
-        ]
-        return hashlib.sha256(json.dumps(digests).encode("utf-8", "surrogatepass")).hexdigest()
-    check_hub_id(str(source))
-    return load_hub(str(source), None, None)._fingerprint  # of the builder, its revision and its files
+        saved = is_saved_dataset(path)
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if saved else files_of_split(path, named)
+        digests = [(str(file.relative_to(path) if saved else file.name), file_digest(file)) for file in files]
+        text = json.dumps([named.split, named.config, digests])
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    check_hub_id(named.name)
+    # Of the builder, its revision and its files.
+    return load_hub(named.name, named.split, None, config=named.config)._fingerprint
 
 
 def check_hub_id(name: str) -> None:
@@ -298,20 +406,6 @@ def _csv_record(header: list[str], values: list[str]) -> dict[str, Any] | str:
     for key, value in record.items():
         if value and any("\udc80" <= character <= "\udcff" for character in value):
             return f"column {key!r} is not UTF-8. Save the file as UTF-8."
-    for key in _MESSAGE_COLUMNS:
-        value = record.get(key)
-        if value and re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]", value):
-            try:
-                record[key] = json.loads(value)
-            except RecursionError:
-                return f"column {key!r} is a message list that is nested too deeply. Correct or remove the row."
-            except ValueError as error:
-                return f"column {key!r} looks like a message list but is not JSON ({error}). Write it with json.dumps."
-    if record.get(_MARGIN_COLUMN) is not None:
-        try:
-            record[_MARGIN_COLUMN] = float(record[_MARGIN_COLUMN])
-        except ValueError:
-            pass  # the text reaches the check of the pair, which reports it
     return record
 
 
@@ -390,11 +484,6 @@ def _load_saved(path: Path, split: str | None) -> Any:
             if state.is_file():
                 _check_saved_files(state)
         return _pick_split(str(path), load_from_disk(str(path)), split)
-    except FileNotFoundError as error:
-        inside = sorted(item.name for item in path.iterdir())
-        files = [item for item in inside if data_suffix(item)]
-        hint = f"Name one of its files: {', '.join(files[:8])}." if files else "Name a file or a saved dataset."
-        raise InputError(f"{path}: a folder, but not one written by Dataset.save_to_disk. {hint}") from error
     except InputError:
         raise
     except Exception as error:  # Arrow and datasets raise many types for a damaged or forged file
@@ -437,11 +526,11 @@ def load_hub(
 def _pick_split(name: str, loaded: Any, split: str | None) -> Any:
     if not isinstance(loaded, dict):
         if split is not None:
-            raise InputError(f"split: {split!r} was given, but {name} has no splits. Leave split out.")
+            raise InputError(f"{name}[{split}]: {name} has no splits. Leave [{split}] out.")
         return loaded
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))
     if split not in loaded:
-        got = "none was named" if split is None else f"got {split!r}"
-        raise InputError(f"split: {got}; {name} has {', '.join(loaded)}. Name one of them.")
+        got = "no split was named" if split is None else f"there is no split {split!r}"
+        raise InputError(f"{name}: {got}. Name one: {', '.join(f'{name}[{each}]' for each in loaded)}.")
     return loaded[split]

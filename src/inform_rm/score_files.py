@@ -2,12 +2,14 @@
 
 import json
 import os
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from inform_rm.columns import Reading, log_reading
 from inform_rm.errors import InputError
 from inform_rm.files import check_output_directory, file_digest
 from inform_rm.journal import RewardJournal, drop_torn_line, shortest_float
@@ -23,6 +25,7 @@ def score_file(
     uncertainty: int | None = None,
     chunk_rows: int = 2048,
     progress: bool = True,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Score the ``prompt`` / ``response`` rows of a file of any length into JSON Lines, in input order.
 
@@ -39,6 +42,7 @@ def score_file(
         uncertainty: see `RewardScorer.score`.
         chunk_rows: rows held in memory and sorted by length together.
         progress: show a progress bar.
+        columns: which columns are prompt, response, system and history: see `inform_rm.columns.Columns.of`.
 
     Returns:
         ``{"output", "rows", "resumed_rows"}``: rows written, and how many of them an earlier call had computed.
@@ -56,12 +60,15 @@ def score_file(
         raise InputError(f"output: {output} must end in .jsonl; rewards are written as JSON Lines.")
     if output.exists() and input.exists() and output.samefile(input):
         raise InputError(f"output: {output} is the input. Choose another name.")
-    num_rows = sum(1 for _ in read_score_rows(input))
+    reading = Reading()
+    num_rows = sum(1 for _ in read_score_rows(input, columns, reading))
     if not num_rows:
         raise InputError(f"input: {input} has no rows. Each row needs prompt and response.")
+    log_reading(str(input), reading)
     identity = {
         **scorer.identity(),
         "input": file_digest(input),
+        "columns": None if columns is None else dict(columns),
         "uncertainty": uncertainty,
         "max_length": scorer.max_length,
     }
@@ -84,7 +91,7 @@ def score_file(
     try:
         earlier = {row: (reward, std) for row, reward, std in journal.finished() if row >= first}
         resumed = first + len(earlier)
-        rows = islice(read_score_rows(input), first, None)
+        rows = islice(read_score_rows(input, columns), first, None)
         with (
             partial.open("a", encoding="utf-8") if writes else open(os.devnull, "w") as file,
             tqdm(total=num_rows, initial=resumed, unit="row", desc="score", disable=not (progress and writes)) as bar,

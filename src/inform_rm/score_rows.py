@@ -1,18 +1,24 @@
 """Reading the prompt/response rows that are to be scored, one at a time, whatever the file format."""
 
-import csv
 import datetime
-import json
-import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inform_rm.errors import InputError, shortened
-from inform_rm.preferences import Message, to_messages
-from inform_rm.records import BoundedLines, open_records, open_rows
+from inform_rm.columns import (
+    ROW_FIELDS,
+    Columns,
+    Reading,
+    check_not_encoded,
+    no_prompt,
+    no_response,
+    stated_prompt,
+    with_earlier_turns,
+)
+from inform_rm.errors import InputError
+from inform_rm.messages import Fault, Message, check_unicode, conversation, found
+from inform_rm.records import open_parts
 
 _RESULT_FIELDS = ("reward", "reward_std")
 
@@ -27,51 +33,30 @@ class ScoreRow:
     where: str
 
 
-def read_score_rows(path: str | Path) -> Iterator[ScoreRow]:
-    """Yield the rows of a JSONL, JSON, CSV (each also .gz) or Parquet file in order, checked, one in memory at a time.
+def read_score_rows(
+    source: str | Path, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
+) -> Iterator[ScoreRow]:
+    """Yield the rows of a source in order, checked, one in memory at a time.
+
+    Args:
+        source: A JSONL, JSON, CSV (each also .gz) or Parquet file, a folder, or a Hub id, see `records.open_parts`.
+        columns: Where ``prompt``, ``response``, ``system`` and ``history`` are, see `Columns.of`.
+        reading: Counts how the rows were read.
 
     Raises:
-        InputError: if the file is missing, of another kind or broken, or a row has no usable ``prompt`` or
+        InputError: if the source is missing, of another kind or broken, or a row has no usable ``prompt`` or
             ``response``; the message names file and row (from 1; in JSONL the line).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"input: there is no file {path}.")
-    is_csv = path.name.lower().endswith((".csv", ".csv.gz"))
-    file, records = (str(path), _csv_records(path)) if is_csv else open_records(path)
-    for number, record in records:
-        where = f"{file}, row {number}"
-        if isinstance(record, str):  # the reader's description of a row that it could not read
-            raise InputError(f"{where}: {record}")
-        yield _checked_row(record, where)
-
-
-def _csv_records(path: Path) -> Iterator[tuple[int, Any]]:
-    # The reader of preference pairs asks for other columns.
-    limit = csv.field_size_limit(2**31 - 1)  # the default of 128 KiB refuses long responses; rows are bounded
-    try:
-        with open_rows(path) as file:
-            lines = BoundedLines(path, file)
-            reader = csv.DictReader(lines, strict=True)
-            names = reader.fieldnames or []
-            if len(set(names)) < len(names):
-                shown = shortened(", ".join(names), 300)
-                raise InputError(f"{path}: its first line must name each column once, got {shown}.")
-            for number, record in enumerate(reader, start=1):
-                lines.characters = 0
-                if None in record or None in record.values():
-                    yield number, "it has another number of cells than the header line. Check quotes and commas."
-                else:
-                    row = dict(record)
-                    if re.match(r"\s*\[\s*\{\s*\"(role|content)\"", row.get("prompt") or ""):
-                        row["prompt"] = json.loads(row["prompt"])
-                    yield number, row
-    except InputError:
-        raise
-    except (ValueError, OSError, EOFError, zlib.error, csv.Error, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}. Check its quotes, and that it is UTF-8.") from error
-    finally:
-        csv.field_size_limit(limit)
+    columns = Columns.of(columns, ROW_FIELDS)
+    reading = Reading() if reading is None else reading
+    for file, records in open_parts(source):
+        is_csv = file.lower().endswith((".csv", ".csv.gz"))  # where an empty cell is an empty text
+        for number, record in records:
+            where = f"{file}, row {number}"
+            if isinstance(record, str):  # the reader's description of a row that it could not read
+                raise InputError(f"{where}: {record}")
+            yield _checked_row(record, where, columns, reading, is_csv)
+    reading.check_given(columns, str(source))
 
 
 def _plain(value: Any, column: str, where: str) -> Any:
@@ -93,21 +78,36 @@ def _plain(value: Any, column: str, where: str) -> Any:
     raise InputError(f"{where}: column {column!r} holds a {type(value).__name__}, which JSON cannot. Drop the column.")
 
 
-def _checked_row(record: Any, where: str) -> ScoreRow:
+def _checked_row(record: Any, where: str, columns: Columns, reading: Reading, is_csv: bool) -> ScoreRow:
     if not isinstance(record, dict):
         raise InputError(f"{where} is a {type(record).__name__}; expected an object with prompt and response.")
-    for field in ("prompt", "response"):
-        if record.get(field) is None:
-            found = shortened(", ".join(map(str, record)), 300) or "none"
-            raise InputError(f"{where} has no {field} (fields: {found}). Each row needs prompt and response.")
     for field in _RESULT_FIELDS:
         if field in record:
             raise InputError(f"{where} has a field {field!r} already, which the result would replace. Rename it.")
-    response = record["response"]
-    if not isinstance(response, str) or not response.strip():
-        raise InputError(f"{where}: response is {shortened(ascii(response))}; expected text that is not empty.")
     try:
-        prompt = to_messages(record["prompt"])
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        reading.add_row(record, columns, ROW_FIELDS)
+        prompt, response = _prompt_and_response(record, columns, reading, is_csv)
+    except Fault as fault:
+        raise InputError(f"{where}: {fault}") from None
     return ScoreRow(prompt, response, {key: _plain(value, key, where) for key, value in record.items()}, where)
+
+
+def _prompt_and_response(record: dict, columns: Columns, reading: Reading, is_csv: bool) -> tuple[list[Message], str]:
+    response = columns.value(record, "response", required=True)
+    if response is None and is_csv and columns.given.get("response", "response") in record:
+        response = ""
+    if response is None:
+        raise no_response(record)
+    check_not_encoded(record, columns)
+    prompt = stated_prompt(record, columns, reading)
+    if prompt is None:
+        raise no_prompt(record, "a row to score needs one", ROW_FIELDS)
+    listed = conversation("'response'", response) if not isinstance(response, str) else None
+    if listed is not None:  # the last message of a chat, as an API gives it
+        if len(listed) > 1 or listed[0]["role"] != "assistant":
+            raise Fault("no reply", "'response' holds several messages, or none of the assistant; expected one reply.")
+        response = listed[0]["content"]
+    if not isinstance(response, str):
+        raise Fault("wrong type", f"'response' is {found(response)}; expected text.")
+    check_unicode("'response'", response)  # an empty one is a response: policies in training write some
+    return with_earlier_turns(record, columns, prompt, reading), response

@@ -97,6 +97,23 @@ def test_rm_bench_rows(tmp_path):
         only("rm-bench", tmp_path / "bad.json", row | {"rejected": ["d", "e"]})
 
 
+@pytest.mark.parametrize(
+    ("file", "subset"),
+    [
+        ("chat_filtered.json", "chat"),
+        ("safety-refuse_filtered.json", "safety-refuse"),
+        ("code_filtered.jsonl", "code"),
+    ],
+)
+def test_rm_bench_files_of_one_domain_name_it(tmp_path, file, subset):
+    row = {"id": 7, "prompt": "Why?", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"], "subset": "mbpp"}
+    assert only("rm-bench", tmp_path / file, row).subset == subset
+    with pytest.raises(BadRow, match="subset 'mbpp' is none of rm-bench's: chat, math, code"):
+        only("rm-bench", tmp_path / "rows.json", row)
+    with pytest.raises(BadRow, match="no 'subset', and neither file nor folder is named after one"):
+        only("rm-bench", tmp_path / "art_filtered.json", row)
+
+
 def test_judgebench_rows(tmp_path):
     row = {"pair_id": "x", "source": "mmlu-pro-law", "question": "Why?", "response_model": "gpt-4o-2024-05-13",
            "response_A": "a", "response_B": "b", "label": "B>A"}  # fmt: skip

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def decompose(
     length_normalized: bool = False,
     ess_target: float = 0.25,
     color: str = "length",
-    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
     data_revision: str | None = None,
     on_bad_row: str = "error",
     overlong: str = "error",
@@ -85,7 +85,7 @@ def decompose(
         length_normalized: use mean log-likelihoods of the tokens instead of sums.
         ess_target: effective sample size that tempering keeps, as a share of the prompts.
         color: what colours the plane of D1 and D2: ``"length"`` (characters, chosen - rejected) or ``"subset"``.
-        split: see `load_preferences`, for every source.
+        columns: which columns are prompt, chosen, rejected, ...: see `Columns.of`.
         data_revision: revision of the data on the Hub.
         on_bad_row: ``"error"`` or ``"skip"``, which counts and lists bad rows.
         overlong: see `inform_rm.gap_grid.gap_grid`; a pair that is too long under its own prompt is counted.
@@ -120,7 +120,7 @@ def decompose(
     folder = None if output is None else check_output_directory(output)
     scorer = as_scorer(model, tokenizer, scorer_options)
     sources = load_sources(
-        data, split=split, revision=data_revision, on_bad_row=on_bad_row, max_pairs=max_pairs, seed=seed
+        data, columns=columns, revision=data_revision, on_bad_row=on_bad_row, max_pairs=max_pairs, seed=seed
     )
     pairs = concatenate_datasets([source.pairs for source in sources])
     prompt_rows, own = distinct_prompts(pairs)
@@ -138,7 +138,8 @@ def decompose(
 
     identity = scorer.identity()
     settings = {
-        "data": [source.record["source"] for source in sources], "split": split, "data_revision": data_revision,
+        "data": [source.record["source"] for source in sources],
+        "columns": None if columns is None else dict(columns), "data_revision": data_revision,
         "num_prompts": num_prompts, "stratify": stratify, "weights": weights, "on_bad_row": on_bad_row,
         "overlong": overlong, "max_pairs": max_pairs, "max_length": scorer.max_length, "dtype": identity["dtype"],
     }  # fmt: skip

@@ -3,7 +3,7 @@
 import io
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from sklearn.manifold import TSNE
 
+from inform_rm.columns import Reading, log_reading
 from inform_rm.errors import InputError
 from inform_rm.eval import detect_report as report
 from inform_rm.eval.early_stopping import CSIEarlyStopping
@@ -49,6 +50,7 @@ def detect(
     output: str | Path | None = None,
     *,
     tokenizer: Any = None,
+    columns: Mapping[str, str] | None = None,
     eps: float | str = "auto",
     min_samples: int = 5,
     noise: str = "cluster",
@@ -73,10 +75,12 @@ def detect(
     Args:
         model: folder, Hub id, loaded model, or a `RewardScorer`: an InfoRM model; others give hidden states, and the
             result says so.
-        reference: responses of the policy before training: JSONL, CSV or Parquet with ``prompt`` and ``response``.
+        reference: responses of the policy before training, with ``prompt`` and ``response``: see
+            `inform_rm.score_rows.read_score_rows`.
         candidates: responses of the policy under test, one file, or one for each checkpoint in order.
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
+        columns: which columns are prompt, response, system and history: see `inform_rm.columns.Columns.of`.
         eps: radius of DBSCAN, see `inform_rm.eval.outliers.cluster_separation_index`; ``"auto"`` takes one radius from
             the reference, for all candidates and the null.
         min_samples: see there.
@@ -112,8 +116,8 @@ def detect(
     folder = None if output is None else check_output_directory(output)
     scorer = as_scorer(model, tokenizer, scorer_options)
     names = _distinct_names([Path(file).name for file in files])
-    rows = {"(reference)": _read(reference, max_responses, seed)}
-    rows |= {name: _read(file, max_responses, seed) for name, file in zip(names, files, strict=True)}
+    rows = {"(reference)": _read(reference, columns, max_responses, seed)}
+    rows |= {name: _read(file, columns, max_responses, seed) for name, file in zip(names, files, strict=True)}
     _check_size(reference, len(rows["(reference)"]), alpha, tail)
     latents = {
         name: collect_latents(
@@ -133,7 +137,7 @@ def detect(
     by_chance = _null(base, clustering, alpha, tail, num_splits, seed, progress)
     stopping = CSIEarlyStopping(max_change_ratio)
     found = []
-    columns: dict[str, list[Any]] = {"set": [], "row": [], "response": [], "reward": [], "squared_mahalanobis": [],
+    table: dict[str, list[Any]] = {"set": [], "row": [], "response": [], "reward": [], "squared_mahalanobis": [],
                                      "tail_probability": [], "cluster": []}  # fmt: skip
     for name, part in rows.items():
         own = latents[name]
@@ -143,12 +147,12 @@ def detect(
         cluster_of: list[int | None] = [None] * len(part)
         for row, cluster in zip(clusters.rows.tolist(), clusters.cluster_of_row.tolist(), strict=True):
             cluster_of[row] = cluster
-        columns["set"] += [name] * len(part)
-        columns["row"] += [row.where for row in part]
-        columns["response"] += [row.response for row in part]
+        table["set"] += [name] * len(part)
+        table["row"] += [row.where for row in part]
+        table["response"] += [row.response for row in part]
         for column, values in (("reward", own.rewards), ("squared_mahalanobis", squared), ("tail_probability", tails)):
-            columns[column] += values.tolist()
-        columns["cluster"] += cluster_of
+            table[column] += values.tolist()
+        table["cluster"] += cluster_of
         if name == "(reference)":
             continue
         entry = {
@@ -184,14 +188,15 @@ def detect(
             "reference": str(reference), "candidates": [str(file) for file in files], "eps": eps,
             "min_samples": min_samples, "noise": noise, "alpha": alpha, "tail": tail,
             "max_change_ratio": max_change_ratio, "max_responses": max_responses,
+            "columns": None if columns is None else dict(columns),
         },
         "digests": {str(file): file_digest(file) for file in (reference, *files)},
         "seed": seed,
         "versions": versions(),
     }  # fmt: skip
     if folder is not None:
-        _add_places(columns, latents, alpha, map_points, seed)
-        _write(folder, result, columns)
+        _add_places(table, latents, alpha, map_points, seed)
+        _write(folder, result, table)
     return result
 
 
@@ -203,8 +208,10 @@ def repeated_trigrams(text: str) -> float:
     return (total - len(trigrams)) / total if total else 0.0
 
 
-def _read(file: str | Path, max_responses: int | None, seed: int) -> list[ScoreRow]:
-    rows = list(read_score_rows(file))
+def _read(file: str | Path, columns: Mapping[str, str] | None, max_responses: int | None, seed: int) -> list[ScoreRow]:
+    reading = Reading()
+    rows = list(read_score_rows(file, columns, reading))
+    log_reading(str(file), reading)
     if max_responses is not None and len(rows) > max_responses:
         chosen = np.random.default_rng(seed).choice(len(rows), max_responses, replace=False)
         rows = [rows[place] for place in sorted(chosen.tolist())]

@@ -1,7 +1,7 @@
 """Evaluating a reward model on preference data: from model and data to a folder of results."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def evaluate(
     output: str | Path | None = None,
     *,
     tokenizer: Any = None,
-    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
     data_revision: str | None = None,
     on_bad_row: str = "error",
     overlong: str = "error",
@@ -48,7 +48,7 @@ def evaluate(
         data: one or several sources of pairs, as `load_preferences` reads them.
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
-        split: see `load_preferences`, for every source.
+        columns: which columns are prompt, chosen, rejected, ...: see `Columns.of`.
         data_revision: revision of the data on the Hub.
         on_bad_row: ``"error"`` or ``"skip"``, which counts and lists bad rows.
         overlong: what becomes of pairs over the scorer's ``max_length``: ``"error"``, ``"drop"`` or
@@ -72,7 +72,7 @@ def evaluate(
 
     parts, described = [], []
     for source in load_sources(
-        data, split=split, revision=data_revision, on_bad_row=on_bad_row, max_pairs=max_pairs, seed=seed
+        data, columns=columns, revision=data_revision, on_bad_row=on_bad_row, max_pairs=max_pairs, seed=seed
     ):
         encoded = encode_pairs(source.pairs, scorer.tokenizer, max_length=scorer.max_length, overlong=overlong)
         counts = {name: encoded.counts[name] for name in ("overlong", "dropped", "truncated")}
@@ -83,7 +83,7 @@ def evaluate(
     identity = scorer.identity()
     settings = {
         "data": [item["source"] for item in described],
-        "split": split,
+        "columns": None if columns is None else dict(columns),
         "data_revision": data_revision,
         "on_bad_row": on_bad_row,
         "overlong": overlong,

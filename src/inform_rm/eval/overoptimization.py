@@ -196,6 +196,7 @@ def simulate(
     policy: str | Path | Policy | None = None,
     prompts: Sequence[Prompt] | None = None,
     data: str | Path | Sequence[str | Path] | None = None,
+    columns: Mapping[str, str] | None = None,
     num_prompts: int | None = None,
     num_responses: int = 1024,
     ns: Sequence[int] | None = None,
@@ -220,6 +221,7 @@ def simulate(
             `CausalLMPolicy` of a loaded model; ``None`` is the world's sampler.
         prompts: distinct prompts.
         data: in place of these, sources of preference pairs, whose distinct prompts are used.
+        columns: which columns of the data are what, see `inform_rm.columns.Columns.of`.
         num_prompts: use a random subset of this many prompts; of the world, draw this many (128 if not given).
         num_responses: N, responses to each prompt.
         ns: numbers to choose from, at most N; by default powers of two up to N.
@@ -257,7 +259,7 @@ def simulate(
     if not models or set(models) & set(_COLUMNS) or not all(isinstance(name, str) and name for name in models):
         raise InputError(f"proxy: names {list(models)}; expected at least one name, none of {', '.join(_COLUMNS)}.")
     folder = None if output is None else check_output_directory(output)
-    asked = choose_prompts(prompts, data, num_prompts, seed)
+    asked = choose_prompts(prompts, data, num_prompts, seed, columns)
     if gold is None:
         _check_world(asked)
     proxies = {name: _scorer(model, f"proxy {name}", scorer_options) for name, model in models.items()}
@@ -289,7 +291,9 @@ def simulate(
         },
         "prompts_fingerprint": hashlib.sha256(json.dumps(asked).encode("utf-8", "surrogatepass")).hexdigest(),
         "settings": {
-            name: str(value) for name, value in {"data": data, **scorer_options}.items() if value is not None
+            name: str(value)
+            for name, value in {"data": data, "columns": columns, **scorer_options}.items()
+            if value is not None
         },
         "seed": seed,
         "versions": versions(),

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from inform_rm.columns import Columns
 from inform_rm.errors import InputError, shortened
 from inform_rm.eval.suite_scores import NUM_STYLES, ties_id, twin_id
 from inform_rm.eval.suites import HubSource, Suite
-from inform_rm.preferences import BadRow, Message, parse_pair, to_messages
-from inform_rm.records import Records, data_suffix, load_hub, naming_unreadable, open_records
+from inform_rm.messages import Message, to_messages
+from inform_rm.preferences import BadRow, parse_pair
+from inform_rm.records import Records, data_suffix, is_saved_dataset, load_hub, open_file, open_parts, parse_source
 
 _MOST_REASONS = 20
 _JUDGE_CATEGORIES = {
@@ -117,15 +119,32 @@ def _sources(
     if not named:
         raise InputError(f"data: expected files of {suite.name}, or leave it out to read the Hub.")
     for each in named:
-        path = Path(each)
-        on_hub = [source for source in suite.hub if source.hub_id == str(each)]
-        if path.is_dir() and not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
-            yield str(each), [_file_part(file, path, revision) for file in _files_in(path)]
-        elif path.exists() or not on_hub:
-            yield str(each), [_file_part(path, path.parent, revision)]
+        where = parse_source(each)
+        path = Path(where.name)
+        if path.is_dir() and where.split is None and not is_saved_dataset(path):
+            _refuse_revision(each, revision)
+            yield str(each), [_file_part(file, path) for file in _files_in(path)]
+        elif path.exists() or not any(known.hub_id == where.name for known in suite.hub):
+            root = path.parent if path.is_file() else path
+            yield (
+                str(each),
+                [
+                    _Part(name, records, _place(Path(name), root))
+                    for name, records in open_parts(each, revision=revision)
+                ],
+            )
         else:
-            for source in on_hub:
-                yield _hub_name(source), [_hub_part(suite, source, revision)]
+            on_hub = [
+                known
+                for known in suite.hub
+                if (known.hub_id, known.split) == (where.name, where.split or known.split)
+                and where.config in (None, known.config)
+            ]
+            if not on_hub:
+                splits = ", ".join(f"{known.hub_id}[{known.split}]" for known in suite.hub)
+                raise InputError(f"data: {suite.name} has no part {each}; its parts are {splits}.")
+            for known in on_hub:
+                yield _hub_name(known), [_hub_part(suite, known, revision)]
 
 
 def _hub_name(source: HubSource) -> str:
@@ -143,11 +162,20 @@ def _hub_part(suite: Suite, source: HubSource, revision: str | None) -> _Part:
     return _Part(_hub_name(source), enumerate(rows, start=1), source.subset)
 
 
-def _file_part(path: Path, root: Path, revision: str | None) -> _Part:
-    """Rows of a file or a saved data set, with its place below ``root``."""
-    name, records = open_records(path, revision=revision)  # which refuses a revision of a file
+def _file_part(path: Path, root: Path) -> _Part:
+    """Rows of a file, with its place below ``root``."""
+    name, records = open_file(path)
+    return _Part(name, records, _place(path, root))
+
+
+def _place(path: Path, root: Path) -> str:
     inside = path.relative_to(root) if root in path.parents else Path(path.name)
-    return _Part(name, naming_unreadable(name, records), f"{root.name}/{inside}")
+    return f"{root.name}/{inside}"
+
+
+def _refuse_revision(name: str | Path, revision: str | None) -> None:
+    if revision is not None:
+        raise InputError(f"revision: {revision!r} was given, but {name} is a local folder. Leave revision out.")
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -193,7 +221,7 @@ class _Fault(Exception):
 
 def _pair(suite: Suite, record: dict[str, Any], part: _Part, row: int) -> list[SuiteItem]:
     # Anthropic's rows name no prompt; other fields called prompt, chosen, rejected are those of preferences.
-    pair = parse_pair(record, part.name, row, allow_identical=True)
+    pair = parse_pair(record, part.name, row, columns=Columns(sides="reply"), allow_identical=True)
     subset = record.get("subset")
     if suite.name == "judgebench" and subset is not None:
         category = str(subset).removeprefix("judgebench-")
@@ -222,7 +250,9 @@ def _styles(suite: Suite, record: dict[str, Any], part: _Part, row: int) -> list
     chosen, rejected = _texts(record, "chosen"), _texts(record, "rejected")
     if (len(chosen), len(rejected)) != (NUM_STYLES, NUM_STYLES):
         raise _Fault(f"{len(chosen)} chosen and {len(rejected)} rejected; expected concise, detailed and markdown.")
-    domain = record.get("domain", record.get("subset"))
+    # The authors' files of one domain name it in their own name alone; `subset` says there where a row came from.
+    of_domain = _domain_file(part.subset) is not None
+    domain = record.get("domain", None if of_domain else record.get("subset"))
     return [_item(suite, record, part, row, domain, record["prompt"], chosen + rejected, NUM_STYLES)]
 
 
@@ -333,6 +363,13 @@ def _item(
     return SuiteItem(identifier, name, messages, candidates, right, part.name, row)
 
 
+def _domain_file(place: str | None) -> str | None:
+    """The domain in the name of one of the files of RM-Bench's authors: ``chat_filtered.json``."""
+    name = Path(place or "").name
+    stem = name.removesuffix(data_suffix(name) or "")
+    return stem.removesuffix("_filtered") if stem.endswith("_filtered") else None
+
+
 def _subset_name(suite: Suite, subset: Any, part: _Part) -> str:
     known = {name.lower(): name for name in suite.subsets} | {alias.lower(): name for alias, name in suite.aliases}
     if part.subset in suite.subsets:  # a split on the Hub is one subset, whatever its rows call theirs
@@ -342,8 +379,7 @@ def _subset_name(suite: Suite, subset: Any, part: _Part) -> str:
             return known[str(subset).strip().lower()]
         raise _Fault(f"subset {shortened(repr(subset))} is none of {suite.name}'s: {', '.join(suite.subsets)}.")
     for place in reversed(Path(part.subset or "").parts):
-        suffix = data_suffix(place)
-        stem = place[: -len(suffix)] if suffix else place
+        stem = _domain_file(place) or place.removesuffix(data_suffix(place) or "")
         if stem.lower() in known:
             return known[stem.lower()]
     raise _Fault(f"no 'subset', and neither file nor folder is named after one: {', '.join(suite.subsets)}.")

@@ -27,9 +27,16 @@ class TrainingConfig:
     """Everything that decides a training run. Published defaults: arXiv:2402.09345, appendices E.2 and J.3."""
 
     model: str = _setting("backbone (or InfoRM model to continue from): Hub id or folder")
-    data: tuple[str, ...] = _setting("training pairs: files, saved datasets or Hub ids; several are concatenated")
+    data: tuple[str, ...] = _setting(
+        "training pairs: files, folders or Hub ids, NAME[SPLIT] for one split; several are concatenated"
+    )
     output: str = _setting("folder for the trained, Hub-ready model; checkpoints go to its subfolder 'checkpoints'")
     eval_data: tuple[str, ...] = _setting("pairs for evaluation during training, given like data", ())
+    columns: dict[str, str] | None = _setting(  # noqa: RUF009  # its default is None
+        "which columns of data and eval_data are prompt, chosen, rejected, system, history, margin, subset, id: "
+        "FIELD=COLUMN; ignore=COLUMN leaves one out knowingly; none: columns of these names",
+        None,
+    )
 
     architecture: Literal["inform", "standard"] = _setting(
         "'inform': information bottleneck; 'standard': one linear reward head, the baseline", "inform"
@@ -275,6 +282,26 @@ def read_config(path: str | Path | None, overrides: dict[str, Any]) -> TrainingC
     return config_from_mapping({**values, **overrides}, str(path) if path is not None else "command line")
 
 
+def read_columns(value: Any) -> dict[str, str]:
+    """A mapping of fields to columns, from YAML or from texts like ``prompt=question``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    else:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str) and "=" in item for item in items):
+            raise ValueError(f"must be FIELD=COLUMN, several times if need be, got {shown(value)}")
+        pairs = [tuple(item.split("=", 1)) for item in items]
+    if not all(isinstance(part, str) and part for pair in pairs for part in pair):
+        raise ValueError(f"must name a column for each field, got {shown(value)}")
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"names a field twice, got {shown(value)}")
+    return dict(pairs)
+
+
 def _convert(value: Any, hint: Any) -> Any:
     """`value` as the type `hint`; strings (from flags, and numbers like 5e-6 that YAML reads as text) are parsed."""
     if isinstance(hint, types.UnionType):  # X | None
@@ -287,6 +314,8 @@ def _convert(value: Any, hint: Any) -> Any:
         if value not in choices:
             raise ValueError(f"must be one of {', '.join(choices)}, got {shown(value)}")
         return value
+    if origin is dict:
+        return read_columns(value)
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item.strip() for item in items):

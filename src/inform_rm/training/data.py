@@ -13,7 +13,8 @@ import datasets
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
-from inform_rm import encoding, preferences, records
+from inform_rm import columns, encoding, messages, preferences, records
+from inform_rm.columns import log_reading
 from inform_rm.encoding import encode_pairs
 from inform_rm.errors import InputError
 from inform_rm.files import atomic_directory, file_digest, write_json
@@ -35,7 +36,8 @@ class TrainingPairs:
 
     Attributes:
         dataset: see `inform_rm.encoding.EncodedPairs`.
-        counts: pairs used, overlong, dropped and truncated ones, and the ``bad_rows`` that were left out, as text.
+        counts: pairs used, overlong, dropped and truncated ones, the ``bad_rows`` that were left out, as text, and the
+            ``reading`` of each source: which columns were read, and how.
         fingerprints: per source the SHA-256 of its pairs, see `inform_rm.preferences.PreferenceData`.
     """
 
@@ -86,8 +88,11 @@ def _encode(
     parts: list[Dataset] = []
     fingerprints: dict[str, str] = {}
     bad_rows: list[str] = []
+    readings: dict[str, Any] = {}
     for source in sources:
-        loaded = load_preferences(source, on_bad_row=config.on_bad_row)
+        loaded = load_preferences(source, columns=config.columns, on_bad_row=config.on_bad_row)
+        log_reading(source, loaded.reading)
+        readings[source] = loaded.reading.to_dict()
         bad_rows += [str(row) for row in loaded.bad_rows]
         fingerprints[source] = loaded.fingerprint
         part = loaded.dataset
@@ -101,7 +106,7 @@ def _encode(
         pairs, tokenizer, max_length=config.max_length, overlong=config.overlong,
         keep_text=_keeps_text(config),
     )  # fmt: skip
-    counts = {**encoded.counts, "pairs": len(encoded.dataset), "bad_rows": bad_rows}
+    counts = {**encoded.counts, "pairs": len(encoded.dataset), "bad_rows": bad_rows, "reading": readings}
     return TrainingPairs(encoded.dataset, counts, fingerprints)
 
 
@@ -124,11 +129,14 @@ def _cache_folder(
         # Names too: they are part of the rows' ids and of messages about bad rows.
         "sources": list(zip(map(str, sources), digests, strict=True)),
         "tokenizer": fingerprint_tokenizer(tokenizer),
-        "settings": [config.max_length, config.overlong, config.on_bad_row, _keeps_text(config)],
+        "settings": [config.columns, config.max_length, config.overlong, config.on_bad_row, _keeps_text(config)],
         "choice": None if max_pairs is None else [max_pairs, config.seed],
         "augmentation": [config.augmentation, config.seed] if augment else None,
         "versions": {name: metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "jinja2")},
-        "code": [file_digest(str(module.__file__)) for module in (augmentation, encoding, preferences, records)],
+        "code": [
+            file_digest(str(module.__file__))
+            for module in (augmentation, columns, encoding, messages, preferences, records)
+        ],
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
     return Path(datasets.config.HF_DATASETS_CACHE) / "inform_rm_pairs" / key[:32]

@@ -4,9 +4,8 @@ import functools
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,15 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import get_worker_info
 
 from inform_rm import records
+from inform_rm.columns import Columns, Reading, log_reading
 from inform_rm.errors import InputError
+from inform_rm.preferences import pair_or_fault, with_layout
 from inform_rm.records import Records
 from inform_rm.training.config import TrainingConfig
 
 _BLOCK_BYTES = 1 << 16
 _BLOCKS = 16
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.\d])", re.IGNORECASE)
+_LOOKED_AT_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class Shard:
         file: the file or Hub id.
         label: how messages name it; row numbers count from its start.
         open: gives its rows.
+        columns: which columns are what.
     """
 
     file: str
     label: str
     open: Callable[[], Records]
+    columns: Columns = field(default_factory=Columns)
 
 
 @dataclass(frozen=True)
@@ -47,27 +50,32 @@ class StreamSource:
         shards: in the order of ``data``, then of names.
         fingerprints: per source the digest of names, sizes and samples of its files, or the commit of a Hub dataset;
             and the number of processes, and of workers if it matters, which decide who reads what.
+        readings: per source how its first rows were read (`inform_rm.columns.Reading`).
     """
 
     shards: tuple[Shard, ...]
     fingerprints: dict[str, str]
+    readings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def open_stream(config: TrainingConfig) -> StreamSource:
     """Find the files of all sources, without reading their rows.
 
-    A source is a file of any format of `inform_rm.records`, a folder of such files (all of one format, all of one
-    split), or a Hub dataset, of which the commit of today is used.
+    A source is a file of any format of `inform_rm.records`, a split of a folder of such files, or of a Hub dataset, of
+    which the commit of today is used.
 
     Raises:
         InputError: a missing, empty or unreadable source, or a folder of which it is not clear what to read.
     """
     shards: list[Shard] = []
-    fingerprints = {}
+    fingerprints, readings = {}, {}
     for source in config.data:
-        path = Path(source)
+        named = records.parse_source(source)
+        path = Path(named.name)
         if path.is_file() or path.is_dir():
-            files = [path] if path.is_file() else _files_of_folder(path)
+            files = [path] if path.is_file() else _files_of_folder(path, named)
+            if path.is_file():
+                records.open_parts(source)  # refuses a split of one file
             found = [shard for file in files for shard in _file_shards(file)]
             if not found:
                 raise InputError(f"{source}: no rows. Expected at least one preference pair.")
@@ -75,14 +83,32 @@ def open_stream(config: TrainingConfig) -> StreamSource:
             states = [[str(file.relative_to(root)), *_file_state(file)] for file in files]
             fingerprint = hashlib.sha256(json.dumps(states).encode("utf-8", "surrogatepass")).hexdigest()
         else:
-            fingerprint = _hub_commit(source)
+            fingerprint = _hub_commit(named.name)
             found = hub_shards(source, fingerprint)
-        shards += found
+        columns, readings[source] = _first_look(source, found[0], config)
+        shards += [replace(shard, columns=columns) for shard in found]
         fingerprints[source] = fingerprint
     readers = f"{PartialState().num_processes} processes"
     if may_leave_out(config):
         readers += f", {config.dataloader_num_workers} workers"
-    return StreamSource(tuple(shards), {**fingerprints, "streamed to": readers})
+    return StreamSource(tuple(shards), {**fingerprints, "streamed to": readers}, readings)
+
+
+def _first_look(source: str, shard: Shard, config: TrainingConfig) -> tuple[Columns, dict[str, Any]]:
+    """How a source is read, as its first rows show it, said once: all of it is read only while training.
+
+    Raises:
+        InputError: a mapping of columns of which none of these rows has the column.
+    """
+    reading = Reading()
+    head = list(itertools.islice(shard.open(), _LOOKED_AT_ROWS))
+    columns = with_layout(Columns.of(config.columns), head)
+    for row, record in head:
+        pair_or_fault(record, shard.label, row, "skip", columns=columns, reading=reading)
+    reading.check_given(columns, f"{source} (its first {reading.rows} rows)")
+    if PartialState().is_main_process:
+        log_reading(f"{source} (its first {reading.rows} rows)", reading)
+    return columns, reading.to_dict()
 
 
 def may_leave_out(config: TrainingConfig) -> bool:
@@ -90,37 +116,17 @@ def may_leave_out(config: TrainingConfig) -> bool:
     return config.on_bad_row == "skip" or config.overlong == "drop"
 
 
-def _files_of_folder(folder: Path) -> list[Path]:
-    if any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
+def _files_of_folder(folder: Path, named: records.SourceName) -> list[Path]:
+    if records.is_saved_dataset(folder):
         raise InputError(
             f"{folder}: a folder written by Dataset.save_to_disk cannot be streamed. Write it as Parquet files "
             "(Dataset.to_parquet), or leave streaming out."
         )
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and records.data_suffix(path.name)
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    if not files:
-        raise InputError(f"{folder}: no data in this folder; expected files ending in {', '.join(records.SUFFIXES)}.")
-    formats = sorted({str(records.data_suffix(path.name)) for path in files})
-    if len(formats) > 1:
-        raise InputError(f"{folder}: files of several formats ({', '.join(formats)}). Name the files to read.")
-    splits = set()
-    for path in files:
-        parts = path.relative_to(folder).parts
-        names = [match[1].lower() for part in parts if (match := _SPLIT.match(f"{part}."))]
-        splits.add(names[-1] if names else "")
-    if len(splits) > 1:
-        listed = ", ".join(sorted(split or "no split" for split in splits))
-        raise InputError(f"{folder}: its names speak of several splits ({listed}). Name the files to read.")
-    return files
+    return records.files_of_split(folder, named)
 
 
 def _file_shards(path: Path) -> list[Shard]:
-    name, _ = records.open_records(path)  # refuses what is empty or of an unknown format
+    name, _ = records.open_file(path)  # refuses what is empty or of an unknown format
     if records.data_suffix(path.name) != ".parquet":
         return [Shard(name, name, functools.partial(_file_records, path))]
     sizes = records.parquet_row_groups(path)
@@ -133,7 +139,7 @@ def _file_shards(path: Path) -> list[Shard]:
 
 
 def _file_records(path: Path) -> Records:
-    return records.open_records(path)[1]
+    return records.open_file(path)[1]
 
 
 def _group_records(path: Path, group: int, first_row: int) -> Records:
@@ -181,16 +187,17 @@ def _hub_commit(name: str) -> str:
 
 
 def hub_shards(name: str, revision: str | None) -> list[Shard]:
-    """The shards of a Hub dataset (or of a local folder laid out like one) that has one split.
+    """The shards of one split of a Hub dataset (or of a local folder laid out like one).
 
     Args:
-        name: Hub id.
+        name: Hub id, with its split where it has several (`records.parse_source`).
         revision: commit.
 
     Raises:
-        InputError: it cannot be loaded, or has several splits.
+        InputError: it cannot be loaded, or has several splits of which none is named.
     """
-    dataset = records.load_hub(name, None, revision, streaming=True)
+    named = records.parse_source(name)
+    dataset = records.load_hub(named.name, named.split, revision, streaming=True, config=named.config)
     count = dataset.num_shards
     return [
         Shard(

@@ -175,7 +175,7 @@ class _Reader:
 
     def _pair(self, shard: Shard, row: int, record: Any) -> PreferencePair | BadRow:
         try:
-            pair = pair_or_fault(record, shard.file, row, self.config.on_bad_row)
+            pair = pair_or_fault(record, shard.file, row, self.config.on_bad_row, columns=shard.columns)
         except BadRow as bad:
             raise BadRow(shard.label, bad.row, bad.reason, bad.kind) from None
         if isinstance(pair, BadRow):
