@@ -13,7 +13,7 @@ from inform_rm.eval.suites import HubSource, Suite
 from inform_rm.preferences import BadRow, Message, parse_pair, to_messages
 from inform_rm.records import Records, data_suffix, load_hub, naming_unreadable, open_records
 
-_MOST_REASONS = 20
+MOST_REASONS = 20
 _JUDGE_CATEGORIES = {
     "mmlu-pro": "knowledge", "livebench-reasoning": "reasoning", "livebench-math": "math", "livecodebench": "coding",
 }  # fmt: skip
@@ -38,7 +38,7 @@ class SuiteData:
 
     Attributes:
         items: in reading order; ids are unique.
-        sources: for each source ``source``, ``fingerprint`` (SHA-256 of its items' content in order), ``items``,
+        sources: for each source ``source``, ``fingerprint`` (SHA-256 of its items' content in order), ``items`` read,
             ``bad_rows`` and, where there are any, the first ``bad_row_reasons``.
     """
 
@@ -86,7 +86,7 @@ def load_suite_items(
         record: dict[str, Any] = {"source": name, "fingerprint": digest.hexdigest(), "items": len(items) - first}
         record["bad_rows"] = len(bad)
         if bad:
-            record["bad_row_reasons"] = [str(row) for row in bad[:_MOST_REASONS]]
+            record["bad_row_reasons"] = [str(row) for row in bad[:MOST_REASONS]]
         if len(items) == first:
             reasons = "".join(f" {row}" for row in bad[:3])
             raise InputError(f"{name}: no items of {suite.name}.{reasons}")
