@@ -357,8 +357,8 @@ def encode_columns(
     """Encode a batch of pairs; the arguments, the rules for them and the errors are those of `encode_pairs`.
 
     Returns:
-        Its columns, ``truncated`` (whether the prompt was cut) and those named in ``kept``, without the pairs that were
-        dropped or are bad; and the bad rows.
+        Its columns, ``truncated`` (whether the prompt was cut) and those named in ``kept``, without the pairs that
+        were dropped or are bad; and the bad rows.
     """
     columns: dict[str, list] = {name: [] for name in (*_ENCODED_FEATURES, *kept)}
     bad_rows: list[BadRow] = []
@@ -390,7 +390,7 @@ def encode_columns(
 
 
 def _columns_with_faults(batch: dict[str, list], **options: Any) -> dict[str, list]:
-    """`encode_columns` for `Dataset.map`, which may run elsewhere: the bad rows follow as rows that hold nothing else."""
+    """`encode_columns` for `Dataset.map`, which may run elsewhere: bad rows follow, with nothing but their fault."""
     columns, bad_rows = encode_columns(batch, **options)
     good = len(columns["id"])
     for name, values in columns.items():
@@ -418,9 +418,9 @@ def encode_pairs(
         overlong: What happens to a pair with a side over `max_length`: ``"error"``, it is a bad row; ``"drop"``,
             counted; ``"truncate_prompt"`` removes the same tokens from the left of both sides' prompt (after BOS),
             never response tokens.
-        on_bad_row: ``"error"`` stops at the first bad row: an over-long pair under ``overlong="error"``, responses that
-            do not fit alone under ``"truncate_prompt"``, a row that cannot be encoded, or whose sides become the same
-            tokens. ``"skip"`` leaves such rows out and returns them.
+        on_bad_row: ``"error"`` stops at the first bad row: an over-long pair under ``overlong="error"``, responses
+            that do not fit alone under ``"truncate_prompt"``, a row that cannot be encoded, or whose sides become the
+            same tokens. ``"skip"`` leaves such rows out and returns them.
         num_proc: Processes to encode with.
         keep_text: Keep the columns prompt, chosen, rejected, file and row.
 

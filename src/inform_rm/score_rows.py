@@ -1,5 +1,6 @@
 """Reading the prompt/response rows that are to be scored, one at a time, whatever the file format."""
 
+import contextlib
 import csv
 import datetime
 import json
@@ -19,12 +20,23 @@ _RESULT_FIELDS = ("reward", "reward_std")
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One row to score: ``fields`` is the whole input row, ``where`` names it in an error."""
+    """One row to score: ``fields`` is the whole input row, ``where`` names it in an error.
+
+    An empty response is one: policies in training write some.
+    """
 
     prompt: list[Message]
     response: str
     fields: dict[str, Any]
     where: str
+
+
+@dataclass(frozen=True)
+class RowFault:
+    """A row that cannot be scored: ``fields`` is what of it can be written, ``reason`` names the row and the fault."""
+
+    fields: dict[str, Any]
+    reason: str
 
 
 def read_score_rows(path: str | Path) -> Iterator[ScoreRow]:
@@ -34,6 +46,18 @@ def read_score_rows(path: str | Path) -> Iterator[ScoreRow]:
         InputError: if the file is missing, of another kind or broken, or a row has no usable ``prompt`` or
             ``response``; the message names file and row (from 1; in JSONL the line).
     """
+    for row in score_rows_or_faults(path):
+        if isinstance(row, RowFault):
+            raise InputError(row.reason)
+        yield row
+
+
+def score_rows_or_faults(path: str | Path) -> Iterator[ScoreRow | RowFault]:
+    """The rows as `read_score_rows` gives them; in place of a bad one, what is wrong with it.
+
+    Raises:
+        InputError: if the file is missing, of another kind, or broken in a way that spoils the rows that follow.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"input: there is no file {path}.")
@@ -42,8 +66,12 @@ def read_score_rows(path: str | Path) -> Iterator[ScoreRow]:
     for number, record in records:
         where = f"{file}, row {number}"
         if isinstance(record, str):  # the reader's description of a row that it could not read
-            raise InputError(f"{where}: {record}")
-        yield _checked_row(record, where)
+            yield RowFault({}, f"{where}: {record}")
+            continue
+        try:
+            yield _checked_row(record, where)
+        except InputError as error:
+            yield RowFault(_writable(record, where), str(error))
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, Any]]:
@@ -93,6 +121,16 @@ def _plain(value: Any, column: str, where: str) -> Any:
     raise InputError(f"{where}: column {column!r} holds a {type(value).__name__}, which JSON cannot. Drop the column.")
 
 
+def _writable(record: Any, where: str) -> dict[str, Any]:
+    """What JSON can hold of a bad row, without what would be taken for a result."""
+    fields = {}
+    for key, value in record.items() if isinstance(record, dict) else ():
+        if key not in _RESULT_FIELDS:
+            with contextlib.suppress(InputError):
+                fields[key] = _plain(value, key, where)
+    return fields
+
+
 def _checked_row(record: Any, where: str) -> ScoreRow:
     if not isinstance(record, dict):
         raise InputError(f"{where} is a {type(record).__name__}; expected an object with prompt and response.")
@@ -104,8 +142,8 @@ def _checked_row(record: Any, where: str) -> ScoreRow:
         if field in record:
             raise InputError(f"{where} has a field {field!r} already, which the result would replace. Rename it.")
     response = record["response"]
-    if not isinstance(response, str) or not response.strip():
-        raise InputError(f"{where}: response is {shortened(ascii(response))}; expected text that is not empty.")
+    if not isinstance(response, str):
+        raise InputError(f"{where}: response is {shortened(ascii(response))}; expected text.")
     try:
         prompt = to_messages(record["prompt"])
     except InputError as error:

@@ -149,7 +149,7 @@ def decompose(
     shared = scorer.split_over_processes
     writes = not shared or is_main_process()
 
-    def compute(model: RewardScorer | ResponseLikelihood, name: str, policies: dict[str, str], **more: Any) -> GapGrid:
+    def compute(model: RewardScorer | ResponseLikelihood, name: str, policies: dict[str, Any], **more: Any) -> GapGrid:
         journal = None if folder is None else RewardJournal(folder / name, {**run, **more}, shared)
         bar = progress and writes
         try:

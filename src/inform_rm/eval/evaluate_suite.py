@@ -161,7 +161,7 @@ class EncodedItem:
 def encode_items(
     items: Sequence[SuiteItem], scorer: RewardScorer, overlong: str, on_bad_row: str = "error"
 ) -> tuple[list[EncodedItem], dict[str, int], list[tuple[int, BadRow]]]:
-    """Token ids of all candidates, the counts that `evaluate_suite` reports, and the bad rows with their items' places.
+    """Token ids of all candidates, the counts that `evaluate_suite` reports, and bad rows with their items' places.
 
     Raises:
         BadRow: an item that cannot be encoded, or is over the limit as the policy does not allow, under
