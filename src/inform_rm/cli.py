@@ -243,9 +243,17 @@ def _score(arguments: argparse.Namespace) -> None:
     from inform_rm.scoring import RewardScorer
 
     scorer = RewardScorer(arguments.model, **_scorer_options(arguments), split_over_processes=True)
-    score_file(
-        scorer, arguments.input, arguments.output, uncertainty=arguments.uncertainty, columns=_columns(arguments)
+    found = score_file(
+        scorer,
+        arguments.input,
+        arguments.output,
+        arguments.uncertainty,
+        on_bad_row=arguments.on_bad_row,
+        columns=_columns(arguments),
     )
+    earlier = f" ({found['resumed_rows']} by an earlier call)" if found["resumed_rows"] else ""
+    scored = found["rows"] - found["bad_rows"]
+    _print_once(f"{scored} rows scored{earlier}, {found['bad_rows']} bad rows without a reward; {arguments.output}")
 
 
 def _serve(arguments: argparse.Namespace) -> None:

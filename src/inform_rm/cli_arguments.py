@@ -120,6 +120,8 @@ def make_parser() -> argparse.ArgumentParser:
     score.add_argument("--input", required=True, help="JSONL(.gz), CSV or Parquet with 'prompt' and 'response'")
     _add_columns(score, _ROW_FIELDS)
     score.add_argument("--output", required=True, help="JSONL file: the input's rows with their reward")
+    score.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="refuse an input with a row "
+                       "that cannot be scored, or write its fault instead of a reward (default: error)")  # fmt: skip
     score.add_argument("--uncertainty", type=int, metavar="N", help="InfoRM: also the reward's spread over N draws")
 
     serve = _command(commands, "serve", "a reward model over HTTP: /score, /get_reward, /classify")

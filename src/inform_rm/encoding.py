@@ -29,6 +29,7 @@ from inform_rm.untrusted import check_code_is_own, check_files
 logger = logging.getLogger(__name__)
 
 OVERLONG_POLICIES = ("error", "drop", "truncate_prompt")
+BAD_ROW_POLICIES = ("error", "skip")
 
 _PLAIN_TEMPLATE = (
     "BOS{%- for message in messages -%}"
@@ -53,6 +54,7 @@ _ENCODED_FEATURES = Features(
         "truncated": Value("bool"),
     }
 )
+_FAULT = "fault"  # column of `encode_pairs` alone: a bad row as JSON, or null
 
 
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "file", "row")
@@ -78,11 +80,14 @@ class EncodedPairs:
     Attributes:
         dataset: Columns chosen_input_ids, rejected_input_ids, prompt_length (tokens at the start that both sides
             share), length (tokens of the longer side), margin, subset, id, chosen_characters, rejected_characters.
-        counts: ``pairs`` given, ``overlong`` among them, and how many of those were ``dropped`` or ``truncated``.
+        counts: ``pairs`` given, ``overlong`` among them, and how many of those were ``dropped`` or ``truncated``; the
+            others are bad rows.
+        bad_rows: the pairs left out under ``on_bad_row="skip"``, in order.
     """
 
     dataset: Dataset
     counts: dict[str, int]
+    bad_rows: list[BadRow]
 
 
 def load_tokenizer(
@@ -311,23 +316,69 @@ def truncate_prompt(pair: TokenPair, max_length: int, bos_token_id: int | None) 
     return TokenPair(chosen, rejected, pair.prompt_length - excess)
 
 
+def encode_each(tokenizer: Any, batch: dict[str, list]) -> list[TokenPair | BadRow]:
+    """`encode_sides`, with the fault of a pair that cannot be encoded in its place.
+
+    Pairs are encoded one at a time only where the batch as a whole cannot be.
+    """
+    try:
+        return [*encode_sides(tokenizer, batch)]
+    except InputError as error:
+        if len(batch["row"]) == 1:
+            if isinstance(error, BadRow):
+                return [error]
+            raise
+        singles = [{name: values[at : at + 1] for name, values in batch.items()} for at in range(len(batch["row"]))]
+        return [found for single in singles for found in encode_each(tokenizer, single)]
+
+
+def skippable(bad: BadRow) -> BadRow:
+    """The same fault for whoever meets it under ``on_bad_row="error"``: its reason names the way round it."""
+    reason = f"{bad.reason} (on_bad_row='skip' leaves bad rows out and lists them.)"
+    return BadRow(bad.file, bad.row, reason, bad.kind)
+
+
+def none_usable(number: int, bad_rows: Sequence[BadRow | str], max_length: int | None = None) -> InputError:
+    """The error for data of which nothing is left; without bad rows all of it was over-long."""
+    if not bad_rows:
+        return InputError(f"max_length: {max_length} leaves none of the {number} pairs. Raise it.")
+    shown = "; ".join(str(bad) for bad in bad_rows[:3])
+    return InputError(f"data: none of the {number} pairs can be used, {len(bad_rows)} are bad rows. {shown}")
+
+
 def encode_columns(
-    batch: dict[str, list], tokenizer: Any, *, max_length: int | None, overlong: str, kept: Sequence[str] = ()
-) -> dict[str, list]:
+    batch: dict[str, list],
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    overlong: str,
+    on_bad_row: str = "error",
+    kept: Sequence[str] = (),
+) -> tuple[dict[str, list], list[BadRow]]:
     """Encode a batch of pairs; the arguments, the rules for them and the errors are those of `encode_pairs`.
 
     Returns:
-        Its columns, ``truncated`` (whether the prompt was cut) and those named in ``kept``. Dropped pairs are missing.
+        Its columns, ``truncated`` (whether the prompt was cut) and those named in ``kept``, without the pairs that
+        were dropped or are bad; and the bad rows.
     """
     columns: dict[str, list] = {name: [] for name in (*_ENCODED_FEATURES, *kept)}
-    for index, pair in enumerate(encode_sides(tokenizer, batch)):
+    bad_rows: list[BadRow] = []
+    for index, pair in enumerate(encode_each(tokenizer, batch)):
         file, row = batch["file"][index], batch["row"][index]
-        check_sides_differ(pair, file, row)
-        is_overlong = max_length is not None and pair.longest > max_length
-        if is_overlong and overlong == "drop":
+        is_overlong = isinstance(pair, TokenPair) and max_length is not None and pair.longest > max_length
+        try:
+            if isinstance(pair, BadRow):
+                raise pair
+            check_sides_differ(pair, file, row)
+            if is_overlong and overlong == "drop":
+                continue
+            if max_length is not None:
+                pair = fit_pair(pair, max_length, overlong, tokenizer.bos_token_id, file, row)
+        except BadRow as bad:
+            if on_bad_row == "error":
+                raise skippable(bad) from None
+            bad_rows.append(bad)
             continue
-        if max_length is not None:
-            pair = fit_pair(pair, max_length, overlong, tokenizer.bos_token_id, file, row)
         values: tuple[Any, ...] = (
             pair.chosen_ids, pair.rejected_ids, pair.prompt_length, pair.longest, batch["margin"][index],
             batch["subset"][index], batch["id"][index], len(batch["chosen"][index]),
@@ -336,6 +387,16 @@ def encode_columns(
         values += tuple(batch[name][index] for name in kept)
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
+    return columns, bad_rows
+
+
+def _columns_with_faults(batch: dict[str, list], **options: Any) -> dict[str, list]:
+    """`encode_columns` for `Dataset.map`, which may run elsewhere: bad rows follow, with nothing but their fault."""
+    columns, bad_rows = encode_columns(batch, **options)
+    good = len(columns["id"])
+    for name, values in columns.items():
+        values += [[] if name.endswith("_input_ids") else False if name == "truncated" else None] * len(bad_rows)
+    columns[_FAULT] = [None] * good + [json.dumps([bad.file, bad.row, bad.reason, bad.kind]) for bad in bad_rows]
     return columns
 
 
@@ -345,6 +406,7 @@ def encode_pairs(
     *,
     max_length: int | None,
     overlong: str = "error",
+    on_bad_row: str = "error",
     num_proc: int | None = None,
     keep_text: bool = False,
 ) -> EncodedPairs:
@@ -354,41 +416,55 @@ def encode_pairs(
         dataset: Columns as in `preferences.FEATURES`.
         tokenizer: As `load_tokenizer` returns it.
         max_length: Most tokens of prompt + response on either side; None for no limit.
-        overlong: What happens to a pair with a side over `max_length`: ``"error"``; ``"drop"``, counted;
-            ``"truncate_prompt"`` removes the same tokens from the left of both sides' prompt (after BOS), never
-            response tokens.
+        overlong: What happens to a pair with a side over `max_length`: ``"error"``, it is a bad row; ``"drop"``,
+            counted; ``"truncate_prompt"`` removes the same tokens from the left of both sides' prompt (after BOS),
+            never response tokens.
+        on_bad_row: ``"error"`` stops at the first bad row: an over-long pair under ``overlong="error"``, responses
+            that do not fit alone under ``"truncate_prompt"``, a row that cannot be encoded, or whose sides become the
+            same tokens. ``"skip"`` leaves such rows out and returns them.
         num_proc: Processes to encode with.
         keep_text: Keep the columns prompt, chosen, rejected, file and row.
 
     Raises:
-        BadRow: An over-long pair under ``"error"``; responses that do not fit alone under ``"truncate_prompt"``; a row
-            that cannot be encoded, or whose sides become the same tokens.
-        InputError: A wrong argument.
+        BadRow: The first bad row, under ``"error"``.
+        InputError: A wrong argument, or no pair is left.
     """
     if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
         raise InputError(f"max_length: got {max_length!r}; expected a whole number of tokens, at least 1, or None.")
-    if overlong not in OVERLONG_POLICIES:
-        raise InputError(f"overlong: got {overlong!r}; expected one of {', '.join(OVERLONG_POLICIES)}.")
+    for name, value, choices in (
+        ("overlong", overlong, OVERLONG_POLICIES),
+        ("on_bad_row", on_bad_row, BAD_ROW_POLICIES),
+    ):
+        if value not in choices:
+            raise InputError(f"{name}: got {value!r}; expected one of {', '.join(choices)}.")
 
     kept = Features({name: FEATURES[name] for name in (_TEXT_COLUMNS if keep_text else ())})
     encoded = dataset.map(
-        encode_columns,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "overlong": overlong, "kept": tuple(kept)},
+        _columns_with_faults,
+        fn_kwargs={
+            "tokenizer": tokenizer, "max_length": max_length, "overlong": overlong, "on_bad_row": on_bad_row,
+            "kept": tuple(kept),
+        },
         batched=True,
         batch_size=256,
         num_proc=num_proc,
         remove_columns=dataset.column_names,
-        features=Features({**_ENCODED_FEATURES, **kept}),
+        features=Features({**_ENCODED_FEATURES, **kept, _FAULT: Value("string")}),
         load_from_cache_file=False,  # a stale encoding would go unnoticed
         new_fingerprint=uuid.uuid4().hex,
         desc="Encoding pairs",
-    )
+    )  # fmt: skip
+    faults = [fault for batch in encoded.select_columns(_FAULT).iter(100_000) for fault in batch[_FAULT]]
+    bad_rows = [BadRow(*json.loads(fault)) for fault in faults if fault is not None]
     dropped = len(dataset) - len(encoded)
-    if not len(encoded):
-        raise InputError(f"max_length: {max_length} leaves none of the {len(dataset)} pairs. Raise it.")
+    if len(bad_rows) == len(encoded):
+        raise none_usable(len(dataset), bad_rows, max_length)
+    if bad_rows:
+        encoded = encoded.select([row for row, fault in enumerate(faults) if fault is None]).flatten_indices()
     truncated = sum(sum(batch["truncated"]) for batch in encoded.select_columns("truncated").iter(100_000))
-    counts = {"pairs": len(dataset), "overlong": dropped + truncated, "dropped": dropped, "truncated": truncated}
-    return EncodedPairs(encoded.remove_columns("truncated"), counts)
+    overlong_pairs = dropped + truncated + sum(bad.kind == "overlong" for bad in bad_rows)
+    counts = {"pairs": len(dataset), "overlong": overlong_pairs, "dropped": dropped, "truncated": truncated}
+    return EncodedPairs(encoded.remove_columns(["truncated", _FAULT]), counts, bad_rows)
 
 
 def fit_pair(

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
-from inform_rm.encoding import OVERLONG_POLICIES, TokenPair, encode_sides, fit_pair
+from inform_rm.encoding import OVERLONG_POLICIES, TokenPair, encode_each, fit_pair
 from inform_rm.errors import InputError
 from inform_rm.journal import RewardJournal
 from inform_rm.likelihoods import ResponseLikelihood
@@ -28,7 +28,8 @@ class GapGrid:
     Attributes:
         rewards: ``(P, M, 2)`` float32 of the chosen and the rejected response; NaN where the cell is not used. What
             the model gave as NaN or infinity stands there as it is.
-        used: ``(P, M)`` bool; false where there is no prompt, or prompt and response are longer than the model takes.
+        used: ``(P, M)`` bool; false where there is no prompt, prompt and response are longer than the model takes, or
+            the chat template refuses the prompt.
         truncated: cells whose prompt was cut (``overlong="truncate_prompt"``).
         tokens_computed: tokens that went through the model in this call.
         tokens_plain: tokens that one forward pass for every reward would have taken, without padding.
@@ -83,6 +84,7 @@ def gap_grid(
     *,
     rows: Tensor | None = None,
     overlong: str = "error",
+    on_bad_row: str = "error",
     journal: RewardJournal | None = None,
     progress: bool = False,
 ) -> GapGrid:
@@ -102,12 +104,15 @@ def gap_grid(
         overlong: what becomes of a cell that is longer than the scorer's ``max_length``: ``"error"`` if it is a pair
             under its own prompt, ``"drop"``, or ``"truncate_prompt"``. Under another prompt ``"error"`` leaves the
             cell out, too: the data are not at fault.
+        on_bad_row: what becomes of a pair under its own prompt that cannot be encoded, or is too long as ``overlong``
+            does not allow: ``"error"``, or ``"skip"``, which leaves the cell out. Under another prompt it is always
+            left out.
         journal: rewards of an earlier call that was cut off, continued and written to.
         progress: show a progress bar.
 
     Raises:
         InputError: wrong arguments.
-        BadRow: a pair that cannot be encoded, or is too long under its own prompt.
+        BadRow: a pair that cannot be encoded, or is too long, under its own prompt, with ``on_bad_row="error"``.
     """
     if overlong not in OVERLONG_POLICIES:
         raise InputError(f"overlong: got {overlong!r}; expected one of {', '.join(OVERLONG_POLICIES)}.")
@@ -132,7 +137,12 @@ def gap_grid(
             entries: list[tuple[int, int, int]] = []
             encoded = _encode_cells(scorer, pairs, pair_rows, prompt_rows, choice, cells)
             for (pair, column), both, where in encoded:
-                fitted = _fit(both, scorer, overlong, where if column == 0 else None)
+                try:
+                    fitted = _fit(both, scorer, overlong, *where)
+                except BadRow:
+                    if column == 0 and on_bad_row == "error":
+                        raise
+                    fitted = None
                 if fitted is None:
                     used[pair, column] = False
                     bar.update(2)
@@ -172,8 +182,8 @@ def _encode_cells(
     prompt_rows: Tensor,
     choice: Tensor,
     cells: list[tuple[int, int]],
-) -> Iterator[tuple[tuple[int, int], TokenPair, tuple[str, int]]]:
-    """The cells with their token ids and the file and row of their pair."""
+) -> Iterator[tuple[tuple[int, int], TokenPair | BadRow, tuple[str, int]]]:
+    """The cells with their token ids, or why they have none, and the file and row of their pair."""
     wanted = pair_rows[[pair for pair, _ in cells]]
     prompts_at = prompt_rows[[int(choice[pair, column]) for pair, column in cells]]
     needed, place = torch.cat([wanted, prompts_at]).unique(return_inverse=True)
@@ -182,20 +192,17 @@ def _encode_cells(
     columns = {name: [batch[name][at] for at in of_pair] for name in ("chosen", "rejected", "file", "row")}
     columns["prompt"] = [batch["prompt"][at] for at in of_prompt]
     places = zip(columns["file"], columns["row"], strict=True)
-    return zip(cells, encode_sides(scorer.tokenizer, columns), places, strict=True)
+    return zip(cells, encode_each(scorer.tokenizer, columns), places, strict=True)
 
 
 def _fit(
-    both: TokenPair, scorer: RewardScorer | ResponseLikelihood, overlong: str, where: tuple[str, int] | None
+    both: TokenPair | BadRow, scorer: RewardScorer | ResponseLikelihood, overlong: str, file: str, row: int
 ) -> TokenPair | None:
-    """A cell within the model's length, or ``None``; ``where`` is given for a pair under its own prompt."""
+    """A cell within the model's length, or ``None`` under ``overlong="drop"``."""
+    if isinstance(both, BadRow):
+        raise both
     if scorer.max_length is None or both.longest <= scorer.max_length:
         return both
     if overlong == "drop":
         return None
-    try:
-        return fit_pair(both, scorer.max_length, overlong, scorer.tokenizer.bos_token_id, *(where or ("", 0)))
-    except BadRow:
-        if where is None:
-            return None
-        raise
+    return fit_pair(both, scorer.max_length, overlong, scorer.tokenizer.bos_token_id, file, row)

@@ -19,6 +19,8 @@ _MOST_HEADER_CHARACTERS = 1 << 20  # fingerprints and settings
 class RewardJournal:
     """Rewards by row, appended batch by batch in whatever order they are computed.
 
+    A row is its number in the input, or a number made of its content where the input may change.
+
     The first line says which run the rewards belong to; each further line is ``[row, reward]`` or
     ``[row, reward, reward_std]``. A line cut short by a kill is dropped.
 
@@ -72,14 +74,6 @@ class RewardJournal:
             columns.append([shortest_float(value) for value in stds])
         self._file.write("".join(json.dumps(entry) + "\n" for entry in zip(*columns, strict=True)))
         self._file.flush()
-
-    def clear(self) -> None:
-        """Forget the rewards, keep the identity."""
-        if not self._writes:
-            return
-        self._file.close()
-        atomic_write_text(self.path, self._header)
-        self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Close the file and leave it for the next run."""

@@ -1,5 +1,6 @@
 """Reading the prompt/response rows that are to be scored, one at a time, whatever the file format."""
 
+import contextlib
 import datetime
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,10 @@ _RESULT_FIELDS = ("reward", "reward_std")
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One row to score: ``fields`` is the whole input row, ``where`` names it in an error."""
+    """One row to score: ``fields`` is the whole input row, ``where`` names it in an error.
+
+    An empty response is one: policies in training write some.
+    """
 
     prompt: list[Message]
     response: str
@@ -33,10 +37,33 @@ class ScoreRow:
     where: str
 
 
+@dataclass(frozen=True)
+class RowFault:
+    """A row that cannot be scored: ``fields`` is what of it can be written, ``reason`` names the row and the fault."""
+
+    fields: dict[str, Any]
+    reason: str
+
+
 def read_score_rows(
     source: str | Path, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
 ) -> Iterator[ScoreRow]:
-    """Yield the rows of a source in order, checked, one in memory at a time.
+    """Yield the rows of a source in order, checked, one in memory at a time; see `score_rows_or_faults`.
+
+    Raises:
+        InputError: if the source is missing, of another kind or broken, or a row has no usable ``prompt`` or
+            ``response``; the message names file and row (from 1; in JSONL the line).
+    """
+    for row in score_rows_or_faults(source, columns, reading):
+        if isinstance(row, RowFault):
+            raise InputError(row.reason)
+        yield row
+
+
+def score_rows_or_faults(
+    source: str | Path, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
+) -> Iterator[ScoreRow | RowFault]:
+    """The rows of a source in order, one in memory at a time; in place of a bad one, what is wrong with it.
 
     Args:
         source: A JSONL, JSON, CSV (each also .gz) or Parquet file, a folder, or a Hub id, see `records.open_parts`.
@@ -44,8 +71,7 @@ def read_score_rows(
         reading: Counts how the rows were read.
 
     Raises:
-        InputError: if the source is missing, of another kind or broken, or a row has no usable ``prompt`` or
-            ``response``; the message names file and row (from 1; in JSONL the line).
+        InputError: if the source is missing, of another kind, or broken in a way that spoils the rows that follow.
     """
     columns = Columns.of(columns, ROW_FIELDS)
     reading = Reading() if reading is None else reading
@@ -54,8 +80,12 @@ def read_score_rows(
         for number, record in records:
             where = f"{file}, row {number}"
             if isinstance(record, str):  # the reader's description of a row that it could not read
-                raise InputError(f"{where}: {record}")
-            yield _checked_row(record, where, columns, reading, is_csv)
+                yield RowFault({}, f"{where}: {record}")
+                continue
+            try:
+                yield _checked_row(record, where, columns, reading, is_csv)
+            except InputError as error:
+                yield RowFault(_writable(record, where), str(error))
     reading.check_given(columns, str(source))
 
 
@@ -76,6 +106,16 @@ def _plain(value: Any, column: str, where: str) -> Any:
     if isinstance(value, datetime.datetime | datetime.date | datetime.time):
         return value.isoformat()
     raise InputError(f"{where}: column {column!r} holds a {type(value).__name__}, which JSON cannot. Drop the column.")
+
+
+def _writable(record: Any, where: str) -> dict[str, Any]:
+    """What JSON can hold of a bad row, without what would be taken for a result."""
+    fields = {}
+    for key, value in record.items() if isinstance(record, dict) else ():
+        if key not in _RESULT_FIELDS:
+            with contextlib.suppress(InputError):
+                fields[key] = _plain(value, key, where)
+    return fields
 
 
 def _checked_row(record: Any, where: str, columns: Columns, reading: Reading, is_csv: bool) -> ScoreRow:

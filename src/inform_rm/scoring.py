@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from inform_rm.encoding import Encoded, check_vocabulary, encode, load_tokenizer
+from inform_rm.encoding import Encoded, check_vocabulary, encode, encode_many, load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.packing import (
     default_tokens_per_batch,
@@ -172,10 +172,13 @@ class RewardScorer:
             raise InputError(
                 f"{len(prompts)} prompts for {len(responses)} responses; expected one prompt per response."
             )
-        encoded = [
-            self.encode(prompt, response, f"row {row} (counted from 0)")
-            for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-        ]
+        encoded = []
+        for row in self.encode_each(
+            prompts, responses, [f"row {row} (counted from 0)" for row in range(len(prompts))]
+        ):
+            if isinstance(row, InputError):
+                raise row
+            encoded.append(row)
         sequences, prompt_lengths = [row.input_ids for row in encoded], [len(row.prompt_ids) for row in encoded]
         return self.score_encoded(sequences, prompt_lengths, uncertainty, progress)
 
@@ -199,14 +202,35 @@ class RewardScorer:
 
     def encode(self, prompt: Prompt, response: str, where: str) -> Encoded:
         """Token ids of one row as the model sees them; ``where`` names the row in an error."""
-        if self.tokenizer is None:
-            raise InputError("tokenizer: a loaded model scores text only with its tokenizer. Pass tokenizer=...")
+        self._check_tokenizer()
         try:
             encoded = encode(self.tokenizer, prompt, response)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         self.check_ids(encoded.input_ids, where)
         return encoded
+
+    def encode_each(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], places: Sequence[str]
+    ) -> list[Encoded | InputError]:
+        """`encode` for many rows at once, with the error of a row that the model cannot take in its place."""
+        self._check_tokenizer()
+        found: list[Encoded | InputError] = []
+        together: list[Encoded] | None
+        try:
+            together = encode_many(self.tokenizer, prompts, responses)
+        except InputError:
+            together = None
+        for row, where in enumerate(places):
+            try:
+                if together is None:
+                    found.append(self.encode(prompts[row], responses[row], where))
+                else:
+                    self.check_ids(together[row].input_ids, where)
+                    found.append(together[row])
+            except InputError as error:
+                found.append(error)
+        return found
 
     def iter_scores(
         self,
@@ -251,6 +275,10 @@ class RewardScorer:
                         place = int(values.isfinite().int().argmin())
                         raise NonFiniteRewardError(rows[place], values[place].item())
                 yield rows, rewards, stds
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            raise InputError("tokenizer: a loaded model scores text only with its tokenizer. Pass tokenizer=...")
 
     def check_uncertainty(self, uncertainty: int | None) -> None:
         """Raise `InputError` unless the model can give this many reward samples (``None`` always passes)."""

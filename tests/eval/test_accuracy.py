@@ -266,8 +266,9 @@ def test_left_out_pairs_are_counted_and_bad_rows_listed(scorer, tmp_path, caplog
     data = write_pairs(tmp_path / "pairs.jsonl", pairs)
     with pytest.raises(InputError, match="row 2"):
         evaluate(scorer, data, progress=False)
-    with pytest.raises(InputError, match=r"row 5.*128"):
-        evaluate(scorer, data, on_bad_row="skip", progress=False)
+    skipped = evaluate(scorer, data, on_bad_row="skip", progress=False)
+    assert (skipped["data"][0]["bad_rows"], skipped["data"][0]["overlong"], skipped["num_pairs"]) == (2, 1, 4)
+    assert "row 2" in skipped["data"][0]["bad_row_reasons"][0] and "row 5" in skipped["data"][0]["bad_row_reasons"][1]
     dropped = evaluate(scorer, data, on_bad_row="skip", overlong="drop", progress=False)
     (source,) = dropped["data"]
     assert (source["bad_rows"], source["overlong"], source["dropped"], source["truncated"]) == (1, 1, 1, 0)
@@ -276,6 +277,9 @@ def test_left_out_pairs_are_counted_and_bad_rows_listed(scorer, tmp_path, caplog
     assert any("dropped 1, bad_rows 1" in message for message in caplog.messages)
     cut = evaluate(scorer, data, on_bad_row="skip", overlong="truncate_prompt", progress=False)
     assert cut["data"][0]["truncated"] == 1 and cut["num_pairs"] == 5
+    write_pairs(data, pairs[2:])
+    with pytest.raises(InputError, match=r"row 3.*128.*on_bad_row='skip'"):
+        evaluate(scorer, data, progress=False)
 
 
 @pytest.mark.parametrize("fail_at", (0, 1, 5))

@@ -18,7 +18,7 @@ from inform_rm.decomposition import Decomposition, decompose_gaps, sample_prompt
 from inform_rm.errors import InputError
 from inform_rm.eval import decompose_report as report
 from inform_rm.eval.report import figure_png
-from inform_rm.eval.sources import load_sources, warn_of_left_out
+from inform_rm.eval.sources import leave_out_bad_rows, load_sources, warn_of_left_out
 from inform_rm.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.gap_grid import GapGrid, distinct_prompts, gap_grid
 from inform_rm.journal import RewardJournal
@@ -87,7 +87,8 @@ def decompose(
         color: what colours the plane of D1 and D2: ``"length"`` (characters, chosen - rejected) or ``"subset"``.
         columns: which columns are prompt, chosen, rejected, ...: see `Columns.of`.
         data_revision: revision of the data on the Hub.
-        on_bad_row: ``"error"`` or ``"skip"``, which counts and lists bad rows.
+        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists bad rows, those among them that
+            cannot be encoded or do not fit. A pair that cannot be rendered under another's prompt does without it.
         overlong: see `inform_rm.gap_grid.gap_grid`; a pair that is too long under its own prompt is counted.
         max_pairs: use a random subset of this many pairs of each source.
         seed: seed of the subset and of the draw of prompts.
@@ -122,7 +123,8 @@ def decompose(
     sources = load_sources(
         data, columns=columns, revision=data_revision, on_bad_row=on_bad_row, max_pairs=max_pairs, seed=seed
     )
-    pairs = concatenate_datasets([source.pairs for source in sources])
+    # All before the first forward pass, and without the prompts that no pair could be scored under.
+    pairs = concatenate_datasets([leave_out_bad_rows(source, scorer, overlong, on_bad_row) for source in sources])
     prompt_rows, own = distinct_prompts(pairs)
     if len(prompt_rows) < 2:
         raise InputError(
@@ -148,22 +150,23 @@ def decompose(
     shared = scorer.split_over_processes
     writes = not shared or is_main_process()
 
-    def compute(model: RewardScorer | ResponseLikelihood, name: str, policy: str, **run_settings: Any) -> GapGrid:
-        journal = None if folder is None else RewardJournal(folder / name, {**run, **run_settings}, shared)
+    def compute(model: RewardScorer | ResponseLikelihood, name: str, policies: dict[str, Any], **more: Any) -> GapGrid:
+        journal = None if folder is None else RewardJournal(folder / name, {**run, **more}, shared)
         bar = progress and writes
         try:
-            return gap_grid(model, pairs, choice, prompt_rows, overlong=policy, journal=journal, progress=bar)
+            return gap_grid(model, pairs, choice, prompt_rows, **policies, journal=journal, progress=bar)
         finally:
             if journal is not None:
                 journal.close()
 
-    grid = compute(scorer, JOURNAL_FILE, overlong)
+    grid = compute(scorer, JOURNAL_FILE, {"overlong": overlong})
     log_likelihoods = None
     if behavior_model is not None:
         likelihood = _likelihood(behavior_model, scorer.tokenizer, length_normalized, scorer_options)
         likelihood.split_over_processes = shared
         settings |= {"length_normalized": length_normalized, "ess_target": ess_target}
-        behavior = compute(likelihood, LIKELIHOOD_JOURNAL_FILE, "drop", likelihood=likelihood.identity())
+        policies = {"overlong": "drop", "on_bad_row": "skip"}  # a prompt that it cannot weigh has no weight
+        behavior = compute(likelihood, LIKELIHOOD_JOURNAL_FILE, policies, likelihood=likelihood.identity())
         log_likelihoods = behavior.pair_log_likelihoods
     table, left_out = _table(pairs, grid, population, log_likelihoods, ess_target)
     for source in sources:
@@ -208,12 +211,18 @@ def _table(
     gaps = grid.gaps.masked_fill(~grid.used, 0.0)
     nonfinite = own_used & ~gaps.isfinite().all(dim=1)
     kept = own_used & ~alone & ~nonfinite
+    unlikely = torch.zeros_like(kept)
+    if log_likelihoods is not None:
+        unlikely = kept & ~(log_likelihoods.isfinite() & grid.used).any(dim=1)
+        kept &= ~unlikely
     left_out = {
         "overlong": int((~own_used).sum()),
         "no_other_prompt": int(alone.sum()),
         "nonfinite_rewards": int(nonfinite.sum()),
         "nonfinite_ids": [pairs[int(row)]["id"] for row in nonfinite.nonzero()[:_SHOWN_PAIRS, 0]],
     }
+    if unlikely.any():
+        left_out["no_likelihood"] = int(unlikely.sum())
     rows = kept.nonzero()[:, 0]
     if not len(rows):
         raise InputError(f"data: no pair can be decomposed; left out: {left_out}.")

@@ -136,8 +136,9 @@ def notes(result: dict[str, Any]) -> list[str]:
         "overlong": "too long",
         "no_other_prompt": "without another prompt",
         "nonfinite_rewards": "with NaN or infinity",
+        "no_likelihood": "that the behaviour model takes under none of their prompts",
     }
-    counted = [f"{left_out[name]} {text}" for name, text in reasons.items() if left_out[name]]
+    counted = [f"{left_out[name]} {text}" for name, text in reasons.items() if left_out.get(name)]
     if counted:
         named = f" ({', '.join(left_out['nonfinite_ids'])})" if left_out["nonfinite_ids"] else ""
         texts.append(f"Left out: {', '.join(counted)}{named}.")

@@ -11,7 +11,7 @@ import torch
 from inform_rm.encoding import encode_pairs
 from inform_rm.eval import accuracy, report
 from inform_rm.eval.journaled import journaled_rewards
-from inform_rm.eval.sources import load_sources, warn_of_left_out
+from inform_rm.eval.sources import add_bad_rows, load_sources, warn_of_left_out
 from inform_rm.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.journal import RewardJournal, shortest_float
 from inform_rm.processes import is_main_process
@@ -50,7 +50,8 @@ def evaluate(
         tokenizer: see `RewardScorer`.
         columns: which columns are prompt, chosen, rejected, ...: see `Columns.of`.
         data_revision: revision of the data on the Hub.
-        on_bad_row: ``"error"`` or ``"skip"``, which counts and lists bad rows.
+        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists bad rows, those among them that
+            cannot be encoded or do not fit (see `inform_rm.encoding.encode_pairs`).
         overlong: what becomes of pairs over the scorer's ``max_length``: ``"error"``, ``"drop"`` or
             ``"truncate_prompt"``; counted.
         max_pairs: evaluate a random subset of this many pairs of each source.
@@ -74,7 +75,10 @@ def evaluate(
     for source in load_sources(
         data, columns=columns, revision=data_revision, on_bad_row=on_bad_row, max_pairs=max_pairs, seed=seed
     ):
-        encoded = encode_pairs(source.pairs, scorer.tokenizer, max_length=scorer.max_length, overlong=overlong)
+        encoded = encode_pairs(
+            source.pairs, scorer.tokenizer, max_length=scorer.max_length, overlong=overlong, on_bad_row=on_bad_row
+        )
+        add_bad_rows(source.record, encoded.bad_rows)
         counts = {name: encoded.counts[name] for name in ("overlong", "dropped", "truncated")}
         described.append({**source.record, **counts, "evaluated": len(encoded.dataset)})
         warn_of_left_out(described[-1])

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from inform_rm.encoding import OVERLONG_POLICIES, Encoded, encode_groups
+from inform_rm.encoding import OVERLONG_POLICIES, Encoded, encode_groups, skippable
 from inform_rm.errors import InputError
 from inform_rm.eval import report, suite_report
 from inform_rm.eval.journaled import journaled_rewards
-from inform_rm.eval.sources import warn_of_left_out
-from inform_rm.eval.suite_items import SuiteItem, load_suite_items
+from inform_rm.eval.sources import add_bad_rows, warn_of_left_out
+from inform_rm.eval.suite_items import MOST_REASONS, SuiteItem, load_suite_items
 from inform_rm.eval.suite_scores import TIES, ScoredItem
 from inform_rm.eval.suite_summary import item_credits, summarize_suite
 from inform_rm.eval.suites import Suite, suite_named
@@ -62,7 +62,8 @@ def evaluate_suite(
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
         data_revision: revision of the data on the Hub.
-        on_bad_row: ``"error"`` or ``"skip"``, which counts and lists bad rows.
+        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists bad rows, those among them that
+            cannot be encoded or do not fit; the suite is then incomplete.
         overlong: what becomes of items with a candidate over the scorer's ``max_length``: ``"error"``; ``"drop"``,
             which makes the suite incomplete; or ``"truncate_prompt"``, which takes the same tokens from the left of
             the prompt of all candidates. Counted.
@@ -92,7 +93,10 @@ def evaluate_suite(
     folder = None if output is None else check_output_directory(output)
     loaded = load_suite_items(table, data, revision=data_revision, on_bad_row=on_bad_row)
     scorer = as_scorer(model, tokenizer, scorer_options)
-    encoded, counts = encode_items(loaded.items, scorer, overlong)
+    encoded, counts, bad_rows = encode_items(loaded.items, scorer, overlong, on_bad_row)
+    ends = np.cumsum([source["items"] for source in loaded.sources])
+    for place, bad in bad_rows:
+        add_bad_rows(loaded.sources[int(np.searchsorted(ends, place, side="right"))], [bad], MOST_REASONS)
     dropped = Counter(item.subset for item in loaded.items) - Counter(each.item.subset for each in encoded)
     for source in loaded.sources:
         warn_of_left_out(source)
@@ -155,18 +159,31 @@ class EncodedItem:
 
 
 def encode_items(
-    items: Sequence[SuiteItem], scorer: RewardScorer, overlong: str
-) -> tuple[list[EncodedItem], dict[str, int]]:
-    """Token ids of all candidates, and the counts that `evaluate_suite` reports.
+    items: Sequence[SuiteItem], scorer: RewardScorer, overlong: str, on_bad_row: str = "error"
+) -> tuple[list[EncodedItem], dict[str, int], list[tuple[int, BadRow]]]:
+    """Token ids of all candidates, the counts that `evaluate_suite` reports, and bad rows with their items' places.
 
     Raises:
-        BadRow: an item that cannot be encoded, or is over the limit as the policy does not allow.
+        BadRow: an item that cannot be encoded, or is over the limit as the policy does not allow, under
+            ``on_bad_row="error"``.
+        InputError: no item is left.
     """
     encoded: list[EncodedItem] = []
     counts = {"items": len(items), "overlong": 0, "dropped": 0, "truncated": 0, "evaluated": 0, "indistinguishable": 0}
+    bad_rows: list[tuple[int, BadRow]] = []
+
+    def leave_out(place: int, bad: BadRow) -> None:
+        if on_bad_row == "error":
+            raise skippable(bad)
+        bad_rows.append((place, bad))
+
     for start in range(0, len(items), _ENCODED_AT_ONCE):
         group = items[start : start + _ENCODED_AT_ONCE]
-        for item, rows in zip(group, _token_ids(scorer.tokenizer, group), strict=True):
+        for place, rows in enumerate(_token_ids(scorer.tokenizer, group), start):
+            item = items[place]
+            if isinstance(rows, BadRow):
+                leave_out(place, rows)
+                continue
             sequences = [row.input_ids for row in rows]
             prompt_length = min(len(row.prompt_ids) for row in rows)
             excess = 0 if scorer.max_length is None else max(map(len, sequences)) - scorer.max_length
@@ -175,7 +192,11 @@ def encode_items(
                 if overlong == "drop":
                     counts["dropped"] += 1
                     continue
-                sequences = _fitted(item, sequences, prompt_length, excess, overlong, scorer)
+                try:
+                    sequences = _fitted(item, sequences, prompt_length, excess, overlong, scorer)
+                except BadRow as bad:
+                    leave_out(place, bad)
+                    continue
                 prompt_length -= excess
                 counts["truncated"] += 1
             different: dict[tuple[int, ...], int] = {}
@@ -184,16 +205,27 @@ def encode_items(
             counts["indistinguishable"] += bool(shared)
             encoded.append(EncodedItem(item, [array("i", ids) for ids in different], places, prompt_length))
     counts["evaluated"] = len(encoded)
+    if not encoded and bad_rows:
+        shown = "; ".join(str(bad) for _, bad in bad_rows[:3])
+        raise InputError(f"data: none of the {len(items)} items can be used, {len(bad_rows)} are bad rows. {shown}")
     if not encoded:
         raise InputError(f"max_length: {scorer.max_length} leaves none of the {len(items)} items. Raise it.")
-    return encoded, counts
+    return encoded, counts, bad_rows
 
 
-def _token_ids(tokenizer: Any, items: Sequence[SuiteItem]) -> list[list[Encoded]]:
+def _token_ids(tokenizer: Any, items: Sequence[SuiteItem]) -> list[list[Encoded] | BadRow]:
+    """Of each item the token ids of its candidates, or why it has none."""
+
     def refusal(place: int, reason: str) -> BadRow:
         return BadRow(items[place].file, items[place].row, reason, "not encodable")
 
-    return encode_groups(tokenizer, [item.prompt for item in items], [item.candidates for item in items], refusal)
+    prompts, groups = [item.prompt for item in items], [item.candidates for item in items]
+    try:
+        return [*encode_groups(tokenizer, prompts, groups, refusal)]
+    except BadRow as bad:
+        if len(items) == 1:
+            return [bad]
+        return [_token_ids(tokenizer, [item])[0] for item in items]
 
 
 def _fitted(

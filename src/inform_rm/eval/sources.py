@@ -6,14 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from inform_rm.columns import log_reading
+from inform_rm.encoding import encode_columns, none_usable
 from inform_rm.errors import InputError
-from inform_rm.preferences import load_preferences
+from inform_rm.preferences import BadRow, load_preferences
 from inform_rm.records import parse_source
+from inform_rm.scoring import RewardScorer
 
 logger = logging.getLogger(__name__)
+
+_CHECKED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class EvaluationSource:
     Attributes:
         pairs: columns as in `inform_rm.preferences.FEATURES`; a random subset if one was asked for.
         record: ``source``, whether that ``is_local``, ``fingerprint``, the counts ``pairs_read``, ``not_sampled`` and
-            ``bad_rows``, the reasons of bad rows where there are any, and how the columns were read.
+            ``bad_rows``, the ``bad_row_reasons`` where there are any, and the ``reading`` of the columns. Rows that
+            cannot be encoded join them later.
     """
 
     pairs: Dataset
@@ -61,14 +67,44 @@ def load_sources(
             "fingerprint": loaded.fingerprint,
             "pairs_read": len(loaded.dataset),
             "not_sampled": len(loaded.dataset) - len(pairs),
-            "bad_rows": len(loaded.bad_rows),
+            "bad_rows": 0,
             "reading": loaded.reading.to_dict(),
         }
         log_reading(str(source), loaded.reading)
-        if loaded.bad_rows:
-            record["bad_row_reasons"] = [str(row) for row in loaded.bad_rows]
+        add_bad_rows(record, loaded.bad_rows)
         found.append(EvaluationSource(pairs, record))
     return found
+
+
+def add_bad_rows(record: dict[str, Any], bad_rows: Sequence[BadRow], most_reasons: int | None = None) -> None:
+    """Count and list rows that were left out in the record of their source."""
+    record["bad_rows"] += len(bad_rows)
+    if bad_rows:
+        reasons = [*record.get("bad_row_reasons", ()), *map(str, bad_rows)]
+        record["bad_row_reasons"] = reasons[:most_reasons]
+
+
+def leave_out_bad_rows(source: EvaluationSource, scorer: RewardScorer, overlong: str, on_bad_row: str) -> Dataset:
+    """The pairs without those that are bad rows to `inform_rm.encoding.encode_pairs`, which join the source's record.
+
+    Raises:
+        BadRow: the first bad row, under ``on_bad_row="error"``.
+        InputError: no pair is left.
+    """
+    good: list[int] = []
+    bad_rows: list[BadRow] = []
+    places = source.pairs.add_column("place", np.arange(len(source.pairs)))
+    for batch in places.iter(_CHECKED_AT_ONCE):
+        # A pair over the limit under "drop" is no bad row: it stays, for its prompt and its count.
+        max_length = None if overlong == "drop" else scorer.max_length
+        options: dict[str, Any] = {"max_length": max_length, "overlong": overlong, "on_bad_row": on_bad_row}
+        columns, bad = encode_columns(batch, scorer.tokenizer, kept=("place",), **options)
+        good += columns["place"]
+        bad_rows += bad
+    add_bad_rows(source.record, bad_rows)
+    if not good:
+        raise none_usable(len(source.pairs), bad_rows)
+    return source.pairs.select(good) if bad_rows else source.pairs
 
 
 def warn_of_left_out(record: dict[str, Any]) -> None:

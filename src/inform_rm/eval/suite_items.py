@@ -15,7 +15,7 @@ from inform_rm.messages import Message, to_messages
 from inform_rm.preferences import BadRow, parse_pair
 from inform_rm.records import Records, data_suffix, is_saved_dataset, load_hub, open_file, open_parts, parse_source
 
-_MOST_REASONS = 20
+MOST_REASONS = 20
 _JUDGE_CATEGORIES = {
     "mmlu-pro": "knowledge", "livebench-reasoning": "reasoning", "livebench-math": "math", "livecodebench": "coding",
 }  # fmt: skip
@@ -40,7 +40,7 @@ class SuiteData:
 
     Attributes:
         items: in reading order; ids are unique.
-        sources: for each source ``source``, ``fingerprint`` (SHA-256 of its items' content in order), ``items``,
+        sources: for each source ``source``, ``fingerprint`` (SHA-256 of its items' content in order), ``items`` read,
             ``bad_rows`` and, where there are any, the first ``bad_row_reasons``.
     """
 
@@ -88,7 +88,7 @@ def load_suite_items(
         record: dict[str, Any] = {"source": name, "fingerprint": digest.hexdigest(), "items": len(items) - first}
         record["bad_rows"] = len(bad)
         if bad:
-            record["bad_row_reasons"] = [str(row) for row in bad[:_MOST_REASONS]]
+            record["bad_row_reasons"] = [str(row) for row in bad[:MOST_REASONS]]
         if len(items) == first:
             reasons = "".join(f" {row}" for row in bad[:3])
             raise InputError(f"{name}: no items of {suite.name}.{reasons}")

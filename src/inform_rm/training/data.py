@@ -103,9 +103,10 @@ def _encode(
     if augment:
         pairs = add_non_contextual_pairs(pairs, config.seed)
     encoded = encode_pairs(
-        pairs, tokenizer, max_length=config.max_length, overlong=config.overlong,
+        pairs, tokenizer, max_length=config.max_length, overlong=config.overlong, on_bad_row=config.on_bad_row,
         keep_text=_keeps_text(config),
     )  # fmt: skip
+    bad_rows += [str(row) for row in encoded.bad_rows]
     counts = {**encoded.counts, "pairs": len(encoded.dataset), "bad_rows": bad_rows, "reading": readings}
     return TrainingPairs(encoded.dataset, counts, fingerprints)
 

@@ -185,7 +185,8 @@ class PrioritizedRewardTrainer(RewardTrainer):
         grid = gap_grid(self._scorer, **cells, overlong=self._selection.overlong)
         weights = grid.used.double()
         if self._likelihood is not None:
-            logs = gap_grid(self._likelihood, **cells, overlong="drop").pair_log_likelihoods
+            grid_of_logs = gap_grid(self._likelihood, **cells, overlong="drop", on_bad_row="skip")
+            logs = grid_of_logs.pair_log_likelihoods
             weights, _ = tempered_weights(logs.masked_fill(~grid.used, -torch.inf), self._selection.ess_target)
         parts = decompose_gaps(grid.gaps, weights)
         broken = ~parts.prompt_free_gap.isfinite()

@@ -46,7 +46,7 @@ class StreamCounts:
         overlong: over max_length.
         dropped: of these, left out.
         truncated: of these, learnt from with a shorter prompt.
-        num_bad_rows: rows left out because they are no pair.
+        num_bad_rows: rows left out because they are no pair or cannot be encoded within max_length.
         passes: passes over the data that were begun.
         bad_rows: which and why, each once, at most 1000.
     """
@@ -58,6 +58,12 @@ class StreamCounts:
     num_bad_rows: int = 0
     passes: int = 0
     bad_rows: list[str] = field(default_factory=list)
+
+    def add_bad_row(self, bad: BadRow) -> None:
+        """Count one that was left out, and list it while there is room."""
+        self.num_bad_rows += 1
+        if len(self.bad_rows) < _LISTED_BAD_ROWS:
+            self.bad_rows.append(str(bad))
 
     def add(self, other: "StreamCounts") -> None:
         """Add the counts of other rows."""
@@ -144,15 +150,15 @@ class _Reader:
                 raise InputError(f"data: no rows in {', '.join(self.config.data)}. Expected at least one pair.")
 
     def skip(self, batches: int) -> None:
-        """Pass over batches, doing no more than finding out where they end."""
+        """Pass over batches; encoded are only those whose end depends on what they hold."""
         if not may_leave_out(self.config):
             for _ in itertools.islice(self.rows, batches * self.stream.batch_size):
                 pass
             return
         for _ in range(batches):
-            self.batch(encode=self.config.overlong == "drop")
+            self.batch()  # which rows are left out shows only in their tokens
 
-    def batch(self, encode: bool = True) -> tuple[list[dict[str, Any]], StreamCounts]:
+    def batch(self) -> tuple[list[dict[str, Any]], StreamCounts]:
         """The next batch, full whatever is left out, and what happened to its rows."""
         batch: list[Any] = []
         counts = StreamCounts()
@@ -162,12 +168,10 @@ class _Reader:
             for shard, row, record in itertools.islice(self.rows, wanted):
                 pair = self._pair(shard, row, record)
                 if isinstance(pair, BadRow):
-                    counts.num_bad_rows += 1
-                    if len(counts.bad_rows) < _LISTED_BAD_ROWS:
-                        counts.bad_rows.append(str(pair))
+                    counts.add_bad_row(pair)
                 else:
                     pairs.append(pair)
-            kept = self._encoded(pairs, counts) if encode and pairs else pairs
+            kept = self._encoded(pairs, counts) if pairs else []
             batch += kept
             self._check_progress(len(kept), wanted, counts)
         counts.pairs, counts.passes = len(batch), self.passes
@@ -185,16 +189,18 @@ class _Reader:
         return pair
 
     def _encoded(self, pairs: list[PreferencePair], counts: StreamCounts) -> list[dict[str, Any]]:
-        columns = encode_columns(
+        columns, bad_rows = encode_columns(
             {name: [getattr(pair, name) for pair in pairs] for name in FEATURES}, self.stream.tokenizer,
-            max_length=self.config.max_length, overlong=self.config.overlong,
+            max_length=self.config.max_length, overlong=self.config.overlong, on_bad_row=self.config.on_bad_row,
         )  # fmt: skip
         truncated = sum(columns.pop("truncated"))
         encoded = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        dropped = len(pairs) - len(encoded)
+        dropped = len(pairs) - len(encoded) - len(bad_rows)
         counts.truncated += truncated
         counts.dropped += dropped
-        counts.overlong += truncated + dropped
+        counts.overlong += truncated + dropped + sum(bad.kind == "overlong" for bad in bad_rows)
+        for bad in bad_rows:
+            counts.add_bad_row(bad)
         return encoded
 
     def _check_progress(self, kept: int, read: int, counts: StreamCounts) -> None:
