@@ -26,7 +26,9 @@ _DARK = {
 }
 _PLAIN = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 # An underscore within a word, as most names have it, means nothing in Markdown.
-_MARKED = re.compile(r"[\\`*\[\]|~#]|(?<![^\W_])_+|_+(?![^\W_])")
+# A bracket means something only where what follows makes it a link; "[0.490, 0.943]" stays legible as it is.
+_MARKED = re.compile(r"[\\`*|~#]|\](?=[(\[:])|(?<![^\W_])_+|_+(?![^\W_])")
+_MARKED_IN_LABEL = re.compile(r"[\[\]]|" + _MARKED.pattern)
 _LIST_START = re.compile(r"^(?:[-+]|\d+[.)](?=\s|$))")
 
 
@@ -228,15 +230,15 @@ class Markdown(str):
     """Text that is Markdown already."""
 
 
-def markdown_text(text: str) -> Markdown:
+def markdown_text(text: str, marked: re.Pattern[str] = _MARKED) -> Markdown:
     r"""Text on one line that is neither HTML nor a link nor code nor the end of a cell in Markdown.
 
     Example:
         >>> markdown_text("<b> `a|b`\n[c](d)")
-        '&lt;b&gt; \\`a\\|b\\` \\[c\\](d)'
+        '&lt;b&gt; \\`a\\|b\\` [c\\](d)'
     """
     line = html.escape(" ".join(text.split()), quote=False)
-    return Markdown(_MARKED.sub(lambda found: "".join(f"\\{mark}" for mark in found.group()), line))
+    return Markdown(marked.sub(lambda found: "".join(f"\\{mark}" for mark in found.group()), line))
 
 
 def markdown_paragraph(text: str) -> Markdown:
@@ -267,7 +269,7 @@ def _markdown_block(block: Block) -> str:
             table = markdown_table(block)
             return f"{markdown_paragraph(block.caption)}\n\n{table}" if block.caption else table
         case Image():
-            return f"![{markdown_text(block.caption)}]({block.file})" if block.file else ""
+            return f"![{markdown_text(block.caption, _MARKED_IN_LABEL)}]({block.file})" if block.file else ""
         case PointMap():
             return ""
         case Note():

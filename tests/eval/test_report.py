@@ -2,7 +2,6 @@
 
 import base64
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -32,34 +31,6 @@ def make_result(subsets=("sky", "sea", "sea", "sky"), name="some/model"):
     }
 
 
-class Page(HTMLParser):
-    """Table rows, tags and attributes of a page; fails on tags that do not nest."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.rows, self.sources, self.tags = [], [], [], set()
-        self.feed(text)
-        self.close()
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.sources += [value for key, value in attributes if key in ("src", "href")]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
-
-
 # Intervals: roots of |p_hat - p| = 1.96 sqrt(p (1 - p) / n), found by bisection.
 EXPECTED_ROWS = [
     ["all", "4", "0.625", "0.219 to 0.908", "1", "0.500", "-0.125"],
@@ -71,11 +42,11 @@ EXPECTED_ROWS = [
 ]
 
 
-def test_markdown_and_html_hold_the_figures():
+def test_markdown_and_html_hold_the_figures(read_page):
     result = make_result()
     assert report.accuracy_table(result).cells() == EXPECTED_ROWS
     written = report.result_page(result, b"png")
-    page, markdown = Page(written.html()), written.markdown()
+    page, markdown = read_page(written.html()), written.markdown()
     assert page.rows[1:7] == EXPECTED_ROWS
     cells = [re.split(r"\s*\|\s*", line.strip("| ")) for line in markdown.splitlines() if line.startswith("| ")]
     assert cells[1:7] == EXPECTED_ROWS
@@ -95,10 +66,10 @@ def test_parts_that_were_not_measured_are_absent():
 
 
 @pytest.mark.parametrize("nasty", ["<script>alert(1)</script>", "a\"b'c&amp;", "pipe|new\nline", "é 表"])
-def test_names_from_data_cannot_break_the_page_or_the_table(nasty):
+def test_names_from_data_cannot_break_the_page_or_the_table(nasty, read_page):
     result = make_result((nasty, "x", "x", nasty), name=nasty)
     written = report.result_page(result, b"png")
-    page, markdown = Page(written.html()), written.markdown()
+    page, markdown = read_page(written.html()), written.markdown()
     assert "script" not in page.tags
     assert nasty in [row[0] for row in page.rows]
     table = [line for line in markdown.split("\n\n")[1].splitlines()]
@@ -106,10 +77,11 @@ def test_names_from_data_cannot_break_the_page_or_the_table(nasty):
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {8}
 
 
-def test_html_needs_no_other_file():
-    page = Page(report.result_page(make_result(), b"\x89PNG").html())
-    assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert not page.tags & {"script", "link", "iframe"}
+def test_html_needs_no_other_file(read_page):
+    page = read_page(report.result_page(make_result(), b"\x89PNG").html())
+    sources = page.values("src", "href")
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not set(page.tags) & {"script", "link", "iframe"}
 
 
 @given(st.binary(max_size=200))
