@@ -142,7 +142,7 @@ class Page:
 
     def html(self) -> str:
         """A page without outside files that follows the reader's theme and fits a phone."""
-        return _templates().get_template("page.html.j2").render(page=self)
+        return _templates(is_html=True).get_template("page.html.j2").render(page=self)
 
     def markdown(self) -> str:
         """The same as Markdown, without what only HTML can show; its images are files beside it."""
@@ -216,16 +216,6 @@ def png_data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-@cache
-def _templates() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("inform_rm"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters["data_uri"] = png_data_uri
-    return environment
-
-
 class Markdown(str):
     """Text that is Markdown already."""
 
@@ -278,16 +268,26 @@ def _markdown_block(block: Block) -> str:
             return markdown_paragraph(block)
 
 
-@cache
-def _markdown_templates() -> Environment:
-    """Templates in which every value is escaped by `markdown_text` unless it is `Markdown` already."""
-    return Environment(
-        loader=PackageLoader("inform_rm"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda value: value if isinstance(value, Markdown) else markdown_text(str(value)),
-    )  # fmt: skip
-
-
 def fill_markdown(template: str, **values: Any) -> str:
     """Fill a template file of the package whose name ends in ``.md.j2``; values are plain text or `Markdown`."""
-    return _markdown_templates().get_template(template).render(**values)
+    return _templates(is_html=False).get_template(template).render(**values)
+
+
+@cache
+def _templates(is_html: bool) -> Environment:
+    """Templates in which every value is escaped: as HTML, or by `markdown_text` unless it is `Markdown` already."""
+
+    def escape_markdown(value: Any) -> Markdown:
+        return value if isinstance(value, Markdown) else markdown_text(str(value))
+
+    environment = Environment(
+        loader=PackageLoader("inform_rm"),
+        autoescape=is_html,
+        finalize=None if is_html else escape_markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["data_uri"] = png_data_uri
+    return environment

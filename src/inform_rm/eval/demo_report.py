@@ -68,43 +68,52 @@ def write_demo_report(
         points: columns of ``responses.parquet`` (see `inform_rm.eval.detect`).
     """
     chosen_words = {name: _words(part, "chosen") - _words(part, "rejected") for name, part in rows.items()}
-    figures = [
-        (lambda: _accuracy_figure(result), "Accuracy on each test set with 95 % Wilson intervals. Dotted: chance."),
-        (
+    blocks = [
+        *_findings(result),
+        themed_image(
+            lambda: _accuracy_figure(result), "Accuracy on each test set with 95 % Wilson intervals. Dotted: chance."
+        ),
+        themed_image(
             lambda: _margin_figure(chosen_words, rewards),
             "Reward margin (chosen minus rejected) against the difference in length. Points above 0 are ranked right. "
             "A model that goes by length puts the points on a rising line.",
         ),
-        (lambda: _plane_figure(gaps), f"In-distribution pairs, coloured by length difference. {PLANE_CAPTION}"),
-        (
+        themed_image(
+            lambda: _plane_figure(gaps), f"In-distribution pairs, coloured by length difference. {PLANE_CAPTION}"
+        ),
+        themed_image(
             lambda: _training_figure(logs),
             "Training. Loss without the KL term and accuracy are those of the validation pairs, which hold no label "
             "noise.",
         ),
-        (
+        themed_image(
             lambda: _reliability_figure(result),
             "Share of in-distribution pairs ranked right against the probability that the model gives, with 95 % "
             "Wilson intervals. On the dashed line a model is as sure as it should be.",
         ),
-        (
+        themed_image(
             lambda: _kl_figure(latents),
             "InfoRM: mean KL of each latent dimension from its prior, largest first. Dimensions near 0 carry nothing.",
         ),
-        (
+        themed_image(
             lambda: _latent_figure(latents),
             "InfoRM: the latent means of in-distribution responses, on their two main axes, coloured by how many of "
             "the two requested things the response gets right.",
         ),
-    ]
-    figures += [
-        (lambda: curves_figure(curves), f"Best of n responses, chosen by each model. {CURVES_CAPTION}"),
-        (
+        themed_image(lambda: curves_figure(curves), f"Best of n responses, chosen by each model. {CURVES_CAPTION}"),
+        themed_image(
             lambda: map_figure(points),
             f"InfoRM's choices as candidates, the policy's first responses as reference. {MAP_CAPTION}",
         ),
+        Heading("Three pairs"),
+        *(_example(name, rows[name], rewards) for name in ("in_distribution", "bias_reversed", "unseen_family")),
+        *_run(result),
     ]
-    elsewhere = result["loaded_elsewhere"]
-    blocks: list[Block] = [
+    atomic_write_text(path, Page("InfoRM and a standard reward model on a generated world", blocks).html())
+
+
+def _findings(result: dict[str, Any]) -> list[Block]:
+    return [
         _accuracy_table(result),
         *_verdicts(result),
         Note(
@@ -126,9 +135,12 @@ def write_demo_report(
             "The world's policy writes many responses to each prompt and each model picks the best; gains are over a "
             f"response drawn at random. {_detection_verdict(result)}"
         ),
-        *(themed_image(draw, caption) for draw, caption in figures),
-        Heading("Three pairs"),
-        *(_example(name, rows[name], rewards) for name in ("in_distribution", "bias_reversed", "unseen_family")),
+    ]
+
+
+def _run(result: dict[str, Any]) -> list[Block]:
+    elsewhere = result["loaded_elsewhere"]
+    return [
         Heading("Run"),
         "The exported InfoRM model was loaded in a fresh interpreter without this package and gave the same rewards "
         f"for {elsewhere['num_responses']} responses (largest difference "
@@ -136,7 +148,6 @@ def write_demo_report(
         Table(("stage", "seconds"), [(name, f"{value:.0f}") for name, value in result["seconds"].items()]),
         _settings(result),
     ]
-    atomic_write_text(path, Page("InfoRM and a standard reward model on a generated world", blocks).html())
 
 
 def _accuracy_table(result: dict[str, Any]) -> Table:
