@@ -25,7 +25,7 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"inform_rm": ["py.typed", "training/accelerate_configs/*.yaml"]},
+    package_data={"inform_rm": ["py.typed", "templates/*.j2", "training/accelerate_configs/*.yaml"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.13,<2.14",
@@ -59,6 +59,7 @@ setup(
             "build",
             "httpx",
             "hypothesis",
+            "markdown-it-py",
             "mypy",
             "pytest",
             "pytest-xdist",
