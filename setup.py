@@ -46,6 +46,7 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
+        "bf16": ["torch-optimi>=0.3.3,<0.4"],
         "peft": ["peft>=0.21,<0.22"],
         "quant": ["bitsandbytes>=0.50.2,<0.51"],
         "rl": ["trl>=1.16,<1.17"],

@@ -157,7 +157,11 @@ class InfoRMHead(nn.Module):
         return self.decoder(latent)
 
     def forward(
-        self, hidden: Tensor, return_latents: bool = False, reward_samples: int | None = None
+        self,
+        hidden: Tensor,
+        return_latents: bool = False,
+        reward_samples: int | None = None,
+        latent_noise: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """``(B, T, H)`` or ``(B, H)`` hidden states to rewards ``(B, T, 1)`` or ``(B, 1)``.
 
@@ -166,6 +170,7 @@ class InfoRMHead(nn.Module):
             return_latents: return ``(rewards, latent_mean, latent_log_variance, reward_std)`` instead.
             reward_samples: average the reward over this many draws of the latent; ``reward_std`` is then their sample
                 standard deviation, else ``None``.
+            latent_noise: the draws of eps while training, in the shape of the means; ``None`` draws them here.
         """
         mean, log_variance = self.encode(hidden)
         reward_std = None
@@ -176,7 +181,8 @@ class InfoRMHead(nn.Module):
             draws = self.decode(mean.unsqueeze(-2) + (0.5 * log_variance).exp().unsqueeze(-2) * noise)
             rewards, reward_std = draws.mean(dim=-2), draws.std(dim=-2)
         elif self.training:
-            rewards = self.decode(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
+            noise = torch.randn_like(mean) if latent_noise is None else latent_noise.to(mean)
+            rewards = self.decode(mean + (0.5 * log_variance).exp() * noise)
         else:
             rewards = self.decode(mean)
         return (rewards, mean, log_variance, reward_std) if return_latents else rewards
@@ -219,6 +225,8 @@ class InfoRMForSequenceClassification(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
+    # A head in bfloat16 would round what training changes and what tells rewards apart.
+    _keep_in_fp32_modules_strict = ["score"]
     # A causal-LM checkpoint brings its output layer (`embed_out` in GPT-NeoX, `head` in RWKV, `decoder` in
     # ModernBERT); a reward model has no use for it.
     _keys_to_ignore_on_load_unexpected = [
@@ -239,6 +247,8 @@ class InfoRMForSequenceClassification(PreTrainedModel):
             self.score: nn.Module = InfoRMHead(config, hidden_size)
         else:
             self.score = RewardLinear(hidden_size, 1, bias=config.head_bias)
+        if torch.get_default_dtype().itemsize < 4:  # from_pretrained and from_config set it: a fresh head is float32
+            self.score.float()
         self.post_init()
 
     @classmethod
@@ -362,6 +372,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
         reward_samples: int | None = None,
         packed_segments: list[list[int]] | None = None,
         pooled_positions: Tensor | None = None,
+        latent_noise: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> "InfoRMOutput | tuple[Tensor, ...]":
@@ -381,6 +392,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                 (`inform_rm.packing`); needs ``pooled_positions``.
             pooled_positions: ``(N,)`` places in the single row of ``input_ids`` at which rewards are read off, instead
                 of at the last token: the output then has N rows.
+            latent_noise: ``(N, K)`` draws from N(0, I) for the N rewards while training; drawn here if not given.
             return_dict: ``False`` returns a tuple without the absent fields.
             kwargs: `output_attentions`, `use_cache` and the like are accepted and ignored: other people's training
                 loops pass keywords of their own.
@@ -427,7 +439,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
 
         if self.config.architecture == "inform":
             rewards, mean, log_variance, reward_std = self.score(
-                pooled, return_latents=True, reward_samples=reward_samples
+                pooled, return_latents=True, reward_samples=reward_samples, latent_noise=latent_noise
             )
             kl = self._kl(mean, log_variance)
         else:

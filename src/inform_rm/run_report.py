@@ -140,7 +140,7 @@ def read_run(folder: str | Path) -> Run:
         )
     with naming_damage("run", folder / "checkpoints" / "run.json"):
         settings = json.loads((folder / "checkpoints" / "run.json").read_text(encoding="utf-8"))
-        record = {name: settings.pop(name, {}) for name in ("data_fingerprints", "versions")}
+        record = {name: settings.pop(name, {}) for name in ("data_fingerprints", "versions", "contents")}
         record["settings"] = settings
     with naming_damage("run", checkpoint / "trainer_state.json"):
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
