@@ -32,6 +32,8 @@ _TEXT_MODEL_KEYS = {
     r"^(?:model\.)?(?:language_model|text_model)\.lm_head\.": "lm_head.",
     r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": "model.",
 }
+# Of the decoders of transformers these cannot be reward models here (docs/architectures.md).
+_UNFIT_BACKBONES = {"cpmant": "its states depend on the padding after a token"}
 # The draws behind `reward_samples` come from this seed and are the same for every row, so that an uncertainty depends
 # neither on batch mates nor on the caller's random state.
 _REWARD_SAMPLE_SEED = 0
@@ -217,8 +219,14 @@ class InfoRMForSequenceClassification(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
-    # A causal-LM checkpoint brings its output layer (`embed_out` in GPT-NeoX); a reward model has no use for it.
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^embed_out\."]
+    # A causal-LM checkpoint brings its output layer (`embed_out` in GPT-NeoX, `head` in RWKV, `decoder` in
+    # ModernBERT); a reward model has no use for it.
+    _keys_to_ignore_on_load_unexpected = [
+        r"^lm_head\.",
+        r"^embed_out\.",
+        r"^head\.weight$",
+        r"^decoder\.(weight|bias)$",
+    ]
 
     def __init__(self, config: InfoRMConfig):
         super().__init__(config)
@@ -389,13 +397,17 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                 raise ValueError('reward_samples needs architecture="inform": a standard reward head has no latent.')
             if reward_samples < 2:
                 raise ValueError(f"reward_samples must be at least 2 for a standard deviation, got {reward_samples}.")
+        if attention_mask is not None:
+            attention_mask, input_ids, position_ids, inputs_embeds = _with_padding_at_the_end(
+                attention_mask, input_ids, position_ids, inputs_embeds
+            )
         backbone_inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "inputs_embeds": inputs_embeds,
         }
         if position_ids is None and attention_mask is not None:
-            # Positions count real tokens: learned positions (GPT-2) would otherwise shift with left padding.
+            # Positions count real tokens, also where a mask has gaps.
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
         if self._backbone_takes_positions:
             backbone_inputs["position_ids"] = position_ids
@@ -452,6 +464,9 @@ def _text_config_of_decoder(config: Any, name: str) -> Any:
             f"{name} is an encoder ({text_config.model_type}), whose tokens see what follows them; a reward is read "
             "at the last token of a decoder. Pass a causal language model."
         )
+    if text_config.model_type in _UNFIT_BACKBONES:
+        reason = _UNFIT_BACKBONES[text_config.model_type]
+        raise ValueError(f"{name} is a {text_config.model_type} model: {reason}. Pass another causal language model.")
     if text_config is not config and getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name} is quantized; its text model can be taken out of the unquantized checkpoint only.")
     return text_config
@@ -464,6 +479,23 @@ def _backbone_keys(text_config: Any, prefix: str) -> dict[str, str]:
     causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
     theirs = causal_lm.base_model_prefix
     return {} if theirs == prefix else {rf"^{theirs}\.": f"{prefix}."}
+
+
+def _with_padding_at_the_end(attention_mask: Tensor, *tensors: Tensor | None) -> list[Any]:
+    """Rows ``(B, T)`` or ``(B, T, H)`` turned so that the padding before their first token comes after the last.
+
+    A causal backbone gives tokens the same states whatever follows them. Padding before them is another matter: layers
+    with a state (Mamba, RWKV), convolutions and position biases may see it, whatever the mask says.
+    """
+    length = attention_mask.shape[-1]
+    first = attention_mask.bool().int().argmax(dim=-1, keepdim=True)
+    places = (torch.arange(length, device=attention_mask.device) + first) % length
+
+    def turn(rows: Tensor) -> Tensor:
+        index = places.to(rows.device)
+        return rows.gather(1, index if rows.dim() == 2 else index[..., None].expand_as(rows))
+
+    return [None if rows is None else turn(rows) for rows in (attention_mask, *tensors)]
 
 
 def _last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
