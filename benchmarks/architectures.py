@@ -1,16 +1,16 @@
 """Rewards of a tiny random model of every decoder that transformers knows: equal however they are computed?
 
-python benchmarks/architectures.py [--only llama,mamba] [--output docs/architectures.md]
+python benchmarks/architectures.py [--only llama,mamba] [--output docs/architectures.md] [--json FILE]
 
-Each model goes the whole way: a causal LM saved by transformers, made a reward model by `from_backbone`, saved, and loaded
-again in a process in which this package is not imported. Its rewards of rows alone are compared with those of the same
-rows padded on the right, padded on the left, and packed with shared prompts.
+Each model goes the whole way: a causal LM saved by transformers, made a reward model by `from_backbone`, saved, and
+loaded again in a process in which this package is not imported. Its rewards of rows alone are compared with those of
+the same rows padded on the right, padded on the left, and packed with shared prompts.
 """
 
 import argparse
 import json
 import logging
-import platform
+import math
 import subprocess
 import sys
 import tempfile
@@ -23,7 +23,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from inform_rm import InfoRMForSequenceClassification, __version__
+from inform_rm import InfoRMForSequenceClassification
 from inform_rm.packing import pack_sequences, packed_attention_of, packed_rewards, why_not_packed
 
 TOLERANCE = 1e-5
@@ -33,9 +33,9 @@ SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2, "sliding_window": 6,
-    "init_std": 0.2, "rotary_dim": 4, "ffn_dim": 48, "ffn_hidden_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-    "shared_intermediate_size": 16, "n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4,
-    "moe_num_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8,
+    "init_std": 0.2, "rotary_dim": 4, "ffn_dim": 48, "ffn_hidden_size": 48, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "shared_intermediate_size": 16, "n_routed_experts": 4, "num_experts": 4, 
+    "num_local_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8,
     "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "rope_interleave": True,
     "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2, "mamba_chunk_size": 8,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -90,15 +90,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_mem_blocks": 1, "kv_channels": 16, "num_query_groups": 4,
     },
 }  # fmt: skip
-MODEL_TYPES = """
-apertus arcee bamba biogpt bitnet bloom codegen cohere cohere2 cpmant ctrl dbrx deepseek_v2 deepseek_v3 diffllama doge
-dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 gemma3_text gemma3n_text glm
-glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granitemoe granitemoehybrid
-granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe jamba jetmoe lfm2 lfm2_moe llama llama4_text mamba mamba2
-minimax ministral mistral mixtral modernbert-decoder moshi mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmoe
-openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_text qwen3_moe qwen3_next recurrent_gemma rwkv
-seed_oss smollm3 stablelm starcoder2 vaultgemma xglm xlstm zamba zamba2
-""".split() + ["falcon (ALiBi)", "opt (projected)"]  # fmt: skip
+MODEL_TYPES = [
+    *"""
+apertus arcee bamba biogpt bitnet bloom codegen cohere cohere2 cpmant ctrl dbrx deepseek_v2 deepseek_v3 diffllama
+doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 gemma3_text
+gemma3n_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granitemoe
+granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe jamba jetmoe lfm2 lfm2_moe llama llama4_text
+mamba mamba2 minimax ministral mistral mixtral modernbert-decoder moshi mpt nanochat nemotron nemotron_h olmo olmo2
+olmo3 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_text qwen3_moe qwen3_next
+recurrent_gemma rwkv seed_oss smollm3 stablelm starcoder2 vaultgemma xglm xlstm zamba zamba2
+""".split(),
+    "falcon (ALiBi)", "opt (projected)",
+]  # fmt: skip
 PROMPT = 7
 # A process that may import torch and transformers only: the model's code comes from its folder.
 LOADER = """
@@ -127,11 +130,14 @@ assert "inform_rm" not in sys.modules
 json.dump(rewards, open(sys.argv[2], "w"))
 """
 
+# Where the results begin in the page that --output names.
+HEADING = "## What was tried"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="model types, separated by commas")
-    parser.add_argument("--output", help="write the table as Markdown")
+    parser.add_argument("--output", help="a Markdown page: what follows its heading 'What was tried' is replaced")
     parser.add_argument("--json", help="write the differences as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -149,15 +155,16 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     table += [row(name, result) for name, result in results.items()]
-    seconds = time.perf_counter() - start
-    print("\n".join(table), f"\n\n{len(names)} models in {seconds:.0f} s")
+    text = summary(results, time.perf_counter() - start) + "\n\n" + "\n".join(table)
+    print(text)
     if arguments.json:
-        found = {
-            name: {key: value for key, value in result.items() if key != "batches"} for name, result in results.items()
-        }
-        Path(arguments.json).write_text(json.dumps(found, indent=1))
+        for result in results.values():
+            result.pop("batches", None)
+        Path(arguments.json).write_text(json.dumps(results, indent=1))
     if arguments.output:
-        Path(arguments.output).write_text(page(table, results, seconds))
+        path = Path(arguments.output)
+        before = path.read_text().partition(HEADING)[0]
+        path.write_text(f"{before}{HEADING}\n\n{text}\n")
 
 
 def make_config(name: str) -> Any:
@@ -201,7 +208,7 @@ def try_here(name: str, folder: Path) -> dict[str, Any]:
                 together, _ = packed_rewards(model, pack_sequences(rows, [PROMPT] * 3 + [0, 0]))
             packed = largest_difference(together.tolist(), alone)
     except Exception as error:
-        return {"refused": f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"}
+        return {"refused": " ".join(str(error).replace(f"{folder}/lm", "it").split())[:150]}
     return {
         "folder": str(folder / "reward"), "alone": alone, "batches": padded_batches(rows), "packed": packed,
         "why_not_packed": why_not, "weights": weights, "parameters": sum(p.numel() for p in model.parameters()),
@@ -209,7 +216,7 @@ def try_here(name: str, folder: Path) -> dict[str, Any]:
 
 
 def padded_batches(rows: list[list[int]]) -> list[tuple[list[list[int]], list[list[int]]]]:
-    """Ids and masks: each row alone, then all padded on the right, then on the left; the padding is no special token."""
+    """Ids and masks: each row alone, then all padded on the right, then on the left, with an ordinary token."""
     longest = max(map(len, rows)) + 3
     batches = [([ids], [[1] * len(ids)]) for ids in rows]
     right = [(ids + [5] * (longest - len(ids)), [1] * len(ids) + [0] * (longest - len(ids))) for ids in rows]
@@ -236,28 +243,36 @@ def load_without_package(results: dict[str, dict[str, Any]], folder: Path) -> No
 
 
 def largest_difference(found: list[float], expected: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    """Infinite where a reward is no number."""
+    differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
+    return max(difference if math.isfinite(difference) else math.inf for difference in differences)
 
 
 def row(name: str, result: dict[str, Any]) -> str:
     if "refused" in result:
         return f"| {name} | | refused: {result['refused']} | | | |"
-    packed = f"no: {result['why_not_packed']}" if result["packed"] is None else cell(result["packed"])
+    packed = result["why_not_packed"] if result["packed"] is None else cell(result["packed"])
     saved = cell(max(result["reloaded"], result["weights"]))
-    if abs(result["alone"][0] - result["alone"][3]) < 100 * TOLERANCE:
-        saved += " (blind to its first token)"
-    return (
-        f"| {name} | {result['parameters']:,} | {saved} | {cell(result['right'])} | {cell(result['left'])} "
-        f"| {packed} |"
-    )
+    if abs(result["alone"][0] - result["alone"][3]) < 10 * TOLERANCE:
+        saved += " (does not show: blind to its first token)"
+    cells = [name, f"{result['parameters']:,}", saved, cell(result["right"]), cell(result["left"]), packed]
+    return f"| {' | '.join(cells)} |"
 
 
 def cell(difference: float) -> str:
     return f"{difference:.0e}" if difference <= TOLERANCE else f"**{difference:.0e}**"
 
 
-def page(table: list[str], results: dict[str, dict[str, Any]], seconds: float) -> str:
-    return "\n".join(table)
+def summary(results: dict[str, dict[str, Any]], seconds: float) -> str:
+    ran = [result for result in results.values() if "refused" not in result]
+    checks = ("weights", "reloaded", "right", "left")
+    equal = sum(max(result[check] for check in checks) <= TOLERANCE for result in ran)
+    packed = sum(result["packed"] is not None and result["packed"] <= TOLERANCE for result in ran)
+    return (
+        f"{equal} of {len(results)} give equal rewards ({TOLERANCE:g}) alone, padded on either side, and after "
+        f"saving and loading;\n{packed} of these also packed; {len(results) - len(ran)} refused. transformers "
+        f"{transformers.__version__}, torch {torch.__version__.split('+')[0]}, on a CPU; {seconds:.0f} s."
+    )
 
 
 if __name__ == "__main__":

@@ -330,6 +330,15 @@ class InfoRMForSequenceClassification(PreTrainedModel):
             )
         return (model, loading) if wants_loading_info else model
 
+    def initialize_weights(self) -> None:
+        """Initialise what the checkpoint does not hold, the backbone by its own rules.
+
+        Under the rules for a class outside of transformers, Falcon-H1's multipliers, which no checkpoint holds, would
+        stay what the memory happened to contain.
+        """
+        self.model.initialize_weights()
+        super().initialize_weights()
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RewardLinear):
