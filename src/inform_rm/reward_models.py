@@ -194,6 +194,13 @@ def _head_to_load_with(config: PreTrainedConfig, name: str, revision: str | None
     if config.num_labels == 1 and (head is None or (head.file is None and head.prefix in _OWN_HEADS)):
         return None
     if head is not None:
+        if getattr(config, "normalize_reward", False):  # OpenRLHF, in evaluation: (reward - mean) / std
+            logger.warning(
+                "%s: its config asks for rewards with mean %s taken off, divided by %s; they are given as they are.",
+                name,
+                getattr(config, "mean", None),
+                getattr(config, "std", None),
+            )
         return head
     architectures = ", ".join(getattr(config, "architectures", None) or ["not stated"])
     others = other_head_weights(name, revision=revision)
