@@ -10,18 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertLMHeadModel,
     CodeGenConfig,
+    CodeGenModel,
+    CodeGenPreTrainedModel,
     CpmAntConfig,
     CpmAntForCausalLM,
     FalconH1Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    GPTJConfig,
-    GPTJForSequenceClassification,
     Llama4Config,
     Llama4ForConditionalGeneration,
     LlavaConfig,
@@ -41,6 +42,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.encoding import load_tokenizer
@@ -261,15 +263,41 @@ def test_a_config_without_a_pad_token_is_trained_scored_and_packed(tokenizer, tm
     assert scorer.score(["Name a fruit."], ["An apple."]).isfinite().all()
 
 
-def test_a_classifier_whose_config_has_no_pad_token_is_scored(tmp_path):
-    config = GPTJConfig(vocab_size=320, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, num_labels=1)
-    model = GPTJForSequenceClassification(config).eval()
+class PadlessConfig(CodeGenConfig):
+    model_type = "padless_codegen"
+
+
+class PadlessClassifier(CodeGenPreTrainedModel):
+    """As code of others may be: it asks its config for a pad token, which is not there."""
+
+    config_class = PadlessConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = CodeGenModel(config)
+        self.score = torch.nn.Linear(config.n_embd, 1, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        assert self.config.pad_token_id is None and len(input_ids) == 1
+        hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
+        return SequenceClassifierOutput(logits=self.score(hidden[:, -1]))
+
+
+def test_a_classifier_whose_config_has_no_pad_token_is_scored_row_by_row(tmp_path):
+    AutoConfig.register("padless_codegen", PadlessConfig, exist_ok=True)
+    AutoModelForSequenceClassification.register(PadlessConfig, PadlessClassifier, exist_ok=True)
+    config = PadlessConfig(vocab_size=320, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, num_labels=1)
+    assert not hasattr(config, "pad_token_id")
+    model = PadlessClassifier(config).eval()
     model.save_pretrained(tmp_path)
-    expected = rewards_alone(model)
-    del model.config.__dict__["pad_token_id"]
-    loaded = load_reward_model(tmp_path, device="cpu")
-    for scored in (model, loaded):
-        torch.testing.assert_close(RewardScorer(scored).score_encoded(ROWS), expected, atol=1e-5, rtol=0)
+    scorer = RewardScorer(load_reward_model(tmp_path, device="cpu"))
+    with torch.no_grad():
+        states = [model.transformer(torch.tensor([ids])).last_hidden_state[0, -1] for ids in ROWS]
+        expected = torch.stack([model.score(state)[0] for state in states])
+    torch.testing.assert_close(scorer.score_encoded(ROWS), expected, atol=1e-5, rtol=0)
+    del scorer.model.config.pad_token_id
+    assert why_not_packed(scorer.model) is not None  # and no AttributeError of ours
 
 
 # --- layers with a state, and others that are easily got wrong ---
