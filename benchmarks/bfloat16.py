@@ -5,8 +5,9 @@
 
 Float32; float32 weights under autocast; bfloat16 weights with torch's AdamW; bfloat16 weights with ``stable_adamw``,
 which needs the extra ``bf16``. All start from the same weights and head and see the same pairs in the same order. Then
-each model is evaluated in float32. Writes ``table.md``, ``table.json`` and ``bfloat16-loss.png``; finished runs are
-not repeated. About 15 minutes on one core without bfloat16 instructions, nearly all of it for the last three runs.
+each model is tested in float32, as saved and with the backbone's weights rounded to bfloat16. Writes ``table.md``,
+``table.json`` and ``bfloat16-loss.png``; finished runs are not repeated. 15 minutes and more on one core without
+bfloat16 instructions, nearly all of it for the last three runs.
 """
 
 import argparse
@@ -17,9 +18,12 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from inform_rm import evaluate, train
+from inform_rm import InfoRMForSequenceClassification, train
+from inform_rm.encoding import load_tokenizer
 from inform_rm.files import atomic_write_text, write_json
 from inform_rm.preferences import load_preferences
+from inform_rm.reward_models import load_reward_model
+from inform_rm.scoring import RewardScorer
 from inform_rm.training.config import config_from_mapping
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -68,23 +72,39 @@ def one_run(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     if not (folder / "train_result.json").exists():
         train(config_from_mapping({**settings, "output": str(folder)}, "bfloat16.py"))
     result = json.loads((folder / "train_result.json").read_text())
-    tested = evaluate(folder, arguments.output / "test.jsonl", dtype="float32", device="cpu", progress=False)
+    model = load_reward_model(folder, dtype="float32", device="cpu")
+    as_saved = tested(model, arguments.output)
+    with torch.no_grad():
+        for weight in model.model.parameters():
+            weight.copy_(weight.bfloat16())
     return {
         "run": name,
         "loss": [line["loss"] for line in result["log_history"] if "loss" in line],
-        "accuracy": tested["accuracy"],
-        "test_pairs": len((arguments.output / "test.jsonl").read_text().splitlines()),
+        "as_saved": as_saved,
+        "rounded": tested(model, arguments.output),
         "changed_weights": changed_share(arguments.model, folder),
         "seconds": result["train_runtime_seconds"],
         "versions": result["versions"],
     }
 
 
+def tested(model: Any, folder: Path) -> dict[str, Any]:
+    """Bradley-Terry loss on the pairs that were learnt from, accuracy on the others, computed in float32."""
+    found = {}
+    scorer = RewardScorer(model, load_tokenizer(folder / "dtype--float32"))
+    for part in ("train", "test"):
+        pairs = load_preferences(folder / f"{part}.jsonl").dataset
+        gaps = scorer.score(pairs["prompt"], pairs["chosen"]) - scorer.score(pairs["prompt"], pairs["rejected"])
+        found |= {
+            f"{part}_loss": -torch.nn.functional.logsigmoid(gaps).mean().item(),
+            f"{part}_accuracy": (gaps > 0).double().mean().item(),
+            f"{part}_pairs": len(gaps),
+        }
+    return found
+
+
 def changed_share(model: Path, folder: Path) -> float:
     """Share of the weights in the backbone's layers that training changed, as the folder holds them."""
-    from inform_rm import InfoRMForSequenceClassification
-    from inform_rm.reward_models import load_reward_model
-
     trained = load_reward_model(folder, dtype="auto", device="cpu")
     start = InfoRMForSequenceClassification.from_backbone(model, architecture="standard", dtype=trained.dtype)
     before, after = start.model.layers.state_dict(), trained.model.layers.state_dict()
@@ -94,15 +114,19 @@ def changed_share(model: Path, folder: Path) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    first = rows[0]["as_saved"]
     lines = [
-        f"| run | training loss, last {SMOOTHED} steps | accuracy on {rows[0]['test_pairs']} held-out pairs | "
+        f"| run | loss seen in training, last {SMOOTHED} steps | loss on the {first['train_pairs']} pairs | the same, "
+        f"weights rounded to bfloat16 | accuracy on {first['test_pairs']} held-out pairs | the same, rounded | "
         "weights of the layers changed | seconds |",
-        "|---|---|---|---|---|",
+        "|" + "---|" * 8,
     ]
     for row in rows:
-        loss = sum(row["loss"][-SMOOTHED:]) / SMOOTHED
+        seen = sum(row["loss"][-SMOOTHED:]) / SMOOTHED
+        saved, rounded = row["as_saved"], row["rounded"]
         lines.append(
-            f"| `{row['run']}` | {loss:.3f} | {row['accuracy']:.3f} | {100 * row['changed_weights']:.1f} % | "
+            f"| `{row['run']}` | {seen:.3f} | {saved['train_loss']:.3f} | {rounded['train_loss']:.3f} | "
+            f"{saved['test_accuracy']:.3f} | {rounded['test_accuracy']:.3f} | {100 * row['changed_weights']:.1f} % | "
             f"{row['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
