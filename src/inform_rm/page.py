@@ -25,9 +25,9 @@ _DARK = {
     "legend.edgecolor": "#3b4148",
 }
 _PLAIN = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-# An underscore within a word, as most names have it, means nothing in Markdown.
+# An underscore before a letter, as most names have it, ends nothing in Markdown.
 # A bracket means something only where what follows makes it a link; "[0.490, 0.943]" stays legible as it is.
-_MARKED = re.compile(r"[\\`*|~#]|\](?=[(\[:])|(?<![^\W_])_+|_+(?![^\W_])")
+_MARKED = re.compile(r"[\\`*|~#]|\](?=[(\[:])|_+(?![^\W_])")
 _MARKED_IN_LABEL = re.compile(r"[\[\]]|" + _MARKED.pattern)
 _LIST_START = re.compile(r"^(?:[-+]|\d+[.)](?=\s|$))")
 
