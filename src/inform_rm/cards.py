@@ -182,7 +182,7 @@ def _data_results(result: dict[str, Any]) -> list[EvalResult]:
     splits = list(dict.fromkeys(source.split for source in sources if source.split is not None))
     settings = result["settings"]
     digests = [item["fingerprint"][:12] for item in result["data"]]
-    dataset = {
+    dataset: dict[str, Any] = {
         "dataset_type": " + ".join(names),
         "dataset_name": " + ".join(names),
         "dataset_split": " + ".join(splits) or None,

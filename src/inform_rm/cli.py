@@ -163,7 +163,9 @@ def _decompose(arguments: argparse.Namespace) -> None:
 def _detect(arguments: argparse.Namespace) -> None:
     from inform_rm import detect
 
-    names = ("eps", "min_samples", "noise", "alpha", "tail", "max_change_ratio", "max_responses", "seed")
+    names = (
+        "eps", "min_samples", "noise", "alpha", "tail", "max_change_ratio", "max_responses", "on_bad_row", "seed"
+    )  # fmt: skip
     result = detect(
         arguments.model,
         arguments.reference,

@@ -84,6 +84,8 @@ def make_parser() -> argparse.ArgumentParser:
     detect.add_argument("--max-change-ratio", type=float, default=10.0, help="of the stopping rule, for several files "
                         "(default: %(default)s)")  # fmt: skip
     detect.add_argument("--max-responses", type=int, help="use a seeded random subset of each file")
+    detect.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="stop at a row that cannot "
+                        "be scored, or leave it out, count and list it (default: %(default)s)")  # fmt: skip
     detect.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
 
     simulate = _command(commands, "simulate", "best-of-n against reward models: what the gold reward says")

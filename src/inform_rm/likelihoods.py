@@ -21,7 +21,7 @@ from inform_rm.packing import (
     split_at,
 )
 from inform_rm.processes import computed_in_turn
-from inform_rm.reward_models import fingerprint_model, fingerprint_tokenizer, load_causal_lm
+from inform_rm.reward_models import checked_max_length, fingerprint_model, fingerprint_tokenizer, load_causal_lm
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class ResponseLikelihood:
     ):
         self.split_over_processes = split_over_processes
         self.model, self.tokenizer, self.length_normalized = model, tokenizer, length_normalized
-        self.max_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = checked_max_length(model, None)
         self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(model)
         self.tokens_computed = 0
         self.is_packed = True

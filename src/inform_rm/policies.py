@@ -17,7 +17,7 @@ from inform_rm.gap_grid import distinct_prompts
 from inform_rm.messages import to_messages
 from inform_rm.packing import eval_mode_of
 from inform_rm.preferences import load_preferences
-from inform_rm.reward_models import fingerprint_model, fingerprint_tokenizer, load_causal_lm
+from inform_rm.reward_models import checked_max_length, fingerprint_model, fingerprint_tokenizer, load_causal_lm
 from inform_rm.scoring import Prompt
 from inform_rm.worlds import WorldConfig, gold_reward, sample_prompts, sample_responses
 
@@ -137,7 +137,7 @@ class CausalLMPolicy:
             InputError: on a prompt that cannot be rendered, or leaves no room for ``max_new_tokens``.
         """
         ids = self._prompt_ids(prompt)
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = checked_max_length(self.model, None)
         if limit is not None and len(ids) + self.max_new_tokens > limit:
             raise InputError(
                 f"policy: a prompt of {len(ids)} tokens and max_new_tokens={self.max_new_tokens} exceed the {limit} "

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # What the classifiers of transformers for decoders call their heads.
 _OWN_HEADS = ("score", "classifier", "logits_proj")
+_POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")  # what transformers calls them
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -130,6 +131,48 @@ def _load(
     if target != "auto":
         loaded.to(target)
     return loaded.eval()
+
+
+def trained_length(config: PreTrainedConfig) -> int | None:
+    """Most tokens that a model was made for, as its config says; ``None`` where it does not."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None
+
+
+def table_length(model: torch.nn.Module) -> int | None:
+    """Most tokens for which a model has positions, where it looks them up in a table; ``None`` where it computes them.
+
+    Learned positions (GPT-2, OPT, ...) are an embedding, which may keep its first rows for something else; some rotary
+    models (GPT-J, CodeGen) hold a table of angles.
+    """
+    sizes = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
+            sizes.append(module.num_embeddings - int(getattr(module, "offset", reserved)))
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in _POSITION_TABLES and buffer.dim() == 2:
+            sizes.append(len(buffer))
+    return min(sizes, default=None)
+
+
+def checked_max_length(model: Any, max_length: int | None) -> int | None:
+    """Longest input in tokens: ``max_length`` if it is given, else the model's own limit (``None``: it has none).
+
+    Raises:
+        InputError: the model has no positions for so many tokens.
+    """
+    trained, table = trained_length(model.config), table_length(model)
+    if max_length is None:
+        return min((limit for limit in (trained, table) if limit is not None), default=None)
+    if table is not None and max_length > table:
+        raise InputError(
+            f"max_length: {max_length}, but the model has positions for {table} tokens and no more. Lower max_length "
+            "to that, or leave it out."
+        )
+    if trained is not None and max_length > trained:
+        logger.warning("max_length: %d; the model's config says that it was made for %d tokens.", max_length, trained)
+    return max_length
 
 
 def fingerprint_model(model: torch.nn.Module) -> str:

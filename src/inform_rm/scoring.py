@@ -23,7 +23,7 @@ from inform_rm.packing import (
     why_not_packed,
 )
 from inform_rm.processes import computed_in_turn, join_processes
-from inform_rm.reward_models import fingerprint_model, fingerprint_tokenizer, load_reward_model
+from inform_rm.reward_models import checked_max_length, fingerprint_model, fingerprint_tokenizer, load_reward_model
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,9 @@ class RewardScorer:
     Args:
         model: folder, Hub id (see `load_reward_model`) or a loaded model, whose device and dtype are kept.
         tokenizer: by default the one beside the model. A loaded model needs it for text, not for token ids.
-        max_length: longest accepted input in tokens. By default the model's ``max_position_embeddings``. A longer
-            input is an error; nothing is cut.
+        max_length: longest accepted input in tokens. By default the model's own limit, which is its config's
+            ``max_position_embeddings``, or the size of its table of positions. A longer input is an error; nothing is
+            cut.
         tokens_per_batch: tokens in one forward pass, with padding or, packed, with each prompt counted once; a longer
             row makes a batch of its own, and many responses to a long prompt may take four times its tokens. By
             default 2048 on a CPU, else 8192.
@@ -126,7 +127,7 @@ class RewardScorer:
         self.tokenizer = tokenizer
         self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(self.model)
         text_config = self.model.config.get_text_config()
-        self.max_length: int | None = max_length or getattr(text_config, "max_position_embeddings", None)
+        self.max_length = checked_max_length(self.model, max_length)
         self._vocabulary_size = self.model.get_input_embeddings().weight.shape[0]
         if tokenizer is not None:
             check_vocabulary(tokenizer, self._vocabulary_size)

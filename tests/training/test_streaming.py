@@ -207,7 +207,14 @@ def test_data_without_a_usable_row_ends(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    "options", [{}, {"on_bad_row": "skip"}, {"max_length": 30, "overlong": "drop"}], ids=["all", "skip", "drop"]
+    "options",
+    [
+        {},
+        {"on_bad_row": "skip"},
+        {"max_length": 30, "overlong": "drop"},
+        {"max_length": 30, "on_bad_row": "skip"},  # which rows are bad shows only in their tokens
+    ],
+    ids=["all", "skip", "drop", "skip over-long"],
 )
 def test_skipped_batches_are_followed_by_the_right_ones(options, workers, tmp_path, tokenizer):
     rows = [pair(n, chosen="" if n % 5 == 0 and "on_bad_row" in options else f"Apple {n}.") for n in range(1, 40)]
@@ -216,6 +223,8 @@ def test_skipped_batches_are_followed_by_the_right_ones(options, workers, tmp_pa
     whole = batches(stream(config, tokenizer), 20, workers)
     if options.get("overlong"):
         assert sum(item["stream_counts"].dropped for item in whole)
+    elif options.get("max_length"):
+        assert any("over max_length 30" in text for item in whole for text in item["stream_counts"].bad_rows)
     for skipped in (1, 13):
         late = stream(config, tokenizer)
         late.skip_batches = skipped

@@ -14,6 +14,7 @@ import torch
 from sklearn.manifold import TSNE
 
 from inform_rm.columns import Reading, log_reading
+from inform_rm.encoding import BAD_ROW_POLICIES
 from inform_rm.errors import InputError
 from inform_rm.eval import detect_report as report
 from inform_rm.eval.early_stopping import CSIEarlyStopping
@@ -27,6 +28,7 @@ from inform_rm.eval.outliers import (
     separate_clusters,
     split_half_null,
 )
+from inform_rm.eval.sources import warn_of_left_out
 from inform_rm.files import (
     atomic_write_bytes,
     atomic_write_text,
@@ -36,11 +38,13 @@ from inform_rm.files import (
     write_json,
 )
 from inform_rm.page import figure_png
-from inform_rm.score_rows import ScoreRow, read_score_rows
+from inform_rm.score_files import encoded_or_faults
+from inform_rm.score_rows import RowFault, ScoreRow, score_rows_or_faults
 from inform_rm.scoring import RewardScorer, as_scorer
 from inform_rm.statistics import wilson_interval
 
 _SMALLEST_SET = 20
+_LISTED_BAD_ROWS = 1000
 
 
 def detect(
@@ -58,6 +62,7 @@ def detect(
     tail: str = "reference",
     max_change_ratio: float = 10.0,
     max_responses: int | None = None,
+    on_bad_row: str = "error",
     num_outliers: int = 20,
     num_splits: int = 100,
     num_resamples: int = 100,
@@ -90,6 +95,8 @@ def detect(
         max_change_ratio: see `inform_rm.eval.early_stopping.CSIEarlyStopping`, applied to the normalized CSI over the
             candidates in order.
         max_responses: use a random subset of this many responses of each file.
+        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists rows that cannot be scored. All rows
+            in use are checked before the first is scored.
         num_outliers: outliers of each candidate that the result names, the farthest first.
         num_splits: splits of the reference that show what comes by chance.
         num_resamples: bootstrap resamples for the interval of CSI.
@@ -99,15 +106,17 @@ def detect(
         scorer_options: keywords of `RewardScorer`.
 
     Returns:
-        ``kind`` and ``dimensions`` of the latents, ``eps``, ``reference`` and ``candidates`` (each with counts, mean
-        reward, words and repeated trigrams; candidates with ``csi``, ``csi_normalized``, ``mop``, their intervals and
-        ``_null_rank``, ``most_outlying`` and, from the third on, ``stop``), ``null``, settings, seed, versions and
-        digests of the files.
+        ``kind`` and ``dimensions`` of the latents, ``eps``, ``reference`` and ``candidates`` (each with counts,
+        ``bad_rows``, where there are any the first ``bad_row_reasons``, mean reward, words and repeated trigrams;
+        candidates with ``csi``, ``csi_normalized``, ``mop``, their intervals and ``_null_rank``, ``most_outlying``
+        and, from the third on, ``stop``), ``null``, settings, seed, versions and digests of the files.
 
     Raises:
         InputError: on bad or too few responses, one prompt only, or wrong arguments.
     """
     files = [candidates] if isinstance(candidates, str | Path) else list(candidates)
+    if on_bad_row not in BAD_ROW_POLICIES:
+        raise InputError(f"on_bad_row: got {on_bad_row!r}; expected one of {', '.join(BAD_ROW_POLICIES)}.")
     if not files:
         raise InputError("candidates: expected at least one file of responses.")
     for name, value, least in (("num_outliers", num_outliers, 0), ("map_points", map_points, 10)):
@@ -116,8 +125,11 @@ def detect(
     folder = None if output is None else check_output_directory(output)
     scorer = as_scorer(model, tokenizer, scorer_options)
     names = _distinct_names([Path(file).name for file in files])
-    rows = {"(reference)": _read(reference, columns, max_responses, seed)}
-    rows |= {name: _read(file, columns, max_responses, seed) for name, file in zip(names, files, strict=True)}
+    rows: dict[str, list[ScoreRow]] = {}
+    left_out: dict[str, dict[str, Any]] = {}
+    for name, file in zip(("(reference)", *names), (reference, *files), strict=True):
+        rows[name], left_out[name] = _read(scorer, file, columns, max_responses, seed, on_bad_row)
+        warn_of_left_out({"source": str(file), **left_out[name]})
     _check_size(reference, len(rows["(reference)"]), alpha, tail)
     latents = {
         name: collect_latents(
@@ -158,6 +170,7 @@ def detect(
         entry = {
             "name": name,
             **_text_statistics(part, own),
+            **left_out[name],
             "csi": clusters.csi,
             "csi_normalized": clusters.normalized_csi,
             "csi_normalized_interval": _csi_interval(own, base, clustering, num_resamples),
@@ -181,13 +194,13 @@ def detect(
         "kind": base.kind,
         "dimensions": base.values.shape[1],
         "eps": radius,
-        "reference": _text_statistics(rows["(reference)"], base),
+        "reference": {**_text_statistics(rows["(reference)"], base), **left_out["(reference)"]},
         "candidates": found,
         "null": {"splits": num_splits, **null},
         "settings": {
             "reference": str(reference), "candidates": [str(file) for file in files], "eps": eps,
             "min_samples": min_samples, "noise": noise, "alpha": alpha, "tail": tail,
-            "max_change_ratio": max_change_ratio, "max_responses": max_responses,
+            "max_change_ratio": max_change_ratio, "max_responses": max_responses, "on_bad_row": on_bad_row,
             "columns": None if columns is None else dict(columns),
         },
         "digests": {str(file): file_digest(file) for file in (reference, *files)},
@@ -208,21 +221,42 @@ def repeated_trigrams(text: str) -> float:
     return (total - len(trigrams)) / total if total else 0.0
 
 
-def _read(file: str | Path, columns: Mapping[str, str] | None, max_responses: int | None, seed: int) -> list[ScoreRow]:
+def _read(
+    scorer: RewardScorer,
+    file: str | Path,
+    columns: Mapping[str, str] | None,
+    max_responses: int | None,
+    seed: int,
+    on_bad_row: str,
+) -> tuple[list[ScoreRow], dict[str, Any]]:
+    """The responses of a file that can be scored, a random subset if one is asked for, and what was left out."""
     reading = Reading()
-    rows = list(read_score_rows(file, columns, reading))
+    read = list(score_rows_or_faults(file, columns, reading))
     log_reading(str(file), reading)
+    faults = [row for row in read if isinstance(row, RowFault)]
+    rows = [row for row in read if isinstance(row, ScoreRow)]
     if max_responses is not None and len(rows) > max_responses:
         chosen = np.random.default_rng(seed).choice(len(rows), max_responses, replace=False)
         rows = [rows[place] for place in sorted(chosen.tolist())]
+    checked = encoded_or_faults(scorer, rows)
+    faults += [row for row in checked if isinstance(row, RowFault)]
+    rows = [row[0] for row in checked if not isinstance(row, RowFault)]
+    if faults and on_bad_row == "error":
+        raise InputError(f"{faults[0].reason} (on_bad_row='skip' leaves bad rows out and lists them.)")
+    left_out: dict[str, Any] = {"bad_rows": len(faults)}
+    if faults:
+        left_out["bad_row_reasons"] = [fault.reason for fault in faults[:_LISTED_BAD_ROWS]]
     if len(rows) < _SMALLEST_SET:
-        raise InputError(f"{file}: {len(rows)} responses; a comparison of latents needs at least {_SMALLEST_SET}.")
+        bad = f" and {len(faults)} bad rows ({faults[0].reason})" if faults else ""
+        raise InputError(
+            f"{file}: {len(rows)} responses{bad}; a comparison of latents needs at least {_SMALLEST_SET}."
+        )
     if len({str(row.prompt) for row in rows}) < 2:
         raise InputError(
             f"{file}: all responses have the same prompt; what its latents show would be that prompt. Pass responses "
             "to several prompts."
         )
-    return rows
+    return rows, left_out
 
 
 def _check_size(reference: str | Path, size: int, alpha: float, tail: str) -> None:

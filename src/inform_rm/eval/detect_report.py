@@ -116,6 +116,10 @@ def notes(result: dict[str, Any]) -> list[str]:
         f"{null['splits']} times, give CSI per response {format_interval(null['csi_normalized']['interval'])} and MOP "
         f"{format_interval(null['mop']['interval'])} (95 % of the splits).",
     ]
+    parts = {"reference": result["reference"], **{part["name"]: part for part in result["candidates"]}}
+    left_out = [f"{part['bad_rows']} of {name}" for name, part in parts.items() if part.get("bad_rows")]
+    if left_out:
+        texts.append(f"Bad rows left out: {', '.join(left_out)}.")
     if result["kind"] != "latent":
         texts.append(
             "This model has no latent space of its own. For hidden states of ordinary reward models the authors find "

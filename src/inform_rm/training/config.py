@@ -98,7 +98,7 @@ class TrainingConfig:
     label_smoothing: float = _setting("probability that a label is wrong, 0 to below 0.5", 0.0)
     center_rewards_coefficient: float = _setting("weight of mean((r_w + r_l)^2), which keeps rewards near 0", 0.0)
 
-    max_length: int | None = _setting("longest allowed prompt + response in tokens; none: no limit", None)
+    max_length: int | None = _setting("longest allowed prompt + response in tokens; none: the model's own limit", None)
     overlong: Literal["error", "drop", "truncate_prompt"] = _setting("what to do with a longer pair", "error")
     on_bad_row: Literal["error", "skip"] = _setting("stop at a bad row, or skip, count and list it", "error")
     max_pairs_per_source: int | None = _setting("use a seeded random subset of each item of data; none: all", None)

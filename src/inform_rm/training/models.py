@@ -1,5 +1,6 @@
 """The model to train: backbone, quantisation, adapters."""
 
+import dataclasses
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -14,12 +15,46 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from inform_rm.adapters import holds_adapters, import_peft
 from inform_rm.errors import InputError
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
+from inform_rm.reward_models import checked_max_length, table_length, trained_length
 from inform_rm.scoring import RewardScorer
 from inform_rm.training.checkpoints import is_fsdp_launch
 from inform_rm.training.config import TrainingConfig
 from inform_rm.value_heads import find_reward_head, load_with_head
 
 logger = logging.getLogger(__name__)
+
+
+def with_max_length(config: TrainingConfig) -> TrainingConfig:
+    """The settings with the model's own limit where no ``max_length`` is given; a log line says so.
+
+    It is read from the model's config, because data are read before the model is loaded; see `check_max_length`.
+
+    Raises:
+        InputError: the model has no readable config.
+    """
+    if config.max_length is not None or holds_adapters(config.model, config.revision):
+        return config  # `load_model` says what to do with adapters
+    try:
+        found = AutoConfig.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        limit = trained_length(found)
+    except Exception as error:  # transformers and the Hub raise many types for a bad config
+        raise InputError(f"model: {config.model} cannot be loaded as a backbone: {error}") from error
+    if limit is not None and PartialState().is_main_process:
+        logger.warning("max_length: %d, the model's own limit, as none is given.", limit)
+    return dataclasses.replace(config, max_length=limit)
+
+
+def check_max_length(model: PreTrainedModel, max_length: int | None) -> None:
+    """Raise `InputError` where pairs of up to ``max_length`` tokens have more positions than the loaded model."""
+    if max_length is not None:
+        checked_max_length(model, max_length)
+    elif (limit := table_length(model)) is not None:
+        raise InputError(
+            f"max_length: the model has positions for {limit} tokens and its config does not say so. Set max_length "
+            "to that or less."
+        )
 
 
 def load_model(config: TrainingConfig) -> PreTrainedModel:
@@ -120,7 +155,9 @@ def add_adapters(model: PreTrainedModel, config: TrainingConfig) -> Any:
 def sample_rewards(model: Any, pairs: Sequence[dict[str, Any]], tokenizer: Any, batching: str) -> torch.Tensor:
     """Rewards of both sides of N encoded pairs, ``(2N,)`` in float32, without latent noise."""
     sequences = [pair[side] for pair in pairs for side in ("chosen_input_ids", "rejected_input_ids")]
-    return RewardScorer(model, tokenizer, batching=batching).score_encoded(sequences)
+    # The model was trained on them, so it takes their length, whatever its own limit.
+    longest = max(map(len, sequences))
+    return RewardScorer(model, tokenizer, max_length=longest, batching=batching).score_encoded(sequences)
 
 
 def reward_difference(bits: int, before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:

@@ -35,7 +35,15 @@ from inform_rm.training.config import TrainingConfig
 from inform_rm.training.data import TrainingPairs, load_training_pairs
 from inform_rm.training.half_precision import COMPENSATED_BETA2, COMPENSATED_OPTIM, LostUpdates, check_optimizer
 from inform_rm.training.interruption import StopOnSignal
-from inform_rm.training.models import add_adapters, is_quantized, load_model, reward_difference, sample_rewards
+from inform_rm.training.models import (
+    add_adapters,
+    check_max_length,
+    is_quantized,
+    load_model,
+    reward_difference,
+    sample_rewards,
+    with_max_length,
+)
 from inform_rm.training.prioritized import PoolCollator, PrioritizedRewardTrainer, Selection
 from inform_rm.training.stream_sources import StreamSource, open_stream
 from inform_rm.training.streaming import PairStream, stream_counts, streaming_trainer
@@ -85,20 +93,22 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         trust_remote_code=config.trust_remote_code,
         chat_template=config.chat_template,
     )
+    limited = with_max_length(config)
     train_pairs: TrainingPairs | StreamSource
     if config.streaming:
         train_pairs = open_stream(config)
     else:
-        train_pairs = load_training_pairs(config, config.data, config.max_pairs_per_source, tokenizer, "data")
+        train_pairs = load_training_pairs(limited, config.data, config.max_pairs_per_source, tokenizer, "data")
     eval_pairs, eval_fingerprints = None, {}
     if config.eval_data:
         eval_pairs = load_training_pairs(
-            config, config.eval_data, config.max_eval_pairs_per_source, tokenizer, "eval_data"
+            limited, config.eval_data, config.max_eval_pairs_per_source, tokenizer, "eval_data"
         )
         eval_fingerprints = eval_pairs.fingerprints
     check_resume(output, config, train_pairs.fingerprints, eval_fingerprints, resume_from)
 
     model = load_model(config)
+    check_max_length(model, limited.max_length)
     check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
     model.config.pad_token_id = tokenizer.pad_token_id
     arguments = _training_arguments(config, checkpoints)
@@ -117,10 +127,10 @@ def train(config: TrainingConfig) -> dict[str, Any]:
            ("beta", "kl_warmup_steps", "label_smoothing", "center_rewards_coefficient")},
     }  # fmt: skip
     if isinstance(train_pairs, StreamSource):
-        trainer: RewardTrainer = streaming_trainer(train_pairs, config, tokenizer, options)
+        trainer: RewardTrainer = streaming_trainer(train_pairs, limited, tokenizer, options)
     elif config.objective == "prioritized":
         scorer = RewardScorer(
-            trainable, tokenizer, max_length=config.max_length, batching=batching, split_over_processes=True
+            trainable, tokenizer, max_length=limited.max_length, batching=batching, split_over_processes=True
         )
         trainer = _prioritized_trainer(config, scorer, options)
     else:
@@ -139,6 +149,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         "data_fingerprints": train_pairs.fingerprints | eval_fingerprints,
         "train_pairs": _pair_counts(train_pairs, trainer),
         "eval_pairs": None if eval_pairs is None else eval_pairs.counts,
+        "max_length": limited.max_length,
         "batching": batching,
         "num_processes": trainer.accelerator.num_processes,
         "distributed_type": str(trainer.accelerator.distributed_type.value),
