@@ -107,7 +107,7 @@ def with_fixed_date(template: str, where: str) -> str:
         return template
     fixed = _CLOCK_CALL.sub(lambda call: json.dumps(TEMPLATE_DATE.strftime(call[1] or call[2] or "")), template)
     tree = jinja2.Environment(extensions=[_Generation, jinja2.ext.loopcontrols]).parse(fixed)
-    tests = [test.node for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined")]
+    tests = [test.node for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined", "callable")]
     if any(name.name == _CLOCK and all(name is not tested for tested in tests) for name in tree.find_all(nodes.Name)):
         raise InputError(
             f"{where}: the chat template reads the clock ({_CLOCK}) in a way that cannot be replaced by a fixed date, "

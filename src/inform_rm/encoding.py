@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 OVERLONG_POLICIES = ("error", "drop", "truncate_prompt")
 BAD_ROW_POLICIES = ("error", "skip")
 
+PLAIN_FORM = "\n\nHuman: ...\n\nAssistant: ..."
 _PLAIN_TEMPLATE = (
     "BOS{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}{{ message['content'] }}"
@@ -172,6 +173,33 @@ def fix_date(tokenizer: Any, name: str) -> Any:
     tokenizer = copy.copy(tokenizer)  # the one that was passed stays as it is
     tokenizer.chat_template = fixed
     return tokenizer
+
+
+def with_plain_template(tokenizer: Any, name: str) -> Any:
+    """The tokenizer, or where it has no chat template a copy with the plain one, and a log line that says so.
+
+    For training: a new model learns where turns begin, and keeps the template with its tokenizer.
+    """
+    if tokenizer.chat_template is not None:
+        return tokenizer
+    logger.warning(
+        "%s: the tokenizer has no chat template. Training uses the plain one, %r, and keeps it with the model. Pass "
+        "chat_template (a file) for another.",
+        name, PLAIN_FORM,
+    )  # fmt: skip
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = _read_template(tokenizer, "plain")
+    return tokenizer
+
+
+def warn_of_no_template(tokenizer: Any, name: str) -> None:
+    """Log what a model without chat template reads, which is what it was trained on only where that was glued too."""
+    if tokenizer is not None and tokenizer.chat_template is None:
+        logger.warning(
+            "%s: the tokenizer has no chat template: nothing is put between prompt and response. If the model was "
+            "trained otherwise, pass chat_template ('plain' for %r, or a file).",
+            name, PLAIN_FORM,
+        )  # fmt: skip
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:

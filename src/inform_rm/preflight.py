@@ -12,7 +12,15 @@ import numpy as np
 
 from inform_rm.chat_templates import TEMPLATE_DATE, has_fixed_date
 from inform_rm.columns import lines_of
-from inform_rm.encoding import TokenPair, encode_sides, fix_date, load_tokenizer, removable_prompt_tokens
+from inform_rm.encoding import (
+    PLAIN_FORM,
+    TokenPair,
+    encode_sides,
+    fix_date,
+    load_tokenizer,
+    removable_prompt_tokens,
+    with_plain_template,
+)
 from inform_rm.errors import InputError
 from inform_rm.files import check_output_directory, versions, write_json
 from inform_rm.preferences import PreferenceData, load_preferences
@@ -74,6 +82,10 @@ def check_data(
     elif tokenizer is not None:
         tokenizer = fix_date(tokenizer, str(tokenizer_name or "tokenizer"))
 
+    has_template = tokenizer is None or tokenizer.chat_template is not None
+    if not has_template:
+        tokenizer = with_plain_template(tokenizer, str(tokenizer_name or "tokenizer"))  # as training does
+
     reports, digests = [], []
     for name in names:
         data = load_preferences(name, columns=columns, revision=data_revision, on_bad_row="skip")
@@ -95,7 +107,7 @@ def check_data(
         "versions": versions(),
     }
     if tokenizer is not None:
-        result["tokenizer"] = _tokenizer_facts(tokenizer)
+        result["tokenizer"] = {**_tokenizer_facts(tokenizer), "has_chat_template": has_template}
     result["unusable_rows"] = sum(map(_unusable_rows, reports))
     result["warnings"] = _warnings(result)
     return result
@@ -311,7 +323,6 @@ def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
     return {
         "class": type(tokenizer).__name__,
         "size": len(tokenizer),
-        "has_chat_template": tokenizer.chat_template is not None,
         "template_date": f"{TEMPLATE_DATE:%Y-%m-%d}" if has_fixed_date(tokenizer.chat_template) else None,
         **{name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
         "pad_is_eos": tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id,
@@ -388,6 +399,11 @@ def _warnings(result: dict[str, Any]) -> list[str]:
         if overlap["shared_prompts"]:
             first, second = overlap["sources"]
             found.append(f"{first} and {second} share {overlap['shared_prompts']:,} prompts: not train and test.")
+    if not result.get("tokenizer", {}).get("has_chat_template", True):
+        found.append(
+            f"the tokenizer has no chat template: this shows the plain one, {PLAIN_FORM!r}, which training uses; a "
+            "trained model without template is scored with nothing between prompt and response."
+        )
     if result.get("tokenizer", {}).get("pad_is_eos"):
         found.append("the pad token is the end token: harmless here (masks decide), wrong where ids decide.")
     return found

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from inform_rm.encoding import Encoded, check_vocabulary, encode, encode_many, fix_date, load_tokenizer
+from inform_rm.encoding import (
+    Encoded,
+    check_vocabulary,
+    encode,
+    encode_many,
+    fix_date,
+    load_tokenizer,
+    warn_of_no_template,
+)
 from inform_rm.errors import InputError
 from inform_rm.packing import (
     default_tokens_per_batch,
@@ -128,6 +136,7 @@ class RewardScorer:
             if self.model.config.num_labels != 1:
                 raise InputError(f"model: num_labels is {self.model.config.num_labels}; a reward model has 1.")
         self.tokenizer = fix_date(tokenizer, self.name)
+        warn_of_no_template(self.tokenizer, self.name)
         self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(self.model)
         text_config = self.model.config.get_text_config()
         self.max_length: int | None = max_length or getattr(text_config, "max_position_embeddings", None)

@@ -93,7 +93,7 @@ class TrainingConfig:
         "streaming: rows held in memory by each reader, from which the next one is drawn; 1: rows in file order",
         10_000,
     )
-    chat_template: str | None = _setting("template file, or 'plain', for a tokenizer without a chat template", None)
+    chat_template: str | None = _setting("template file, or 'plain' (what a tokenizer without one gets)", None)
 
     learning_rate: float = _setting("peak learning rate (paper: 5e-6)", 5e-6)
     num_train_epochs: float = _setting("passes over the data (paper: 1)", 1.0)
