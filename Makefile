@@ -24,7 +24,7 @@ $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel
 	$(BIN)/pip install -q $(TORCH) -c constraints.txt
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev,peft,quant,rl,serve]'
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[bf16,dev,peft,quant,rl,serve]'
 	$(BIN)/pip check
 	touch $@
 

@@ -25,7 +25,7 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"inform_rm": ["py.typed", "training/accelerate_configs/*.yaml"]},
+    package_data={"inform_rm": ["py.typed", "templates/*.j2", "training/accelerate_configs/*.yaml"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.13,<2.14",
@@ -46,6 +46,7 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
+        "bf16": ["torch-optimi>=0.3.3,<0.4"],
         "peft": ["peft>=0.21,<0.22"],
         "quant": ["bitsandbytes>=0.50.2,<0.51"],
         "rl": ["trl>=1.16,<1.17"],
@@ -59,6 +60,7 @@ setup(
             "build",
             "httpx",
             "hypothesis",
+            "markdown-it-py",
             "mypy",
             "pytest",
             "pytest-xdist",

@@ -28,7 +28,7 @@ CAUTION = (
 def main() -> None:
     from inform_rm import detect
     from inform_rm.encoding import load_tokenizer
-    from inform_rm.eval.report import markdown_table
+    from inform_rm.page import Table, markdown_table
     from inform_rm.scoring import RewardScorer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,7 +58,7 @@ def main() -> None:
                 f"{part['csi_normalized']:.2f} ({part['csi_normalized_null_rank']:.2f})", f"{part['mean_reward']:.2f}",
             ))  # fmt: skip
     header = ("model", "latents", "candidate", "ROC-AUC", "MOP (rank)", "CSI (rank)", "mean reward")
-    print(markdown_table(header, rows))
+    print(markdown_table(Table(header, rows)))
 
 
 def repeated(response: str, other: str) -> str:

@@ -393,7 +393,7 @@ def curves_png(measured: Measured) -> bytes:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from inform_rm.eval.report import figure_png
+    from inform_rm.page import figure_png
 
     figure = Figure(figsize=(14.0, 8.0), layout="constrained")
     for axes_row, (noise, runs) in zip(figure.subplots(2, 3, sharex=True), measured.items(), strict=True):

@@ -165,8 +165,8 @@ def write_curves(output: Path, seeds: list[int], minutes: float) -> None:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from inform_rm.eval.report import figure_png
     from inform_rm.files import atomic_write_bytes, atomic_write_text, versions, write_json
+    from inform_rm.page import figure_png
 
     figure = Figure(figsize=(12.0, 7.0), layout="constrained")
     panels = dict(zip(CURVES, figure.subplots(2, 3, sharex=True).flat, strict=True))

@@ -268,8 +268,8 @@ def write_planes(folder: Path, path: Path) -> None:
     from matplotlib.figure import Figure
 
     from inform_rm.eval.decompose_report import draw_plane
-    from inform_rm.eval.report import figure_png
     from inform_rm.files import atomic_write_bytes
+    from inform_rm.page import figure_png
 
     figure = Figure(figsize=(10.5, 9.5), layout="constrained")
     for axes, (method, name) in zip(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 import datasets
@@ -137,3 +138,53 @@ def reward_dir(tmp_path_factory, backbone_configs, tokenizer):
     InfoRMForSequenceClassification(InfoRMConfig(backbone_configs["llama"], latent_dim=4)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class PageReader(HTMLParser):
+    """Tags, attributes, cells by row and text of an HTML page; fails on tags that do not nest."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.texts: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert not self._open, f"not closed: {self._open}"
+
+    def values(self, *names: str) -> list[str | None]:
+        """Values of the attributes of these names."""
+        return [value for name, value in self.attributes if name in names]
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        self.texts.setdefault(tag, []).append("")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in ("meta", "img", "source", "br"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self._open:
+            self.texts[self._open[-1]][-1] += data
+            if self._open[-1] in ("td", "th"):
+                self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="session")
+def read_page() -> type[PageReader]:
+    """Reads the source of an HTML page."""
+    return PageReader

@@ -276,7 +276,7 @@ def test_killed_while_exporting_leaves_no_folder_of_that_name(reward_dir, tmp_pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"prompt": "a"}\n', "row 1 has no response"),
+        (b'{"prompt": "a"}\n', "row 1: no 'response'"),
         (b'{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": 3}\n', "1 of 2 rows .*row 2.*expected text"),
         (b'{"prompt": "a", "response": "b", "reward": 1}\n', "'reward' already"),
         (b"{\n", "row 1"),

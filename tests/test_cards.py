@@ -176,7 +176,7 @@ def test_what_was_left_out_is_said_once(model_dir, results, tmp_path):
 
 
 def test_hub_data_is_named_by_id_and_revision(results):
-    folder = results(data=[source("org/pairs", "1" * 64, is_local=False)], settings={"split": "test"}, subsets={})
+    folder = results(data=[source("org/pairs[test]", "1" * 64, is_local=False)], settings={}, subsets={})
     (entry,) = eval_results(read_result_folder(folder))
     assert (entry.dataset_type, entry.dataset_split, entry.dataset_revision) == ("org/pairs", "test", None)
     pinned = results("pinned", data=[source("org/pairs", "1" * 64, is_local=False), source("x/y.csv", "2" * 64)],

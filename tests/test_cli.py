@@ -76,8 +76,10 @@ def test_train_evaluate_score_export_in_a_row(trained, pairs_file, tmp_path, cap
 
 def test_check_data_prints_and_writes(causal_lm_dir, pairs_file, tmp_path, capsys):
     arguments = ["check-data", "--data", str(pairs_file), "--tokenizer", str(causal_lm_dir("llama"))]
-    assert main([*arguments, "--max-length", "16", "--output", str(tmp_path)]) == 0
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
     assert "8" in capsys.readouterr().out
+    assert main([*arguments, "--max-length", "16"]) == 1
+    assert "Rows that training with default settings would stop at: 1" in capsys.readouterr().out
     assert list(tmp_path.glob("*.json"))
 
 

@@ -51,6 +51,8 @@ def test_reward_model_settings_are_fixed():
         ({"beta": "0.1"}, "beta must be a finite number"),
         ({"decoder": "tree"}, "decoder must be one of 'mlp', 'linear', got 'tree'"),
         ({"kl_reduction": "mean"}, "kl_reduction must be one of"),
+        ({"head_bias": 1}, "head_bias must be true or false, got 1"),
+        ({"head_bias": True}, 'head_bias needs architecture="standard"'),
         ({"architecture": "transformer"}, "architecture must be one of 'inform', 'standard'"),
         ({"num_labels": 3}, "num_labels is 3; a reward model has one output"),
         ({"text_config": {"model_type": "no-such-model"}}, "no-such-model"),

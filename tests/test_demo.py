@@ -1,5 +1,4 @@
 import base64
-import html.parser
 import json
 import re
 
@@ -131,35 +130,7 @@ def test_verdict_follows_the_numbers_whoever_wins(inform, standard, sentence):
     assert len({len(line) for line in table.split("\n\n")[0].splitlines()}) == 1  # columns line up
 
 
-class PageReader(html.parser.HTMLParser):
-    """Collects what a browser would fetch, and checks that tags close."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.sources, self.alternatives, self.text = [], [], [], ""
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.sources += [attrs[name] for name in ("src", "srcset", "href") if name in attrs]
-        self.alternatives += [attrs.get("alt", "")] if tag == "img" else []
-        if tag not in ("meta", "img", "source", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def read_page(path):
-    reader = PageReader()
-    reader.feed(path.read_text(encoding="utf-8"))
-    assert reader.open == []
-    return reader
-
-
-def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(tmp_path):
+def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(tmp_path, read_page):
     result, rewards = made_up(0.9, 0.6)
     steps = range(10, 50, 10)
     logs = {
@@ -173,17 +144,18 @@ def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(tmp_pa
     gaps = {model: {name: rng.normal(size=30).tolist() for name in columns} for model in ("standard", "inform")}
     points = {"x": [0.0, 1.0, 2.0], "y": [1.0, 0.0, 2.0], "kind": ["reference", "candidate", "outlier"]}
     write_demo_report(tmp_path / "report.html", result, ROWS, rewards, logs, latents, gaps, made_up_curves(), points)
-    page = read_page(tmp_path / "report.html")
-    assert len(page.sources) == 18 and len(set(page.sources)) == 18  # nine figures, each in two schemes
-    for source in page.sources:
+    source_text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = read_page(source_text)
+    sources, alternatives = page.values("src", "srcset", "href"), page.values("alt")
+    assert len(sources) == 18 and len(set(sources)) == 18  # nine figures, each in two schemes
+    for source in sources:
         assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
-    assert len(page.alternatives) == 9 and all(page.alternatives)
+    assert len(alternatives) == 9 and all(alternatives)
     assert "<b>&amp;" in page.text  # a name with markup in it is shown, not obeyed
     for name in TEST_SETS:
         assert f"{result['test_sets'][name]['inform']['accuracy']:.3f} [" in page.text
     assert "0.500 [0.300, 0.700]" in page.text and "-0.31" in page.text
     assert "outlier probability 0.125 (0.000, 0.062)" in page.text and "CSI per response 0.31" in page.text
-    source_text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "width=device-width" in source_text and "prefers-color-scheme: dark" in source_text
     assert source_text.index("<table>") < source_text.index("<p")  # tables before prose
 
@@ -230,7 +202,7 @@ def test_a_bad_seed_is_refused_before_anything_is_written(tmp_path, seed):
 
 
 @pytest.mark.slow
-def test_whole_demo_on_a_tiny_budget(tmp_path, capsys):
+def test_whole_demo_on_a_tiny_budget(tmp_path, capsys, read_page):
     result = demo(tmp_path, seed=1, budget=TINY)
     assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8")) == json.loads(json.dumps(result))
     out = capsys.readouterr().out
@@ -245,7 +217,7 @@ def test_whole_demo_on_a_tiny_budget(tmp_path, capsys):
     assert result["loaded_elsewhere"]["num_responses"] == 16
     assert result["train_pairs"] == 16
     assert re.fullmatch(r"[0-9a-f]{64}", next(iter(result["data_fingerprints"].values())))
-    assert len(read_page(tmp_path / "report.html").alternatives) == 9
+    assert len(read_page((tmp_path / "report.html").read_text(encoding="utf-8")).values("alt")) == 9
     for model in ("standard", "inform"):
         audit = json.loads((tmp_path / "decomposition" / model / "result.json").read_text())
         assert audit["num_pairs"] == 12 and audit["settings"]["num_prompts"] == 3

@@ -1,7 +1,7 @@
 """The report of a run: what was measured is on the page, what was not is named, on a phone and in the dark, too."""
 
 import dataclasses
-import html.parser
+import html
 import json
 import re
 import shutil
@@ -27,32 +27,6 @@ SUITE = {
     "sections": {NASTY: {"score": 0.5, "num_items": 20, "interval": [0.4, 0.6]}},
     "subsets": {"one": {"accuracy": 0.25, "num_items": 20, "published_items": 30}}, "model": "m", "settings": {},
 }  # fmt: skip
-
-
-class Page(html.parser.HTMLParser):
-    """Tags, attributes, cells by row and text of a page."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.tags, self.attributes, self.rows, self.text, self._in_cell = set(), [], [], "", False
-        self.feed(source)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.attributes += attributes
-        self._in_cell = tag in ("td", "th")
-        if tag == "tr":
-            self.rows.append([])
-        if self._in_cell:
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        self._in_cell = False
-
-    def handle_data(self, data):
-        self.text += data
-        if self._in_cell:
-            self.rows[-1][-1] += data
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +81,8 @@ def source(folder, run, results):
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_page_holds_what_was_measured(source, run, results, config):
-    page = Page(source)
+def test_page_holds_what_was_measured(source, run, results, config, read_page):
+    page = read_page(source)
     trained = json.loads(open(f"{run}/train_result.json").read())
     evaluation = trained["evaluation"]
     low, high = evaluation["accuracy_interval"]
@@ -134,33 +108,33 @@ def test_page_holds_what_was_measured(source, run, results, config):
     assert source.count("<picture>") == 4  # curves, plane, map, candidates
 
 
-def test_of_an_incomplete_suite_parts_are_shown_and_no_total(source):
-    page = Page(source)
+def test_of_an_incomplete_suite_parts_are_shown_and_no_total(source, read_page):
+    page = read_page(source)
     assert [f"section {NASTY}", "20", "0.500", "0.400 to 0.600"] in page.rows
     assert ["subset one", "20 of 30", "0.250", ""] in page.rows
     assert "whole suite" not in page.text and f"no score of the whole. Missing: Chat: {NASTY}." in page.text
 
 
-def test_names_from_data_are_text(source):
-    page = Page(source)
+def test_names_from_data_are_text(source, read_page):
+    page = read_page(source)
     assert NASTY in [row[0] for row in page.rows]
-    assert page.tags.isdisjoint({"script", "link", "iframe", "object", "base"})
+    assert set(page.tags).isdisjoint({"script", "link", "iframe", "object", "base"})
     assert not [name for name, _ in page.attributes if name.startswith("on")]
 
 
-def test_page_needs_no_other_file(source):
-    values = [value for name, value in Page(source).attributes if name in ("src", "srcset", "href")]
+def test_page_needs_no_other_file(source, read_page):
+    values = read_page(source).values("src", "srcset", "href")
     assert len(values) == 8 and all(value.startswith("data:image/png;base64,") for value in values)
     style = source.partition("<style>")[2].partition("</style>")[0]
     assert "url(" not in style and "@import" not in style
 
 
-def test_what_was_not_given_is_named_in_one_line_and_a_complete_suite_has_its_total(run, results, tmp_path):
+def test_what_was_not_given_is_named_in_one_line_and_a_complete_suite_has_its_total(run, results, tmp_path, read_page):
     suite = json.loads((results[-1] / "result.json").read_text())
     (tmp_path / "result.json").write_text(json.dumps(suite | {"complete": True, "score": 0.625}))
     write_report(run, tmp_path / "page.html", [tmp_path])
     source = (tmp_path / "page.html").read_text()
-    page = Page(source)
+    page = read_page(source)
     (line,) = [line for line in page.text.splitlines() if line.startswith("Not on this page")]
     for name in ("accuracy on other data", "prompt-free and prompt-related", "map of latents"):
         assert name in line
@@ -168,12 +142,12 @@ def test_what_was_not_given_is_named_in_one_line_and_a_complete_suite_has_its_to
     assert source.count("<picture>") == 1
 
 
-def test_an_unfinished_run_is_called_so(run, folder, tmp_path):
+def test_an_unfinished_run_is_called_so(run, folder, tmp_path, read_page):
     unfinished = tmp_path / "unfinished"
     shutil.copytree(f"{run}/checkpoints", unfinished / "checkpoints")
     shutil.rmtree(unfinished / "checkpoints" / "checkpoint-4")
     write_report(unfinished, tmp_path / "page.html")
-    page = Page((tmp_path / "page.html").read_text())
+    page = read_page((tmp_path / "page.html").read_text())
     assert "is not finished" in page.text and ["trained for", "2 of 4 steps"] in page.rows
     assert ["latent_dim", "4"] in page.rows and "<picture>" in (tmp_path / "page.html").read_text()
     with pytest.raises(InputError, match=r"results: the run in .* is not finished"):

@@ -817,15 +817,15 @@ def test_no_more_rows_than_a_chunk_are_held_and_rows_are_read_lazily(scorer, tmp
     ("name", "content", "message"),
     [
         ("in.jsonl", '{"prompt": "a", "response": "b"}\n\n{"prompt": "a"\n', "in.jsonl, row 3: .*JSON"),
-        ("in.jsonl", '{"prompt": "a"}\n', r"row 1 has no response \(fields: prompt\)"),
-        ("in.jsonl", '{"response": "a"}\n', "row 1 has no prompt"),
-        ("in.jsonl", '{"prompt": "a", "response": null}\n', "row 1 has no response"),
-        ("in.jsonl", '{"prompt": "a", "response": 3}\n', "row 1: response is 3; expected text"),
+        ("in.jsonl", '{"prompt": "a"}\n', r"row 1: no 'response'. Its fields are 'prompt'; add"),
+        ("in.jsonl", '{"response": "a"}\n', "row 1: no 'prompt'"),
+        ("in.jsonl", '{"prompt": "a", "response": null}\n', "row 1: no 'response'"),
+        ("in.jsonl", '{"prompt": "a", "response": 3}\n', "row 1: 'response' is int 3; expected text"),
         ("in.jsonl", '{"prompt": 5, "response": "b"}\n', "row 1: .*prompt"),
         ("in.jsonl", '{"prompt": "", "response": "b"}\n', "row 1: .*empty"),
         ("in.jsonl", '{"prompt": [], "response": "b"}\n', "row 1: .*prompt"),
         ("in.jsonl", '{"prompt": [{"role": "user"}], "response": "b"}\n', "row 1: .*content"),
-        ("in.jsonl", '{"prompt": "a", "response": "\\ud800"}\n', "row 1.*not valid Unicode"),
+        ("in.jsonl", '{"prompt": "a", "response": "\\ud800"}\n', "row 1.*unpaired surrogate"),
         ("in.jsonl", '{"prompt": "a", "response": "b", "reward": 1}\n', "row 1 has a field 'reward' already"),
         ("in.jsonl", "[1, 2]\n", "row 1 is a list"),
         ("in.jsonl", b'{"prompt": "a", "response": "\xff"}\n', "row 1.*UTF-8"),
@@ -836,12 +836,12 @@ def test_no_more_rows_than_a_chunk_are_held_and_rows_are_read_lazily(scorer, tmp
             gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 50, mtime=0)[:-9],
             "damaged or cut short",
         ),
-        ("in.csv", "prompt,response\na\n", "row 1: it has another number of cells"),
-        ("in.csv", "prompt,response\na,b,c\n", "row 1: it has another number of cells"),
-        ("in.csv", "prompt,answer\na,b\n", "row 1 has no response"),
-        ("in.csv", "prompt,prompt,response\na,b,c\n", "name each column once"),
-        ("in.csv", 'prompt,response\na,"b\n', "cannot be read"),
-        ("in.csv", b"prompt,response\na,\xff\n", "cannot be read"),
+        ("in.csv", "prompt,response\na\n", "row 1: 1 cells, but the header names 2"),
+        ("in.csv", "prompt,response\na,b,c\n", "row 1: 3 cells, but the header names 2"),
+        ("in.csv", "prompt,answer\na,b\n", "row 1: no 'response'.*--columns response=answer"),
+        ("in.csv", "prompt,prompt,response\na,b,c\n", "names a column twice: prompt"),
+        ("in.csv", 'prompt,response\na,"b\n', "broken CSV after row 0"),
+        ("in.csv", b"prompt,response\na,\xff\n", "row 1: column 'response' is not UTF-8"),
         ("in.parquet", b"PAR1 not really", "not a readable Parquet file"),
         ("in.txt", "a", "in.txt"),
     ],
@@ -866,7 +866,7 @@ def test_impossible_outputs_are_refused(scorer, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             score_file(scorer, source, output, progress=False)
-    with pytest.raises(InputError, match="no file"):
+    with pytest.raises(InputError, match="no such file"):
         score_file(scorer, tmp_path / "absent.jsonl", tmp_path / "out.jsonl", progress=False)
 
 

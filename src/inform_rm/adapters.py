@@ -19,10 +19,11 @@ from transformers.utils import cached_file, find_adapter_config_file
 from inform_rm.errors import InputError
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
 from inform_rm.untrusted import ADAPTER_REFUSAL, check_checkpoint, check_code_is_own, warn_unpinned
+from inform_rm.value_heads import find_reward_head, load_with_head
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _HEAD_PREFIX = "base_model.model.score."
-_HEAD_SETTINGS = ("architecture", "latent_dim", "decoder", "kl_reduction", "beta")
+_HEAD_SETTINGS = ("architecture", "latent_dim", "decoder", "kl_reduction", "head_bias", "beta")
 # What must agree between the base that the adapters were trained on and the one that is found under its name.
 _BACKBONE_SIZES = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -200,7 +201,8 @@ def _load_base(
             loaded: Any = InfoRMForSequenceClassification.from_pretrained(base, use_safetensors=True, **loading)
         else:
             head = {setting: getattr(config, setting) for setting in _HEAD_SETTINGS}
-            loaded = InfoRMForSequenceClassification.from_backbone(base, **head, **loading)
+            own_head = find_reward_head(base, found, revision=revision)
+            loaded = load_with_head(base, own_head, **head, **loading)
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, safetensors and the Hub raise many types for a bad checkpoint

@@ -1,7 +1,6 @@
 """Model cards: what a model's README says, and the metadata by which the Hub finds and compares it."""
 
 import contextlib
-import html
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,36 +12,24 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from inform_rm.errors import InputError
 from inform_rm.files import atomic_write_text
-from inform_rm.records import check_hub_id
+from inform_rm.page import (
+    Table,
+    cell_text,
+    fill_markdown,
+    format_interval,
+    markdown_paragraph,
+    markdown_table,
+    words_table,
+)
+from inform_rm.records import check_hub_id, parse_source
 from inform_rm.result_folders import RESULT_FILE, ResultFolder, naming_damage
 
 TAGS = ("reward-model", "inform", "rlhf")
-_LOAD_MODEL = (
-    "import torch",
-    "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n",
-    'name = "."  # this repository\'s id, or its folder',
-    "model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True).eval()",
-    "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)  # it reads the config",
-    'messages = [{"role": "user", "content": "Name a prime number."}, {"role": "assistant", "content": "Seven."}]',
-    'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)',
-    "with torch.no_grad():",
-    "    print(model(**inputs).logits)",
-)
-_LOAD_ADAPTERS = (
-    "# LoRA adapters and reward head. The base model, named in adapter_config.json, must be there too.",
-    "# A whole model is made by: inform-rm export --model . --output FOLDER",
-    "from inform_rm.scoring import RewardScorer  # pip install 'inform-rm[peft]'\n",
-    'scorer = RewardScorer(".")  # this repository\'s id, or its folder',
-    'print(scorer.score([[{"role": "user", "content": "Name a prime number."}]], ["Seven."]))',
-)
 _TASK: dict[str, Any] = {"task_type": "text-classification", "task_name": "preference between responses"}
 _LEFT_OUT = {"bad_rows": "bad rows left out", "dropped": "over-long pairs left out", "truncated": "prompts cut"}
 _RESULTS_START, _RESULTS_END = "<!-- results, from the metadata above -->", "<!-- end of results -->"
-LIMITS = (
-    "## Limits\n",
-    "The reward reflects the preferences in the training data, with their biases (length, tone, format). "
-    "Optimising a policy against it long enough will exploit its errors.\n",
-)
+_LIMITS_HEADING = "## Limits\n"  # results stand before it
+_LOAD_MODEL, _LOAD_ADAPTERS = "load_model.md.j2", "load_adapters.md.j2"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _MOST_CARD_CHARACTERS, _DEEPEST_YAML = 1 << 20, 30
 
@@ -70,26 +57,10 @@ def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | N
         base_model=None if base_model is None or is_local(base_model) else base_model,
         datasets=hub_data or None,
     )
-    kind = (
-        "an InfoRM reward model (variational information bottleneck, [arXiv:2402.09345](https://arxiv.org/abs/2402.09345))"
-        if config.architecture == "inform"
-        else "a standard Bradley-Terry reward model (one linear head)"
-    )
-    lines = [
-        "# Reward model\n",
-        f"This is {kind} on a {config.text_config.model_type} backbone, made with "
-        "inform-rm. It gives one number for a prompt and a response; "
-        "only differences between responses to the same prompt mean anything.\n",
-        "## How to load\n",
-        "```python",
-        *(_LOAD_ADAPTERS if is_adapter else _LOAD_MODEL),
-        "```\n",
-        "Pin a `revision` when you load remote code from the Hub.\n",
-    ]
+    values: dict[str, Any] = {"load_template": _LOAD_ADAPTERS if is_adapter else _LOAD_MODEL}
     if result is not None:
-        lines += [_training_section(settings, result)]
-    lines += LIMITS
-    card = card_text(metadata, "\n".join(lines))
+        values |= _training_values(settings, result)
+    card = card_text(metadata, _card_body(config=config, result=result, **values))
     if result is None or result["evaluation"] is None:
         return card
     return _with_results(card, [_evaluation_of_run(result)], Path(settings["output"]).resolve().name)
@@ -103,15 +74,32 @@ def average_card(inform_config: Any, number: int, result_file: str) -> str:
         number: how many models were averaged.
         result_file: file that names them.
     """
-    if inform_config is not None:
-        head = model_card(inform_config, {}, None)
-    else:
-        data = ModelCardData(library_name="transformers", pipeline_tag="text-classification", tags=[TAGS[0]])
-        head = card_text(data, "# Reward model\n\nIt gives one number for a prompt and a response.\n")
-    return (
-        f"{head}\n## Weights\n\nThe mean of the weights of {number} reward models trained from one start (WARM, "
-        f"[arXiv:2401.12187](https://arxiv.org/abs/2401.12187)), made with inform-rm. `{result_file}` names them.\n"
-    )
+    tags = TAGS if inform_config is not None else TAGS[:1]
+    metadata = ModelCardData(library_name="transformers", pipeline_tag="text-classification", tags=list(tags))
+    return card_text(metadata, _card_body(config=inform_config, averaged=number, result_file=result_file))
+
+
+def _card_body(**values: Any) -> str:
+    defaults = {"result": None, "averaged": None, "load_template": _LOAD_MODEL}
+    return fill_markdown("model_card.md.j2", **{**defaults, **values})
+
+
+def _training_values(settings: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """What the card says of a run; of local paths the last part."""
+    shown = [
+        (name, list(map(public_name, value)) if isinstance(value, list | tuple) else public_name(value))
+        for name, value in settings.items()
+        if name != "output"
+    ]
+    values = {
+        "settings_table": markdown_table(words_table(("setting", "value"), shown)),
+        "software": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+    }
+    evaluation = result.get("evaluation")
+    if evaluation is not None:
+        values["accuracy"] = cell_text(evaluation["accuracy"])
+        values["interval"] = format_interval(evaluation["accuracy_interval"])
+    return values
 
 
 def whole_model_card(path: Path) -> None:
@@ -123,7 +111,7 @@ def whole_model_card(path: Path) -> None:
     with _naming_card():
         parsed = _parsed(path.read_text(encoding="utf-8"))
         parsed.data.library_name = "transformers"
-        text = parsed.text.replace("\n".join(_LOAD_ADAPTERS), "\n".join(_LOAD_MODEL))
+        text = parsed.text.replace(fill_markdown(_LOAD_ADAPTERS), fill_markdown(_LOAD_MODEL))
     atomic_write_text(path, card_text(parsed.data, text))
 
 
@@ -189,14 +177,15 @@ def eval_results(folder: ResultFolder) -> list[EvalResult]:
 def _data_results(result: dict[str, Any]) -> list[EvalResult]:
     # Results of earlier versions do not say whether a source was local: no name is taken for a Hub id then.
     local = [item.get("is_local", True) for item in result["data"]]
-    names = [Path(item["source"]).name if here else item["source"]
-             for item, here in zip(result["data"], local, strict=True)]  # fmt: skip
+    sources = [parse_source(item["source"]) for item in result["data"]]
+    names = [Path(source.name).name if here else source.name for source, here in zip(sources, local, strict=True)]
+    splits = list(dict.fromkeys(source.split for source in sources if source.split is not None))
     settings = result["settings"]
     digests = [item["fingerprint"][:12] for item in result["data"]]
     dataset = {
         "dataset_type": " + ".join(names),
         "dataset_name": " + ".join(names),
-        "dataset_split": settings.get("split"),
+        "dataset_split": " + ".join(splits) or None,
         # Files of the same name are told apart, which the Hub's classes do by type, split and revision alone.
         "dataset_revision": settings.get("data_revision") or ("-".join(digests) if any(local) else None),
     }
@@ -319,15 +308,13 @@ def _with_results(card: str, results: list[EvalResult], model_name: str) -> str:
     if start and end:
         text = f"{before}{section}{after.lstrip()}"
     else:
-        before, limits, after = parsed.text.partition(LIMITS[0])
-        text = f"{before.rstrip()}\n\n{section}{limits}{after}"
+        before, heading, after = parsed.text.partition(_LIMITS_HEADING)
+        text = f"{before.rstrip()}\n\n{section}{heading}{after}"
     return card_text(parsed.data, text)
 
 
 def _results_section(results: Iterable[EvalResult]) -> str:
     """A table of what the metadata holds; files of one name are told apart by their fingerprints."""
-    from inform_rm.eval.report import format_interval, markdown_table
-
     results = list(results)
     revisions: dict[str, set[str | None]] = {}
     for result in results:
@@ -335,16 +322,15 @@ def _results_section(results: Iterable[EvalResult]) -> str:
     rows, notes = [], []
     for result in results:
         arguments, dataset = result.metric_args or {}, result.dataset_args or {}
-        interval, value = arguments.get("interval_95"), result.metric_value
         name = result.dataset_name
         name = f"{name} ({result.dataset_revision})" if len(revisions[name]) > 1 else name
         rows.append(
             (
                 name,
                 result.metric_name or result.metric_type,
-                arguments.get("n", ""),
-                f"{value:.3f}" if isinstance(value, float) else value,
-                format_interval(interval) if interval else "",
+                arguments.get("n"),
+                result.metric_value,
+                arguments.get("interval_95"),
             )
         )
         found = [f"{dataset[count]} {text}" for count, text in _LEFT_OUT.items() if dataset.get(count)]
@@ -352,38 +338,6 @@ def _results_section(results: Iterable[EvalResult]) -> str:
             found.append(f"no score of the whole. Missing: {'; '.join(dataset.get('missing', []))}")
         note = f"{name}: {', '.join(found)}."
         notes += [note] if found and note not in notes else []
-    table = markdown_table(
-        ("data", "metric", "n", "value", "95 % interval"), [[_escaped(cell) for cell in row] for row in rows]
-    )
-    parts = [
-        _RESULTS_START, "## Results\n", f"{table}\n", *(f"{_escaped(note)}\n" for note in notes),
-        "Pairwise accuracy: share of pairs whose chosen response has the higher reward; a tie counts half.\n",
-        _RESULTS_END,
-    ]  # fmt: skip
-    return "\n".join(parts) + "\n\n"
-
-
-def _training_section(settings: dict[str, Any], result: dict[str, Any]) -> str:
-    from inform_rm.eval.report import markdown_table
-
-    shown = {name: value for name, value in settings.items() if name != "output"}
-    rows = [
-        (name, ", ".join(map(public_name, value)) if isinstance(value, list | tuple) else public_name(value))
-        for name, value in shown.items()
-    ]
-    lines = ["## Training\n", markdown_table(("setting", "value"), [list(map(_escaped, row)) for row in rows])]
-    lines += [f"\nTraining pairs: {result['train_pairs']['pairs']}."]
-    evaluation = result.get("evaluation")
-    if evaluation is not None:
-        low, high = evaluation["accuracy_interval"]
-        lines += [
-            f"\nPairwise accuracy on the run's evaluation pairs: **{evaluation['accuracy']:.3f}** "
-            f"(n = {evaluation['num_pairs']}, 95 % Wilson interval {low:.3f} to {high:.3f}, ties count half)."
-        ]
-    lines += ["\nSoftware: " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".\n"]
-    return "\n".join(lines)
-
-
-def _escaped(value: Any) -> str:
-    """Text that is neither HTML nor a link nor code in Markdown."""
-    return re.sub(r"([\[\]`*\\])", r"\\\1", html.escape(str(value), quote=False))
+    table = Table(("data", "metric", "n", "value", "95 % interval"), rows, align="llrrr")
+    text = fill_markdown("card_results.md.j2", table=markdown_table(table), notes=map(markdown_paragraph, notes))
+    return f"{_RESULTS_START}\n{text}{_RESULTS_END}\n\n"

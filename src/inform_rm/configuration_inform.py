@@ -32,6 +32,7 @@ class InfoRMConfig(PretrainedConfig):
             authors' released code, which averages mean and log variance over dimensions first. A ``beta`` tuned for
             one does not suit the other.
         architecture: ``"inform"``, or ``"standard"`` for one linear reward head and no bottleneck (the baseline).
+        head_bias: whether the head of ``"standard"`` adds a constant, as the value heads of TRL and LLaMA-Factory do.
 
     Raises:
         ValueError: naming every faulty setting at once.
@@ -55,6 +56,7 @@ class InfoRMConfig(PretrainedConfig):
         decoder: str = "mlp",
         kl_reduction: str = "sum",
         architecture: str = "inform",
+        head_bias: bool = False,
         **kwargs: Any,
     ):
         self.latent_dim = latent_dim
@@ -62,6 +64,7 @@ class InfoRMConfig(PretrainedConfig):
         self.latent_decoder = kwargs.pop("latent_decoder", decoder)
         self.kl_reduction = kl_reduction
         self.architecture = architecture
+        self.head_bias = head_bias
         self._check_settings()
         if text_config is None:
             text_config = {}
@@ -99,6 +102,10 @@ class InfoRMConfig(PretrainedConfig):
             or self.beta < 0
         ):
             faults.append(f"beta must be a finite number of at least 0, got {self.beta!r}")
+        if not isinstance(self.head_bias, bool):
+            faults.append(f"head_bias must be true or false, got {self.head_bias!r}")
+        elif self.head_bias and self.architecture == "inform":
+            faults.append('head_bias needs architecture="standard": the decoder of "inform" has its own constants')
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:

@@ -18,10 +18,11 @@ from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 
-from inform_rm.cards import LIMITS, TAGS, card_text
+from inform_rm.cards import TAGS, card_text
 from inform_rm.encoding import encode
 from inform_rm.errors import InputError
 from inform_rm.files import atomic_write_text, write_json
+from inform_rm.page import fill_markdown
 from inform_rm.reward_models import fingerprint_model
 
 logger = logging.getLogger(__name__)
@@ -243,56 +244,14 @@ def _card(written: FoldedModel, config: Any, fingerprint: str, source: str | Non
         tags=list(TAGS),
         base_model=source,
     )
-    kind = "an InfoRM reward model" if config.architecture == "inform" else "a standard Bradley-Terry reward model"
-    offset = written.reward_offset
-    sign = "-" if offset < 0 else "+"
-    shift = f"; `--pooler-config '{{\"logit_bias\": {-offset!r}}}'` adds the constant" if offset else ""
-    constant = (
-        f"Its rewards are those of the original minus a constant: `original = folded {sign} {abs(offset)!r}` "
-        "(`reward_offset` in config.json), because the head of this class has no bias. Differences between responses "
-        "are the same."
-        if offset
-        else "Its rewards are those of the original."
+    body = fill_markdown(
+        "folded_card.md.j2",
+        is_inform=config.architecture == "inform",
+        backbone=config.get_text_config().model_type,
+        class_name=written.class_name,
+        fingerprint=fingerprint,
+        offset=written.reward_offset,
+        largest_difference=f"{written.largest_difference:.1e}",
+        added_pad_token=written.added_pad_token,
     )
-    lines = [
-        "# Reward model, folded\n",
-        f"{kind[0].upper()}{kind[1:]} on a {config.get_text_config().model_type} backbone as a plain "
-        f"`{written.class_name}`: in eval its reward is one row vector on the last token's hidden state, and that "
-        "vector is `score.weight`. No remote code. Made with inform-rm from the model with the fingerprint (SHA-256 "
-        f"over its weights) `{fingerprint}`.\n",
-        f"{constant} On random tokens the two differed by at most {written.largest_difference:.1e} when this was "
-        "written (backbone in the stored number type, head in float32).\n",
-        "What is lost: the latents and the reward's uncertainty. Keep the original for `inform-rm detect`.\n",
-        "## How to load\n",
-        "```python",
-        "import torch",
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n",
-        'name = "."  # this repository\'s id, or its folder',
-        "model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32).eval()",
-        "tokenizer = AutoTokenizer.from_pretrained(name)",
-        'messages = [{"role": "user", "content": "Name a prime."}, {"role": "assistant", "content": "Seven."}]',
-        'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)',
-        "with torch.no_grad():",
-        "    print(model(**inputs).logits)",
-        "```\n",
-        "Pad with this tokenizer, on the right: the class reads the reward at the last token that is not "
-        f"`pad_token_id`{_pad_note(written.added_pad_token)}.\n",
-        "## How engines serve it\n",
-        "From their documentation and source; not run by inform-rm.\n",
-        "| engine | how |\n|---|---|",
-        "| vLLM | `vllm serve NAME --runner pooling`, then `/classify` with `use_activation: false` (older versions: "
-        f"`--task classify`, `activation: false`){shift} |",
-        "| SGLang | `python -m sglang.launch_server --model-path NAME --is-embedding` |",
-        "| OpenRLHF | `--reward_pretrain NAME --value_head_prefix score` |",
-        "| verl | `reward_model.model.path=NAME` |\n",
-        "Send what the tokenizer's chat template gives, without more special tokens (`add_special_tokens: false`).\n",
-        "In bfloat16 a reward has a step of 0.4 % of its size: keep the head in float32 where the engine can.\n",
-        *LIMITS,
-    ]
-    return card_text(metadata, "\n".join(lines))
-
-
-def _pad_note(added: str | None) -> str:
-    return (
-        "" if added is None else f"; `{added}` was added for that, the original pads with a token that may end a row"
-    )
+    return card_text(metadata, body)

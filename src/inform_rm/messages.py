@@ -23,6 +23,7 @@ _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "
 _RENDERED_KEYS = ("tool_calls", "tool_call_id", "name", "thinking", "reasoning_content", "images", "audio")
 
 _JSON_MESSAGES = re.compile(r"""\s*"?\s*(\[\s*)?\{\s*\\?["'](role|content|from|value)\\?["']\s*:""")
+_ROLE_FIRST = re.compile(r"""\s*\[\s*\{\s*["']role["']\s*:""")
 _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
 _FIRST_MARKER = re.compile(r"\s*(### ?)?(Human|HUMAN|User|USER):")
 _RENDERED_START = re.compile(
@@ -91,7 +92,7 @@ def json_messages(where: str, text: str) -> list[Any] | None:
     """The list in text that is a message list as JSON; ``None`` for other text, JSON that is none included."""
     if not _JSON_MESSAGES.match(text):
         return None
-    if not any(all(re.search(rf"""["']{key}\\?["']""", text) for key in keys) for keys in _MESSAGE_KEYS):
+    if not _ROLE_FIRST.match(text) and not any(all(key in text for key in keys) for keys in _MESSAGE_KEYS):
         return None
     try:
         value = json.loads(text)

@@ -6,6 +6,7 @@ arXiv:2402.09345. Shapes below: B sequences, T tokens, H hidden size of the back
 
 import copy
 import inspect
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput
 
 from .configuration_inform import InfoRMConfig
 
+logger = logging.getLogger(__name__)
+
+# Where checkpoints that also see images keep the text model, and what its weights are called here.
+_TEXT_MODEL_KEYS = {
+    r"^(?:model\.)?(?:language_model|text_model)\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": "model.",
+}
+# Of the decoders of transformers these cannot be reward models here (docs/architectures.md).
+_UNFIT_BACKBONES = {"cpmant": "its states depend on the padding after a token"}
 # The draws behind `reward_samples` come from this seed and are the same for every row, so that an uncertainty depends
 # neither on batch mates nor on the caller's random state.
 _REWARD_SAMPLE_SEED = 0
@@ -141,7 +157,11 @@ class InfoRMHead(nn.Module):
         return self.decoder(latent)
 
     def forward(
-        self, hidden: Tensor, return_latents: bool = False, reward_samples: int | None = None
+        self,
+        hidden: Tensor,
+        return_latents: bool = False,
+        reward_samples: int | None = None,
+        latent_noise: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """``(B, T, H)`` or ``(B, H)`` hidden states to rewards ``(B, T, 1)`` or ``(B, 1)``.
 
@@ -150,6 +170,7 @@ class InfoRMHead(nn.Module):
             return_latents: return ``(rewards, latent_mean, latent_log_variance, reward_std)`` instead.
             reward_samples: average the reward over this many draws of the latent; ``reward_std`` is then their sample
                 standard deviation, else ``None``.
+            latent_noise: the draws of eps while training, in the shape of the means; ``None`` draws them here.
         """
         mean, log_variance = self.encode(hidden)
         reward_std = None
@@ -160,7 +181,8 @@ class InfoRMHead(nn.Module):
             draws = self.decode(mean.unsqueeze(-2) + (0.5 * log_variance).exp().unsqueeze(-2) * noise)
             rewards, reward_std = draws.mean(dim=-2), draws.std(dim=-2)
         elif self.training:
-            rewards = self.decode(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
+            noise = torch.randn_like(mean) if latent_noise is None else latent_noise.to(mean)
+            rewards = self.decode(mean + (0.5 * log_variance).exp() * noise)
         else:
             rewards = self.decode(mean)
         return (rewards, mean, log_variance, reward_std) if return_latents else rewards
@@ -203,19 +225,30 @@ class InfoRMForSequenceClassification(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
-    # A causal-LM checkpoint brings its output layer (`embed_out` in GPT-NeoX); a reward model has no use for it.
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^embed_out\."]
+    # A head in bfloat16 would round what training changes and what tells rewards apart.
+    _keep_in_fp32_modules_strict = ["score"]
+    # A causal-LM checkpoint brings its output layer (`embed_out` in GPT-NeoX, `head` in RWKV, `decoder` in
+    # ModernBERT); a reward model has no use for it.
+    _keys_to_ignore_on_load_unexpected = [
+        r"^lm_head\.",
+        r"^embed_out\.",
+        r"^head\.weight$",
+        r"^decoder\.(weight|bias)$",
+    ]
 
     def __init__(self, config: InfoRMConfig):
         super().__init__(config)
         self.num_labels = 1
         self.model = AutoModel.from_config(config.text_config)
         self._backbone_takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        hidden_size = config.text_config.hidden_size
+        # OPT's smallest models project their last hidden states to another size.
+        hidden_size = getattr(config.text_config, "word_embed_proj_dim", None) or config.text_config.hidden_size
         if config.architecture == "inform":
             self.score: nn.Module = InfoRMHead(config, hidden_size)
         else:
-            self.score = RewardLinear(hidden_size, 1, bias=False)
+            self.score = RewardLinear(hidden_size, 1, bias=config.head_bias)
+        if torch.get_default_dtype().itemsize < 4:  # from_pretrained and from_config set it: a fresh head is float32
+            self.score.float()
         self.post_init()
 
     @classmethod
@@ -231,6 +264,9 @@ class InfoRMForSequenceClassification(PreTrainedModel):
     ) -> Any:
         """Start a reward model from a causal-LM or base checkpoint: every backbone weight loaded, the head fresh.
 
+        Of a checkpoint that also sees images or hears (Gemma 3, Mistral 3, Qwen-VL, Llama 4, ...) the text model is
+        taken; how many other weights were left out is logged.
+
         Args:
             model_id_or_path: Hub id or folder of the backbone.
             latent_dim: see `InfoRMConfig`, like the next four.
@@ -238,22 +274,21 @@ class InfoRMForSequenceClassification(PreTrainedModel):
             decoder: ``"mlp"`` or ``"linear"``.
             kl_reduction: ``"sum"`` or ``"averaged_moments"``.
             architecture: ``"inform"`` or ``"standard"``.
-            kwargs: keywords of ``from_pretrained`` (dtype, device_map, quantization_config, revision, ...).
-                ``use_safetensors`` is True unless given.
+            kwargs: keywords of ``from_pretrained`` (dtype, device_map, quantization_config, revision, ...), and
+                ``head_bias`` of `InfoRMConfig`. ``use_safetensors`` is True unless given.
 
         Returns:
             The model; with ``output_loading_info=True`` also the loading info, as ``from_pretrained`` does.
 
         Raises:
-            ValueError: if the checkpoint is an InfoRM model already, or lacks backbone weights, or has others.
+            ValueError: if the checkpoint is an InfoRM model already, is no decoder, lacks backbone weights, or has
+                others.
         """
         hub_keys = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
         hub_kwargs = {key: kwargs[key] for key in hub_keys if key in kwargs}
-        text_config = AutoConfig.from_pretrained(model_id_or_path, **hub_kwargs)
-        if text_config.model_type == cls.config_class.model_type:
-            raise ValueError(
-                f"{model_id_or_path} is an InfoRM reward model, not a backbone. Load it with from_pretrained."
-            )
+        whole_config = AutoConfig.from_pretrained(model_id_or_path, **hub_kwargs)
+        text_config = _text_config_of_decoder(whole_config, model_id_or_path)
+        is_multimodal = text_config is not whole_config
         config = cls.config_class(
             text_config=text_config,
             latent_dim=latent_dim,
@@ -261,6 +296,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
             decoder=decoder,
             kl_reduction=kl_reduction,
             architecture=architecture,
+            head_bias=kwargs.pop("head_bias", False),
         )
         quantization = kwargs.get("quantization_config")
         if quantization is not None and hasattr(quantization, "llm_int8_skip_modules"):
@@ -270,11 +306,9 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                 *(quantization.llm_int8_skip_modules or []),
                 "score",
             ]
-        if text_config.__class__ in MODEL_FOR_CAUSAL_LM_MAPPING:
-            causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[text_config.__class__]
-            prefix = causal_lm.base_model_prefix
-            if prefix != cls.base_model_prefix:  # "gpt_neox", "transformer", ...
-                kwargs["key_mapping"] = {rf"^{prefix}\.": f"{cls.base_model_prefix}.", **kwargs.get("key_mapping", {})}
+        key_mapping = _TEXT_MODEL_KEYS if is_multimodal else _backbone_keys(text_config, cls.base_model_prefix)
+        if key_mapping:
+            kwargs["key_mapping"] = {**key_mapping, **kwargs.get("key_mapping", {})}
         kwargs.setdefault("use_safetensors", True)
         wants_loading_info = kwargs.pop("output_loading_info", False)
         loaded: Any = cls.from_pretrained(model_id_or_path, config=config, output_loading_info=True, **kwargs)
@@ -282,9 +316,20 @@ class InfoRMForSequenceClassification(PreTrainedModel):
         # transformers would otherwise write the next checkpoint under the renamed backbone's old key names, and
         # reloading that would start from random weights.
         model._weight_conversions = None
+        unexpected = sorted(key for key in loading["unexpected_keys"] if not key.startswith("score."))
+        if is_multimodal:
+            parts = {key.split(".")[0] for key in model.model.state_dict()}
+            of_text = [key for key in unexpected if key.removeprefix("model.").split(".")[0] in parts]
+            logger.warning(
+                "%s is a %s checkpoint: its text model is taken, %d weights of other parts are left out.",
+                model_id_or_path,
+                whole_config.model_type,
+                len(unexpected) - len(of_text),
+            )
+            unexpected = of_text
         faults = {
             "missing": sorted(key for key in loading["missing_keys"] if not key.startswith("score.")),
-            "unexpected": sorted(key for key in loading["unexpected_keys"] if not key.startswith("score.")),
+            "unexpected": unexpected,
             "of another shape": sorted(str(key) for key in loading["mismatched_keys"]),
         }
         if any(faults.values()):
@@ -294,6 +339,15 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                 "Pass a complete causal-LM or base-model checkpoint."
             )
         return (model, loading) if wants_loading_info else model
+
+    def initialize_weights(self) -> None:
+        """Initialise what the checkpoint does not hold, the backbone by its own rules.
+
+        Under the rules for a class outside of transformers, Falcon-H1's multipliers, which no checkpoint holds, would
+        stay what the memory happened to contain.
+        """
+        self.model.initialize_weights()
+        super().initialize_weights()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -318,6 +372,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
         reward_samples: int | None = None,
         packed_segments: list[list[int]] | None = None,
         pooled_positions: Tensor | None = None,
+        latent_noise: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> "InfoRMOutput | tuple[Tensor, ...]":
@@ -337,6 +392,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                 (`inform_rm.packing`); needs ``pooled_positions``.
             pooled_positions: ``(N,)`` places in the single row of ``input_ids`` at which rewards are read off, instead
                 of at the last token: the output then has N rows.
+            latent_noise: ``(N, K)`` draws from N(0, I) for the N rewards while training; drawn here if not given.
             return_dict: ``False`` returns a tuple without the absent fields.
             kwargs: `output_attentions`, `use_cache` and the like are accepted and ignored: other people's training
                 loops pass keywords of their own.
@@ -362,13 +418,17 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                 raise ValueError('reward_samples needs architecture="inform": a standard reward head has no latent.')
             if reward_samples < 2:
                 raise ValueError(f"reward_samples must be at least 2 for a standard deviation, got {reward_samples}.")
+        if attention_mask is not None:
+            attention_mask, input_ids, position_ids, inputs_embeds = _with_padding_at_the_end(
+                attention_mask, input_ids, position_ids, inputs_embeds
+            )
         backbone_inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "inputs_embeds": inputs_embeds,
         }
         if position_ids is None and attention_mask is not None:
-            # Positions count real tokens: learned positions (GPT-2) would otherwise shift with left padding.
+            # Positions count real tokens, also where a mask has gaps.
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
         if self._backbone_takes_positions:
             backbone_inputs["position_ids"] = position_ids
@@ -379,7 +439,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
 
         if self.config.architecture == "inform":
             rewards, mean, log_variance, reward_std = self.score(
-                pooled, return_latents=True, reward_samples=reward_samples
+                pooled, return_latents=True, reward_samples=reward_samples, latent_noise=latent_noise
             )
             kl = self._kl(mean, log_variance)
         else:
@@ -408,6 +468,55 @@ class InfoRMForSequenceClassification(PreTrainedModel):
         if self.config.kl_reduction == "averaged_moments":
             mean, log_variance = mean.mean(dim=-1, keepdim=True), log_variance.mean(dim=-1, keepdim=True)
         return kl_to_standard_normal(mean, log_variance)
+
+
+def _text_config_of_decoder(config: Any, name: str) -> Any:
+    """The config of the text backbone: `config` itself, or the part of a multimodal one; refuses what is none."""
+    if config.model_type == InfoRMConfig.model_type:
+        raise ValueError(f"{name} is an InfoRM reward model, not a backbone. Load it with from_pretrained.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder-decoder model ({config.model_type}); a reward is read at the last token of a "
+            "decoder. Pass a causal language model."
+        )
+    text_config = config.get_text_config()
+    if type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text_config, "is_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder ({text_config.model_type}), whose tokens see what follows them; a reward is read "
+            "at the last token of a decoder. Pass a causal language model."
+        )
+    if text_config.model_type in _UNFIT_BACKBONES:
+        reason = _UNFIT_BACKBONES[text_config.model_type]
+        raise ValueError(f"{name} is a {text_config.model_type} model: {reason}. Pass another causal language model.")
+    if text_config is not config and getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{name} is quantized; its text model can be taken out of the unquantized checkpoint only.")
+    return text_config
+
+
+def _backbone_keys(text_config: Any, prefix: str) -> dict[str, str]:
+    """How the weights of a causal LM have to be renamed ("gpt_neox.", "transformer.", ...): none or one pattern."""
+    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return {}
+    causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
+    theirs = causal_lm.base_model_prefix
+    return {} if theirs == prefix else {rf"^{theirs}\.": f"{prefix}."}
+
+
+def _with_padding_at_the_end(attention_mask: Tensor, *tensors: Tensor | None) -> list[Any]:
+    """Rows ``(B, T)`` or ``(B, T, H)`` turned so that the padding before their first token comes after the last.
+
+    A causal backbone gives tokens the same states whatever follows them. Padding before them is another matter: layers
+    with a state (Mamba, RWKV), convolutions and position biases may see it, whatever the mask says.
+    """
+    length = attention_mask.shape[-1]
+    first = attention_mask.bool().int().argmax(dim=-1, keepdim=True)
+    places = (torch.arange(length, device=attention_mask.device) + first) % length
+
+    def turn(rows: Tensor) -> Tensor:
+        index = places.to(rows.device)
+        return rows.gather(1, index if rows.dim() == 2 else index[..., None].expand_as(rows))
+
+    return [None if rows is None else turn(rows) for rows in (attention_mask, *tensors)]
 
 
 def _last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:

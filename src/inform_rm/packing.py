@@ -297,7 +297,8 @@ def why_not_packed(model: Any) -> str | None:
     if kinds:
         return f"layers of type {', '.join(sorted(kinds))}"
     generator = torch.Generator().manual_seed(0)
-    vocabulary = [token for token in range(min(text_config.vocab_size, 1000)) if token != text_config.pad_token_id]
+    pad_id = getattr(text_config, "pad_token_id", None)  # configs of old models have none
+    vocabulary = [token for token in range(min(text_config.vocab_size, 1000)) if token != pad_id]
     drawn = torch.tensor(vocabulary)[torch.randint(len(vocabulary), (24,), generator=generator)].tolist()
     prompt, sequences = drawn[:7], [drawn[:7] + drawn[7:10], drawn[:7] + drawn[10:18], drawn[18:]]
     try:

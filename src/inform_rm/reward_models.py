@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,12 @@ import inform_rm
 from inform_rm.adapters import holds_adapters, load_adapter_model
 from inform_rm.errors import InputError
 from inform_rm.untrusted import ADAPTER_REFUSAL, check_checkpoint, warn_unpinned
+from inform_rm.value_heads import RewardHead, find_reward_head, load_with_head, other_head_weights
 
 logger = logging.getLogger(__name__)
 
+# What the classifiers of transformers for decoders call their heads.
+_OWN_HEADS = ("score", "classifier", "logits_proj")
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -40,9 +42,12 @@ def load_reward_model(
     Only safetensors are read. Folders of InfoRM models load without remote code. What the checkpoint claims is checked
     first (`inform_rm.untrusted.check_checkpoint`): no larger model is made than its weight files hold. A folder of
     adapters that `inform_rm.training` wrote is merged into its base, see `inform_rm.adapters.load_adapter_model`.
+    Where the config tells of no head with one output but the weights hold one (OpenRLHF, TRL, LLaMA-Factory), the
+    model is backbone and head as ``architecture: standard``, see `inform_rm.value_heads`.
 
     Args:
-        model: folder or Hub id of a sequence-classification model with ``num_labels == 1``.
+        model: folder or Hub id of a sequence-classification model with ``num_labels == 1``, or of a decoder with a
+            head of one row among its weights or in ``value_head.safetensors``.
         dtype: ``None`` is float32 on a CPU (bfloat16 is slower there and coarser) and the checkpoint's own elsewhere.
         device: ``None`` is the GPU if there is one, else the CPU; ``"auto"`` spreads a large model over all devices.
         trust_remote_code: run model code from the checkpoint. Off unless asked.
@@ -62,9 +67,7 @@ def load_reward_model(
         return load_adapter_model(
             model, dtype=chosen, device=target, trust_remote_code=trust_remote_code, revision=revision
         )
-    return _load(
-        model, AutoModelForSequenceClassification, _check_config, dtype, device, trust_remote_code, revision
-    )  # fmt: skip
+    return _load(model, AutoModelForSequenceClassification, dtype, device, trust_remote_code, revision)
 
 
 def load_causal_lm(
@@ -73,13 +76,12 @@ def load_causal_lm(
     """Load a causal language model as safely as `load_reward_model` loads a reward model; see there."""
     if trust_remote_code:
         warn_unpinned(str(model), None)
-    return _load(model, AutoModelForCausalLM, None, None, device, trust_remote_code, None)
+    return _load(model, AutoModelForCausalLM, None, device, trust_remote_code, None)
 
 
 def _load(
     model: str | Path,
     auto_class: Any,
-    check_config: Callable[[PreTrainedConfig, str], None] | None,
     dtype: str | torch.dtype | None,
     device: str | torch.device | None,
     trust_remote_code: bool,
@@ -103,19 +105,21 @@ def _load(
     try:
         check_checkpoint(name, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
         config = AutoConfig.from_pretrained(name, **hub)
-        if check_config is not None:
-            check_config(config, name)
-        placement = {"device_map": "auto"} if target == "auto" else {}
-        loaded, loading = auto_class.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            **placement,
+        is_reward_model = auto_class is AutoModelForSequenceClassification
+        head = _head_to_load_with(config, name, revision) if is_reward_model else None
+        if not hasattr(config, "pad_token_id"):
+            config.pad_token_id = None  # some configs of transformers have none, and its classifiers ask for it
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,  # refused below, by name
+            **({"device_map": "auto"} if target == "auto" else {}),
             **hub,
-        )
+        }
+        if head is not None:
+            loaded, loading = load_with_head(name, head, architecture="standard", **options)
+        else:
+            loaded, loading = auto_class.from_pretrained(name, config=config, use_safetensors=True, **options)
     except (InputError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # transformers raises whatever a wrong value in a config happens to lead to
@@ -172,12 +176,41 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"model: {folder} has no *.safetensors file. Pass a folder that holds the weights.")
 
 
-def _check_config(config: PreTrainedConfig, name: str) -> None:
-    if config.num_labels == 1:
-        return
+def _head_to_load_with(config: PreTrainedConfig, name: str, revision: str | None) -> RewardHead | None:
+    """The head among the weights that the model's own class would not read; None if that class reads its head.
+
+    Raises:
+        InputError: no model with one reward a row.
+    """
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"model: {name} is an encoder-decoder model ({config.model_type}), which has no last token of prompt and "
+            "response to read a reward at. Pass a reward model on a decoder."
+        )
+    own_code = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    if config.model_type == "inform" or (own_code and config.num_labels == 1):
+        return None
+    head = find_reward_head(name, config, revision=revision)
+    if config.num_labels == 1 and (head is None or (head.file is None and head.prefix in _OWN_HEADS)):
+        return None
+    if head is not None:
+        if getattr(config, "normalize_reward", False):  # OpenRLHF, in evaluation: (reward - mean) / std
+            logger.warning(
+                "%s: its config asks for rewards with mean %s taken off, divided by %s; they are given as they are.",
+                name,
+                getattr(config, "mean", None),
+                getattr(config, "std", None),
+            )
+        return head
     architectures = ", ".join(getattr(config, "architectures", None) or ["not stated"])
+    others = other_head_weights(name, revision=revision)
     if "SequenceClassification" in architectures:
         advice = "Classifiers with several classes give no single reward; choose a model trained with num_labels=1."
+    elif others:
+        advice = (
+            f"It holds {others[0]}, which is no head that is read here: one linear layer with one row. Pass a reward "
+            "model with such a head."
+        )
     else:
         advice = (
             "This is not a reward model: it has no trained reward head. Train one from it (inform-rm train), "

@@ -1,6 +1,5 @@
 """One page about a training run and what was found out about its model: `inform-rm report`."""
 
-import html
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -14,15 +13,19 @@ from matplotlib.figure import Figure
 
 from inform_rm.errors import InputError
 from inform_rm.eval import decompose_report, detect_report
-from inform_rm.eval.report import (
-    ACCURACY_HEADER,
-    accuracy_rows,
-    format_interval,
-    html_page,
-    html_table,
-    html_themed_figure,
-)
+from inform_rm.eval.report import accuracy_table
 from inform_rm.files import atomic_write_text
+from inform_rm.page import (
+    Block,
+    Heading,
+    Note,
+    Page,
+    Table,
+    format_interval,
+    settings_table,
+    themed_image,
+    words_table,
+)
 from inform_rm.result_folders import (
     RESULT_FILE,
     ResultFolder,
@@ -100,7 +103,8 @@ def write_report(run: str | Path, output: str | Path, results: Sequence[str | Pa
             "them out."
         )
     refuse_other_models(folders, str(run))
-    shown, absent = [], []
+    shown: list[Block] = []
+    absent: list[str] = []
     for kind, (name, make) in _KINDS.items():
         of_kind = [folder for folder in folders if folder.kind == kind]
         absent += [] if of_kind else [name]
@@ -108,10 +112,10 @@ def write_report(run: str | Path, output: str | Path, results: Sequence[str | Pa
             with naming_damage("results", folder.path / RESULT_FILE):
                 shown += make(folder)
     if absent:
-        shown.append(_note(f"Not on this page, because no such results were given: {', '.join(absent)}."))
+        shown.append(Note(f"Not on this page, because no such results were given: {', '.join(absent)}."))
     with naming_damage("run", Path(run) / RUN_RESULT_FILE):
-        sections = [*_summary(found), *_curves(found), *shown, *_facts(found)]
-    atomic_write_text(target, html_page(f"Training run: {found.name}", sections))
+        blocks = [*_summary(found), *_curves(found), *shown, *_facts(found)]
+    atomic_write_text(target, Page(f"Training run: {found.name}", blocks).html())
 
 
 def read_run(folder: str | Path) -> Run:
@@ -136,7 +140,7 @@ def read_run(folder: str | Path) -> Run:
         )
     with naming_damage("run", folder / "checkpoints" / "run.json"):
         settings = json.loads((folder / "checkpoints" / "run.json").read_text(encoding="utf-8"))
-        record = {name: settings.pop(name, {}) for name in ("data_fingerprints", "versions")}
+        record = {name: settings.pop(name, {}) for name in ("data_fingerprints", "versions", "contents")}
         record["settings"] = settings
     with naming_damage("run", checkpoint / "trainer_state.json"):
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -174,7 +178,7 @@ def _lines(log: Sequence[dict[str, Any]], keys: Sequence[tuple[str, str]]) -> li
     return found
 
 
-def _summary(run: Run) -> list[str]:
+def _summary(run: Run) -> list[Block]:
     settings, evaluation = run.record["settings"], run.record.get("evaluation")
     kind = {"inform": "InfoRM", "standard": "standard reward model"}.get(
         str(settings.get("architecture")), str(settings.get("architecture"))
@@ -191,112 +195,100 @@ def _summary(run: Run) -> list[str]:
         interval = format_interval(evaluation["accuracy_interval"])
         accuracy = f"{evaluation['accuracy']:.3f} (n = {evaluation['num_pairs']}, 95 % interval {interval})"
         rows.append(("accuracy on the run's evaluation pairs", accuracy))
-    texts = []
+    blocks: list[Block] = [words_table(("this run", ""), rows)]
     if not run.is_finished:
-        texts.append("This run is not finished; the page shows its last complete checkpoint.")
+        blocks.append("This run is not finished; the page shows its last complete checkpoint.")
     if evaluation is None and run.is_finished:
-        texts.append("The run had no evaluation pairs.")
-    return [html_table(("this run", ""), rows, of_words=True), *(f"<p>{html.escape(text)}</p>" for text in texts)]
+        blocks.append("The run had no evaluation pairs.")
+    return blocks
 
 
-def _curves(run: Run) -> list[str]:
+def _curves(run: Run) -> list[Block]:
     if not _panels(run.log):
-        return ["<h2>Training</h2>", _note("The log of this run holds no point.")]
-    return ["<h2>Training</h2>", html_themed_figure(lambda: curves_figure(run.log), _CURVES_CAPTION)]
+        return [Heading("Training"), Note("The log of this run holds no point.")]
+    return [Heading("Training"), themed_image(lambda: curves_figure(run.log), _CURVES_CAPTION)]
 
 
-def _accuracy(folder: ResultFolder) -> list[str]:
+def _accuracy(folder: ResultFolder) -> list[Block]:
     result = folder.result
     names = ", ".join(f"{item['source']} ({item['fingerprint'][:12]})" for item in result["data"])
-    return [f"<h2>{html.escape(f'Accuracy: {folder.path.resolve().name}')}</h2>", _note(f"Data: {names}."),
-            html_table(ACCURACY_HEADER, accuracy_rows(result)),
-            _note("A tie (equal rewards) counts half. Intervals are 95 % Wilson intervals.")]  # fmt: skip
+    return [
+        Heading(f"Accuracy: {folder.path.resolve().name}"),
+        Note(f"Data: {names}."),
+        accuracy_table(result),
+        Note("A tie (equal rewards) counts half. Intervals are 95 % Wilson intervals."),
+    ]
 
 
-def _suite(folder: ResultFolder) -> list[str]:
+def _suite(folder: ResultFolder) -> list[Block]:
     result = folder.result
 
     def cells(name: str, part: dict[str, Any], value: float) -> tuple[Any, ...]:
-        interval = format_interval(part["interval"]) if "interval" in part else ""
-        items, published = part.get("num_items", ""), part.get("published_items")
-        return name, items if published in (None, items) else f"{items} of {published}", f"{value:.3f}", interval
+        items, published = part.get("num_items"), part.get("published_items")
+        shown = items if published in (None, items) else f"{items} of {published}"
+        return name, shown, value, part.get("interval")
 
     rows = [cells("whole suite", result, result["score"])] if result["complete"] else []
     rows += [cells(f"section {name}", part, part["score"]) for name, part in result["sections"].items()
              if part["score"] is not None]  # fmt: skip
     rows += [cells(f"subset {name}", part, part["accuracy"]) for name, part in result["subsets"].items()]
-    title = result.get("title", result["suite"])
-    sections = [f"<h2>{html.escape(f'Suite: {title}')}</h2>",
-                html_table(("part", "items", "score or accuracy", "95 % interval"), rows)]  # fmt: skip
+    blocks: list[Block] = [Heading(f"Suite: {result.get('title', result['suite'])}")]
     if not result["complete"]:
-        sections.insert(1, _note(f"Incomplete: no score of the whole. Missing: {'; '.join(result['missing'])}."))
-    return sections
+        blocks.append(Note(f"Incomplete: no score of the whole. Missing: {'; '.join(result['missing'])}."))
+    return [*blocks, Table(("part", "items", "score or accuracy", "95 % interval"), rows)]
 
 
-def _decomposition(folder: ResultFolder) -> list[str]:
+def _decomposition(folder: ResultFolder) -> list[Block]:
     read = pq.read_table(folder.path / "pairs.parquet").to_pydict()
     table = {name: np.asarray(read[name.replace(" ", "_")], dtype=np.float64)
              for name in ("prompt_free_gap", "prompt_related_gap", "characters difference")}  # fmt: skip
     return [
-        f"<h2>{html.escape(f'What the response alone decides: {folder.path.resolve().name}')}</h2>",
-        html_table(*decompose_report.share_table(folder.result)),
-        *map(_note, decompose_report.notes(folder.result)),
-        html_themed_figure(lambda: decompose_report.plane_figure(table, "length"), decompose_report.PLANE_CAPTION),
+        Heading(f"What the response alone decides: {folder.path.resolve().name}"),
+        decompose_report.share_table(folder.result),
+        *map(Note, decompose_report.notes(folder.result)),
+        themed_image(lambda: decompose_report.plane_figure(table, "length"), decompose_report.PLANE_CAPTION),
     ]
 
 
-def _detection(folder: ResultFolder) -> list[str]:
+def _detection(folder: ResultFolder) -> list[Block]:
     read = pq.read_table(folder.path / "responses.parquet", columns=["x", "y", "kind"]).to_pydict()
     placed = [row for row, x in enumerate(read["x"]) if x is not None]
     points = {name: [values[row] for row in placed] for name, values in read.items()}
-    sections = [
-        f"<h2>{html.escape(f'Map of latents: {folder.path.resolve().name}')}</h2>",
-        html_table(*detect_report.candidate_table(folder.result)),
-        *map(_note, detect_report.notes(folder.result)),
-        html_themed_figure(lambda: detect_report.map_figure(points), detect_report.MAP_CAPTION),
+    blocks: list[Block] = [
+        Heading(f"Map of latents: {folder.path.resolve().name}"),
+        detect_report.candidate_table(folder.result),
+        *map(Note, detect_report.notes(folder.result)),
+        themed_image(lambda: detect_report.map_figure(points), detect_report.MAP_CAPTION),
     ]
     if len(folder.result["candidates"]) > 1:
-        figure = html_themed_figure(lambda: detect_report.steps_figure(folder.result), detect_report.STEPS_CAPTION)
-        sections.append(figure)
-    return sections
+        blocks.append(themed_image(lambda: detect_report.steps_figure(folder.result), detect_report.STEPS_CAPTION))
+    return blocks
 
 
-def _facts(run: Run) -> list[str]:
+def _facts(run: Run) -> list[Block]:
     parts = {name.replace("_", " "): run.record.get(name) or {} for name in ("train_pairs", "eval_pairs")}
     names = [name for name in _COUNTS if any(name in part for part in parts.values())]
     counts = [(label, *(_count(part.get(name)) for name in names)) for label, part in parts.items() if part]
     more = ("batching", "num_processes", "distributed_type", "quantization")
-    settings = run.record["settings"] | {f"{name}, as run": run.record[name] for name in more if name in run.record}
-    sections = ["<h2>Data</h2>"]
-    if counts:
-        sections.append(html_table(("", *(name.replace("_", " ") for name in names)), counts))
-    sections += [
-        html_table(("source", "SHA-256"), run.record["data_fingerprints"].items(), of_words=True),
-        "<h2>Settings</h2>",
-        html_table(("setting", "value"), [(name, _text(value)) for name, value in settings.items()], of_words=True),
-        "<h2>Versions</h2>",
-        html_table(("software", "version"), run.record["versions"].items(), of_words=True),
+    as_run = {f"{name}, as run": run.record[name] for name in more if name in run.record}
+    return [
+        Heading("Data"),
+        *([Table(("", *(name.replace("_", " ") for name in names)), counts)] if counts else []),
+        words_table(("source", "SHA-256"), run.record["data_fingerprints"].items()),
+        Heading("Settings"),
+        settings_table(run.record["settings"], as_run),
+        Heading("Versions"),
+        words_table(("software", "version"), run.record["versions"].items()),
     ]
-    return sections
 
 
 def _count(value: Any) -> Any:
     """Bad rows are listed, not counted, in a run's record."""
-    return len(value) if isinstance(value, list) else "" if value is None else value
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
+    return len(value) if isinstance(value, list) else value
 
 
 # What the page says of each kind of results, in this order, and its name where none were given.
-_KINDS: dict[str, tuple[str, Callable[[ResultFolder], list[str]]]] = {
+_KINDS: dict[str, tuple[str, Callable[[ResultFolder], list[Block]]]] = {
     "evaluate": ("accuracy on other data", _accuracy),
     "suite": ("benchmark suites", _suite),
     "decompose": ("the plane of prompt-free and prompt-related gaps", _decomposition),

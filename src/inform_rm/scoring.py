@@ -343,7 +343,7 @@ class RewardScorer:
     ) -> tuple[Tensor, Tensor | None]:
         is_inform = self.model.config.model_type == "inform"
         # transformers' own classifiers read the reward at the last token that is not the padding id.
-        pad_id = None if is_inform else self.model.config.get_text_config().pad_token_id
+        pad_id = None if is_inform else getattr(self.model.config.get_text_config(), "pad_token_id", None)
         row = pack_sequences(sequences, prompt_lengths, pad_id)
         with packed_attention_of(self.model):
             rewards, stds = packed_rewards(self.model, row, reward_samples=uncertainty)
@@ -396,7 +396,7 @@ class RewardScorer:
     def _padding_id(self, text_config: Any) -> int | None:
         if self.model.config.model_type == "inform":
             return 0  # pools by the attention mask: any id will do
-        pad_id = text_config.pad_token_id
+        pad_id = getattr(text_config, "pad_token_id", None)
         if pad_id is None or not 0 <= pad_id < self._vocabulary_size:
             logger.warning(
                 "%s has no usable pad_token_id in its config (%r): rows are scored one at a time. Set "

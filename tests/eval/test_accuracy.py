@@ -196,7 +196,8 @@ def test_result_follows_from_rewards_computed_one_by_one(model, tokenizer, data,
     assert result["seed"] == 0 and result["settings"]["max_length"] == 128 and result["settings"]["dtype"] == "float32"
     (source,) = result["data"]
     counts = {"pairs_read": 24, "not_sampled": 0, "overlong": 0, "dropped": 0, "truncated": 0, "bad_rows": 0}
-    named = {"source": str(data), "is_local": True, "fingerprint": source["fingerprint"]}
+    named = {"source": str(data), "is_local": True, "fingerprint": source["fingerprint"], "reading": source["reading"]}
+    assert list(source["reading"]["columns"]) == ["prompt", "chosen", "rejected", "subset", "id"]
     assert source == {**named, **counts, "evaluated": 24}
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from inform_rm.eval import report
 from inform_rm.eval.accuracy import pairwise_accuracy, reliability_bins
+from inform_rm.page import figure_png, png_data_uri
 
 
 def make_result(subsets=("sky", "sea", "sea", "sky"), name="some/model"):
@@ -31,34 +31,6 @@ def make_result(subsets=("sky", "sea", "sea", "sky"), name="some/model"):
     }
 
 
-class Page(HTMLParser):
-    """Table rows, tags and attributes of a page; fails on tags that do not nest."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.rows, self.sources, self.tags = [], [], [], set()
-        self.feed(text)
-        self.close()
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.sources += [value for key, value in attributes if key in ("src", "href")]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
-
-
 # Intervals: roots of |p_hat - p| = 1.96 sqrt(p (1 - p) / n), found by bisection.
 EXPECTED_ROWS = [
     ["all", "4", "0.625", "0.219 to 0.908", "1", "0.500", "-0.125"],
@@ -70,16 +42,16 @@ EXPECTED_ROWS = [
 ]
 
 
-def test_markdown_and_html_hold_the_figures():
+def test_markdown_and_html_hold_the_figures(read_page):
     result = make_result()
-    assert [list(row) for row in report.accuracy_rows(result)] == EXPECTED_ROWS
-    page = Page(report.result_html(result, b"png"))
+    assert report.accuracy_table(result).cells() == EXPECTED_ROWS
+    written = report.result_page(result, b"png")
+    page, markdown = read_page(written.html()), written.markdown()
     assert page.rows[1:7] == EXPECTED_ROWS
-    markdown = report.result_markdown(result)
     cells = [re.split(r"\s*\|\s*", line.strip("| ")) for line in markdown.splitlines() if line.startswith("| ")]
     assert cells[1:7] == EXPECTED_ROWS
     error = f"{result['calibration']['expected_calibration_error']:.3f}"
-    for text in (markdown, report.result_html(result, b"png")):
+    for text in (markdown, written.html()):
         for expected in (error, "0.625", "some/model", "data.jsonl", "ffffffffffff", "128", "seed", "3.11"):
             assert expected in text
     assert ["data.jsonl", "7", "0", "0", "0", "3", "0", "4", "f" * 12] in page.rows
@@ -89,31 +61,32 @@ def test_parts_that_were_not_measured_are_absent():
     result = {**make_result(), **pairwise_accuracy([1.0], [0.0])}
     for key in ("subsets", "by_length", "longer_wins_accuracy"):
         result.pop(key)
-    assert len(report.accuracy_rows(result)) == 1
-    assert "longer" not in report.result_markdown(result)
+    assert len(report.accuracy_table(result).rows) == 1
+    assert "longer" not in report.result_page(result, b"png").markdown()
 
 
 @pytest.mark.parametrize("nasty", ["<script>alert(1)</script>", "a\"b'c&amp;", "pipe|new\nline", "é 表"])
-def test_names_from_data_cannot_break_the_page_or_the_table(nasty):
+def test_names_from_data_cannot_break_the_page_or_the_table(nasty, read_page):
     result = make_result((nasty, "x", "x", nasty), name=nasty)
-    page = Page(report.result_html(result, b"png"))
+    written = report.result_page(result, b"png")
+    page, markdown = read_page(written.html()), written.markdown()
     assert "script" not in page.tags
     assert nasty in [row[0] for row in page.rows]
-    markdown = report.result_markdown(result)
     table = [line for line in markdown.split("\n\n")[1].splitlines()]
     assert len(table) == 8  # header, rule, all, two subsets, three lengths
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {8}
 
 
-def test_html_needs_no_other_file():
-    page = Page(report.result_html(make_result(), b"\x89PNG"))
-    assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert not page.tags & {"script", "link", "iframe"}
+def test_html_needs_no_other_file(read_page):
+    page = read_page(report.result_page(make_result(), b"\x89PNG").html())
+    sources = page.values("src", "href")
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not set(page.tags) & {"script", "link", "iframe"}
 
 
 @given(st.binary(max_size=200))
 def test_embedded_image_decodes_to_the_same_bytes(png):
-    assert base64.b64decode(report.png_data_uri(png).removeprefix("data:image/png;base64,")) == png
+    assert base64.b64decode(png_data_uri(png).removeprefix("data:image/png;base64,")) == png
 
 
 def test_reliability_figure_draws_the_bins():
@@ -132,7 +105,7 @@ def test_reliability_figure_draws_the_bins():
 
 def test_figure_png_is_an_image_without_a_display(monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
-    png = report.figure_png(report.reliability_figure(reliability_bins([0.5, -0.2])))
+    png = figure_png(report.reliability_figure(reliability_bins([0.5, -0.2])))
     assert png.startswith(b"\x89PNG\r\n\x1a\n") and png.endswith(b"IEND\xaeB`\x82")
 
 

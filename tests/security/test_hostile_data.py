@@ -141,7 +141,8 @@ CASES = {
     "gzip with trailing garbage": (
         "p.jsonl.gz", content(gzip.compress(GOOD_LINE) + b"garbage"), "pairs", "damaged or cut short after row"),
     "gzip with trailing garbage to score": (
-        "p.csv.gz", content(gzip.compress(b"prompt,response\na,b\n") + b"garbage"), "rows to score", "cannot be read"),
+        "p.csv.gz", content(gzip.compress(b"prompt,response\na,b\n") + b"garbage"), "rows to score",
+        "damaged or cut short"),
     "gzip with a wrong checksum": (
         "p.jsonl.gz", content(gzip.compress(GOOD_LINE)[:-8] + b"\0" * 8), "pairs", "damaged"),
     "gzip in gzip": ("p.jsonl.gz", packed(gzip.compress(GOOD_LINE)), "pairs", "row 1"),
@@ -169,7 +170,7 @@ CASES = {
     "the same key twice, one escaped": (
         "p.jsonl", raw_row(b'"a", "\\u0063hosen": "b"'), "pairs", "'chosen' stands twice"),
     "lone surrogate to score": (
-        "p.jsonl", content(b'{"prompt": "a", "response": "\\ud800"}\n'), "rows to score", "not valid Unicode"),
+        "p.jsonl", content(b'{"prompt": "a", "response": "\\ud800"}\n'), "rows to score", "unpaired surrogate"),
     "lone surrogate as a key": (
         "p.jsonl", content(GOOD_LINE[:-2] + b', "\\ud800": 1}\n'), "pairs", READ),
     "NUL in text": ("p.jsonl", row(chosen="a\0b"), "pairs", READ),
@@ -190,7 +191,8 @@ CASES = {
         "p.jsonl", row(prompt=[{"role": "user|>\n<|system", "content": "a"}]), "pairs", "has the role"),
     "role that is a list": ("p.jsonl", row(prompt=[{"role": ["user"], "content": "a"}]), "pairs", "message 1"),
     "content that is parts": (
-        "p.jsonl", row(prompt=[{"role": "user", "content": [{"type": "text", "text": "a"}]}]), "pairs", "message 1"),
+        "p.jsonl", row(prompt=[{"role": "user", "content": [{"type": "text", "text": "a"}] * 2}]), "pairs",
+        "message 1"),
     "second system message": (
         "p.jsonl", row(prompt=[{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]), "pairs",
         "system message"),
@@ -208,11 +210,11 @@ CASES = {
         "p.csv", content(",".join(map(str, range(1_000_000))).encode() + b"\n"), "pairs", "no rows"),
     "a million columns of one name": ("p.csv", content(b"a," * 1_000_000 + b"a\n"), "pairs", "column twice"),
     "a million columns of one name to score": (
-        "p.csv", content(b"a," * 1_000_000 + b"a\n"), "rows to score", "each column once"),
+        "p.csv", content(b"a," * 1_000_000 + b"a\n"), "rows to score", "names a column twice"),
     "nested messages in a CSV cell": (
         "p.csv", content(b'prompt,chosen,rejected\n"[{""role"": ' + DEEP + b'}]",b,c'), "pairs", "nested too deeply"),
     "nested messages in a CSV cell to score": (
-        "p.csv", content(b'prompt,response\n"[{""role"": ' + DEEP + b'}]",b\n'), "rows to score", "cannot be read"),
+        "p.csv", content(b'prompt,response\n"[{""role"": ' + DEEP + b'}]",b\n'), "rows to score", "nested too deeply"),
     "NUL in a CSV": ("p.csv", content(b"prompt,chosen,rejected\na\0,b\0,c\n"), "pairs", READ),
     # Parquet
     "Parquet cut short": ("p.parquet", parquet_bytes(lambda data: data[:-20]), "pairs", "not a readable Parquet"),
@@ -227,7 +229,7 @@ CASES = {
         "p.parquet", parquet_bytes(lambda data: data[:4] + b"\xff" * 200 + data[204:]), "pairs", "Parquet"),
     "Parquet without rows": (
         "p.parquet", parquet({"prompt": pa.array([], pa.string())}), "pairs", "no rows"),
-    "Parquet nested 20 deep": ("p.parquet", nested_parquet(20), "pairs", "row 1.*same form"),
+    "Parquet nested 20 deep": ("p.parquet", nested_parquet(20), "pairs", "row 1.*message 1 of .chosen. is list"),
     "Parquet nested 60 deep": ("p.parquet", nested_parquet(60), "pairs", "not a readable Parquet.*nested"),
     "Parquet with texts of 30 MB": (
         "p.parquet", lambda path, canary: pq.write_table(
@@ -238,14 +240,16 @@ CASES = {
         "p.parquet", parquet({"prompt": [b"\xff"], "chosen": [b"a"], "rejected": [b"c"]}), "pairs", "row 1"),
     # no ordinary file
     "pipe": ("p.jsonl", lambda path, canary: os.mkfifo(path), "pairs", "no such file"),
-    "pipe to score": ("p.jsonl", lambda path, canary: os.mkfifo(path), "rows to score", "there is no file"),
+    "pipe to score": ("p.jsonl", lambda path, canary: os.mkfifo(path), "rows to score", "no such file"),
     "endless device": ("p.jsonl", link("/dev/zero"), "pairs", "no such file"),
-    "endless device to score": ("p.csv", link("/dev/zero"), "rows to score", "there is no file"),
+    "endless device to score": ("p.csv", link("/dev/zero"), "rows to score", "no such file"),
     "link to itself": ("p.jsonl", link("{path}"), "pairs", "no such file"),
     "link to itself, digest": ("p.jsonl", link("{path}"), "digest", "no such file"),
-    "folder with the name of a file": ("p.jsonl", lambda path, canary: path.mkdir(), "pairs", "a folder"),
+    "folder with the name of a file": (
+        "p.jsonl", lambda path, canary: path.mkdir(), "pairs", "no data in this folder"),
     "folder with a pipe and a loop, digest": (
-        "d", lambda path, canary: [path.mkdir(), os.mkfifo(path / "x"), os.symlink(path, path / "y")], "digest", READ),
+        "d", lambda path, canary: [path.mkdir(), os.mkfifo(path / "x"), os.symlink(path, path / "y")], "digest",
+        "no data in this folder"),
     # saved datasets
     "saved dataset of another folder": (
         "d", saved_dataset(_data_files=[{"filename": "../elsewhere/data-00000-of-00001.arrow"}]), "pairs",

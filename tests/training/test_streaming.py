@@ -290,9 +290,12 @@ def test_fingerprint_sees_the_ends_of_a_large_file_and_samples_between(tmp_path)
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["train-0.jsonl", "test-0.jsonl"], r"several splits \(test, train\)"),
-        (["train/a.jsonl", "validation/a.jsonl"], r"several splits \(train, validation\)"),
-        (["a.jsonl", "b.csv"], r"several formats \(\.csv, \.jsonl\)"),
+        (["train-0.jsonl", "test-0.jsonl"], r"no split was named. Name one: .*data\[train\], .*data\[test\]"),
+        (
+            ["train/a.jsonl", "validation/a.jsonl"],
+            r"no split was named. Name one: .*data\[train\], .*data\[validation\]",
+        ),
+        (["a.jsonl", "b.csv"], r"b.csv belongs to no split .*Name the files to read"),
         (["notes.txt"], "no data in this folder"),
         (["state.json"], r"save_to_disk cannot be streamed"),
     ],

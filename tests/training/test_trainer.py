@@ -142,7 +142,7 @@ def test_changed_setting_or_data_is_refused_on_resume(settings, pairs_file, tmp_
         train(dataclasses.replace(settings, beta=0.2))
     other = tmp_path / "other.jsonl"
     other.write_text(pairs_file.read_text().replace("Indeed", "Truly"))
-    with pytest.raises(InputError, match="data_fingerprints"):
+    with pytest.raises(InputError, match=r"\(the content of data: "):
         train(dataclasses.replace(settings, data=(str(other),)))
 
 

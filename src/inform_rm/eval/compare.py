@@ -17,9 +17,9 @@ from inform_rm.eval.paired import (
     mcnemar_test,
     paired_bootstrap,
 )
-from inform_rm.eval.report import figure_png
 from inform_rm.eval.result_rows import ResultRows, matched, read_result_rows
 from inform_rm.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
+from inform_rm.page import figure_png
 from inform_rm.statistics import wilson_interval
 
 _OWN_FILES = ("result.json", "result.md", "result.html", "forest.png", "flips.jsonl")
@@ -306,6 +306,7 @@ def _write(folder: Path, result: dict[str, Any], flips: list[dict[str, Any]]) ->
     atomic_write_text(folder / "flips.jsonl", lines)
     forest = figure_png(report.forest_figure(result))
     atomic_write_bytes(folder / "forest.png", forest)
-    atomic_write_text(folder / "result.md", report.result_markdown(result, flips))
-    atomic_write_text(folder / "result.html", report.result_html(result, flips, forest))
+    page = report.result_page(result, flips, forest)
+    atomic_write_text(folder / "result.md", page.markdown())
+    atomic_write_text(folder / "result.html", page.html())
     write_json(folder / "result.json", result)  # last: its presence says that the rest is complete

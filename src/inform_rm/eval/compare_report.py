@@ -1,17 +1,13 @@
 """Plot and pages of `inform-rm compare`."""
 
-import html
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from inform_rm.eval.report import html_figure, html_page, html_table, markdown_table
+from inform_rm.page import Block, Heading, Image, Page, Table, with_interval, words_table
 
-Table = tuple[list[str], list[list[str]]]  # header, rows
-
-_PLOT = "(plot)"
 _SHOWN_FLIPS = 20
 _ROW_INCHES, _LARGEST_INCHES = 0.2, 120.0
 _CAPTION = (
@@ -28,13 +24,6 @@ _FLIPS_NOTE = (
     "Margin: reward of the chosen minus that of the rejected response. Its change is in units of each model's root "
     "mean square margin, because reward models have no common unit. All flipped rows are in flips.jsonl."
 )
-_STYLE = """<style>
-h1, h2, p, figcaption { overflow-wrap: anywhere; }
-.wide, figure { overflow-x: auto; } .wide table { white-space: nowrap; font-size: .92rem; }
-.wide th, .wide td { padding: .3rem .5rem; }
-.wide td:first-child { white-space: normal; min-width: 9.5rem; }
-figure img { min-width: 40rem; }
-</style>"""
 
 
 def forest_figure(result: dict[str, Any]) -> Figure:
@@ -93,7 +82,8 @@ def comparison_table(result: dict[str, Any]) -> Table:
                 ]
             )
     used = [place for place in range(len(header)) if any(line[place] for line in table)]
-    return [header[place] for place in used], [[line[place] for place in used] for line in table]
+    rows = [[line[place] for place in used] for line in table]
+    return Table([header[place] for place in used], rows, align="".join("lrlrrrr"[place] for place in used))
 
 
 def length_table(result: dict[str, Any]) -> Table:
@@ -105,7 +95,7 @@ def length_table(result: dict[str, Any]) -> Table:
         for number, (name, entry) in enumerate(group["models"].items())
         if "length_controlled_accuracy" in entry
     ]  # fmt: skip
-    return ["rows", "model", "accuracy", "at equal length", "length coefficient"], table
+    return Table(["rows", "model", "accuracy", "at equal length", "length coefficient"], table, align="llrrr")
 
 
 def published_table(result: dict[str, Any]) -> Table:
@@ -114,57 +104,30 @@ def published_table(result: dict[str, Any]) -> Table:
     rows = [[result["suite"], *(_score(part.get("score")) for part in models.values())]]
     sections = dict.fromkeys(name for part in models.values() for name in part["sections"])
     rows += [[name, *(_score(part["sections"].get(name)) for part in models.values())] for name in sections]
-    return ["published score", *models], rows
+    return Table(["published score", *models], rows)
 
 
-def result_markdown(result: dict[str, Any], flips: list[dict[str, Any]]) -> str:
-    """The result of `compare` as a Markdown page."""
-    parts = [f"# {' '.join(_title(result).split())}"]
-    for element in _elements(result, flips):
-        if isinstance(element, tuple):
-            parts.append(markdown_table(*element))
-        elif element == _PLOT:
-            parts.append("![Accuracy and difference by group](forest.png)")
-        else:
-            parts.append(" ".join(element.split()))
-    return "\n\n".join(parts) + "\n"
-
-
-def result_html(result: dict[str, Any], flips: list[dict[str, Any]], forest_png: bytes) -> str:
-    """The result of `compare` as one self-contained page."""
-    caption = _CAPTION.format(result["baseline"]) if len(result["models"]) > 1 else _CAPTION_OF_ONE
-    sections = [_STYLE]
-    for element in _elements(result, flips):
-        if isinstance(element, tuple):
-            sections.append(f'<div class="wide">{html_table(*element)}</div>')
-        elif element == _PLOT:
-            sections.append(html_figure(forest_png, caption))
-        elif element.startswith("## "):
-            sections.append(f"<h2>{html.escape(element[3:])}</h2>")
-        else:
-            sections.append(f"<p>{html.escape(element)}</p>")
-    return html_page(_title(result), sections)
-
-
-def _elements(result: dict[str, Any], flips: list[dict[str, Any]]) -> list[str | Table]:
-    """The page in order: tables, the plot, headings (with "## ") and paragraphs."""
-    elements: list[str | Table] = []
-    if result["suite"] is not None:
-        elements.append(published_table(result))
-    elements += [comparison_table(result), *_notes(result)]
+def result_page(result: dict[str, Any], flips: list[dict[str, Any]], forest_png: bytes) -> Page:
+    """The result of `compare`."""
+    blocks: list[Block] = [] if result["suite"] is None else [published_table(result)]
+    blocks += [comparison_table(result), *_notes(result)]
     if result["limits"]:
-        elements += ["## Limits", _limits_table(result)]
-    elements.append(_PLOT)
+        blocks += [Heading("Limits"), _limits_table(result)]
+    caption = _CAPTION.format(result["baseline"]) if len(result["models"]) > 1 else _CAPTION_OF_ONE
+    blocks.append(Image(forest_png, caption, "forest.png", is_wide=True))
     by_length = length_table(result)
-    if by_length[1]:
-        elements += ["## At equal length", by_length, _LENGTH_NOTE]
+    if by_length.rows:
+        blocks += [Heading("At equal length"), by_length, _LENGTH_NOTE]
     tables = _flip_tables(result, flips)
     for name, table in tables.items():
-        elements += [f"## {_flips_title(result, name)}", table]
+        blocks += [Heading(_flips_title(result, name)), table]
     if tables:
-        elements.append(_FLIPS_NOTE)
-    elements += ["## Data and settings", _model_table(result), (["setting", "value"], _setting_rows(result))]
-    return elements
+        blocks.append(_FLIPS_NOTE)
+    settings = [(f"data {item['source']}", item["fingerprint"][:12]) for item in result["data"] if "source" in item]
+    settings += [("resamples", result["settings"]["num_resamples"]), ("seed", result["seed"])]
+    settings += result["versions"].items()
+    blocks += [Heading("Data and settings"), _model_table(result), words_table(("setting", "value"), settings)]
+    return Page(_title(result), blocks)
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -192,7 +155,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         + (" A tie counts half." if result["suite"] is None else " Credits of items are those of the suite; the mean "
            "credit of rows is not the published score, which weighs them in its own way.")
     )  # fmt: skip
-    if not length_table(result)[1]:
+    if not length_table(result).rows:
         why = "no group of rows consists of pairs"
         if result["suite"] is None:
             why = "the folders are of an earlier version and hold no lengths; evaluate again"
@@ -207,7 +170,7 @@ def _limits_table(result: dict[str, Any]) -> Table:
         for name, limit in result["limits"].items()
         for model in result["models"]
     ]
-    return ["limit on", "at least", "model", "found"], rows
+    return Table(["limit on", "at least", "model", "found"], rows, align="lrll")
 
 
 def _flip_tables(result: dict[str, Any], flips: list[dict[str, Any]]) -> dict[str, Table]:
@@ -222,7 +185,7 @@ def _flip_tables(result: dict[str, Any], flips: list[dict[str, Any]]) -> dict[st
             for flip in own[:_SHOWN_FLIPS]
         ]  # fmt: skip
         if rows:
-            tables[name] = (header, rows)
+            tables[name] = Table(header, rows, align="lllrrr")
     return tables
 
 
@@ -238,13 +201,7 @@ def _model_table(result: dict[str, Any]) -> Table:
         settings = {key: value for key, value in part.get("settings", {}).items() if key != "data"}
         shown = ", ".join(f"{key} {value}" for key, value in settings.items())
         rows.append([name, str(part.get("model", "")), str(part.get("model_fingerprint", ""))[:12], shown])
-    return ["name", "model", "fingerprint", "settings of the evaluation"], rows
-
-
-def _setting_rows(result: dict[str, Any]) -> list[list[str]]:
-    data = [[f"data {item['source']}", item["fingerprint"][:12]] for item in result["data"] if "source" in item]
-    settings = {"resamples": result["settings"]["num_resamples"], "seed": result["seed"], **result["versions"]}
-    return data + [[name, str(value)] for name, value in settings.items()]
+    return words_table(["name", "model", "fingerprint", "settings of the evaluation"], rows)
 
 
 def _label(group: dict[str, Any]) -> str:
@@ -258,8 +215,7 @@ def _short(text: str) -> str:
 def _with_interval(entry: dict[str, Any], name: str, sign: str = "") -> str:
     if name not in entry:
         return ""
-    low, high = entry[f"{name}_interval"]
-    return f"{entry[name]:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+    return with_interval(entry[name], entry[f"{name}_interval"], sign)
 
 
 def _p_value(value: float) -> str:

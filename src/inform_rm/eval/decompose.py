@@ -17,12 +17,12 @@ from torch import Tensor
 from inform_rm.decomposition import Decomposition, decompose_gaps, sample_prompts, tempered_weights
 from inform_rm.errors import InputError
 from inform_rm.eval import decompose_report as report
-from inform_rm.eval.report import figure_png
 from inform_rm.eval.sources import leave_out_bad_rows, load_sources, warn_of_left_out
 from inform_rm.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.gap_grid import GapGrid, distinct_prompts, gap_grid
 from inform_rm.journal import RewardJournal
 from inform_rm.likelihoods import ResponseLikelihood, load_likelihood
+from inform_rm.page import figure_png
 from inform_rm.processes import is_main_process
 from inform_rm.scoring import RewardScorer, as_scorer
 from inform_rm.statistics import wilson_interval
@@ -340,5 +340,5 @@ def _write(folder: Path, result: dict[str, Any], table: dict[str, np.ndarray], c
     spread, plane = (figure_png(figure) for figure in (report.spread_figure(table), report.plane_figure(table, color)))
     atomic_write_bytes(folder / "spread.png", spread)
     atomic_write_bytes(folder / "plane.png", plane)
-    atomic_write_text(folder / "result.html", report.result_html(result, spread, plane))
+    atomic_write_text(folder / "result.html", report.result_page(result, spread, plane).html())
     write_json(folder / "result.json", result)  # last: its presence says that the rest is complete

@@ -1,13 +1,13 @@
 """Plots and page of `inform-rm decompose`."""
 
-import html
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from inform_rm.eval.report import format_interval, html_figure, html_page, html_table
+from inform_rm.eval.report import result_settings
+from inform_rm.page import Heading, Image, Page, Table
 
 COLORS = ("length", "subset")
 _MOST_BARS = 200
@@ -75,49 +75,42 @@ def draw_plane(axes: Axes, reach: float) -> None:
     )  # fmt: skip
 
 
-def result_html(result: dict[str, Any], spread_png: bytes, plane_png: bytes) -> str:
-    """The result of `decompose` as one self-contained page."""
+def result_page(result: dict[str, Any], spread_png: bytes, plane_png: bytes) -> Page:
+    """The result of `decompose`."""
     gaps = ("reward_gap", "prompt_free_gap", "prompt_related_gap")
     correlations = [
-        (name, *(f"{values[gap]:.2f}" if gap in values else "" for gap in gaps))
+        (name, *(f"{values[gap]:.2f}" if gap in values else None for gap in gaps))
         for name, values in result["correlations"].items()
     ]
-    quadrants = [
-        (part["prompt_free_gap"], part["prompt_related_gap"], part["num_pairs"], f"{part['accuracy']:.3f}")
-        for part in result["quadrants"]
-    ]
-    settings = {**result["settings"], "seed": result["seed"], **result["versions"]}
-    return html_page(
+    columns = ("prompt_free_gap", "prompt_related_gap", "num_pairs", "accuracy")
+    quadrants = [[part[column] for column in columns] for part in result["quadrants"]]
+    return Page(
         f"Prompt-free and prompt-related reward of {result['model']}",
         [
-            html_table(*share_table(result)),
-            *(f"<p>{html.escape(note)}</p>" for note in notes(result)),
-            html_figure(spread_png, _SPREAD_CAPTION),
-            html_figure(plane_png, PLANE_CAPTION),
-            "<h2>What the gaps go with</h2>",
-            "<p>Spearman rank correlation with the difference (chosen - rejected) of what the response alone has.</p>",
-            html_table(("difference in", "reward gap D", "prompt-free D2", "prompt-related D1"), correlations),
-            "<h2>Accuracy by quadrant</h2>",
-            html_table(("prompt-free gap D2", "prompt-related gap D1", "n", "accuracy"), quadrants),
-            "<h2>Settings</h2>",
-            html_table(("setting", "value"), [(name, str(value)) for name, value in settings.items()], of_words=True),
+            share_table(result),
+            *notes(result),
+            Image(spread_png, _SPREAD_CAPTION),
+            Image(plane_png, PLANE_CAPTION),
+            Heading("What the gaps go with"),
+            "Spearman rank correlation with the difference (chosen - rejected) of what the response alone has.",
+            Table(("difference in", "reward gap D", "prompt-free D2", "prompt-related D1"), correlations),
+            Heading("Accuracy by quadrant"),
+            Table(("prompt-free gap D2", "prompt-related gap D1", "n", "accuracy"), quadrants, align="llrr"),
+            Heading("Settings"),
+            result_settings(result),
         ],
     )
 
 
-def share_table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """Header and rows: all pairs, then each subset."""
+def share_table(result: dict[str, Any]) -> Table:
+    """All pairs, then each subset."""
     parts = {"all": result, **result.get("subsets", {})}
     header = ("pairs", "n", "accuracy", "response decides", "95 % interval", "sign flips", "prompt sensitivity")
-    rows: list[tuple[Any, ...]] = [
-        (
-            name, part["num_pairs"], f"{part['accuracy']:.3f}", f"{part['response_decides']:.3f}",
-            format_interval(part["response_decides_interval"]), f"{part['sign_flips']:.3f}",
-            f"{part['prompt_sensitivity']:.3f}" if "prompt_sensitivity" in part else "",
-        )
-        for name, part in parts.items()
-    ]  # fmt: skip
-    return header, rows
+    columns = ("num_pairs", "accuracy", "response_decides", "response_decides_interval", "sign_flips")
+    rows = [
+        (name, *(part[column] for column in columns), part.get("prompt_sensitivity")) for name, part in parts.items()
+    ]
+    return Table(header, rows)
 
 
 def notes(result: dict[str, Any]) -> list[str]:

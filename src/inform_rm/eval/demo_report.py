@@ -1,6 +1,5 @@
 """The page and the table of `inform-rm demo`: one HTML file, tables first, legible on a phone and in dark mode."""
 
-import html
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from matplotlib.figure import Figure
 from inform_rm.eval.decompose_report import PLANE_CAPTION, draw_plane
 from inform_rm.eval.detect_report import MAP_CAPTION, map_figure
 from inform_rm.eval.overoptimization_report import CURVES_CAPTION, curves_figure
-from inform_rm.eval.report import format_interval, html_page, html_table, html_themed_figure
 from inform_rm.files import atomic_write_text
+from inform_rm.page import Block, Heading, Note, Page, Table, settings_table, themed_image, with_interval, words_table
 
 TEST_SETS = {
     "in_distribution": "in-distribution",
@@ -33,12 +32,13 @@ _GOLD_COLORS = ("#c2413b", "#c9a227", "#3a9d5d")
 
 def console_table(result: dict[str, Any]) -> str:
     """The main table as plain text."""
-    header, rows = _accuracy_table(result)
-    widths = [max(len(str(row[column])) for row in [header, *rows]) for column in range(len(header))]
+    table = _accuracy_table(result)
+    rows = [table.header, *table.cells()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(str(cell).ljust(width) if not column else str(cell).rjust(width)
+        "  ".join(cell.rjust(width) if column else cell.ljust(width)
                   for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in [header, *rows]
+        for row in rows
     ]  # fmt: skip
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *_verdicts(result)])
 
@@ -67,133 +67,134 @@ def write_demo_report(
         curves: best-of-n with both models (see `inform_rm.eval.overoptimization.simulate`).
         points: columns of ``responses.parquet`` (see `inform_rm.eval.detect`).
     """
-    header, table = _accuracy_table(result)
     chosen_words = {name: _words(part, "chosen") - _words(part, "rejected") for name, part in rows.items()}
-    figures = [
-        (lambda: _accuracy_figure(result), "Accuracy on each test set with 95 % Wilson intervals. Dotted: chance."),
-        (
+    blocks = [
+        *_findings(result),
+        themed_image(
+            lambda: _accuracy_figure(result), "Accuracy on each test set with 95 % Wilson intervals. Dotted: chance."
+        ),
+        themed_image(
             lambda: _margin_figure(chosen_words, rewards),
             "Reward margin (chosen minus rejected) against the difference in length. Points above 0 are ranked right. "
             "A model that goes by length puts the points on a rising line.",
         ),
-        (lambda: _plane_figure(gaps), f"In-distribution pairs, coloured by length difference. {PLANE_CAPTION}"),
-        (
+        themed_image(
+            lambda: _plane_figure(gaps), f"In-distribution pairs, coloured by length difference. {PLANE_CAPTION}"
+        ),
+        themed_image(
             lambda: _training_figure(logs),
             "Training. Loss without the KL term and accuracy are those of the validation pairs, which hold no label "
             "noise.",
         ),
-        (
+        themed_image(
             lambda: _reliability_figure(result),
             "Share of in-distribution pairs ranked right against the probability that the model gives, with 95 % "
             "Wilson intervals. On the dashed line a model is as sure as it should be.",
         ),
-        (
+        themed_image(
             lambda: _kl_figure(latents),
             "InfoRM: mean KL of each latent dimension from its prior, largest first. Dimensions near 0 carry nothing.",
         ),
-        (
+        themed_image(
             lambda: _latent_figure(latents),
             "InfoRM: the latent means of in-distribution responses, on their two main axes, coloured by how many of "
             "the two requested things the response gets right.",
         ),
-    ]
-    figures += [
-        (lambda: curves_figure(curves), f"Best of n responses, chosen by each model. {CURVES_CAPTION}"),
-        (
+        themed_image(lambda: curves_figure(curves), f"Best of n responses, chosen by each model. {CURVES_CAPTION}"),
+        themed_image(
             lambda: map_figure(points),
             f"InfoRM's choices as candidates, the policy's first responses as reference. {MAP_CAPTION}",
         ),
+        Heading("Three pairs"),
+        *(_example(name, rows[name], rewards) for name in ("in_distribution", "bias_reversed", "unseen_family")),
+        *_run(result),
     ]
-    elsewhere, seconds = result["loaded_elsewhere"], result["seconds"]
-    sections = [
-        html_table(header, table),
-        *[f"<p>{html.escape(text)}</p>" for text in _verdicts(result)],
-        '<p class="note">Accuracy: share of pairs in which the better response has the higher reward, a tie half; in '
-        "brackets the 95 % Wilson interval. Difference: InfoRM minus standard, 95 % paired bootstrap interval. One "
-        "training seed each: the intervals cover the choice of test pairs, not that of the seed.</p>",
-        html_table(("test set", "what it holds"), [(TEST_SETS[k], _MEANINGS[k]) for k in TEST_SETS], of_words=True),
-        html_table(*_decomposition_table(result)),
-        '<p class="note">Prompt-free and prompt-related reward on in-distribution pairs, each scored under '
-        f"{result['settings']['num_prompts']} prompts. Response decides: share of pairs whose prompt-free gap is the "
-        "larger one. Sign flips: share of pairs ranked the other way under another prompt. Prompt sensitivity: share "
-        "of the gaps' variance between prompts of one pair. Length: rank correlation of the gap with the difference "
-        "in words.</p>",
-        html_table(*_best_of_n_table(result)),
-        '<p class="note">The world\'s policy writes many responses to each prompt and each model picks the best; '
-        "gains are over a response drawn at random. "
-        f"{html.escape(_detection_verdict(result))}</p>",
-        *[html_themed_figure(draw, caption) for draw, caption in figures],
-        "<h2>Three pairs</h2>",
-        *[_example(name, rows[name], rewards) for name in ("in_distribution", "bias_reversed", "unseen_family")],
-        "<h2>Run</h2>",
-        "<p>The exported InfoRM model was loaded in a fresh interpreter without this package and gave the same "
-        f"rewards for {elsewhere['num_responses']} responses (largest difference "
-        f"{elsewhere['largest_reward_difference']:.1e}).</p>",
-        html_table(("stage", "seconds"), [(k, f"{v:.0f}") for k, v in seconds.items()]),
-        html_table(("setting", "value"), _setting_rows(result), of_words=True),
-    ]
-    atomic_write_text(path, html_page("InfoRM and a standard reward model on a generated world", sections))
+    atomic_write_text(path, Page("InfoRM and a standard reward model on a generated world", blocks).html())
 
 
-def _accuracy_table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    header = ("test set", "n", "standard", "InfoRM", "difference", "longer wins")
+def _findings(result: dict[str, Any]) -> list[Block]:
+    return [
+        _accuracy_table(result),
+        *_verdicts(result),
+        Note(
+            "Accuracy: share of pairs in which the better response has the higher reward, a tie half; in brackets the "
+            "95 % Wilson interval. Difference: InfoRM minus standard, 95 % paired bootstrap interval. One training "
+            "seed each: the intervals cover the choice of test pairs, not that of the seed."
+        ),
+        words_table(("test set", "what it holds"), [(TEST_SETS[k], _MEANINGS[k]) for k in TEST_SETS]),
+        _decomposition_table(result),
+        Note(
+            "Prompt-free and prompt-related reward on in-distribution pairs, each scored under "
+            f"{result['settings']['num_prompts']} prompts. Response decides: share of pairs whose prompt-free gap is "
+            "the larger one. Sign flips: share of pairs ranked the other way under another prompt. Prompt "
+            "sensitivity: share of the gaps' variance between prompts of one pair. Length: rank correlation of the "
+            "gap with the difference in words."
+        ),
+        _best_of_n_table(result),
+        Note(
+            "The world's policy writes many responses to each prompt and each model picks the best; gains are over a "
+            f"response drawn at random. {_detection_verdict(result)}"
+        ),
+    ]
+
+
+def _run(result: dict[str, Any]) -> list[Block]:
+    elsewhere = result["loaded_elsewhere"]
+    return [
+        Heading("Run"),
+        "The exported InfoRM model was loaded in a fresh interpreter without this package and gave the same rewards "
+        f"for {elsewhere['num_responses']} responses (largest difference "
+        f"{elsewhere['largest_reward_difference']:.1e}).",
+        Table(("stage", "seconds"), [(name, f"{value:.0f}") for name, value in result["seconds"].items()]),
+        _settings(result),
+    ]
+
+
+def _accuracy_table(result: dict[str, Any]) -> Table:
     rows = []
     for name, label in TEST_SETS.items():
         part = result["test_sets"][name]
         gap = part["inform_minus_standard"]
-        low, high = gap["interval"]
-        cells = [f"{part[m]['accuracy']:.3f} [{_short(part[m]['accuracy_interval'])}]" for m in _MODELS]
-        rows.append(
-            (
-                label,
-                str(part["standard"]["num_pairs"]),
-                *cells,
-                f"{gap['accuracy_difference']:+.3f} [{low:+.3f}, {high:+.3f}]",
-                f"{part['longer_wins']['accuracy']:.3f}",
-            )
-        )
-    return header, rows
+        cells = [with_interval(part[model]["accuracy"], part[model]["accuracy_interval"]) for model in _MODELS]
+        difference = with_interval(gap["accuracy_difference"], gap["interval"], sign="+")
+        rows.append((label, part["standard"]["num_pairs"], *cells, difference, part["longer_wins"]["accuracy"]))
+    return Table(("test set", "n", "standard", "InfoRM", "difference", "longer wins"), rows)
 
 
-def _decomposition_table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def _decomposition_table(result: dict[str, Any]) -> Table:
     header = ("decomposition", "n", "response decides", "sign flips", "prompt sensitivity",
               "length, prompt-free", "length, prompt-related")  # fmt: skip
     rows = []
     for model, label in _MODELS.items():
         part = result["decomposition"][model]
         words = part["correlations"].get("words", {})
-        cells = [f"{part[name]:.3f}" if name in part else "" for name in ("sign_flips", "prompt_sensitivity")]
-        decides = f"{part['response_decides']:.3f} [{_short(part['response_decides_interval'])}]"
+        decides = with_interval(part["response_decides"], part["response_decides_interval"])
         gaps = [f"{words[gap]:+.2f}" if gap in words else "" for gap in ("prompt_free_gap", "prompt_related_gap")]
-        rows.append((label, str(part["num_pairs"]), decides, *cells, *gaps))
-    return header, rows
+        rows.append((label, part["num_pairs"], decides, part["sign_flips"], part.get("prompt_sensitivity"), *gaps))
+    return Table(header, rows)
 
 
-def _best_of_n_table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def _best_of_n_table(result: dict[str, Any]) -> Table:
     header = ("best of n, chosen by", "gain in its own reward", "gain in gold reward", "gold peaks at n",
               "fall from there")  # fmt: skip
-    rows: list[tuple[str, ...]] = [
+    rows = [
         (
-            _MODELS[name], f"{part['proxy_gain']:.2f}", f"{part['gold_gain']:.2f}", str(part["n"]),
-            f"{part['fall']:.2f} [{_short(part['fall_interval'])}]",
+            _MODELS[name], f"{part['proxy_gain']:.2f}", f"{part['gold_gain']:.2f}", part["n"],
+            with_interval(part["fall"], part["fall_interval"]),
         )
         for name, part in result["best_of_n"].items()
     ]  # fmt: skip
-    return header, rows
+    return Table(header, rows)
 
 
 def _detection_verdict(result: dict[str, Any]) -> str:
     found, null = result["detection"], result["detection"]["null"]
-    csi, mop = (_short(null[name]["interval"]) for name in ("csi_normalized", "mop"))
+    csi, mop = ("{:.3f}, {:.3f}".format(*null[name]["interval"]) for name in ("csi_normalized", "mop"))
     return (
         f"Latents of {found['num_responses']} choices of InfoRM against the policy's own responses: CSI per response "
         f"{found['csi_normalized']:.2f} (halves of the policy's own give {csi}), outlier probability "
         f"{found['mop']:.3f} ({mop})."
     )
-
-
-def _short(interval: list[float]) -> str:
-    return format_interval(interval).replace(" to ", ", ")
 
 
 def _verdicts(result: dict[str, Any]) -> list[str]:
@@ -212,15 +213,15 @@ def _verdicts(result: dict[str, Any]) -> list[str]:
     return texts
 
 
-def _setting_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+def _settings(result: dict[str, Any]) -> Table:
     world = {f"world: {key}": value for key, value in result["world"].items()}
     parameters = {f"parameters, {_MODELS[key]}": f"{value:,}" for key, value in result["model_parameters"].items()}
     data = {f"pairs: {Path(key).name}": value[:12] for key, value in result["data_fingerprints"].items()}
     values = {**result["settings"], "training pairs": result["train_pairs"], **parameters, **world, **data}
-    return [(key.replace("_", " "), str(value)) for key, value in {**values, **result["versions"]}.items()]
+    return settings_table({key.replace("_", " "): value for key, value in {**values, **result["versions"]}.items()})
 
 
-def _example(name: str, rows: list[dict[str, Any]], rewards: dict[str, dict[str, np.ndarray]]) -> str:
+def _example(name: str, rows: list[dict[str, Any]], rewards: dict[str, dict[str, np.ndarray]]) -> Table:
     row = rows[0]
     cells = [
         (row[side], f"{row[f'gold_r1_{side}']:.0f}", f"{row[f'gold_r2_{side}']:.2f}",
@@ -228,8 +229,7 @@ def _example(name: str, rows: list[dict[str, Any]], rewards: dict[str, dict[str,
         for column, side in enumerate(("chosen", "rejected"))
     ]  # fmt: skip
     header = ("response (better first)", "gold r1", "gold r2", *(f"{label} reward" for label in _MODELS.values()))
-    title = f"<p><b>{TEST_SETS[name]}</b>: {html.escape(row['prompt'])}</p>"
-    return title + html_table(header, cells)
+    return Table(header, cells, caption=f"{TEST_SETS[name]}: {row['prompt']}")
 
 
 def _words(rows: list[dict[str, Any]], side: str) -> np.ndarray:

@@ -27,7 +27,6 @@ from inform_rm.eval.outliers import (
     separate_clusters,
     split_half_null,
 )
-from inform_rm.eval.report import figure_png
 from inform_rm.files import (
     atomic_write_bytes,
     atomic_write_text,
@@ -36,6 +35,7 @@ from inform_rm.files import (
     versions,
     write_json,
 )
+from inform_rm.page import figure_png
 from inform_rm.score_rows import ScoreRow, read_score_rows
 from inform_rm.scoring import RewardScorer, as_scorer
 from inform_rm.statistics import wilson_interval
@@ -338,5 +338,5 @@ def _write(folder: Path, result: dict[str, Any], columns: dict[str, list[Any]]) 
         atomic_write_bytes(folder / "steps.png", steps_png)
     else:
         (folder / "steps.png").unlink(missing_ok=True)
-    atomic_write_text(folder / "result.html", report.result_html(result, points, map_png, steps_png))
+    atomic_write_text(folder / "result.html", report.result_page(result, points, map_png, steps_png).html())
     write_json(folder / "result.json", result)  # last: its presence says that the rest is complete

@@ -1,13 +1,12 @@
 """Plots and page of `inform-rm detect`."""
 
-import html
-import json
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from inform_rm.eval.report import format_interval, html_figure, html_page, html_table
+from inform_rm.eval.report import result_settings
+from inform_rm.page import Heading, Image, Page, PointMap, Table, format_interval
 
 _COLORS = {"reference": "#9bb7d4", "candidate": "#e0a458", "outlier": "#c2413b"}
 _SHOWN_CHARACTERS = 400
@@ -66,48 +65,45 @@ def steps_figure(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def result_html(result: dict[str, Any], points: dict[str, Any], map_png: bytes, steps_png: bytes | None) -> str:
-    """The result of `detect` as one self-contained page whose map shows a response when a point is pointed at."""
+def result_page(result: dict[str, Any], points: dict[str, Any], map_png: bytes, steps_png: bytes | None) -> Page:
+    """The result of `detect`, whose map shows a response when a point is pointed at."""
     outliers = [
         (part["name"], shortened(row["prompt"]), shortened(row["response"]), f"{row['reward']:.2f}",
          f"{row['squared_mahalanobis']:.1f}", f"{row['tail_probability']:.1e}")
         for part in result["candidates"] for row in part["most_outlying"]
     ]  # fmt: skip
-    settings = {**result["settings"], "seed": result["seed"], **result["versions"]}
-    sections = [
-        html_table(*candidate_table(result)),
-        *(f"<p>{html.escape(note)}</p>" for note in notes(result)),
-        *([html_figure(steps_png, STEPS_CAPTION)] if steps_png is not None else []),
-        "<h2>Map</h2>",
-        interactive_map(points),
-        html_figure(map_png, MAP_CAPTION),
-        "<h2>The most outlying responses</h2>",
-        html_table(_OUTLIER_HEADER, outliers, of_words=True),
-        "<h2>Settings</h2>",
-        html_table(("setting", "value"), [(name, str(value)) for name, value in settings.items()], of_words=True),
-    ]
-    return html_page(f"Overoptimization check of {result['model']}", sections)
+    return Page(
+        f"Overoptimization check of {result['model']}",
+        [
+            candidate_table(result),
+            *notes(result),
+            *([Image(steps_png, STEPS_CAPTION)] if steps_png is not None else []),
+            Heading("Map"),
+            PointMap(points, _COLORS),
+            Image(map_png, MAP_CAPTION),
+            Heading("The most outlying responses"),
+            Table(_OUTLIER_HEADER, outliers, align="lllrrr"),
+            Heading("Settings"),
+            result_settings(result),
+        ],
+    )
 
 
-def candidate_table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """Header and rows: the reference, then every candidate with CSI, MOP, reward and what its texts are like."""
+def candidate_table(result: dict[str, Any]) -> Table:
+    """The reference, then every candidate with CSI, MOP, reward and what its texts are like."""
     header = ("candidate", "n", "CSI per response", "95 % interval", "MOP", "95 % interval", "mean reward",
               "words", "repeated trigrams", "stopping rule")  # fmt: skip
-    rows: list[tuple[Any, ...]] = [
+    detection = ("csi_normalized", "csi_normalized_interval", "mop", "mop_interval")
+    reference = {"name": "(reference)", **dict.fromkeys(detection), **result["reference"]}
+    rows = [
         (
-            part["name"], part["num_responses"], f"{part['csi_normalized']:.3f}",
-            format_interval(part["csi_normalized_interval"]), f"{part['mop']:.3f}",
-            format_interval(part["mop_interval"]), f"{part['mean_reward']:.2f}", f"{part['mean_words']:.1f}",
-            f"{part['repeated_trigrams']:.3f}", "fires" if part.get("stop") else "",
+            part["name"], part["num_responses"], *(part[name] for name in detection),
+            f"{part['mean_reward']:.2f}", f"{part['mean_words']:.1f}", part["repeated_trigrams"],
+            "fires" if part.get("stop") else "",
         )
-        for part in result["candidates"]
+        for part in [reference, *result["candidates"]]
     ]  # fmt: skip
-    reference = result["reference"]
-    rows.insert(0, (
-        "(reference)", reference["num_responses"], "", "", "", "", f"{reference['mean_reward']:.2f}",
-        f"{reference['mean_words']:.1f}", f"{reference['repeated_trigrams']:.3f}", "",
-    ))  # fmt: skip
-    return header, rows
+    return Table(header, rows)
 
 
 def notes(result: dict[str, Any]) -> list[str]:
@@ -131,52 +127,3 @@ def notes(result: dict[str, Any]) -> list[str]:
 def shortened(text: str) -> str:
     """At most 400 characters of a text."""
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"
-
-
-def interactive_map(points: dict[str, Any]) -> str:
-    """A canvas and its script: pointing at a point shows its response. Texts are data, never markup."""
-    # "<" must not appear: "</script>" in a response would end the script.
-    data = json.dumps({**points, "colors": _COLORS}).replace("<", "\\u003c")
-    legend = ", ".join(f'<b style="color: {color}">{kind}</b>' for kind, color in _COLORS.items())
-    return f"""<p>Point at (or tap) a point to read its response: {legend}.</p>
-<div id="map" style="position: relative">
-<canvas id="points" width="900" height="560" style="width: 100%"></canvas>
-<pre id="response" style="min-height: 5rem"></pre></div>
-<script type="application/json" id="data">{data}</script>
-<script>{_SCRIPT}</script>"""
-
-
-_SCRIPT = """
-const data = JSON.parse(document.getElementById("data").textContent);
-const canvas = document.getElementById("points"), context = canvas.getContext("2d");
-const span = values => [Math.min(...values), Math.max(...values)];
-const [left, right] = span(data.x), [low, high] = span(data.y);
-const places = data.x.map((x, i) => [
-  20 + (canvas.width - 40) * (x - left) / (right - left || 1),
-  canvas.height - 20 - (canvas.height - 40) * (data.y[i] - low) / (high - low || 1)]);
-function draw(marked) {
-  context.clearRect(0, 0, canvas.width, canvas.height);
-  places.forEach(([x, y], i) => {
-    context.fillStyle = data.colors[data.kind[i]];
-    context.beginPath(); context.arc(x, y, i === marked ? 7 : 3.5, 0, 7); context.fill();
-  });
-}
-function show(event) {
-  const box = canvas.getBoundingClientRect();
-  const x = (event.clientX - box.left) * canvas.width / box.width;
-  const y = (event.clientY - box.top) * canvas.height / box.height;
-  let nearest = -1, least = 400;
-  places.forEach(([a, b], i) => {
-    const distance = (a - x) ** 2 + (b - y) ** 2;
-    if (distance < least) { least = distance; nearest = i; }
-  });
-  if (nearest < 0) return;
-  draw(nearest);
-  document.getElementById("response").textContent =
-    `${data.set[nearest]} (${data.kind[nearest]}), reward ${data.reward[nearest].toFixed(2)}\\n\\n` +
-    data.response[nearest];
-}
-canvas.addEventListener("pointermove", show);
-canvas.addEventListener("pointerdown", show);
-draw(-1);
-"""

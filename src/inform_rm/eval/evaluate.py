@@ -14,6 +14,7 @@ from inform_rm.eval.journaled import journaled_rewards
 from inform_rm.eval.sources import add_bad_rows, load_sources, warn_of_left_out
 from inform_rm.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.journal import RewardJournal, shortest_float
+from inform_rm.page import figure_png
 from inform_rm.processes import is_main_process
 from inform_rm.scoring import RewardScorer, as_scorer
 
@@ -160,8 +161,9 @@ def _write(folder: Path, result: dict[str, Any], parts: list[Any], rewards: np.n
         pair |= {"chosen_reward": shortest_float(chosen), "rejected_reward": shortest_float(rejected)}
         lines.append(json.dumps(pair, ensure_ascii=False) + "\n")
     atomic_write_text(folder / "pairs.jsonl", "".join(lines))
-    plot = report.figure_png(report.reliability_figure(result["calibration"]["bins"]))
+    plot = figure_png(report.reliability_figure(result["calibration"]["bins"]))
     atomic_write_bytes(folder / "reliability.png", plot)
-    atomic_write_text(folder / "result.md", report.result_markdown(result))
-    atomic_write_text(folder / "result.html", report.result_html(result, plot))
+    page = report.result_page(result, plot)
+    atomic_write_text(folder / "result.md", page.markdown())
+    atomic_write_text(folder / "result.html", page.html())
     write_json(folder / "result.json", result)  # last: its presence says that the rest is complete

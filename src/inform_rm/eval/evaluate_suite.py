@@ -13,7 +13,7 @@ import torch
 
 from inform_rm.encoding import OVERLONG_POLICIES, Encoded, encode_groups, not_encodable, skippable
 from inform_rm.errors import InputError
-from inform_rm.eval import report, suite_report
+from inform_rm.eval import suite_report
 from inform_rm.eval.journaled import journaled_rewards
 from inform_rm.eval.sources import add_bad_rows, warn_of_left_out
 from inform_rm.eval.suite_items import MOST_REASONS, SuiteItem, load_suite_items
@@ -22,6 +22,7 @@ from inform_rm.eval.suite_summary import item_credits, summarize_suite
 from inform_rm.eval.suites import Suite, suite_named
 from inform_rm.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.journal import RewardJournal, shortest_float
+from inform_rm.page import figure_png
 from inform_rm.preferences import BadRow
 from inform_rm.processes import is_main_process
 from inform_rm.rendered_text import partly_rendered, warn_of_loss
@@ -300,8 +301,9 @@ def _write(
         }
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     atomic_write_text(folder / "items.jsonl", "".join(lines))
-    plot = report.figure_png(suite_report.sections_figure(result))
+    plot = figure_png(suite_report.sections_figure(result))
     atomic_write_bytes(folder / "sections.png", plot)
-    atomic_write_text(folder / "result.md", suite_report.suite_markdown(table, result))
-    atomic_write_text(folder / "result.html", suite_report.suite_html(table, result, plot))
+    page = suite_report.suite_page(table, result, plot)
+    atomic_write_text(folder / "result.md", page.markdown())
+    atomic_write_text(folder / "result.html", page.html())
     write_json(folder / "result.json", result)  # last: its presence says that the rest is complete

@@ -67,7 +67,7 @@ def collect_latents(
     scorer.tell_of_loss(encoded, places or [f"row {row} (counted from 0)" for row in range(len(encoded))])
     sequences = [row.input_ids for row in encoded]
     is_inform = model.config.model_type == "inform"
-    pads = None if is_inform else model.config.get_text_config().pad_token_id
+    pads = None if is_inform else getattr(model.config.get_text_config(), "pad_token_id", None)
     rewards = np.empty(len(sequences), dtype=np.float32)
     values: np.ndarray | None = None
     seen: list[torch.Tensor] = []

@@ -1,6 +1,5 @@
 """Plot and page of best-of-n overoptimization (`inform_rm.eval.overoptimization`)."""
 
-import html
 import io
 import json
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from inform_rm.eval.report import figure_png, format_interval, html_figure, html_page, html_table
 from inform_rm.files import atomic_write_bytes, atomic_write_text, write_json
+from inform_rm.page import Block, Heading, Image, Page, Table, figure_png, settings_table
 from inform_rm.scoring import Prompt
 
 CURVES_CAPTION = (
@@ -45,38 +44,20 @@ def curves_figure(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def result_html(result: dict[str, Any], curves_png: bytes) -> str:
-    """The result of `simulate` as one self-contained page."""
-    peaks = [
-        (
-            name, curve["peak"]["n"], f"{curve['peak']['kl_nats']:.2f}",
-            format_interval(curve["peak"]["kl_nats_interval"]), f"{curve['peak']['gold']:.3f}",
-            f"{curve['peak']['fall']:.3f}", format_interval(curve["peak"]["fall_interval"]),
-        )
-        for name, curve in result["proxies"].items()
-    ]  # fmt: skip
+def result_page(result: dict[str, Any], curves_png: bytes) -> Page:
+    """The result of `simulate`."""
     header = ("proxy", "peak n", "peak KL", "95 % interval", "gold at the peak", "fall to the last n", "95 % interval")
-    sections = [
-        html_table(header, peaks),
-        *(f"<p>{html.escape(note)}</p>" for note in _notes(result)),
-        html_figure(curves_png, CURVES_CAPTION),
-    ]
+    parts = ("n", "kl_nats", "kl_nats_interval", "gold", "fall", "fall_interval")
+    peaks = [(name, *(curve["peak"][part] for part in parts)) for name, curve in result["proxies"].items()]
+    blocks: list[Block] = [Table(header, peaks), *_notes(result), Image(curves_png, CURVES_CAPTION)]
     columns = ("n", "KL", "proxy", "gold", "gold, 95 % interval", "gold, gain", "gain, 95 % interval", "words")
     for name, curve in result["proxies"].items():
-        gold = curve["gold"]
-        rows = [
-            (
-                n, f"{kl:.2f}", f"{curve['proxy']['mean'][place]:.3f}", f"{gold['mean'][place]:.3f}",
-                format_interval(gold["interval"][place]), f"{gold['gain'][place]:.3f}",
-                format_interval(gold["gain_interval"][place]), f"{curve['words']['mean'][place]:.1f}",
-            )
-            for place, (n, kl) in enumerate(zip(result["ns"], result["kl_nats"], strict=True))
-        ]  # fmt: skip
-        sections += [f"<h2>{html.escape(name)}: {html.escape(curve['model'])}</h2>", html_table(columns, rows)]
-    settings = {**result["settings"], "seed": result["seed"], "policy": result["policy"], "gold": result["gold"]}
-    settings |= result["versions"]
-    sections += ["<h2>Settings</h2>", html_table(("setting", "value"), list(settings.items()), of_words=True)]
-    return html_page("Best-of-n overoptimization", sections)
+        gold = [curve["gold"][part] for part in ("mean", "interval", "gain", "gain_interval")]
+        rows = zip(result["ns"], result["kl_nats"], curve["proxy"]["mean"], *gold, curve["words"]["mean"], strict=True)
+        blocks += [Heading(f"{name}: {curve['model']}"), Table(columns, list(rows))]
+    made_by = {"seed": result["seed"], "policy": result["policy"], "gold": result["gold"]}
+    blocks += [Heading("Settings"), settings_table(result["settings"], made_by, result["versions"])]
+    return Page("Best-of-n overoptimization", blocks)
 
 
 def write_results(
@@ -102,7 +83,7 @@ def write_results(
     atomic_write_bytes(folder / "responses.parquet", buffer.getvalue())
     curves = figure_png(curves_figure(result))
     atomic_write_bytes(folder / "curves.png", curves)
-    atomic_write_text(folder / "result.html", result_html(result, curves))
+    atomic_write_text(folder / "result.html", result_page(result, curves).html())
     write_json(folder / "result.json", result)  # last: its presence says that the rest is complete
 
 

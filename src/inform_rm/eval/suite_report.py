@@ -1,23 +1,14 @@
-"""The result of a benchmark suite for people: Markdown, a plot, and a page that needs no other file."""
+"""The page and the plot of a benchmark suite's result."""
 
-import html
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from inform_rm.eval.report import (
-    format_interval,
-    html_figure,
-    html_page,
-    html_table,
-    markdown_table,
-)
+from inform_rm.eval.report import result_settings
 from inform_rm.eval.suites import Suite
+from inform_rm.page import Block, Heading, Image, Page, Table, format_interval
 
-_SECTION_HEADER = ("section", "score", "95 % interval", "items")
 _SUBSET_HEADER = ("subset", "accuracy", "95 % interval", "items", "published", "ties", "section")
-_SOURCE_HEADER = ("source", "items", "bad rows", "fingerprint")
-_WIDE = '<div style="overflow-x: auto">{}</div>'  # on a phone the table scrolls, not the page
 _CAPTION = "Sections that are whole (dark), then the subsets that are there (light), with 95 % intervals."
 
 
@@ -29,24 +20,14 @@ def headline(result: dict[str, Any]) -> str:
     return f"No score: {result['title']} is incomplete here. What is there is reported by subset."
 
 
-def suite_markdown(suite: Suite, result: dict[str, Any]) -> str:
-    """The result of `evaluate_suite` as a Markdown page."""
-    lines = [f"# {result['title']}: {' '.join(result['model'].split())}", "", headline(result), ""]
-    for title, header, rows in _tables(suite, result):
-        if rows:
-            lines += [*([f"## {title}", ""] if title else []), markdown_table(header, rows), ""]
-    lines += ["![Scores of sections and subsets](sections.png)", "", *(f"{note}\n" for note in _notes(suite, result))]
-    return "\n".join(lines)
-
-
-def suite_html(suite: Suite, result: dict[str, Any], plot: bytes) -> str:
-    """The result of `evaluate_suite` as one self-contained HTML page."""
-    parts = [f"<p><strong>{html.escape(headline(result))}</strong></p>", html_figure(plot, _CAPTION)]
-    for title, header, rows in _tables(suite, result):
-        if rows:
-            parts += [*([f"<h2>{html.escape(title)}</h2>"] if title else []), _WIDE.format(html_table(header, rows))]
-    parts += [f"<p>{html.escape(note)}</p>" for note in _notes(suite, result)]
-    return html_page(f"{result['title']}: {result['model']}", parts)
+def suite_page(suite: Suite, result: dict[str, Any], plot: bytes) -> Page:
+    """The result of `evaluate_suite`."""
+    blocks: list[Block] = [headline(result), Image(plot, _CAPTION, "sections.png")]
+    for title, table in _tables(suite, result).items():
+        if table.rows:
+            blocks += [Heading(title), table] if title else [table]
+    blocks += _notes(suite, result)
+    return Page(f"{result['title']}: {result['model']}", blocks)
 
 
 def sections_figure(result: dict[str, Any]) -> Figure:
@@ -66,20 +47,33 @@ def sections_figure(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def _tables(suite: Suite, result: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
-    def interval(part: dict[str, Any]) -> str:
-        return format_interval(part["interval"]) if "interval" in part else "-"
+def _tables(suite: Suite, result: dict[str, Any]) -> dict[str, Table]:
+    """Title to table; one without rows is not shown."""
+    sections = [
+        (f"{name}{'' if part['weight'] else ' (beside the score)'}", f"{part['score']:.4f}", part.get("interval", "-"),
+         part["num_items"])
+        for name, part in result["sections"].items()
+    ]  # fmt: skip
+    subsets = [
+        (name, f"{part['accuracy']:.4f}", part.get("interval", "-"), part["num_items"],
+         "-" if part["published_items"] is None else part["published_items"], part["num_ties"], suite.section_of(name))
+        for name, part in result["subsets"].items()
+    ]  # fmt: skip
+    sources = [(part["source"], part["items"], part["bad_rows"], part["fingerprint"][:12]) for part in result["data"]]
+    return {
+        "": Table(("section", "score", "95 % interval", "items"), sections),
+        "Missing for a score": Table(("section: subset and items",), [(text,) for text in result["missing"]]),
+        "Subsets": Table(_SUBSET_HEADER, subsets, align="lrrrrrl"),
+        "More of this suite": Table(("figure", "value"), _own_figures(result)),
+        "Data": Table(("source", "items", "bad rows", "fingerprint"), sources),
+        "Items": Table(tuple(result["counts"]), [tuple(result["counts"].values())]),
+        "Settings": result_settings(result),
+    }
 
-    sections = []
-    for name, part in result["sections"].items():
-        name += "" if part["weight"] else " (beside the score)"
-        sections.append((name, f"{part['score']:.4f}", interval(part), part["num_items"]))
-    subsets = []
-    for name, part in result["subsets"].items():
-        published = "-" if part["published_items"] is None else part["published_items"]
-        counts = (part["num_items"], published, part["num_ties"])
-        subsets.append((name, f"{part['accuracy']:.4f}", interval(part), *counts, suite.section_of(name)))
-    own: list[tuple[Any, ...]] = []
+
+def _own_figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What only some suites have."""
+    own = []
     if result.get("score_with_prior_sets") is not None:
         own.append(("score with prior sets", f"{result['score_with_prior_sets']:.4f}"))
     if "ties" in result:
@@ -91,20 +85,7 @@ def _tables(suite: Suite, result: dict[str, Any]) -> list[tuple[str, tuple[str, 
             own += [(f"{domain}: {kind}", f"{part[kind]:.4f}") for kind in ("hard", "normal", "easy")]
     if "twins" in result:
         own.append((f"both of {result['twins']['num_twins']} twins right", f"{result['twins']['both_right']:.4f}"))
-    sources = [(part["source"], part["items"], part["bad_rows"], part["fingerprint"][:12]) for part in result["data"]]
-    items = [tuple(result["counts"].values())]
-    shown = {**result["settings"], "seed": result["seed"], "model fingerprint": result["model_fingerprint"][:12]}
-    shown |= result["versions"]
-    shown.pop("data")
-    return [
-        ("", _SECTION_HEADER, sections),
-        ("Missing for a score", ("section: subset and items",), [(text,) for text in result["missing"]]),
-        ("Subsets", _SUBSET_HEADER, subsets),
-        ("More of this suite", ("figure", "value"), own),
-        ("Data", _SOURCE_HEADER, sources),
-        ("Items", tuple(result["counts"]), items),
-        ("Settings", ("setting", "value"), [(name, str(value)) for name, value in shown.items()]),
-    ]
+    return own
 
 
 def _notes(suite: Suite, result: dict[str, Any]) -> list[str]:

@@ -19,8 +19,9 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainerState
 
 from inform_rm.errors import InputError
-from inform_rm.files import atomic_write_text, versions, write_json
-from inform_rm.training.config import TrainingConfig
+from inform_rm.files import atomic_write_text, file_digest, versions, write_json
+from inform_rm.records import parse_source, source_digest
+from inform_rm.training.config import TrainingConfig, deciding_settings, settings_by_content
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,6 @@ CONFIG_FILE = "training_config.yaml"
 STAGING = ".final"  # where the finished model is written before its files are moved into the run's folder
 # Written last into a checkpoint: the sizes of its files.
 COMPLETE_FILE = "complete.json"
-# Settings that may differ between a run and its continuation: they do not change what is learnt.
-_FREE_ON_RESUME = ("output", "report_to", "logging_steps", "save_total_limit", "overwrite", "dataloader_num_workers")
 _DIGESTED_BYTES = 1 << 20  # at the start and at the end of each file of the model
 
 
@@ -137,10 +136,27 @@ def discard_run(output: Path, result_file: str) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def check_resume(output: Path, config: TrainingConfig, fingerprints: dict[str, str], resume_from: Path | None) -> None:
-    """Refuse to continue a run under other settings, data, model or processes; write down those of a new run.
+def check_resume(
+    output: Path,
+    config: TrainingConfig,
+    fingerprints: dict[str, str],
+    eval_fingerprints: dict[str, str],
+    resume_from: Path | None,
+) -> None:
+    """Refuse to continue a run under what would change its result; write down what a new run has.
 
-    Other versions of the libraries are named in a warning: whether they change the result cannot be known here.
+    Settings that decide nothing (see `inform_rm.training.config`) may change, and so may the spelling of a path. Other
+    versions of the libraries are named in a warning: whether they change the result cannot be known here.
+
+    Args:
+        output: the run's folder.
+        config: all settings.
+        fingerprints: per source of ``data``, and who reads it in a streaming run.
+        eval_fingerprints: per source of ``eval_data``.
+        resume_from: the checkpoint to go on from; ``None`` starts a new run.
+
+    Raises:
+        InputError: naming what differs.
     """
     path = output / "checkpoints" / "run.json"
     if resume_from is not None:
@@ -148,12 +164,12 @@ def check_resume(output: Path, config: TrainingConfig, fingerprints: dict[str, s
     settings = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as they are in the file
     launch = _launch()
     now = {
-        **settings, "data_fingerprints": fingerprints, "model_fingerprint": fingerprint_files(config.model), **launch
+        **settings, "data_fingerprints": fingerprints | eval_fingerprints,
+        "contents": _contents(config, fingerprints, eval_fingerprints), **launch,
     }  # fmt: skip
     if resume_from is not None and path.exists():
         before = _recorded_settings(path)
-        changed = [name for name in now if name not in _FREE_ON_RESUME and before.get(name) != now[name]]
-        if any(name in before and name in changed for name in launch):
+        if any(name in before and before[name] != now[name] for name in launch):
             raise InputError(
                 f"output: {output} holds an unfinished run of {before['num_processes']} processes "
                 f"({before['distribution']}), this one has {now['num_processes']} ({now['distribution']}). Its "
@@ -162,21 +178,62 @@ def check_resume(output: Path, config: TrainingConfig, fingerprints: dict[str, s
                 "what it has learnt with a new optimizer, train with model: one of its checkpoints (one of "
                 "SHARDED_STATE_DICT needs `accelerate merge-weights` first)."
             )
-        if changed:
-            listed = "; ".join(f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in changed)
+        if changed := _changed(config, before, now):
             raise InputError(
-                f"output: {output} holds an unfinished run with other settings or data ({listed}). "
+                f"output: {output} holds an unfinished run with other settings or data ({'; '.join(changed)}). "
                 "Restore them to continue it, name another folder, or pass --overwrite true."
             )
         software = versions()
         for name, was in before.get("versions", {}).items():
             if software.get(name) != was:
                 logger.warning("%s was %s before the interruption and is %s now.", name, was, software.get(name))
-        logger.warning("Continuing from %s.", resume_from)
+        free = [f"; {name} was {before.get(name)!r}" for name in settings if before.get(name) != settings[name]]
+        logger.warning("Continuing from %s%s.", resume_from, "".join(free))
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         write_json(path, {**now, "versions": versions()})
         atomic_write_text(output / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def _changed(config: TrainingConfig, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What decides the result and is not as it was, in words."""
+    changed = []
+    contents, contents_before = now["contents"], before.get("contents") or {}
+    for name in deciding_settings(config):
+        if name in contents:
+            if contents_before.get(name) != contents[name]:
+                renamed = "" if before.get(name) == now[name] else f": {before.get(name)!r} -> {now[name]!r}"
+                changed.append(f"the content of {name}{renamed}")
+        elif before.get(name) != now[name]:
+            changed.append(f"{name}: {before.get(name)!r} -> {now[name]!r}")
+    if contents_before.get("readers") != contents["readers"]:
+        changed.append(f"readers of the stream: {contents_before.get('readers')!r} -> {contents['readers']!r}")
+    return changed
+
+
+def _contents(
+    config: TrainingConfig, fingerprints: dict[str, str], eval_fingerprints: dict[str, str]
+) -> dict[str, Any]:
+    """What the settings that name files stand for, however they spell it; of what is on the Hub, its name."""
+
+    def content(source: str, fingerprint: str) -> str:
+        # Pairs without an id are named after their file, so that their fingerprint changes with its name.
+        return source_digest(source) if Path(parse_source(source).name).exists() else fingerprint
+
+    contents: dict[str, Any] = {
+        "data": [
+            fingerprints[source] if config.streaming else content(source, fingerprints[source])
+            for source in config.data
+        ],
+        "eval_data": [content(source, eval_fingerprints[source]) for source in config.eval_data],
+        "readers": fingerprints.get("streamed to"),
+    }
+    for name in settings_by_content():
+        value = getattr(config, name)
+        if name not in contents:
+            is_file = value is not None and Path(value).is_file()
+            contents[name] = value and (file_digest(value) if is_file else fingerprint_files(value) or value)
+    return contents
 
 
 def _recorded_settings(path: Path) -> dict[str, Any]:

@@ -17,21 +17,36 @@ _MOST_DIGITS = 100
 _MOST_FAULTS = 20  # as many are listed
 
 
-def _setting(text: str, default: Any = dataclasses.MISSING) -> Any:
-    """A field with its sentence of help; without a default the setting is required."""
-    return field(default=default, metadata={"help": text})
+def _setting(
+    text: str, default: Any = dataclasses.MISSING, *, decides: bool | str = True, by_content: bool = False
+) -> Any:
+    """A field of the settings; without a default the setting is required.
+
+    Args:
+        text: its sentence of help.
+        default: its default.
+        decides: whether it decides what is learnt, so that a run is not continued under another value; the name of a
+            setting: it decides where that one is set.
+        by_content: it names files, and what they hold decides, not how they are named.
+    """
+    return field(default=default, metadata={"help": text, "decides": decides, "by_content": by_content})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Everything that decides a training run. Published defaults: arXiv:2402.09345, appendices E.2 and J.3."""
 
-    model: str = _setting("backbone (or InfoRM model to continue from): Hub id or folder")
+    model: str = _setting("backbone (or InfoRM model to continue from): Hub id or folder", by_content=True)
     data: tuple[str, ...] = _setting(
-        "training pairs: files, folders or Hub ids, NAME[SPLIT] for one split; several are concatenated"
+        "training pairs: files, folders or Hub ids, NAME[SPLIT] for one split; several are concatenated",
+        by_content=True,
     )
-    output: str = _setting("folder for the trained, Hub-ready model; checkpoints go to its subfolder 'checkpoints'")
-    eval_data: tuple[str, ...] = _setting("pairs for evaluation during training, given like data", ())
+    output: str = _setting(
+        "folder for the trained, Hub-ready model; checkpoints go to its subfolder 'checkpoints'", decides=False
+    )
+    eval_data: tuple[str, ...] = _setting(
+        "pairs for evaluation during training, given like data", (), decides="load_best_model_at_end", by_content=True
+    )
     columns: dict[str, str] | None = _setting(  # noqa: RUF009  # its default is None
         "which columns of data and eval_data are prompt, chosen, rejected, system, history, margin, subset, id: "
         "FIELD=COLUMN; ignore=COLUMN leaves one out knowingly; none: columns of these names",
@@ -64,7 +79,9 @@ class TrainingConfig:
         "uniform",
     )
     behavior_model: str | None = _setting(
-        "prioritized: causal LM near what wrote the responses, a folder or Hub id; what weights 'behavior' needs", None
+        "prioritized: causal LM near what wrote the responses, a folder or Hub id; what weights 'behavior' needs",
+        None,
+        by_content=True,
     )
     length_normalized: bool = _setting("weights 'behavior': mean log-likelihoods of the tokens instead of sums", False)
     ess_target: float = _setting("weights 'behavior': effective sample size to keep, as a share of the prompts", 0.25)
@@ -85,7 +102,7 @@ class TrainingConfig:
     overlong: Literal["error", "drop", "truncate_prompt"] = _setting("what to do with a longer pair", "error")
     on_bad_row: Literal["error", "skip"] = _setting("stop at a bad row, or skip, count and list it", "error")
     max_pairs_per_source: int | None = _setting("use a seeded random subset of each item of data; none: all", None)
-    max_eval_pairs_per_source: int | None = _setting("the same for eval_data", None)
+    max_eval_pairs_per_source: int | None = _setting("the same for eval_data", None, decides="load_best_model_at_end")
     streaming: bool = _setting(
         "read and encode data while training, in bounded memory, instead of before; needs max_steps", False
     )
@@ -93,13 +110,17 @@ class TrainingConfig:
         "streaming: rows held in memory by each reader, from which the next one is drawn; 1: rows in file order",
         10_000,
     )
-    chat_template: str | None = _setting("template file, or 'plain' (what a tokenizer without one gets)", None)
+    chat_template: str | None = _setting(
+        "template file, or 'plain' (what a tokenizer without one gets)", None, by_content=True
+    )
 
     learning_rate: float = _setting("peak learning rate (paper: 5e-6)", 5e-6)
     num_train_epochs: float = _setting("passes over the data (paper: 1)", 1.0)
     max_steps: int = _setting("optimizer steps; overrides num_train_epochs when positive", -1)
     per_device_train_batch_size: int = _setting("pairs per process and forward pass", 8)
-    per_device_eval_batch_size: int = _setting("pairs per process and forward pass in evaluation", 16)
+    per_device_eval_batch_size: int = _setting(
+        "pairs per process and forward pass in evaluation", 16, decides="load_best_model_at_end"
+    )
     gradient_accumulation_steps: int = _setting("forward passes per optimizer step (paper: 64 pairs a step)", 8)
     lr_scheduler_type: str = _setting("learning rate schedule of transformers", "cosine")
     warmup_steps: float = _setting("steps of linear warm-up; below 1: fraction of all steps", 0.03)
@@ -114,6 +135,7 @@ class TrainingConfig:
         "packed, one process: most tokens of a forward pass, a larger batch takes several; none: 2048 on a CPU, "
         "else no limit",
         None,
+        decides="lora_dropout",
     )
     group_by_length: bool = _setting("put pairs of similar length in one batch", False)
     seed: int = _setting("seed of the head, the data order and the latent noise", 0)
@@ -135,20 +157,28 @@ class TrainingConfig:
         True,
     )
 
-    dtype: Literal["float32", "bfloat16", "auto"] = _setting("number type of the weights", "float32")
-    bf16: bool = _setting("bfloat16 autocast; the reward head stays in float32", False)
-    gradient_checkpointing: bool = _setting("recompute activations to save memory", False)
+    dtype: Literal["float32", "bfloat16", "auto"] = _setting(
+        "number type of the backbone's weights ('auto': the checkpoint's); in bfloat16 most updates are lost unless "
+        "optim is stable_adamw or LoRA is on; the head is in float32",
+        "float32",
+    )
+    bf16: bool = _setting("compute in bfloat16 (autocast) and keep the weights in dtype; for GPUs", False)
+    gradient_checkpointing: bool = _setting("recompute activations to save memory", False, decides=False)
     attn_implementation: str | None = _setting("sdpa, eager, flash_attention_2, ...; none: the model's own", None)
     use_cpu: bool = _setting("train on the CPU though a GPU is there", False)
-    dataloader_num_workers: int = _setting("worker processes that prepare batches", 0)
+    dataloader_num_workers: int = _setting("worker processes that prepare batches", 0, decides=False)
 
-    logging_steps: float = _setting("log every so many steps; below 1: fraction of all steps", 10)
-    eval_steps: float = _setting("evaluate every so many steps; below 1: fraction of all steps", 0.25)
-    save_steps: float = _setting("checkpoint every so many steps; below 1: fraction of all steps", 0.25)
-    save_total_limit: int | None = _setting("checkpoints to keep; none: all", 2)
+    logging_steps: float = _setting("log every so many steps; below 1: fraction of all steps", 10, decides=False)
+    eval_steps: float = _setting(
+        "evaluate every so many steps; below 1: fraction of all steps", 0.25, decides="load_best_model_at_end"
+    )
+    save_steps: float = _setting(
+        "checkpoint every so many steps; below 1: fraction of all steps", 0.25, decides="load_best_model_at_end"
+    )
+    save_total_limit: int | None = _setting("checkpoints to keep; none: all", 2, decides=False)
     load_best_model_at_end: bool = _setting("end with the checkpoint of best accuracy on eval_data", False)
-    report_to: str = _setting("where logs go: none, tensorboard, wandb, ...", "none")
-    overwrite: bool = _setting("discard what the output folder holds from another run", False)
+    report_to: str = _setting("where logs go: none, tensorboard, wandb, ...", "none", decides=False)
+    overwrite: bool = _setting("discard what the output folder holds from another run", False, decides=False)
 
     revision: str | None = _setting("revision of the model on the Hub", None)
     trust_remote_code: bool = _setting("run code from the model's repository", False)
@@ -222,6 +252,21 @@ class TrainingConfig:
             if used:
                 faults.append(f"{name} does not go with streaming: it {reason}")
         return faults
+
+
+def deciding_settings(config: TrainingConfig) -> list[str]:
+    """Names of the settings that decide what this run learns."""
+    specs = {spec.name: spec.metadata["decides"] for spec in dataclasses.fields(config)}
+    return [
+        name
+        for name, decides in specs.items()
+        if (bool(getattr(config, decides)) if isinstance(decides, str) else decides)
+    ]
+
+
+def settings_by_content() -> list[str]:
+    """Names of the settings that name files."""
+    return [spec.name for spec in dataclasses.fields(TrainingConfig) if spec.metadata["by_content"]]
 
 
 def field_types() -> dict[str, Any]:

@@ -17,12 +17,15 @@ from inform_rm.modeling_inform import InfoRMForSequenceClassification
 from inform_rm.scoring import RewardScorer
 from inform_rm.training.checkpoints import is_fsdp_launch
 from inform_rm.training.config import TrainingConfig
+from inform_rm.value_heads import find_reward_head, load_with_head
 
 logger = logging.getLogger(__name__)
 
 
 def load_model(config: TrainingConfig) -> PreTrainedModel:
-    """The model to train: a fresh head on a backbone, or an InfoRM model to train further.
+    """The model to train: a fresh head on a backbone, or a reward model to train further.
+
+    ``architecture: standard`` goes on from the head of any reward model that has one row (`inform_rm.value_heads`).
 
     With ``load_in_4bit`` or ``load_in_8bit`` the linear layers of the backbone are quantised; embeddings, norms and
     the head are not, and the head is in float32.
@@ -47,8 +50,9 @@ def load_model(config: TrainingConfig) -> PreTrainedModel:
         if is_quantized(config):
             loading |= _quantized_loading(config, found)
         if found.model_type != "inform":
-            model = InfoRMForSequenceClassification.from_backbone(
+            model = load_with_head(
                 config.model,
+                find_reward_head(config.model, found, revision=config.revision),
                 latent_dim=config.latent_dim,
                 beta=config.beta,
                 decoder=config.decoder,

@@ -33,6 +33,7 @@ from inform_rm.training.checkpoints import (
 )
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.data import TrainingPairs, load_training_pairs
+from inform_rm.training.half_precision import COMPENSATED_BETA2, COMPENSATED_OPTIM, LostUpdates, check_optimizer
 from inform_rm.training.interruption import StopOnSignal
 from inform_rm.training.models import add_adapters, is_quantized, load_model, reward_difference, sample_rewards
 from inform_rm.training.prioritized import PoolCollator, PrioritizedRewardTrainer, Selection
@@ -90,14 +91,13 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         train_pairs = open_stream(config)
     else:
         train_pairs = load_training_pairs(config, config.data, config.max_pairs_per_source, tokenizer, "data")
-    eval_pairs = None
-    fingerprints = dict(train_pairs.fingerprints)
+    eval_pairs, eval_fingerprints = None, {}
     if config.eval_data:
         eval_pairs = load_training_pairs(
             config, config.eval_data, config.max_eval_pairs_per_source, tokenizer, "eval_data"
         )
-        fingerprints |= eval_pairs.fingerprints
-    check_resume(output, config, fingerprints, resume_from)
+        eval_fingerprints = eval_pairs.fingerprints
+    check_resume(output, config, train_pairs.fingerprints, eval_fingerprints, resume_from)
 
     model = load_model(config)
     check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
@@ -113,6 +113,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         "train_dataset": train_pairs.dataset if isinstance(train_pairs, TrainingPairs) else None,
         "eval_dataset": None if eval_pairs is None else eval_pairs.dataset,
         "processing_class": tokenizer,
+        "callbacks": [LostUpdates()],
         **{name: getattr(config, name) for name in
            ("beta", "kl_warmup_steps", "label_smoothing", "center_rewards_coefficient")},
     }  # fmt: skip
@@ -136,8 +137,8 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     result = {
         "settings": dataclasses.asdict(config),
         "versions": versions(),
-        "data_fingerprints": fingerprints,
-        "train_pairs": train_pairs.counts if isinstance(train_pairs, TrainingPairs) else stream_counts(trainer),
+        "data_fingerprints": train_pairs.fingerprints | eval_fingerprints,
+        "train_pairs": _pair_counts(train_pairs, trainer),
         "eval_pairs": None if eval_pairs is None else eval_pairs.counts,
         "batching": batching,
         "num_processes": trainer.accelerator.num_processes,
@@ -151,6 +152,12 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     }
     _save_final(trainer, tokenizer, output, config, result)
     return result
+
+
+def _pair_counts(pairs: TrainingPairs | StreamSource, trainer: RewardTrainer) -> dict[str, Any]:
+    if isinstance(pairs, TrainingPairs):
+        return pairs.counts
+    return {**stream_counts(trainer), "reading": pairs.readings}
 
 
 def _check_model(config: TrainingConfig) -> None:
@@ -229,12 +236,14 @@ def _training_arguments(config: TrainingConfig, checkpoints: Path) -> TrainingAr
         choices = [choice.value for choice in known]
         if getattr(config, name) not in choices:
             raise InputError(f"{name}: {getattr(config, name)!r} is unknown. Choose one of {', '.join(choices)}.")
+    check_optimizer(config.optim)
     return TrainingArguments(
         output_dir=str(checkpoints),
         **{
             **{name: getattr(config, name) for name in passed_on},
             "per_device_train_batch_size": config.per_device_train_batch_size * pool_factor,
         },
+        adam_beta2=COMPENSATED_BETA2 if config.optim == COMPENSATED_OPTIM else 0.999,
         data_seed=config.seed,
         activation_checkpointing=config.gradient_checkpointing,
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",

@@ -79,8 +79,8 @@ def open_stream(config: TrainingConfig) -> StreamSource:
             found = [shard for file in files for shard in _file_shards(file)]
             if not found:
                 raise InputError(f"{source}: no rows. Expected at least one preference pair.")
-            root = path.parent if path.is_file() else path
-            states = [[str(file.relative_to(root)), *_file_state(file)] for file in files]
+            # A file's own name is spelling; names in a folder decide the order.
+            states = [[str(file.relative_to(path)), *_file_state(file)] for file in files]
             fingerprint = hashlib.sha256(json.dumps(states).encode("utf-8", "surrogatepass")).hexdigest()
         else:
             fingerprint = _hub_commit(named.name)

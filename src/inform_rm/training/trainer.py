@@ -3,14 +3,14 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from inform_rm.adapters import complete_adapter_folder, holds_adapters
@@ -27,7 +27,7 @@ from inform_rm.training.checkpoints import (
 from inform_rm.training.losses import kl_weight, reward_model_loss
 from inform_rm.training.metrics import compute_eval_metrics, metrics_from_sums, pair_sums
 
-_NOT_FOR_MODEL = ("margin", "share", "counted", "ids")
+_NOT_FOR_MODEL = ("margin", "share", "counted", "ids", "places")
 
 
 class PairCollator:
@@ -66,6 +66,8 @@ class PackedPairCollator:
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         """The inputs of one forward pass, or ``{"rows": [...]}`` with those of several, pairs of one prompt together.
 
+        ``places`` of a row says where its pairs stand in the batch.
+
         Rewards of a row come out as with `PairCollator`: of the chosen responses, then of the rejected ones.
         """
         rows = [list(range(len(pairs)))]
@@ -75,12 +77,13 @@ class PackedPairCollator:
                 len(pair["chosen_input_ids"]) + len(pair["rejected_input_ids"]) - 2 * pair["prompt_length"]
                 for pair in pairs
             ]
-            # In the batch's order, in which a single row draws the same latent noise as a padded batch.
             rows = [sorted(row) for row in packed_batches(prompts, sizes, self.tokens_per_batch)]
         packed = [_packed_pairs([pairs[place] for place in row]) for row in rows]
         ids = [pair["id"] for pair in pairs]
         if len(packed) == 1:
             return {**packed[0], "ids": ids}
+        for row, places in zip(packed, rows, strict=True):
+            row["places"] = torch.tensor(places)
         # The Trainer counts what it finds under input_ids.
         return {"rows": packed, "input_ids": torch.cat([row["input_ids"] for row in packed], dim=1), "ids": ids}
 
@@ -126,6 +129,13 @@ class EpochSeededLengthSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
+class _OwnSteps(TrainerCallback):
+    """A resumed run logs, evaluates and saves as its settings say; the Trainer would do it as the checkpoint's did."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class NonFiniteLossError(FloatingPointError):
     """A loss or a gradient was NaN or infinite; no weight has been changed by it."""
 
@@ -158,6 +168,7 @@ class RewardTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(compute_metrics=compute_eval_metrics, **kwargs)
+        self.add_callback(_OwnSteps())
         self.can_return_loss = True
         self.label_names: list[str] = []
         self._beta, self._kl_warmup_steps = beta, kl_warmup_steps
@@ -199,17 +210,30 @@ class RewardTrainer(Trainer):
             size = len(inputs["margin"])
             counted = min(max(pairs_left - self.accelerator.process_index * size, 0), size)
             inputs |= self._counted(counted, pairs_left)
-        if "rows" not in inputs:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        rows = inputs.get("rows")
+        num_pairs = len(inputs["margin"]) if rows is None else sum(len(row["margin"]) for row in rows)
+        noise = self._latent_noise(num_pairs)
+        if rows is None:
+            loss = super().training_step(model, inputs | noise(slice(None)), num_items_in_batch)
         else:
             losses = []
-            num_pairs = sum(len(row["margin"]) for row in inputs["rows"])
-            for row in inputs["rows"]:
-                share = len(row["margin"]) / num_pairs
-                losses.append(super().training_step(model, {**row, "share": share}, num_items_in_batch))
+            for row in rows:
+                part = {**row, **noise(row["places"]), "share": len(row["margin"]) / num_pairs}
+                losses.append(super().training_step(model, part, num_items_in_batch))
             loss = torch.stack(losses).sum()
         self._since_update.append((ids, loss.detach()))
         return loss
+
+    def _latent_noise(self, num_pairs: int) -> Callable[[Any], dict[str, Tensor]]:
+        """The model's input ``latent_noise`` for pairs at given places of a batch of ``num_pairs``.
+
+        Drawn for the whole batch at once: into how many forward passes it is split then changes nothing.
+        """
+        config: Any = self.accelerator.unwrap_model(self.model).config
+        if getattr(config, "architecture", None) != "inform":
+            return lambda places: {}
+        noise = torch.randn_like(torch.empty(2, num_pairs, config.latent_dim, device=self.args.device))
+        return lambda places: {"latent_noise": noise[:, places].flatten(0, 1)}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -239,6 +263,11 @@ class RewardTrainer(Trainer):
         self._sums = sums if self._sums is None else self._sums + sums
         self._has_kl = kl is not None
         return (loss, output) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as `transformers.Trainer` does, without a trace in the random state that training goes on with."""
+        with torch.random.fork_rng(devices=[]):  # a data loader draws from the CPU's when it starts
+            return super().evaluate(*args, **kwargs)
 
     @torch.no_grad()
     def prediction_step(

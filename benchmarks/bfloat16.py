@@ -1,0 +1,126 @@
+"""Which way of using bfloat16 trains: the loss of four runs on the same batches, for docs/training.md.
+
+    python benchmarks/bfloat16.py --model ../shared/models/smollm2-135m-first6-v16k --data ../shared/data/blimp \
+        --output runs/bfloat16
+
+Float32; float32 weights under autocast; bfloat16 weights with torch's AdamW; bfloat16 weights with ``stable_adamw``,
+which needs the extra ``bf16``. All start from the same weights and head and see the same pairs in the same order. Then
+each model is evaluated in float32. Writes ``table.md``, ``table.json`` and ``bfloat16-loss.png``; finished runs are
+not repeated. About 15 minutes on one core without bfloat16 instructions, nearly all of it for the last three runs.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from inform_rm import evaluate, train
+from inform_rm.files import atomic_write_text, write_json
+from inform_rm.preferences import load_preferences
+from inform_rm.training.config import config_from_mapping
+
+RUNS: dict[str, dict[str, Any]] = {
+    "dtype: float32": {},
+    "dtype: float32, bf16: true": {"bf16": True},
+    "dtype: bfloat16": {"dtype": "bfloat16"},
+    "dtype: bfloat16, optim: stable_adamw": {"dtype": "bfloat16", "optim": "stable_adamw"},
+}
+# One pass over the 200 pairs of one of blimp's paradigms, at the default learning rate of 5e-6.
+SETTINGS: dict[str, Any] = {
+    "architecture": "standard", "chat_template": "plain", "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1, "max_steps": 50, "logging_steps": 1, "save_steps": 50, "use_cpu": True,
+}  # fmt: skip
+SUBSET = "blimp-sentential_negation_npi_licensor_present"
+SMOOTHED = 10  # steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="backbone")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl.gz and test.jsonl.gz")
+    parser.add_argument("--subset", default=SUBSET, help=f"the pairs to use (default: {SUBSET})")
+    parser.add_argument("--output", type=Path, default=Path("runs/bfloat16"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for part in ("train", "test"):
+        write_subset(arguments.data / f"{part}.jsonl.gz", arguments.subset, arguments.output / f"{part}.jsonl")
+    rows = [one_run(arguments, name) for name in RUNS]
+    write_json(arguments.output / "table.json", rows)
+    atomic_write_text(arguments.output / "table.md", table(rows))
+    figure(rows).savefig(arguments.output / "bfloat16-loss.png", dpi=150)
+    print(table(rows))
+
+
+def write_subset(source: Path, subset: str, path: Path) -> None:
+    pairs = load_preferences(source).dataset
+    kept = [pair for pair in pairs if pair["subset"] == subset]
+    names = ("prompt", "chosen", "rejected")
+    atomic_write_text(path, "".join(json.dumps({name: pair[name] for name in names}) + "\n" for pair in kept))
+
+
+def one_run(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Train unless that is done, and say what came of it."""
+    folder = arguments.output / "".join(letter if letter.isalnum() else "-" for letter in name)
+    settings = {**SETTINGS, **RUNS[name], "model": str(arguments.model), "data": str(arguments.output / "train.jsonl")}
+    if not (folder / "train_result.json").exists():
+        train(config_from_mapping({**settings, "output": str(folder)}, "bfloat16.py"))
+    result = json.loads((folder / "train_result.json").read_text())
+    tested = evaluate(folder, arguments.output / "test.jsonl", dtype="float32", device="cpu", progress=False)
+    return {
+        "run": name,
+        "loss": [line["loss"] for line in result["log_history"] if "loss" in line],
+        "accuracy": tested["accuracy"],
+        "test_pairs": len((arguments.output / "test.jsonl").read_text().splitlines()),
+        "changed_weights": changed_share(arguments.model, folder),
+        "seconds": result["train_runtime_seconds"],
+        "versions": result["versions"],
+    }
+
+
+def changed_share(model: Path, folder: Path) -> float:
+    """Share of the weights in the backbone's layers that training changed, as the folder holds them."""
+    from inform_rm import InfoRMForSequenceClassification
+    from inform_rm.reward_models import load_reward_model
+
+    trained = load_reward_model(folder, dtype="auto", device="cpu")
+    start = InfoRMForSequenceClassification.from_backbone(model, architecture="standard", dtype=trained.dtype)
+    before, after = start.model.layers.state_dict(), trained.model.layers.state_dict()
+    return sum(int((after[key] != before[key]).sum()) for key in after) / sum(
+        value.numel() for value in after.values()
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        f"| run | training loss, last {SMOOTHED} steps | accuracy on {rows[0]['test_pairs']} held-out pairs | "
+        "weights of the layers changed | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        loss = sum(row["loss"][-SMOOTHED:]) / SMOOTHED
+        lines.append(
+            f"| `{row['run']}` | {loss:.3f} | {row['accuracy']:.3f} | {100 * row['changed_weights']:.1f} % | "
+            f"{row['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def figure(rows: list[dict[str, Any]]) -> Figure:
+    """Training loss, each point the mean of ten steps."""
+    drawn = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = drawn.subplots()
+    for row, style in zip(rows, ("-", "--", "-", ":"), strict=True):
+        loss = row["loss"]
+        means = [sum(loss[end - SMOOTHED : end]) / SMOOTHED for end in range(SMOOTHED, len(loss) + 1)]
+        axes.plot(range(SMOOTHED, len(loss) + 1), means, style, linewidth=2, label=row["run"])
+    axes.set(xlabel="optimizer step", ylabel=f"training loss in nats, mean of {SMOOTHED} steps")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return drawn
+
+
+if __name__ == "__main__":
+    main()

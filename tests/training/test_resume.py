@@ -1,0 +1,224 @@
+"""What may change between a run and its continuation, and what may not: as each setting declares, and by running."""
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+import typing
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerState
+
+from inform_rm.errors import InputError
+from inform_rm.training.checkpoints import check_resume
+from inform_rm.training.config import TrainingConfig, deciding_settings, field_types, settings_by_content
+from inform_rm.training.run import train
+from inform_rm.training.stream_sources import open_stream
+
+COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
+DECIDES = {spec.name: spec.metadata["decides"] for spec in dataclasses.fields(TrainingConfig)}
+ALWAYS_DECIDE = [name for name, decides in DECIDES.items() if decides is True]
+NEVER_DECIDE = [name for name, decides in DECIDES.items() if decides is False]
+DECIDE_WITH = [(name, other) for name, other in DECIDES.items() if isinstance(other, str)]
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [
+        {
+            "prompt": f"Name the colour {COLOURS[index % 8]}" + " please" * (index % 5),
+            "chosen": f"It is {COLOURS[index % 8]}." + " Indeed." * (index % 3),
+            "rejected": f"It is {COLOURS[(index + 1 + index // 8) % 8]}.",
+        }
+        for index in range(48)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def settings(causal_lm_dir, pairs_file, tmp_path):
+    """A run with latent noise that evaluates and saves twice."""
+    return TrainingConfig(
+        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output=str(tmp_path / "run"), latent_dim=8,
+        learning_rate=1e-3, max_steps=8, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        logging_steps=1, save_steps=3, use_cpu=True, eval_data=(str(pairs_file),), eval_steps=3, overwrite=True,
+        save_total_limit=None,
+    )  # fmt: skip
+
+
+def train_and_cut(config, folder):
+    """Train, and make a copy of the run as a kill after its first checkpoint would have left it."""
+    train(config)
+    shutil.copytree(config.output, folder)
+    for name in ("checkpoints/checkpoint-6", "checkpoints/checkpoint-8"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("train_result.json", "model.safetensors"):
+        (folder / name).unlink()
+    return folder
+
+
+def lines(result, key):
+    return {line["step"]: line[key] for line in result["log_history"] if key in line}
+
+
+def weights(folder):
+    return load_file(f"{folder}/model.safetensors")
+
+
+def test_settings_that_decide_nothing_may_change_and_change_nothing(settings, tmp_path):
+    """All at once. `tokens_per_batch` has a test of its own, because sums of other parts are rounded otherwise."""
+    changes = {
+        "output": str(train_and_cut(settings, tmp_path / "cut")), "eval_data": (settings.data[0], settings.data[0]),
+        "max_eval_pairs_per_source": 10, "per_device_eval_batch_size": 3, "gradient_checkpointing": True,
+        "dataloader_num_workers": 1, "logging_steps": 2, "eval_steps": 0.125, "save_steps": 7, "save_total_limit": 1,
+        "report_to": "tensorboard", "overwrite": False,
+    }  # fmt: skip
+    assert {*changes, "tokens_per_batch"} == {*NEVER_DECIDE, *dict(DECIDE_WITH)}
+    expected = json.loads((tmp_path / "run" / "train_result.json").read_text())
+    resumed = train(dataclasses.replace(settings, **changes))
+    assert resumed["resumed_from_step"] == 3
+    first, second = weights(settings.output), weights(changes["output"])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # The new intervals are those of the rest of the run, and not the checkpoint's.
+    assert sorted(lines(expected, "loss")) == [*range(1, 9)] and sorted(lines(resumed, "loss")) == [1, 2, 3, 4, 6, 8]
+    assert sorted(lines(expected, "eval_accuracy")) == [3, 6, 8]
+    assert sorted(lines(resumed, "eval_accuracy")) == [3, 4, 5, 6, 7, 8]
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+def test_a_batch_may_be_split_otherwise_after_an_interruption(settings, tmp_path):
+    """Each pair keeps its latent noise, whatever forward pass it is part of."""
+    cut = train_and_cut(settings, tmp_path / "cut")
+    expected = json.loads((tmp_path / "run" / "train_result.json").read_text())
+    resumed = train(dataclasses.replace(settings, output=str(cut), overwrite=False, tokens_per_batch=40))
+    assert resumed["resumed_from_step"] == 3
+    assert lines(resumed, "loss") == pytest.approx(lines(expected, "loss"), abs=1e-5)
+    first, second = weights(settings.output), weights(cut)
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=1e-4, rtol=0)
+
+
+def test_evaluation_leaves_the_latent_noise_of_training_alone(settings, tmp_path):
+    train(settings)
+    train(dataclasses.replace(settings, output=str(tmp_path / "without"), eval_data=()))
+    first, second = weights(settings.output), weights(tmp_path / "without")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_paths_may_be_spelt_otherwise(settings, pairs_file, tmp_path, monkeypatch):
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}")
+    settings = dataclasses.replace(settings, chat_template=str(template))
+    cut = train_and_cut(settings, tmp_path / "cut")
+    (tmp_path / "linked").symlink_to(settings.model)
+    (tmp_path / "other-name.jsonl").symlink_to(pairs_file)
+    shutil.copy(template, tmp_path / "copy.jinja")
+    monkeypatch.chdir(tmp_path)
+    respelt = {
+        "model": "./linked/", "data": ("other-name.jsonl",), "eval_data": (os.path.relpath(pairs_file),),
+        "chat_template": "copy.jinja", "output": "cut",
+    }  # fmt: skip
+    resumed = train(dataclasses.replace(settings, overwrite=False, **respelt))
+    assert resumed["resumed_from_step"] == 3
+    first, second = weights(settings.output), weights(cut)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_streamed_file_is_known_by_its_content(settings, pairs_file, tmp_path):
+    link = tmp_path / "other-name.jsonl"
+    link.symlink_to(pairs_file)
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text(pairs_file.read_text().replace("Indeed", "Truly!"))
+    streaming = dataclasses.replace(settings, streaming=True)
+    digests = [
+        open_stream(dataclasses.replace(streaming, data=(str(path),))).fingerprints[str(path)]
+        for path in (pairs_file, link, changed)
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+# --- refused by name, without training ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unfinished(settings, tmp_path):
+    """Checks a changed config against a run that was cut off at step 3."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    TrainerState(global_step=3).save_to_json(str(checkpoint / "trainer_state.json"))
+    config = dataclasses.replace(settings, eval_data=("e",), data=("d",))
+
+    def check(digests=("1",), eval_digest="2", start=config, **changes):
+        check_resume(tmp_path / "run", start, {"d": "1"}, {"e": "2"}, None)
+        changed = copy.copy(start)
+        for name, value in changes.items():
+            object.__setattr__(changed, name, value)  # also values that need another setting beside them
+        fingerprints = dict(zip(changed.data, digests, strict=True))
+        check_resume(
+            tmp_path / "run", changed, fingerprints, dict.fromkeys(changed.eval_data, eval_digest), checkpoint
+        )
+
+    check.config = config
+    return check
+
+
+def other_value(name, value):
+    hint = field_types()[name]
+    options = [option for option in typing.get_args(hint) if option not in (value, type(None))]
+    if typing.get_origin(hint) is typing.Literal:
+        return options[0]
+    if isinstance(value, bool):
+        return not value
+    kind = options[0] if value is None else type(value)
+    return {int: 7, float: 1.5, str: "other", tuple: ("other",)}[kind]
+
+
+@pytest.mark.parametrize("name", ALWAYS_DECIDE)
+def test_setting_that_decides_is_refused_by_name(unfinished, name):
+    value = other_value(name, getattr(unfinished.config, name))
+    options = {"digests": ("other",)} if name == "data" else {}
+    shown = f"the content of {name}" if name in settings_by_content() else f"{name}: "
+    with pytest.raises(InputError, match=rf"other settings or data \({shown}"):
+        unfinished(**{name: value}, **options)
+
+
+@pytest.mark.parametrize("name", NEVER_DECIDE)
+def test_setting_that_never_decides_is_accepted(unfinished, name):
+    unfinished(**{name: other_value(name, getattr(unfinished.config, name))})
+
+
+@pytest.mark.parametrize(("name", "other"), DECIDE_WITH)
+def test_setting_that_decides_with_another_is_refused_only_with_it(unfinished, name, other):
+    start = dataclasses.replace(
+        unfinished.config, **{"load_best_model_at_end": True} if other == "load_best_model_at_end" else
+        {"lora_r": 4, "lora_dropout": 0.1},
+    )  # fmt: skip
+    change = {name: other_value(name, getattr(start, name)), "eval_digest": "9" if name == "eval_data" else "2"}
+    assert name in deciding_settings(start) and name not in deciding_settings(unfinished.config)
+    unfinished(**change)
+    with pytest.raises(InputError, match=rf"\((the content of )?{name}: "):
+        unfinished(**change, start=start)
+
+
+def test_other_content_under_the_same_name_and_another_order_are_refused(unfinished):
+    with pytest.raises(InputError, match=r"\(the content of data\)"):
+        unfinished(digests=("3",))
+    two = dataclasses.replace(unfinished.config, data=("d", "d"))
+    with pytest.raises(InputError, match=r"\(the content of data: \['d', 'd'\] -> \['d'\]\)"):
+        unfinished(start=two, data=("d",))
+    unfinished(data=("./d",))
+
+
+def test_changed_files_of_a_model_are_refused(unfinished, settings, tmp_path):
+    folder = tmp_path / "backbone"
+    shutil.copytree(settings.model, folder)
+    unfinished(model=str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    with pytest.raises(InputError, match=r"\(the content of model: .*backbone'\)"):
+        unfinished(model=str(folder))
