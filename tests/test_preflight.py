@@ -261,16 +261,18 @@ def test_bos_added_by_the_tokenizer_is_not_doubled_by_the_template(tmp_path, tok
 
 
 def test_rows_that_cannot_be_encoded_are_listed_and_the_rest_is_measured(tmp_path, tokenizer):
-    bare = copy.deepcopy(tokenizer)
-    bare.chat_template = None
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + (
+        tokenizer.chat_template
+    )
     dialogue = "Human: a\n\nAssistant: b\n\nHuman: c"
-    report = check_data(write(tmp_path / "a.jsonl", [pair(), pair(dialogue), pair("c?")]), bare)
+    report = check_data(write(tmp_path / "a.jsonl", [pair(), pair(dialogue), pair("c?")]), strict)
     tokens = report["sources"][0]["tokens"]
     assert (tokens["pairs"], tokens["not_encodable"]) == (2, 1)
     assert tokens["not_encodable_examples"][0]["row"] == 2
-    assert "chat_template='plain'" in tokens["not_encodable_examples"][0]["reason"]
+    assert "or 'plain'" in tokens["not_encodable_examples"][0]["reason"]
     assert any("1 pairs cannot be encoded" in warning for warning in report["warnings"])
-    none_left = check_data(write(tmp_path / "b.jsonl", [pair(dialogue)]), bare, 10)
+    none_left = check_data(write(tmp_path / "b.jsonl", [pair(dialogue)]), strict, 10)
     assert none_left["sources"][0]["tokens"]["pairs"] == 0 and format_report(none_left)
 
 

@@ -189,7 +189,7 @@ def _data_results(result: dict[str, Any]) -> list[EvalResult]:
         # Files of the same name are told apart, which the Hub's classes do by type, split and revision alone.
         "dataset_revision": settings.get("data_revision") or ("-".join(digests) if any(local) else None),
     }
-    arguments = {"fingerprints": digests}
+    arguments: dict[str, Any] = {"fingerprints": digests}
     counts = {name: sum(item.get(name, 0) for item in result["data"]) for name in _LEFT_OUT}
     arguments |= {name: count for name, count in counts.items() if count}
     if "max_pairs" in settings:

@@ -10,6 +10,7 @@ message before it grows a text: nothing but another process could stop it. Read 
 trust, or pass one of your own (``chat_template``).
 """
 
+import datetime
 import functools
 import json
 import re
@@ -39,6 +40,13 @@ _TRIED_TURNS = 64
 _MOST_TRIED_SIZE = 200_000
 # Of the sizes of all that a filter or method is given: `replace` could make as much.
 _MOST_TRIED_PRODUCT = 50_000_000
+
+# What the templates that read the clock (Llama 3.2, gpt-oss, SmolLM3) are told. The template of Llama 3.2 itself falls
+# back to this day where there is no clock.
+TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+_CLOCK = "strftime_now"
+_CLOCK_CALL = re.compile(_CLOCK + r"""\(\s*(?:format\s*=\s*)?(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
+_DATE_NOTE = f"{{# its date is fixed to {TEMPLATE_DATE:%Y-%m-%d} #}}"
 
 _WIDTH = re.compile(r"[%:][^%:a-zA-Z}]{0,4}\d{6,}")  # '%1000000s', '{:>1000000}'
 
@@ -84,6 +92,38 @@ def check_template(template: str, where: str) -> None:
             f"{where}: the chat template {fault}, which no conversation needs and which can take any time or memory. "
             "Pass another chat_template (a file, or 'plain')."
         )
+
+
+def with_fixed_date(template: str, where: str) -> str:
+    """The template with `TEMPLATE_DATE` in place of what the clock says, so that a text has one reward on all days.
+
+    Each call ``strftime_now("<format>")`` becomes the date in that format, as text, for whoever renders the template;
+    a comment in front of it says so. A template that does not read the clock is returned as it is.
+
+    Raises:
+        InputError: the clock is read in another way than by calls with a constant format.
+    """
+    if _CLOCK not in template:
+        return template
+    fixed = _CLOCK_CALL.sub(lambda call: json.dumps(TEMPLATE_DATE.strftime(call[1] or call[2] or "")), template)
+    tree = jinja2.Environment(extensions=[_Generation, jinja2.ext.loopcontrols]).parse(fixed)
+    tests = [test.node for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined", "callable")]
+    if any(name.name == _CLOCK and all(name is not tested for tested in tests) for name in tree.find_all(nodes.Name)):
+        raise InputError(
+            f"{where}: the chat template reads the clock ({_CLOCK}) in a way that cannot be replaced by a fixed date, "
+            f"so that a reward would change from day to day. Write {_CLOCK}('%d %b %Y') with a constant format, or "
+            "pass another chat_template (a file, or 'plain')."
+        )
+    if fixed == template:
+        return template  # it only asks whether there is a clock
+    # Lines that begin with a tag are trimmed (trim_blocks, lstrip_blocks): nothing of that may change.
+    return _DATE_NOTE + ("\n" if template[0].isspace() else "") + fixed
+
+
+def has_fixed_date(template: Any) -> bool:
+    """Whether `with_fixed_date` has changed this template, or one of these named ones."""
+    templates = template.values() if isinstance(template, dict) else [template]
+    return any(text is not None and text.startswith(_DATE_NOTE) for text in templates)
 
 
 def check_rendered(text: str, conversation: list[dict[str, str]]) -> None:

@@ -8,6 +8,7 @@ A special token's name in a message (``</s>``, ``<|assistant|>``) becomes that t
 rows and names the first ones; remove or rewrite them where the text is not your own.
 """
 
+import copy
 import json
 import logging
 import os
@@ -20,10 +21,11 @@ from typing import Any
 from datasets import Dataset, Features, Value
 from transformers import AutoTokenizer
 
-from inform_rm.chat_templates import check_rendered, check_template
+from inform_rm.chat_templates import TEMPLATE_DATE, check_rendered, check_template, with_fixed_date
 from inform_rm.errors import InputError
 from inform_rm.messages import Message, to_messages
 from inform_rm.preferences import FEATURES, BadRow
+from inform_rm.rendered_text import NotRenderedError, partly_rendered, warn_of_loss, what_is_lost
 from inform_rm.untrusted import check_code_is_own, check_files
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 OVERLONG_POLICIES = ("error", "drop", "truncate_prompt")
 BAD_ROW_POLICIES = ("error", "skip")
 
+PLAIN_FORM = "\n\nHuman: ...\n\nAssistant: ..."
 _PLAIN_TEMPLATE = (
     "BOS{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}{{ message['content'] }}"
@@ -52,20 +55,21 @@ _ENCODED_FEATURES = Features(
         "chosen_characters": Value("int32"),
         "rejected_characters": Value("int32"),
         "truncated": Value("bool"),
+        "lost": Value("string"),
     }
 )
 _FAULT = "fault"  # column of `encode_pairs` alone: a bad row as JSON, or null
-
 
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "file", "row")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a prompt and of the response that follows it."""
+    """Token ids of a prompt and of the response that follows it; ``lost`` is text that the template deleted."""
 
     prompt_ids: list[int]
     response_ids: list[int]
+    lost: str | None = None
 
     @property
     def input_ids(self) -> list[int]:
@@ -81,12 +85,13 @@ class EncodedPairs:
         dataset: Columns chosen_input_ids, rejected_input_ids, prompt_length (tokens at the start that both sides
             share), length (tokens of the longer side), margin, subset, id, chosen_characters, rejected_characters.
         counts: ``pairs`` given, ``overlong`` among them, and how many of those were ``dropped`` or ``truncated``; the
-            others are bad rows.
+            others are bad rows. ``partly_rendered``: ``n`` of the pairs in ``dataset`` of which the chat template
+            deleted text, and up to 5 ``examples``.
         bad_rows: the pairs left out under ``on_bad_row="skip"``, in order.
     """
 
     dataset: Dataset
-    counts: dict[str, int]
+    counts: dict[str, Any]
     bad_rows: list[BadRow]
 
 
@@ -98,6 +103,8 @@ def load_tokenizer(
     chat_template: str | None = None,
 ) -> Any:
     r"""A tokenizer that can pad (on the right) and, if asked, has another chat template.
+
+    The date in a template that reads the clock is `chat_templates.TEMPLATE_DATE`, see `fix_date`.
 
     Args:
         model_path: Folder or Hub id.
@@ -133,6 +140,7 @@ def load_tokenizer(
     for template in named.values():
         if template is not None:
             check_template(template, str(model_path))
+    tokenizer = fix_date(tokenizer, str(model_path))
     if chat_template is not None:
         render(tokenizer, [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], tokenize=False)
     if tokenizer.pad_token_id is None:
@@ -143,6 +151,55 @@ def load_tokenizer(
         logger.warning("%s: no pad token; its %s %r is used for padding.", model_path, name, tokenizer.pad_token)
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def fix_date(tokenizer: Any, name: str) -> Any:
+    """The tokenizer, or a copy of it whose chat template reads no clock; a log line says which date it has instead.
+
+    The template goes with the tokenizer where that is saved, and is part of its fingerprint.
+
+    Raises:
+        InputError: see `chat_templates.with_fixed_date`.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        fixed: Any = {key: text and with_fixed_date(text, name) for key, text in template.items()}
+    else:
+        fixed = template and with_fixed_date(template, name)
+    if fixed == template:
+        return tokenizer
+    date = f"{TEMPLATE_DATE:%d %b %Y}"
+    logger.warning("%s: the chat template reads the clock; its date is fixed to %s.", name, date)
+    tokenizer = copy.copy(tokenizer)  # the one that was passed stays as it is
+    tokenizer.chat_template = fixed
+    return tokenizer
+
+
+def with_plain_template(tokenizer: Any, name: str) -> Any:
+    """The tokenizer, or where it has no chat template a copy with the plain one, and a log line that says so.
+
+    For training: a new model learns where turns begin, and keeps the template with its tokenizer.
+    """
+    if tokenizer.chat_template is not None:
+        return tokenizer
+    logger.warning(
+        "%s: the tokenizer has no chat template. Training uses the plain one, %r, and keeps it with the model. Pass "
+        "chat_template (a file) for another.",
+        name, PLAIN_FORM,
+    )  # fmt: skip
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = _read_template(tokenizer, "plain")
+    return tokenizer
+
+
+def warn_of_no_template(tokenizer: Any, name: str) -> None:
+    """Log what a model without chat template reads, which is what it was trained on only where that was glued too."""
+    if tokenizer is not None and tokenizer.chat_template is None:
+        logger.warning(
+            "%s: the tokenizer has no chat template: nothing is put between prompt and response. If the model was "
+            "trained otherwise, pass chat_template ('plain' for %r, or a file).",
+            name, PLAIN_FORM,
+        )  # fmt: skip
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
@@ -169,14 +226,15 @@ def encode_many(tokenizer: Any, prompts: Sequence[str | list[Message]], response
     there already.
 
     Raises:
-        InputError: Several turns without a template, a conversation that the template refuses, or a response that
-            leaves no token.
+        InputError: Several turns without a template, a conversation that the template refuses or of which it leaves
+            out a message (`NotRenderedError`), or a response that leaves no token.
     """
     if len(prompts) != len(responses):
         raise InputError(f"{len(prompts)} prompts but {len(responses)} responses; expected one response a prompt.")
     if not prompts:
         return []
     conversations = [to_messages(prompt) for prompt in prompts]
+    losses: list[str | None] = [None] * len(prompts)
     if tokenizer.chat_template is None:
         for messages in conversations:
             if len(messages) > 1:
@@ -197,13 +255,16 @@ def encode_many(tokenizer: Any, prompts: Sequence[str | list[Message]], response
         rendered = render(tokenizer, list(distinct.values()), add_generation_prompt=True)
         start_of = dict(zip(distinct, rendered, strict=True))
         starts = [start_of[key] for key in keys]
-        full = render(tokenizer, [[*turns, reply] for turns, reply in zip(conversations, replies, strict=True)])
+        dialogues = [[*turns, reply] for turns, reply in zip(conversations, replies, strict=True)]
+        texts = render(tokenizer, dialogues, tokenize=False)
+        losses = [what_is_lost(dialogue, text) for dialogue, text in zip(dialogues, texts, strict=True)]
+        full = _ids_of_rendered(tokenizer, texts)
     encoded = []
-    for start, ids in zip(starts, full, strict=True):
+    for start, ids, lost in zip(starts, full, losses, strict=True):
         shared = shared_prefix_length(start, ids)
         if shared == len(ids):
             raise InputError("a response leaves no token after its prompt: the template or tokenizer discards it.")
-        encoded.append(Encoded(list(ids[:shared]), list(ids[shared:])))
+        encoded.append(Encoded(list(ids[:shared]), list(ids[shared:]), lost))
     return encoded
 
 
@@ -211,7 +272,7 @@ def encode_groups(
     tokenizer: Any,
     prompts: Sequence[str | list[Message]],
     groups: Sequence[Sequence[str]],
-    refusal: Callable[[int, str], InputError],
+    refusal: Callable[[int, InputError], InputError],
 ) -> list[list[Encoded]]:
     """Token ids of prompts with several responses each: `encode_many` of all at once, with the fault's place named.
 
@@ -219,7 +280,7 @@ def encode_groups(
         tokenizer: see `encode_many`.
         prompts: N prompts.
         groups: the responses to each.
-        refusal: makes the error to raise for the first prompt, by its place, that cannot be encoded, and why.
+        refusal: makes the error to raise for the first prompt, by its place, that cannot be encoded, of its fault.
     """
     try:
         flat = iter(
@@ -235,7 +296,7 @@ def encode_groups(
             try:
                 encode_many(tokenizer, [prompt] * len(responses), responses)
             except InputError as error:
-                raise refusal(place, str(error)) from error
+                raise refusal(place, error) from error
         raise
 
 
@@ -254,11 +315,12 @@ def shared_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class TokenPair:
-    """Token ids of both sides and the number of prompt tokens at the start that they share."""
+    """Token ids of both sides, how many at the start are prompt tokens that they share, and what the template lost."""
 
     chosen_ids: list[int]
     rejected_ids: list[int]
     prompt_length: int
+    lost: str | None = None
 
     @property
     def longest(self) -> int:
@@ -273,15 +335,28 @@ def encode_sides(tokenizer: Any, batch: dict[str, list]) -> list[TokenPair]:
         BadRow: A conversation that cannot be encoded, or two sides that become the same tokens.
     """
 
-    def refusal(place: int, reason: str) -> BadRow:
-        return BadRow(batch["file"][place], batch["row"][place], reason, "not encodable")
+    def refusal(place: int, error: InputError) -> BadRow:
+        return not_encodable(batch["file"][place], batch["row"][place], error)
 
     sides = list(zip(batch["chosen"], batch["rejected"], strict=True))
     pairs = []
     for chosen, rejected in encode_groups(tokenizer, batch["prompt"], sides, refusal):
         length = min(len(chosen.prompt_ids), len(rejected.prompt_ids))
-        pairs.append(TokenPair(chosen.input_ids, rejected.input_ids, length))
+        pairs.append(TokenPair(chosen.input_ids, rejected.input_ids, length, _lost_of_sides(chosen, rejected)))
     return pairs
+
+
+def not_encodable(file: str, row: int, error: InputError) -> BadRow:
+    """The bad row that `encode_many` refused."""
+    kind = "not rendered" if isinstance(error, NotRenderedError) else "not encodable"
+    return BadRow(file, row, str(error), kind)
+
+
+def _lost_of_sides(chosen: Encoded, rejected: Encoded) -> str | None:
+    if chosen.lost == rejected.lost:
+        return chosen.lost
+    sides = (("chosen", chosen.lost), ("rejected", rejected.lost))
+    return "; ".join(f"{side}: {lost}" for side, lost in sides if lost is not None)
 
 
 def check_sides_differ(pair: TokenPair, file: str, row: int) -> None:
@@ -306,14 +381,14 @@ def truncate_prompt(pair: TokenPair, max_length: int, bos_token_id: int | None) 
 
     Example:
         >>> truncate_prompt(TokenPair([1, 5, 6, 7], [1, 5, 6, 8, 9], prompt_length=3), 4, bos_token_id=1)
-        TokenPair(chosen_ids=[1, 6, 7], rejected_ids=[1, 6, 8, 9], prompt_length=2)
+        TokenPair(chosen_ids=[1, 6, 7], rejected_ids=[1, 6, 8, 9], prompt_length=2, lost=None)
     """
     excess = max(0, pair.longest - max_length)
     keep, removable = removable_prompt_tokens(pair, bos_token_id)
     if excess > removable:
         return None
     chosen, rejected = (ids[:keep] + ids[keep + excess :] for ids in (pair.chosen_ids, pair.rejected_ids))
-    return TokenPair(chosen, rejected, pair.prompt_length - excess)
+    return TokenPair(chosen, rejected, pair.prompt_length - excess, pair.lost)
 
 
 def encode_each(tokenizer: Any, batch: dict[str, list]) -> list[TokenPair | BadRow]:
@@ -358,8 +433,9 @@ def encode_columns(
     """Encode a batch of pairs; the arguments, the rules for them and the errors are those of `encode_pairs`.
 
     Returns:
-        Its columns, ``truncated`` (whether the prompt was cut) and those named in ``kept``, without the pairs that
-        were dropped or are bad; and the bad rows.
+        Its columns, ``truncated`` (whether the prompt was cut), ``lost`` (file, row and what the chat template
+        deleted, or None) and those named in ``kept``, without the pairs that were dropped or are bad; and the bad
+        rows.
     """
     columns: dict[str, list] = {name: [] for name in (*_ENCODED_FEATURES, *kept)}
     bad_rows: list[BadRow] = []
@@ -382,7 +458,7 @@ def encode_columns(
         values: tuple[Any, ...] = (
             pair.chosen_ids, pair.rejected_ids, pair.prompt_length, pair.longest, batch["margin"][index],
             batch["subset"][index], batch["id"][index], len(batch["chosen"][index]),
-            len(batch["rejected"][index]), is_overlong,
+            len(batch["rejected"][index]), is_overlong, pair.lost and f"{file}, row {row}: {pair.lost}",
         )  # fmt: skip
         values += tuple(batch[name][index] for name in kept)
         for name, value in zip(columns, values, strict=True):
@@ -410,7 +486,7 @@ def encode_pairs(
     num_proc: int | None = None,
     keep_text: bool = False,
 ) -> EncodedPairs:
-    """Encode a whole dataset of preference pairs.
+    """Encode a whole dataset of preference pairs; a log line says where the chat template deletes text.
 
     Args:
         dataset: Columns as in `preferences.FEATURES`.
@@ -463,8 +539,13 @@ def encode_pairs(
         encoded = encoded.select([row for row, fault in enumerate(faults) if fault is None]).flatten_indices()
     truncated = sum(sum(batch["truncated"]) for batch in encoded.select_columns("truncated").iter(100_000))
     overlong_pairs = dropped + truncated + sum(bad.kind == "overlong" for bad in bad_rows)
-    counts = {"pairs": len(dataset), "overlong": overlong_pairs, "dropped": dropped, "truncated": truncated}
-    return EncodedPairs(encoded.remove_columns(["truncated", _FAULT]), counts, bad_rows)
+    lost = partly_rendered(loss for batch in encoded.select_columns("lost").iter(100_000) for loss in batch["lost"])
+    warn_of_loss(lost, len(encoded))
+    counts = {
+        "pairs": len(dataset), "overlong": overlong_pairs, "dropped": dropped, "truncated": truncated,
+        "partly_rendered": lost,
+    }  # fmt: skip
+    return EncodedPairs(encoded.remove_columns(["truncated", "lost", _FAULT]), counts, bad_rows)
 
 
 def fit_pair(
@@ -508,10 +589,12 @@ def render(tokenizer: Any, conversations: list[list[Message]], **options: Any) -
             f"the chat template cannot render a conversation ({type(error).__name__}: {str(error)[:400]}). Change the "
             "roles of the messages, or pass another chat_template (a file, or 'plain')."
         ) from error
-    # As apply_chat_template goes on: the special tokens are in the text.
-    return (
-        tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)["input_ids"] if tokenize else texts
-    )
+    return _ids_of_rendered(tokenizer, texts) if tokenize else texts
+
+
+def _ids_of_rendered(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    # As apply_chat_template does it: the special tokens are in the text.
+    return tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
 
 
 def _read_template(tokenizer: Any, chat_template: str) -> str:

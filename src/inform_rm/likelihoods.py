@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inform_rm.encoding import load_tokenizer
+from inform_rm.encoding import fix_date, load_tokenizer, warn_of_no_template
 from inform_rm.errors import InputError
 from inform_rm.packing import (
     PackedRow,
@@ -55,7 +55,9 @@ class ResponseLikelihood:
         split_over_processes: bool = False,
     ):
         self.split_over_processes = split_over_processes
-        self.model, self.tokenizer, self.length_normalized = model, tokenizer, length_normalized
+        self.model, self.length_normalized = model, length_normalized
+        self.tokenizer = fix_date(tokenizer, "likelihood model")
+        warn_of_no_template(self.tokenizer, "likelihood model")
         self.max_length = checked_max_length(model, None)
         self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(model)
         self.tokens_computed = 0

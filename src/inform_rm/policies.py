@@ -11,7 +11,7 @@ import torch
 from datasets import concatenate_datasets
 from transformers import GenerationConfig
 
-from inform_rm.encoding import load_tokenizer, render
+from inform_rm.encoding import fix_date, load_tokenizer, render
 from inform_rm.errors import InputError
 from inform_rm.gap_grid import distinct_prompts
 from inform_rm.messages import to_messages
@@ -119,6 +119,7 @@ class CausalLMPolicy:
             self.model = model
         if tokenizer is None:
             raise InputError("tokenizer: a loaded policy needs its tokenizer. Pass tokenizer=...")
+        tokenizer = fix_date(tokenizer, "policy")
         self.tokenizer, self.temperature, self.max_new_tokens = tokenizer, temperature, max_new_tokens
         self.num_cut = 0
         ends = self.model.generation_config.eos_token_id

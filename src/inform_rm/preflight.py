@@ -10,11 +10,21 @@ from typing import Any
 
 import numpy as np
 
+from inform_rm.chat_templates import TEMPLATE_DATE, has_fixed_date
 from inform_rm.columns import lines_of
-from inform_rm.encoding import TokenPair, encode_sides, load_tokenizer, removable_prompt_tokens
+from inform_rm.encoding import (
+    PLAIN_FORM,
+    TokenPair,
+    encode_sides,
+    fix_date,
+    load_tokenizer,
+    removable_prompt_tokens,
+    with_plain_template,
+)
 from inform_rm.errors import InputError
 from inform_rm.files import check_output_directory, versions, write_json
 from inform_rm.preferences import PreferenceData, load_preferences
+from inform_rm.rendered_text import partly_rendered
 from inform_rm.statistics import wilson_interval
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -69,6 +79,12 @@ def check_data(
         )
     elif chat_template is not None:
         raise InputError("chat_template: set it on the tokenizer that you pass, or pass the tokenizer's folder.")
+    elif tokenizer is not None:
+        tokenizer = fix_date(tokenizer, str(tokenizer_name or "tokenizer"))
+
+    has_template = tokenizer is None or tokenizer.chat_template is not None
+    if not has_template:
+        tokenizer = with_plain_template(tokenizer, str(tokenizer_name or "tokenizer"))  # as training does
 
     reports, digests = [], []
     for name in names:
@@ -91,7 +107,7 @@ def check_data(
         "versions": versions(),
     }
     if tokenizer is not None:
-        result["tokenizer"] = _tokenizer_facts(tokenizer)
+        result["tokenizer"] = {**_tokenizer_facts(tokenizer), "has_chat_template": has_template}
     result["unusable_rows"] = sum(map(_unusable_rows, reports))
     result["warnings"] = _warnings(result)
     return result
@@ -202,12 +218,14 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
     counts = array("q")  # prompt, chosen, rejected, removable: four numbers a pair
     faults: Counter[str] = Counter()
     refused: list[dict[str, Any]] = []
+    losses: list[str | None] = []
     endings: Counter[tuple[int, ...]] = Counter()
     example: TokenPair | None = None
     for batch in data.dataset.iter(_BATCH_ROWS):
         pairs = _encode_or_list(tokenizer, batch, refused)
         for index, pair in pairs:
             example = example or pair
+            losses.append(pair.lost and f"row {batch['row'][index]}: {pair.lost}")
             _, removable = removable_prompt_tokens(pair, tokenizer.bos_token_id)
             counts.extend((pair.prompt_length, len(pair.chosen_ids), len(pair.rejected_ids), removable))
             faults["identical_tokens"] += pair.chosen_ids == pair.rejected_ids
@@ -244,6 +262,7 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
             **{name: int(count) for name, count in sorted(faults.items())},
             "special_tokens_in_text": faults["special_tokens_in_text"],
             "special_tokens_in_text_rows": special_rows,
+            "partly_rendered": partly_rendered(losses),
             "responses": sum(endings.values()),
             "endings": [
                 {"ending": tokenizer.decode(ending), "ids": list(ending), "n": count}
@@ -304,7 +323,7 @@ def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
     return {
         "class": type(tokenizer).__name__,
         "size": len(tokenizer),
-        "has_chat_template": tokenizer.chat_template is not None,
+        "template_date": f"{TEMPLATE_DATE:%Y-%m-%d}" if has_fixed_date(tokenizer.chat_template) else None,
         **{name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
         "pad_is_eos": tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id,
     }
@@ -351,6 +370,11 @@ def _warnings(result: dict[str, Any]) -> list[str]:
             (report["conflicting_labels"]["n"], "rows have a twin with the opposite label"),
             (tokens.get("not_encodable", 0), "pairs cannot be encoded; training would stop there"),
             (
+                template.get("partly_rendered", {}).get("n", 0),
+                "pairs lose text in the chat template, so that training would not read it: "
+                + "; ".join(template.get("partly_rendered", {}).get("examples", [])),
+            ),
+            (
                 template.get("identical_tokens", 0),
                 "pairs have the same tokens on both sides; training would stop there",
             ),
@@ -375,6 +399,11 @@ def _warnings(result: dict[str, Any]) -> list[str]:
         if overlap["shared_prompts"]:
             first, second = overlap["sources"]
             found.append(f"{first} and {second} share {overlap['shared_prompts']:,} prompts: not train and test.")
+    if not result.get("tokenizer", {}).get("has_chat_template", True):
+        found.append(
+            f"the tokenizer has no chat template: this shows the plain one, {PLAIN_FORM!r}, which training uses; a "
+            "trained model without template is scored with nothing between prompt and response."
+        )
     if result.get("tokenizer", {}).get("pad_is_eos"):
         found.append("the pad token is the end token: harmless here (masks decide), wrong where ids decide.")
     return found
@@ -439,8 +468,16 @@ def _format_source(source: dict[str, Any]) -> list[str]:
             f"    truncate_prompt: {cut['truncated']:,} cut ({cut['prompt_tokens_removed']:,} prompt tokens), "
             f"{cut['response_too_long']:,} with a response too long alone (error)",
         ]
+    tokens = source.get("tokens", {})
+    if tokens.get("not_encodable"):
+        lines.append(f"  not encodable {tokens['not_encodable']:,}")
+        lines += [f"    row {row['row']}: {row['reason']}" for row in tokens["not_encodable_examples"]]
     template = source.get("template")
     if template:
+        lost = template["partly_rendered"]
+        if lost["n"]:
+            lines.append(f"  pairs that lose text in the chat template {lost['n']:,}")
+            lines += [f"    {example}" for example in lost["examples"]]
         audit = ("starts_with_bos", "double_bos", "double_eos", "with_unknown_tokens", "special_tokens_in_text")
         lines.append(
             "  template: " + ", ".join(f"{name.replace('_', ' ')} {template.get(name, 0):,}" for name in audit)

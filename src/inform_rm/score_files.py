@@ -19,6 +19,7 @@ from inform_rm.errors import InputError
 from inform_rm.files import check_output_directory
 from inform_rm.journal import RewardJournal, shortest_float
 from inform_rm.processes import is_main_process
+from inform_rm.rendered_text import add_partly_rendered, partly_rendered, warn_of_loss
 from inform_rm.score_rows import RowFault, ScoreRow, score_rows_or_faults
 from inform_rm.scoring import NonFiniteRewardError, RewardScorer
 
@@ -59,8 +60,9 @@ def score_file(
         columns: which columns are prompt, response, system and history: see `inform_rm.columns.Columns.of`.
 
     Returns:
-        ``{"output", "rows", "resumed_rows", "bad_rows"}``: rows written, how many of them have a reward that an
-        earlier call had computed, and how many have none.
+        ``{"output", "rows", "resumed_rows", "bad_rows", "partly_rendered"}``: rows written, how many of them have a
+        reward that an earlier call had computed, how many have none, and of how many the chat template deleted text
+        (``n`` and up to 5 ``examples``).
 
     Raises:
         InputError: on bad rows (their number, and the first ones by name), an input without a row that can be scored,
@@ -80,7 +82,7 @@ def score_file(
         raise InputError(f"output: {output} is the input. Choose another name.")
     chunks = functools.partial(_encoded_chunks, scorer, input, chunk_rows, on_bad_row, columns)
     reading = Reading()
-    num_rows, num_bad = _check_all(chunks(reading), input, progress, on_bad_row)
+    num_rows, num_bad, lost = _check_all(chunks(reading), input, progress, on_bad_row)
     log_reading(str(input), reading)
     shared = scorer.split_over_processes
     writes = not shared or is_main_process()
@@ -118,7 +120,10 @@ def score_file(
         journal.close()
         if writes:
             rows_path.unlink(missing_ok=True)
-    return {"output": str(output), "rows": num_rows, "resumed_rows": resumed, "bad_rows": num_bad}
+    warn_of_loss(lost, num_rows - num_bad, "rows")
+    return {
+        "output": str(output), "rows": num_rows, "resumed_rows": resumed, "bad_rows": num_bad, "partly_rendered": lost
+    }  # fmt: skip
 
 
 def _encoded_chunks(
@@ -160,18 +165,23 @@ def encoded_or_faults(scorer: RewardScorer, rows: Sequence[ScoreRow | RowFault])
     return found
 
 
-def _check_all(chunks: Iterator[list[Row]], input: Path, progress: bool, on_bad_row: str) -> tuple[int, int]:
-    """Number of rows, and of those that cannot be scored.
+def _check_all(
+    chunks: Iterator[list[Row]], input: Path, progress: bool, on_bad_row: str
+) -> tuple[int, int, dict[str, Any]]:
+    """Number of rows, and of those that cannot be scored, and what the chat template deleted of the others.
 
     Raises:
         InputError: if there are some under ``on_bad_row="error"``, or nothing else.
     """
     num_rows = num_bad = 0
     first: list[str] = []
+    lost = partly_rendered([])
     with tqdm(unit="row", desc="check", disable=not (progress and is_main_process())) as bar:
         for chunk in chunks:
             reasons = [row.reason for row in chunk if isinstance(row, RowFault)]
             first += reasons[: _SHOWN_FAULTS - len(first)]
+            good = [row for row in chunk if not isinstance(row, RowFault)]
+            add_partly_rendered(lost, partly_rendered(ids.lost and f"{row.where}: {ids.lost}" for row, ids in good))
             num_rows, num_bad = num_rows + len(chunk), num_bad + len(reasons)
             bar.update(len(chunk))
     if not num_rows:
@@ -183,7 +193,7 @@ def _check_all(chunks: Iterator[list[Row]], input: Path, progress: bool, on_bad_
             "that are finished are kept."
         )  # fmt: skip
         raise InputError(f"input: {num_bad} of {num_rows} rows cannot be scored. {listed}{way_out}")
-    return num_rows, num_bad
+    return num_rows, num_bad, lost
 
 
 def _score_chunk(

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from inform_rm.encoding import Encoded, check_vocabulary, encode, encode_many, load_tokenizer
+from inform_rm.encoding import (
+    Encoded,
+    check_vocabulary,
+    encode,
+    encode_many,
+    fix_date,
+    load_tokenizer,
+    warn_of_no_template,
+)
 from inform_rm.errors import InputError
 from inform_rm.packing import (
     default_tokens_per_batch,
@@ -23,6 +31,7 @@ from inform_rm.packing import (
     why_not_packed,
 )
 from inform_rm.processes import computed_in_turn, join_processes
+from inform_rm.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.reward_models import checked_max_length, fingerprint_model, fingerprint_tokenizer, load_reward_model
 
 logger = logging.getLogger(__name__)
@@ -58,7 +67,8 @@ class RewardScorer:
 
     Args:
         model: folder, Hub id (see `load_reward_model`) or a loaded model, whose device and dtype are kept.
-        tokenizer: by default the one beside the model. A loaded model needs it for text, not for token ids.
+        tokenizer: by default the one beside the model. A loaded model needs it for text, not for token ids. Where its
+            chat template reads the clock, a copy with a fixed date is used (`inform_rm.encoding.fix_date`).
         max_length: longest accepted input in tokens. By default the model's own limit, which is its config's
             ``max_position_embeddings``, or the size of its table of positions. A longer input is an error; nothing is
             cut.
@@ -81,6 +91,8 @@ class RewardScorer:
     Raises:
         InputError: if the model is no reward model, or the tokenizer is missing or does not fit it.
     """
+
+    _told_of_loss = False
 
     def __init__(
         self,
@@ -124,7 +136,8 @@ class RewardScorer:
             self.model = model
             if self.model.config.num_labels != 1:
                 raise InputError(f"model: num_labels is {self.model.config.num_labels}; a reward model has 1.")
-        self.tokenizer = tokenizer
+        self.tokenizer = fix_date(tokenizer, self.name)
+        warn_of_no_template(self.tokenizer, self.name)
         self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(self.model)
         text_config = self.model.config.get_text_config()
         self.max_length = checked_max_length(self.model, max_length)
@@ -174,12 +187,12 @@ class RewardScorer:
                 f"{len(prompts)} prompts for {len(responses)} responses; expected one prompt per response."
             )
         encoded = []
-        for row in self.encode_each(
-            prompts, responses, [f"row {row} (counted from 0)" for row in range(len(prompts))]
-        ):
+        places = [f"row {row} (counted from 0)" for row in range(len(prompts))]
+        for row in self.encode_each(prompts, responses, places):
             if isinstance(row, InputError):
                 raise row
             encoded.append(row)
+        self.tell_of_loss(encoded, places)
         sequences, prompt_lengths = [row.input_ids for row in encoded], [len(row.prompt_ids) for row in encoded]
         return self.score_encoded(sequences, prompt_lengths, uncertainty, progress)
 
@@ -232,6 +245,13 @@ class RewardScorer:
             except InputError as error:
                 found.append(error)
         return found
+
+    def tell_of_loss(self, encoded: Sequence[Encoded], places: Sequence[str]) -> None:
+        """Log where the chat template deleted text of rows, the first time only: servers ask for rewards for ever."""
+        if not self._told_of_loss:
+            lost = [row.lost and f"{where}: {row.lost}" for row, where in zip(encoded, places, strict=True)]
+            warn_of_loss(partly_rendered(lost), len(lost), "rows")
+            self._told_of_loss = any(lost)
 
     def iter_scores(
         self,

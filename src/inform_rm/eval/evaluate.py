@@ -63,7 +63,8 @@ def evaluate(
     Returns:
         The statistics of `pairwise_accuracy` (lengths in characters), with ``model``, ``settings``, ``seed``,
         ``versions``, ``model_fingerprint`` and ``data``: per source its fingerprint and counts of pairs read,
-        not sampled, over-long, dropped, truncated and evaluated, and the bad rows.
+        not sampled, over-long, dropped, truncated and evaluated, the bad rows, and ``partly_rendered``: ``n`` pairs of
+        which the chat template deleted text, and up to 5 ``examples``.
 
     Raises:
         InputError: on bad data, a model that is no reward model, or an unfinished run with other settings.
@@ -80,7 +81,7 @@ def evaluate(
             source.pairs, scorer.tokenizer, max_length=scorer.max_length, overlong=overlong, on_bad_row=on_bad_row
         )
         add_bad_rows(source.record, encoded.bad_rows)
-        counts = {name: encoded.counts[name] for name in ("overlong", "dropped", "truncated")}
+        counts = {name: encoded.counts[name] for name in ("overlong", "dropped", "truncated", "partly_rendered")}
         described.append({**source.record, **counts, "evaluated": len(encoded.dataset)})
         warn_of_left_out(described[-1])
         parts.append(encoded.dataset)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from inform_rm.encoding import OVERLONG_POLICIES, Encoded, encode_groups, skippable
+from inform_rm.encoding import OVERLONG_POLICIES, Encoded, encode_groups, not_encodable, skippable
 from inform_rm.errors import InputError
 from inform_rm.eval import suite_report
 from inform_rm.eval.journaled import journaled_rewards
@@ -25,6 +25,7 @@ from inform_rm.journal import RewardJournal, shortest_float
 from inform_rm.page import figure_png
 from inform_rm.preferences import BadRow
 from inform_rm.processes import is_main_process
+from inform_rm.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.scoring import RewardScorer, as_scorer
 
 JOURNAL_FILE = "rewards.partial"
@@ -77,8 +78,8 @@ def evaluate_suite(
     Returns:
         The figures of `summarize_suite`, with ``model``, ``settings``, ``seed``, ``versions``, ``model_fingerprint``,
         ``tokenizer_fingerprint``, ``data`` (as `load_suite_items` describes each source) and ``counts``: items read,
-        over-long, dropped, truncated, evaluated, and those of which a correct and a wrong candidate become the same
-        tokens (``indistinguishable``).
+        over-long, dropped, truncated, evaluated, those of which a correct and a wrong candidate become the same
+        tokens (``indistinguishable``), and those of which the chat template deleted text (``partly_rendered``).
 
     Raises:
         InputError: on bad data, a model that is no reward model, or an unfinished run with other settings.
@@ -171,6 +172,7 @@ def encode_items(
     """
     encoded: list[EncodedItem] = []
     counts = {"items": len(items), "overlong": 0, "dropped": 0, "truncated": 0, "evaluated": 0, "indistinguishable": 0}
+    losses: list[str | None] = []
     bad_rows: list[tuple[int, BadRow]] = []
 
     def leave_out(place: int, bad: BadRow) -> None:
@@ -200,12 +202,17 @@ def encode_items(
                     continue
                 prompt_length -= excess
                 counts["truncated"] += 1
+            what = next((row.lost for row in rows if row.lost is not None), None)
+            losses.append(what and f"{item.file}, row {item.row}: {what}")
             different: dict[tuple[int, ...], int] = {}
             places = [different.setdefault(tuple(ids), len(different)) for ids in sequences]
             shared = set(places[: item.num_correct]) & set(places[item.num_correct :])
             counts["indistinguishable"] += bool(shared)
             encoded.append(EncodedItem(item, [array("i", ids) for ids in different], places, prompt_length))
     counts["evaluated"] = len(encoded)
+    lost = partly_rendered(losses)
+    counts["partly_rendered"] = lost["n"]
+    warn_of_loss(lost, len(encoded), "items")
     if not encoded and bad_rows:
         shown = "; ".join(str(bad) for _, bad in bad_rows[:3])
         raise InputError(f"data: none of the {len(items)} items can be used, {len(bad_rows)} are bad rows. {shown}")
@@ -217,8 +224,8 @@ def encode_items(
 def _token_ids(tokenizer: Any, items: Sequence[SuiteItem]) -> list[list[Encoded] | BadRow]:
     """Of each item the token ids of its candidates, or why it has none."""
 
-    def refusal(place: int, reason: str) -> BadRow:
-        return BadRow(items[place].file, items[place].row, reason, "not encodable")
+    def refusal(place: int, error: InputError) -> BadRow:
+        return not_encodable(items[place].file, items[place].row, error)
 
     prompts, groups = [item.prompt for item in items], [item.candidates for item in items]
     try:

@@ -64,6 +64,7 @@ def collect_latents(
         scorer.encode(prompt, response, places[row] if places else f"row {row} (counted from 0)")
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
+    scorer.tell_of_loss(encoded, places or [f"row {row} (counted from 0)" for row in range(len(encoded))])
     sequences = [row.input_ids for row in encoded]
     is_inform = model.config.model_type == "inform"
     pads = None if is_inform else getattr(model.config.get_text_config(), "pad_token_id", None)

@@ -14,6 +14,7 @@ from inform_rm.encoding import encode_columns, none_usable
 from inform_rm.errors import InputError
 from inform_rm.preferences import BadRow, load_preferences
 from inform_rm.records import parse_source
+from inform_rm.rendered_text import add_partly_rendered, partly_rendered, warn_of_loss
 from inform_rm.scoring import RewardScorer
 
 logger = logging.getLogger(__name__)
@@ -87,12 +88,15 @@ def add_bad_rows(record: dict[str, Any], bad_rows: Sequence[BadRow], most_reason
 def leave_out_bad_rows(source: EvaluationSource, scorer: RewardScorer, overlong: str, on_bad_row: str) -> Dataset:
     """The pairs without those that are bad rows to `inform_rm.encoding.encode_pairs`, which join the source's record.
 
+    The pairs of which the chat template deletes text join it too, as ``partly_rendered``, and are logged.
+
     Raises:
         BadRow: the first bad row, under ``on_bad_row="error"``.
         InputError: no pair is left.
     """
     good: list[int] = []
     bad_rows: list[BadRow] = []
+    lost = partly_rendered([])
     places = source.pairs.add_column("place", np.arange(len(source.pairs)))
     for batch in places.iter(_CHECKED_AT_ONCE):
         # A pair over the limit under "drop" is no bad row: it stays, for its prompt and its count.
@@ -101,7 +105,10 @@ def leave_out_bad_rows(source: EvaluationSource, scorer: RewardScorer, overlong:
         columns, bad = encode_columns(batch, scorer.tokenizer, kept=("place",), **options)
         good += columns["place"]
         bad_rows += bad
+        add_partly_rendered(lost, partly_rendered(columns["lost"]))
     add_bad_rows(source.record, bad_rows)
+    source.record["partly_rendered"] = lost
+    warn_of_loss(lost, len(good))
     if not good:
         raise none_usable(len(source.pairs), bad_rows)
     return source.pairs.select(good) if bad_rows else source.pairs

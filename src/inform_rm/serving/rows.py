@@ -19,7 +19,13 @@ def encode_rows(scorer: RewardScorer, prompts: Sequence[Prompt], responses: Sequ
     for row, response in enumerate(responses):
         _check_unicode(row, response)
     groups = [[response] for response in responses]
-    return _checked(scorer, [row for (row,) in encode_groups(scorer.tokenizer, prompts, groups, RowError)])
+
+    def refusal(row: int, error: InputError) -> RowError:
+        return RowError(row, str(error))
+
+    encoded = [row for (row,) in encode_groups(scorer.tokenizer, prompts, groups, refusal)]
+    scorer.tell_of_loss(encoded, [f"row {row} (counted from 0) of a request" for row in range(len(encoded))])
+    return _checked(scorer, encoded)
 
 
 def encode_texts(scorer: RewardScorer, texts: Sequence[str], add_special_tokens: bool) -> list[Encoded]:

@@ -111,7 +111,7 @@ class TrainingConfig:
         10_000,
     )
     chat_template: str | None = _setting(
-        "template file, or 'plain', for a tokenizer without a chat template", None, by_content=True
+        "template file, or 'plain' (what a tokenizer without one gets)", None, by_content=True
     )
 
     learning_rate: float = _setting("peak learning rate (paper: 5e-6)", 5e-6)

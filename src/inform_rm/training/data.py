@@ -13,13 +13,14 @@ import datasets
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
-from inform_rm import columns, encoding, messages, preferences, records
+from inform_rm import chat_templates, columns, encoding, messages, preferences, records, rendered_text
 from inform_rm.columns import log_reading
 from inform_rm.encoding import encode_pairs
 from inform_rm.errors import InputError
 from inform_rm.files import atomic_directory, file_digest, write_json
 from inform_rm.preferences import load_preferences
 from inform_rm.records import source_digest
+from inform_rm.rendered_text import warn_of_loss
 from inform_rm.reward_models import fingerprint_tokenizer
 from inform_rm.training import augmentation
 from inform_rm.training.augmentation import add_non_contextual_pairs
@@ -36,8 +37,9 @@ class TrainingPairs:
 
     Attributes:
         dataset: see `inform_rm.encoding.EncodedPairs`.
-        counts: pairs used, overlong, dropped and truncated ones, the ``bad_rows`` that were left out, as text, and the
-            ``reading`` of each source: which columns were read, and how.
+        counts: pairs used, overlong, dropped and truncated ones, those ``partly_rendered`` (see `EncodedPairs`), the
+            ``bad_rows`` that were left out, as text, and the ``reading`` of each source: which columns were read, and
+            how.
         fingerprints: per source the SHA-256 of its pairs, see `inform_rm.preferences.PreferenceData`.
     """
 
@@ -76,6 +78,7 @@ def load_training_pairs(
                 _write(folder, pairs)
         else:
             logger.info("%s: taken from the cache %s.", argument, folder)
+            warn_of_loss(pairs.counts["partly_rendered"], pairs.counts["pairs"])
     counts = pairs.counts
     if counts["bad_rows"] or counts["dropped"] or counts["truncated"]:
         logger.warning("%s: %s", argument, counts)
@@ -136,7 +139,16 @@ def _cache_folder(
         "versions": {name: metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "jinja2")},
         "code": [
             file_digest(str(module.__file__))
-            for module in (augmentation, columns, encoding, messages, preferences, records)
+            for module in (
+                augmentation,
+                chat_templates,
+                columns,
+                encoding,
+                messages,
+                preferences,
+                records,
+                rendered_text,
+            )
         ],
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()

@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from inform_rm.adapters import ADAPTER_FILES, holds_adapters, load_adapter_model
 from inform_rm.cards import model_card
-from inform_rm.encoding import check_vocabulary, load_tokenizer
+from inform_rm.encoding import check_vocabulary, load_tokenizer, with_plain_template
 from inform_rm.errors import InputError, Interrupted
 from inform_rm.files import atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.likelihoods import load_likelihood
@@ -93,6 +93,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         trust_remote_code=config.trust_remote_code,
         chat_template=config.chat_template,
     )
+    tokenizer = with_plain_template(tokenizer, config.model)
     limited = with_max_length(config)
     train_pairs: TrainingPairs | StreamSource
     if config.streaming:

@@ -26,6 +26,7 @@ from inform_rm.encoding import encode_columns
 from inform_rm.errors import InputError
 from inform_rm.files import write_json
 from inform_rm.preferences import FEATURES, BadRow, PreferencePair, pair_or_fault
+from inform_rm.rendered_text import SHOWN_LOSSES, partly_rendered, warn_of_loss
 from inform_rm.training.checkpoints import checkpoint_step
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.stream_sources import Shard, StreamSource, may_leave_out
@@ -47,8 +48,10 @@ class StreamCounts:
         dropped: of these, left out.
         truncated: of these, learnt from with a shorter prompt.
         num_bad_rows: rows left out because they are no pair or cannot be encoded within max_length.
+        num_partly_rendered: pairs learnt from of which the chat template deleted text.
         passes: passes over the data that were begun.
         bad_rows: which and why, each once, at most 1000.
+        partly_rendered: the first five of which text was deleted, and what.
     """
 
     pairs: int = 0
@@ -56,8 +59,10 @@ class StreamCounts:
     dropped: int = 0
     truncated: int = 0
     num_bad_rows: int = 0
+    num_partly_rendered: int = 0
     passes: int = 0
     bad_rows: list[str] = field(default_factory=list)
+    partly_rendered: list[str] = field(default_factory=list)
 
     def add_bad_row(self, bad: BadRow) -> None:
         """Count one that was left out, and list it while there is room."""
@@ -67,12 +72,13 @@ class StreamCounts:
 
     def add(self, other: "StreamCounts") -> None:
         """Add the counts of other rows."""
-        for name in ("pairs", "overlong", "dropped", "truncated", "num_bad_rows"):
+        for name in ("pairs", "overlong", "dropped", "truncated", "num_bad_rows", "num_partly_rendered"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.passes = max(self.passes, other.passes)
         known = set(self.bad_rows)
         new = [text for text in dict.fromkeys(other.bad_rows) if text not in known]
         self.bad_rows += new[: _LISTED_BAD_ROWS - len(known)]
+        self.partly_rendered = [*dict.fromkeys([*self.partly_rendered, *other.partly_rendered])][:SHOWN_LOSSES]
 
 
 class PairStream(torch.utils.data.IterableDataset):
@@ -194,6 +200,9 @@ class _Reader:
             max_length=self.config.max_length, overlong=self.config.overlong, on_bad_row=self.config.on_bad_row,
         )  # fmt: skip
         truncated = sum(columns.pop("truncated"))
+        lost = partly_rendered(columns.pop("lost"))
+        counts.num_partly_rendered += lost["n"]
+        counts.partly_rendered = [*counts.partly_rendered, *lost["examples"]][:SHOWN_LOSSES]
         encoded = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         dropped = len(pairs) - len(encoded) - len(bad_rows)
         counts.truncated += truncated
@@ -265,8 +274,11 @@ class StreamingRewardTrainer(RewardTrainer):
         if "error" in inputs:
             raise inputs["error"]
         counts = inputs.pop("stream_counts")
-        told = len(self.counts.bad_rows)
+        told, told_of_loss = len(self.counts.bad_rows), self.counts.num_partly_rendered
         self.counts.add(counts)
+        if not told_of_loss:  # while there is time to stop; the number of all comes at the end
+            lost = {"n": self.counts.num_partly_rendered, "examples": self.counts.partly_rendered}
+            warn_of_loss(lost, self.counts.pairs, "pairs so far")
         for text in self.counts.bad_rows[told:_LOGGED_BAD_ROWS]:
             logger.warning("data: left out: %s", text)
         return super().training_step(model, send_to_device(inputs, self.args.device), num_items_in_batch)
@@ -302,6 +314,6 @@ def stream_counts(trainer: RewardTrainer) -> dict[str, Any]:
     total = StreamCounts()
     for counts in gather_object([trainer.counts]):
         total.add(counts)
-    if total.num_bad_rows or total.overlong:
+    if total.num_bad_rows or total.overlong or total.num_partly_rendered:
         logger.warning("data: %s", asdict(total))
     return asdict(total)

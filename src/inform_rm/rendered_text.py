@@ -1,0 +1,157 @@
+"""Whether what a chat template makes of a conversation still holds the conversation's text.
+
+A template may delete what it is given: reasoning before ``</think>``, a system message, or all content of a text where
+it expects a list of parts. What it adds, and blanks that it trims, are its own business.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from inform_rm.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+SHOWN_LOSSES = 5
+
+_END_OF_REASONING = "</think>"
+# Templates write these tags on lines of their own, with other blanks around them than the text had.
+_BETWEEN_PIECES = re.compile(r"\s*(</?think>)\s*|\s*\n\s*")
+# A shorter piece may be found in a template's own words.
+_LEAST_PIECE = 8
+
+
+class NotRenderedError(InputError):
+    """A chat template leaves nothing of a message."""
+
+
+def what_is_lost(conversation: Sequence[dict[str, str]], text: str) -> str | None:
+    r"""What of a conversation is not in the text that a chat template made of it.
+
+    Each message's content, without blanks around it, is looked for after the one before it; a system message may
+    stand anywhere. Escapes of JSON, and other blanks at line breaks and around ``<think>`` tags, are no loss. The last
+    message is called the response. A deleted text of a few letters, which the template's own words hold, goes unseen.
+
+    Args:
+        conversation: Messages with ``role`` and ``content``.
+        text: The rendered conversation.
+
+    Returns:
+        None where all of it is there; else which parts of which messages are missing.
+
+    Raises:
+        NotRenderedError: Nothing is left of a message.
+
+    Example:
+        >>> reply = {"role": "assistant", "content": "<think>2, 4</think>It is 4."}
+        >>> what_is_lost([{"role": "user", "content": "2 + 2?"}, reply], "User: 2 + 2? Assistant: It is 4.")
+        "the response without its text up to '</think>'"
+    """
+    losses = []
+    position = 0
+    for number, message in enumerate(conversation, start=1):
+        content = message["content"].strip()
+        is_system = message["role"] == "system"
+        start = 0 if is_system else position
+        end = _end_of(content, text, start)
+        if end is not None:
+            position = position if is_system else end
+            continue
+        name = "the response" if number == len(conversation) else f"turn {number} ({message['role']})"
+        what = _partial_loss(content, text, start)
+        if what is None:
+            way_out = ", or write the system message into the user turn" if is_system else ""
+            raise NotRenderedError(
+                f"the chat template leaves nothing of {name}, which begins {content[:40]!r}, in what the model reads. "
+                f"Pass another chat_template (a file, or 'plain'){way_out}."
+            )
+        # Where the piece ends is not known well enough to look for the next message only behind it.
+        losses.append(f"{name}{what}")
+    return "; ".join(losses) or None
+
+
+def partly_rendered(losses: Iterable[str | None]) -> dict[str, Any]:
+    """``{"n": how many, "examples": the first 5}`` of what was lost, None standing for nothing."""
+    found = [loss for loss in losses if loss is not None]
+    return {"n": len(found), "examples": found[:SHOWN_LOSSES]}
+
+
+def add_partly_rendered(total: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add what `partly_rendered` found in other rows."""
+    total["n"] += more["n"]
+    total["examples"] = [*total["examples"], *more["examples"]][:SHOWN_LOSSES]
+
+
+def warn_of_loss(found: dict[str, Any], number: int, unit: str = "pairs", log: Callable = logger.warning) -> None:
+    """One log line where a template deleted text of some of ``number`` rows; ``found`` is from `partly_rendered`."""
+    if found["n"]:
+        log(
+            "the chat template deletes text of %d of %d %s, so that the model does not read it: %s. Pass another "
+            "chat_template (a file, or 'plain') if it should.",
+            found["n"], number, unit, "; ".join(found["examples"]),
+        )  # fmt: skip
+
+
+def _end_of(content: str, text: str, start: int) -> int | None:
+    """Where content that stands in the text from ``start`` on ends; None where it does not stand there."""
+    place = text.find(content, start)
+    if place >= 0:
+        return place + len(content)
+    for only_ascii in (False, True):
+        escaped = json.dumps(content, ensure_ascii=only_ascii)[1:-1]
+        if escaped != content and (place := text.find(escaped, start)) >= 0:
+            return place + len(escaped)
+    pieces = _pieces(content)
+    if len(pieces) == 1:
+        return None
+    for piece in pieces:
+        place = text.find(piece, start)
+        if place < 0:
+            return None
+        start = place + len(piece)
+    return start
+
+
+def _pieces(content: str) -> list[str]:
+    return [piece for piece in _BETWEEN_PIECES.split(content) if piece]
+
+
+def _partial_loss(content: str, text: str, start: int) -> str | None:
+    """What is missing of content that is not all there, to stand after its name; None where nothing is left."""
+    _, tag, answer = content.rpartition(_END_OF_REASONING)
+    answer = answer.strip()
+    if tag and answer and _end_of(answer, text, start) is not None:
+        return f" without its text up to '{_END_OF_REASONING}'"
+    kept = max(_characters_of_lines(content, text, start), _characters_of_ends(content, text, start))
+    if not kept:
+        return None
+    return f": {len(content) - kept} of {len(content)} characters are missing"
+
+
+def _characters_of_lines(content: str, text: str, start: int) -> int:
+    """Characters of the lines that stand in the text in order."""
+    kept = 0
+    for piece in _pieces(content):
+        place = text.find(piece, start)
+        if len(piece) >= _LEAST_PIECE and place >= 0:
+            kept += len(piece)
+            start = place + len(piece)
+    return kept
+
+
+def _characters_of_ends(content: str, text: str, start: int) -> int:
+    """Characters of the longest beginning and the longest end that stand in the text."""
+    beginning = _longest(lambda length: text.find(content[:length], start) >= 0, len(content))
+    end = _longest(lambda length: text.find(content[len(content) - length :], start) >= 0, len(content))
+    return min(sum(length for length in (beginning, end) if length >= _LEAST_PIECE), len(content) - 1)
+
+
+def _longest(found: Callable[[int], bool], most: int) -> int:
+    """The largest length up to ``most`` that is found, where every shorter one is too."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if found(middle) else (low, middle - 1)
+    return low
