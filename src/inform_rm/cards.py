@@ -179,17 +179,17 @@ def _data_results(result: dict[str, Any]) -> list[EvalResult]:
     local = [item.get("is_local", True) for item in result["data"]]
     sources = [parse_source(item["source"]) for item in result["data"]]
     names = [Path(source.name).name if here else source.name for source, here in zip(sources, local, strict=True)]
-    splits = list(dict.fromkeys(source.split for source in sources if source.split is not None))
+    split: Any = " + ".join(dict.fromkeys(source.split for source in sources if source.split is not None)) or None
     settings = result["settings"]
     digests = [item["fingerprint"][:12] for item in result["data"]]
-    dataset: dict[str, Any] = {
+    dataset = {
         "dataset_type": " + ".join(names),
         "dataset_name": " + ".join(names),
-        "dataset_split": " + ".join(splits) or None,
+        "dataset_split": split,
         # Files of the same name are told apart, which the Hub's classes do by type, split and revision alone.
         "dataset_revision": settings.get("data_revision") or ("-".join(digests) if any(local) else None),
     }
-    arguments: dict[str, Any] = {"fingerprints": digests}
+    arguments = {"fingerprints": digests}
     counts = {name: sum(item.get(name, 0) for item in result["data"]) for name in _LEFT_OUT}
     arguments |= {name: count for name, count in counts.items() if count}
     if "max_pairs" in settings:
