@@ -179,13 +179,14 @@ def _data_results(result: dict[str, Any]) -> list[EvalResult]:
     local = [item.get("is_local", True) for item in result["data"]]
     sources = [parse_source(item["source"]) for item in result["data"]]
     names = [Path(source.name).name if here else source.name for source, here in zip(sources, local, strict=True)]
-    split: Any = " + ".join(dict.fromkeys(source.split for source in sources if source.split is not None)) or None
+    splits = " + ".join(dict.fromkeys(source.split for source in sources if source.split is not None))
     settings = result["settings"]
     digests = [item["fingerprint"][:12] for item in result["data"]]
-    dataset = {
+    dataset: dict[str, Any] = {}
+    dataset |= {
         "dataset_type": " + ".join(names),
         "dataset_name": " + ".join(names),
-        "dataset_split": split,
+        "dataset_split": splits or None,
         # Files of the same name are told apart, which the Hub's classes do by type, split and revision alone.
         "dataset_revision": settings.get("data_revision") or ("-".join(digests) if any(local) else None),
     }
