@@ -182,14 +182,8 @@ def _data_results(result: dict[str, Any]) -> list[EvalResult]:
     splits = " + ".join(dict.fromkeys(source.split for source in sources if source.split is not None))
     settings = result["settings"]
     digests = [item["fingerprint"][:12] for item in result["data"]]
-    dataset: dict[str, Any] = {}
-    dataset |= {
-        "dataset_type": " + ".join(names),
-        "dataset_name": " + ".join(names),
-        "dataset_split": splits or None,
-        # Files of the same name are told apart, which the Hub's classes do by type, split and revision alone.
-        "dataset_revision": settings.get("data_revision") or ("-".join(digests) if any(local) else None),
-    }
+    # Files of the same name are told apart, which the Hub's classes do by type, split and revision alone.
+    revision = settings.get("data_revision") or ("-".join(digests) if any(local) else None)
     arguments = {"fingerprints": digests}
     counts = {name: sum(item.get(name, 0) for item in result["data"]) for name in _LEFT_OUT}
     arguments |= {name: count for name, count in counts.items() if count}
@@ -199,7 +193,10 @@ def _data_results(result: dict[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             **_TASK,
-            **dataset,
+            dataset_type=" + ".join(names),
+            dataset_name=" + ".join(names),
+            dataset_split=splits or None,
+            dataset_revision=revision,
             dataset_args=dict(arguments),
             metric_type="accuracy",
             metric_name=f"pairwise accuracy{suffix}",
