@@ -11,11 +11,15 @@ from hypothesis import strategies as st
 from inform_rm.encoding import encode, encode_many, encode_pairs
 from inform_rm.errors import InputError
 from inform_rm.eval.evaluate import evaluate
+from inform_rm.eval.evaluate_suite import evaluate_suite
+from inform_rm.eval.sources import leave_out_bad_rows, load_sources
 from inform_rm.preferences import BadRow, load_preferences
 from inform_rm.preflight import check_data, format_report
 from inform_rm.rendered_text import NotRenderedError, what_is_lost
 from inform_rm.score_files import score_file
 from inform_rm.scoring import RewardScorer
+from inform_rm.serving.errors import RowError
+from inform_rm.serving.rows import encode_rows
 
 # As published for distilled reasoning models: what precedes </think> in a reply is cut.
 CUTTING_TEMPLATE = (
@@ -197,3 +201,29 @@ def test_a_scorer_says_once_that_text_is_lost(cutting_scorer, caplog):
         for _ in range(3):
             cutting_scorer.score(["2 + 2?"], ["<think>Hm.</think>4"])
     assert sum("deletes text of 1 of 1 rows" in record.message for record in caplog.records) == 1
+
+
+def test_a_server_refuses_the_row_of_which_nothing_is_left_and_logs_the_first_loss(cutting_scorer, caplog):
+    with caplog.at_level(logging.WARNING, "inform_rm"):
+        for _ in range(2):
+            encode_rows(cutting_scorer, ["2 + 2?"] * 2, ["4", "<think>Hm.</think>4"])
+    (line,) = [record.message for record in caplog.records]
+    assert "1 of 2 rows" in line and "row 1 (counted from 0) of a request" in line
+    with pytest.raises(RowError, match="nothing of the response") as refused:
+        encode_rows(cutting_scorer, ["2 + 2?"] * 2, ["4", "<think>Only this.</think>"])
+    assert refused.value.row == 1
+
+
+def test_what_decompose_reads_joins_the_record_of_its_source(cutting_scorer, cut_rows):
+    (source,) = load_sources(cut_rows, columns=None, revision=None, on_bad_row="error", max_pairs=None, seed=0)
+    assert len(leave_out_bad_rows(source, cutting_scorer, "error", "error")) == 6
+    assert source.record["partly_rendered"]["n"] == 4 and len(source.record["partly_rendered"]["examples"]) == 4
+
+
+def test_items_of_a_suite_that_lose_text_are_counted(cutting_scorer, tmp_path):
+    rows = [{"prompt": f"{n} + 1?", "chosen": f"It is {n + 1}.", "rejected": "No idea."} for n in range(4)]
+    rows = [{**row, "subset": "helpful-base"} for row in rows]
+    rows[2]["rejected"] = "<think>Hm.</think>No idea."
+    path = write_rows(tmp_path / "suite.jsonl", rows)
+    result = evaluate_suite(cutting_scorer, "hh", path, progress=False)
+    assert result["counts"]["partly_rendered"] == 1 and result["counts"]["evaluated"] == 4
