@@ -725,7 +725,7 @@ def test_finished_rewards_are_found_by_all_of_their_key():
 
 BAD_ROWS = {
     "broken JSON": (b"{", "broken JSON"),
-    "no response": (b'{"prompt": "a", "note": "kept"}', "no response"),
+    "no .response.": (b'{"prompt": "a", "note": "kept"}', "no response"),
     "unknown role": (b'{"prompt": [{"role": "boss", "content": "a"}], "response": "b"}', "boss"),
     "too long": (json.dumps({"prompt": "a", "response": "word " * 200}).encode(), "tokens; the limit is 128"),
     "not Unicode": (b'{"prompt": "a", "response": "\\ud800"}', "not valid Unicode"),
