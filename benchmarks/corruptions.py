@@ -27,9 +27,9 @@ CAUTION = (
 
 def main() -> None:
     from inform_rm import detect
-    from inform_rm.encoding import load_tokenizer
     from inform_rm.page import Table, markdown_table
     from inform_rm.scoring import RewardScorer
+    from inform_rm.tokenizer import load_tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/")

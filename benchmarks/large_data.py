@@ -23,7 +23,7 @@ BACKBONE = "models/smollm2-135m-first6-v16k"
 ENCODE = """
 import sys, time
 from accelerate import PartialState
-from inform_rm.encoding import load_tokenizer
+from inform_rm.tokenizer import load_tokenizer
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.data import load_training_pairs
 state = PartialState(cpu=True)

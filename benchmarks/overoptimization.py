@@ -74,8 +74,8 @@ def write_start(folder: Path, seed: int) -> None:
     from transformers import set_seed
 
     from inform_rm import InfoRMForSequenceClassification
-    from inform_rm.encoding import load_tokenizer
     from inform_rm.files import atomic_write_text
+    from inform_rm.tokenizer import load_tokenizer
     from inform_rm.worlds import WorldConfig, make_pairs
 
     for noise in LABEL_NOISE:

@@ -63,10 +63,10 @@ def one_run(models: Path, output: Path, seed: int, kind: str, coefficient: float
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
 
-    from inform_rm.encoding import load_tokenizer
     from inform_rm.files import write_json
     from inform_rm.integrations.trl import RewardFunction
     from inform_rm.scoring import RewardScorer
+    from inform_rm.tokenizer import load_tokenizer
     from inform_rm.worlds import WorldConfig, sample_prompts
 
     path = output / f"{seed}-{kind}-{coefficient}.json"

@@ -98,7 +98,8 @@ def train_language_model(folder: Path, seed: int) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-    from inform_rm.encoding import encode, load_tokenizer
+    from inform_rm.encoding import encode
+    from inform_rm.tokenizer import load_tokenizer
     from inform_rm.world_backbone import write_backbone
     from inform_rm.worlds import WorldConfig, sample_prompts, sample_responses
 

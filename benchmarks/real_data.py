@@ -71,8 +71,8 @@ def one_run(shared: Path, output: Path, run: str) -> None:
     from transformers import set_seed
 
     from inform_rm import InfoRMForSequenceClassification, evaluate, train
-    from inform_rm.encoding import load_tokenizer
     from inform_rm.scoring import RewardScorer
+    from inform_rm.tokenizer import load_tokenizer
     from inform_rm.training.config import config_from_mapping
 
     kind, seed = run.split("-")

@@ -448,7 +448,7 @@ WITH_MEMORY = ("train", "large", "score", "grid")
 
 @cache
 def tokenizer_of(shared: Path) -> Any:
-    from inform_rm.encoding import load_tokenizer
+    from inform_rm.tokenizer import load_tokenizer
 
     return load_tokenizer(shared / BACKBONE, chat_template=str(TEMPLATE))
 

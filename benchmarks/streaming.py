@@ -27,7 +27,7 @@ ITERATE = """
 import itertools, json, resource, sys, time
 start = time.perf_counter()
 from torch.utils.data import DataLoader
-from inform_rm.encoding import load_tokenizer
+from inform_rm.tokenizer import load_tokenizer
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.stream_sources import open_stream
 from inform_rm.training.streaming import PairStream

@@ -45,11 +45,11 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
-from inform_rm.encoding import load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.packing import why_not_packed
 from inform_rm.reward_models import load_reward_model
 from inform_rm.scoring import RewardScorer
+from inform_rm.tokenizer import load_tokenizer
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.run import train
 

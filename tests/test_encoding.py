@@ -9,18 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from inform_rm.encoding import (
-    TokenPair,
-    check_vocabulary,
-    encode,
-    encode_many,
-    encode_pairs,
-    load_tokenizer,
-    shared_prefix_length,
-    truncate_prompt,
-)
+from inform_rm.encoding import TokenPair, encode, encode_many, encode_pairs, shared_prefix_length, truncate_prompt
 from inform_rm.errors import InputError
 from inform_rm.preferences import FEATURES, BadRow, load_preferences
+from inform_rm.tokenizer import check_vocabulary, load_tokenizer
 
 REAL_TOKENIZERS = {"smollm2-135m-first6-v16k": None, "stories260K": "plain"}
 # As in Llama 3: the content is trimmed, and the template itself writes the BOS token.

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from inform_rm import InfoRMForSequenceClassification, decompose, evaluate
-from inform_rm.encoding import encode, load_tokenizer
+from inform_rm.encoding import encode
 from inform_rm.ensembles import EnsembleScorer, average_weights
 from inform_rm.errors import InputError
 from inform_rm.score_files import score_file
 from inform_rm.scoring import NonFiniteRewardError, RewardScorer
+from inform_rm.tokenizer import load_tokenizer
 
 PROMPTS = ["Name a colour.", "How many apples are there?", "Name a colour.", "Is the sky blue?", "Sea?"]
 RESPONSES = ["Red.", "There are seven apples in the basket.", "Blue, I think.", "Yes", "The sea is calm today." * 3]

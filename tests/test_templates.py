@@ -14,12 +14,13 @@ from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 from inform_rm.chat_templates import TEMPLATE_DATE, check_template, has_fixed_date, with_fixed_date
-from inform_rm.encoding import encode, fix_date, load_tokenizer
+from inform_rm.encoding import encode
 from inform_rm.errors import InputError
 from inform_rm.messages import Message
 from inform_rm.preflight import check_data, format_report
 from inform_rm.reward_models import fingerprint_tokenizer
 from inform_rm.scoring import RewardScorer
+from inform_rm.tokenizer import fix_date, load_tokenizer
 
 
 @dataclass(frozen=True)

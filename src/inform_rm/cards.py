@@ -21,8 +21,8 @@ from inform_rm.page import (
     markdown_table,
     words_table,
 )
-from inform_rm.records import check_hub_id, parse_source
 from inform_rm.result_folders import RESULT_FILE, ResultFolder, naming_damage
+from inform_rm.sources import check_hub_id, parse_source
 
 TAGS = ("reward-model", "inform", "rlhf")
 _TASK: dict[str, Any] = {"task_type": "text-classification", "task_name": "preference between responses"}

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from inform_rm.cards import average_card
-from inform_rm.encoding import load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.files import atomic_directory, atomic_write_text, file_digest, versions, write_json
 from inform_rm.hub import add_remote_code
 from inform_rm.reward_models import fingerprint_tokenizer, load_reward_model
 from inform_rm.scoring import Prompt, RewardScorer, as_scorer
+from inform_rm.tokenizer import load_tokenizer
 from inform_rm.untrusted import check_checkpoint, check_own_file, weight_files
 
 RESULT_FILE = "average_result.json"

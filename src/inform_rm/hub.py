@@ -85,8 +85,8 @@ def export_model(
             be uploaded.
         ConnectionError: if the upload fails; the message says what is there. The folder stays.
     """
-    from inform_rm.encoding import load_tokenizer
     from inform_rm.reward_models import load_reward_model
+    from inform_rm.tokenizer import load_tokenizer
     from inform_rm.untrusted import check_own_file
 
     target = Path(output)

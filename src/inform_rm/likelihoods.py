@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inform_rm.encoding import fix_date, load_tokenizer, warn_of_no_template
 from inform_rm.errors import InputError
 from inform_rm.packing import (
     PackedRow,
@@ -22,6 +21,7 @@ from inform_rm.packing import (
 )
 from inform_rm.processes import computed_in_turn
 from inform_rm.reward_models import checked_max_length, fingerprint_model, fingerprint_tokenizer, load_causal_lm
+from inform_rm.tokenizer import fix_date, load_tokenizer, warn_of_no_template
 
 logger = logging.getLogger(__name__)
 

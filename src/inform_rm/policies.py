@@ -11,7 +11,6 @@ import torch
 from datasets import concatenate_datasets
 from transformers import GenerationConfig
 
-from inform_rm.encoding import fix_date, load_tokenizer, render
 from inform_rm.errors import InputError
 from inform_rm.gap_grid import distinct_prompts
 from inform_rm.messages import to_messages
@@ -19,6 +18,7 @@ from inform_rm.packing import eval_mode_of
 from inform_rm.preferences import load_preferences
 from inform_rm.reward_models import checked_max_length, fingerprint_model, fingerprint_tokenizer, load_causal_lm
 from inform_rm.scoring import Prompt
+from inform_rm.tokenizer import fix_date, load_tokenizer, render
 from inform_rm.worlds import WorldConfig, gold_reward, sample_prompts, sample_responses
 
 WORLD_PROMPTS = 128

@@ -46,7 +46,7 @@ from inform_rm.messages import (
     prompt_messages,
     transcript_turns,
 )
-from inform_rm.records import open_parts, parse_source, source_name
+from inform_rm.sources import open_parts, parse_source, source_name
 
 FEATURES = Features(
     {

@@ -12,20 +12,13 @@ import numpy as np
 
 from inform_rm.chat_templates import TEMPLATE_DATE, has_fixed_date
 from inform_rm.columns import lines_of
-from inform_rm.encoding import (
-    PLAIN_FORM,
-    TokenPair,
-    encode_sides,
-    fix_date,
-    load_tokenizer,
-    removable_prompt_tokens,
-    with_plain_template,
-)
+from inform_rm.encoding import TokenPair, encode_sides, removable_prompt_tokens
 from inform_rm.errors import InputError
 from inform_rm.files import check_output_directory, versions, write_json
 from inform_rm.preferences import PreferenceData, load_preferences
 from inform_rm.rendered_text import partly_rendered
 from inform_rm.statistics import wilson_interval
+from inform_rm.tokenizer import PLAIN_FORM, fix_date, load_tokenizer, with_plain_template
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 _SHOWN_EXAMPLES = 5

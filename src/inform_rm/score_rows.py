@@ -19,7 +19,7 @@ from inform_rm.columns import (
 )
 from inform_rm.errors import InputError
 from inform_rm.messages import Fault, Message, check_unicode, conversation, found
-from inform_rm.records import open_parts
+from inform_rm.sources import open_parts
 
 _RESULT_FIELDS = ("reward", "reward_std")
 

@@ -10,15 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from inform_rm.encoding import (
-    Encoded,
-    check_vocabulary,
-    encode,
-    encode_many,
-    fix_date,
-    load_tokenizer,
-    warn_of_no_template,
-)
+from inform_rm.encoding import Encoded, encode, encode_many
 from inform_rm.errors import InputError
 from inform_rm.packing import (
     default_tokens_per_batch,
@@ -33,6 +25,7 @@ from inform_rm.packing import (
 from inform_rm.processes import computed_in_turn, join_processes
 from inform_rm.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.reward_models import checked_max_length, fingerprint_model, fingerprint_tokenizer, load_reward_model
+from inform_rm.tokenizer import check_vocabulary, fix_date, load_tokenizer, warn_of_no_template
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +61,7 @@ class RewardScorer:
     Args:
         model: folder, Hub id (see `load_reward_model`) or a loaded model, whose device and dtype are kept.
         tokenizer: by default the one beside the model. A loaded model needs it for text, not for token ids. Where its
-            chat template reads the clock, a copy with a fixed date is used (`inform_rm.encoding.fix_date`).
+            chat template reads the clock, a copy with a fixed date is used (`inform_rm.tokenizer.fix_date`).
         max_length: longest accepted input in tokens. By default the model's own limit, which is its config's
             ``max_position_embeddings``, or the size of its table of positions. A longer input is an error; nothing is
             cut.
@@ -79,7 +72,7 @@ class RewardScorer:
         dtype: see `load_reward_model`.
         trust_remote_code: run code from the checkpoint. Off unless asked.
         revision: branch, tag or commit of a Hub model.
-        chat_template: see `inform_rm.encoding.load_tokenizer`.
+        chat_template: see `inform_rm.tokenizer.load_tokenizer`.
         batching: ``"packed"`` or ``"padded"``.
         split_over_processes: every process of an ``accelerate launch`` asks for the rewards of the same rows and gets
             them all, but computes its share of the batches alone, on the GPU that belongs to it.

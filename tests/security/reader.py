@@ -14,16 +14,17 @@ from pathlib import Path
 
 import torch
 
-from inform_rm.encoding import encode_pairs, load_tokenizer, render
+from inform_rm.encoding import encode_pairs
 from inform_rm.ensembles import average_weights
 from inform_rm.hub import export_model
 from inform_rm.journal import RewardJournal
 from inform_rm.likelihoods import load_likelihood
 from inform_rm.preferences import load_preferences
-from inform_rm.records import source_digest
 from inform_rm.reward_models import load_reward_model
 from inform_rm.score_rows import read_score_rows
 from inform_rm.scoring import RewardScorer
+from inform_rm.sources import source_digest
+from inform_rm.tokenizer import load_tokenizer, render
 from inform_rm.training.config import read_config
 from inform_rm.training.run import train
 

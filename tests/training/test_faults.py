@@ -226,7 +226,7 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_changes_nothing(settings, 
     """One token has an embedding of infinities; it stands in one row only."""
     model = AutoModelForCausalLM.from_pretrained(causal_lm_dir("llama"))
     shutil.copytree(causal_lm_dir("llama"), tmp_path / "broken")
-    from inform_rm.encoding import load_tokenizer
+    from inform_rm.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(causal_lm_dir("llama"))
     rows = [json.loads(line) for line in pairs_file.open()]

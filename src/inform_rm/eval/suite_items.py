@@ -13,7 +13,8 @@ from inform_rm.eval.suite_scores import NUM_STYLES, ties_id, twin_id
 from inform_rm.eval.suites import HubSource, Suite
 from inform_rm.messages import Message, to_messages
 from inform_rm.preferences import BadRow, parse_pair
-from inform_rm.records import Records, data_suffix, is_saved_dataset, load_hub, open_file, open_parts, parse_source
+from inform_rm.records import Records, data_suffix, open_file
+from inform_rm.sources import is_saved_dataset, load_hub, open_parts, parse_source
 
 MOST_REASONS = 20
 _JUDGE_CATEGORIES = {

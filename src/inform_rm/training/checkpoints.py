@@ -20,7 +20,7 @@ from transformers import TrainerState
 
 from inform_rm.errors import InputError
 from inform_rm.files import atomic_write_text, file_digest, versions, write_json
-from inform_rm.records import parse_source, source_digest
+from inform_rm.sources import parse_source, source_digest
 from inform_rm.training.config import TrainingConfig, deciding_settings, settings_by_content
 
 logger = logging.getLogger(__name__)

@@ -13,22 +13,25 @@ import datasets
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
-from inform_rm import chat_templates, columns, encoding, messages, preferences, records, rendered_text
 from inform_rm.columns import log_reading
 from inform_rm.encoding import encode_pairs
 from inform_rm.errors import InputError
 from inform_rm.files import atomic_directory, file_digest, write_json
 from inform_rm.preferences import load_preferences
-from inform_rm.records import source_digest
 from inform_rm.rendered_text import warn_of_loss
 from inform_rm.reward_models import fingerprint_tokenizer
-from inform_rm.training import augmentation
+from inform_rm.sources import source_digest
 from inform_rm.training.augmentation import add_non_contextual_pairs
 from inform_rm.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
 _RECORD = "inform_rm.json"
+_PACKAGE = Path(__file__).parents[1]
+_DECIDING_FILES = (
+    "chat_templates.py", "columns.py", "encoding.py", "messages.py", "preferences.py", "records.py",
+    "rendered_text.py", "sources.py", "tokenizer.py", "training/augmentation.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def load_training_pairs(
         config: settings of the run.
         sources: files, folders or Hub ids.
         max_pairs: most pairs of a source; a random choice, by ``config.seed``.
-        tokenizer: see `inform_rm.encoding.load_tokenizer`.
+        tokenizer: see `inform_rm.tokenizer.load_tokenizer`.
         argument: name of the setting that holds the sources, for messages.
 
     Raises:
@@ -137,19 +140,7 @@ def _cache_folder(
         "choice": None if max_pairs is None else [max_pairs, config.seed],
         "augmentation": [config.augmentation, config.seed] if augment else None,
         "versions": {name: metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "jinja2")},
-        "code": [
-            file_digest(str(module.__file__))
-            for module in (
-                augmentation,
-                chat_templates,
-                columns,
-                encoding,
-                messages,
-                preferences,
-                records,
-                rendered_text,
-            )
-        ],
+        "code": [file_digest(_PACKAGE / name) for name in _DECIDING_FILES],
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
     return Path(datasets.config.HF_DATASETS_CACHE) / "inform_rm_pairs" / key[:32]

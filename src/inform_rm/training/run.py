@@ -15,13 +15,13 @@ from transformers.training_args import OptimizerNames
 
 from inform_rm.adapters import ADAPTER_FILES, holds_adapters, load_adapter_model
 from inform_rm.cards import model_card
-from inform_rm.encoding import check_vocabulary, load_tokenizer, with_plain_template
 from inform_rm.errors import InputError, Interrupted
 from inform_rm.files import atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.likelihoods import load_likelihood
 from inform_rm.packing import CPU_TOKENS_PER_BATCH, use_packed_attention, why_not_packed
 from inform_rm.scoring import RewardScorer
 from inform_rm.statistics import wilson_interval
+from inform_rm.tokenizer import check_vocabulary, load_tokenizer, with_plain_template
 from inform_rm.training.checkpoints import (
     STAGING,
     check_resume,

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import get_worker_info
 
-from inform_rm import records
+from inform_rm import records, sources
 from inform_rm.columns import Columns, Reading, log_reading
 from inform_rm.errors import InputError
 from inform_rm.preferences import pair_or_fault, with_layout
@@ -70,12 +70,12 @@ def open_stream(config: TrainingConfig) -> StreamSource:
     shards: list[Shard] = []
     fingerprints, readings = {}, {}
     for source in config.data:
-        named = records.parse_source(source)
+        named = sources.parse_source(source)
         path = Path(named.name)
         if path.is_file() or path.is_dir():
             files = [path] if path.is_file() else _files_of_folder(path, named)
             if path.is_file():
-                records.open_parts(source)  # refuses a split of one file
+                sources.open_parts(source)  # refuses a split of one file
             found = [shard for file in files for shard in _file_shards(file)]
             if not found:
                 raise InputError(f"{source}: no rows. Expected at least one preference pair.")
@@ -116,13 +116,13 @@ def may_leave_out(config: TrainingConfig) -> bool:
     return config.on_bad_row == "skip" or config.overlong == "drop"
 
 
-def _files_of_folder(folder: Path, named: records.SourceName) -> list[Path]:
-    if records.is_saved_dataset(folder):
+def _files_of_folder(folder: Path, named: sources.SourceName) -> list[Path]:
+    if sources.is_saved_dataset(folder):
         raise InputError(
             f"{folder}: a folder written by Dataset.save_to_disk cannot be streamed. Write it as Parquet files "
             "(Dataset.to_parquet), or leave streaming out."
         )
-    return records.files_of_split(folder, named)
+    return sources.files_of_split(folder, named)
 
 
 def _file_shards(path: Path) -> list[Shard]:
@@ -172,7 +172,7 @@ def _file_state(path: Path) -> tuple[int, str]:
 
 def _hub_commit(name: str) -> str:
     """The commit that a Hub dataset's main branch has now; the same in all processes."""
-    records.check_hub_id(name)
+    sources.check_hub_id(name)
     commit: list[str | None] = [None]
     if PartialState().is_main_process:
         from huggingface_hub import HfApi
@@ -190,14 +190,14 @@ def hub_shards(name: str, revision: str | None) -> list[Shard]:
     """The shards of one split of a Hub dataset (or of a local folder laid out like one).
 
     Args:
-        name: Hub id, with its split where it has several (`records.parse_source`).
+        name: Hub id, with its split where it has several (`sources.parse_source`).
         revision: commit.
 
     Raises:
         InputError: it cannot be loaded, or has several splits of which none is named.
     """
-    named = records.parse_source(name)
-    dataset = records.load_hub(named.name, named.split, revision, streaming=True, config=named.config)
+    named = sources.parse_source(name)
+    dataset = sources.load_hub(named.name, named.split, revision, streaming=True, config=named.config)
     count = dataset.num_shards
     return [
         Shard(

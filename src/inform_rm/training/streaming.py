@@ -91,7 +91,7 @@ class PairStream(torch.utils.data.IterableDataset):
     Args:
         shards: see `StreamSource`.
         config: settings of the run.
-        tokenizer: see `inform_rm.encoding.load_tokenizer`.
+        tokenizer: see `inform_rm.tokenizer.load_tokenizer`.
         batch_size: pairs of a batch.
         collate: encoded pairs -> a batch.
         process_index: this process.
