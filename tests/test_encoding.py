@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from inform_rm.encoding import TokenPair, encode, encode_many, encode_pairs, shared_prefix_length, truncate_prompt
 from inform_rm.errors import InputError
-from inform_rm.preferences import FEATURES, BadRow, load_preferences
+from inform_rm.pairs import BadRow
+from inform_rm.preferences import FEATURES, load_preferences
 from inform_rm.tokenizer import check_vocabulary, load_tokenizer
 
 REAL_TOKENIZERS = {"smollm2-135m-first6-v16k": None, "stories260K": "plain"}

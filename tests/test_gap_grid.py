@@ -13,7 +13,8 @@ from inform_rm.encoding import encode
 from inform_rm.errors import InputError
 from inform_rm.gap_grid import distinct_prompts, gap_grid
 from inform_rm.journal import RewardJournal
-from inform_rm.preferences import FEATURES, BadRow
+from inform_rm.pairs import BadRow
+from inform_rm.preferences import FEATURES
 from inform_rm.scoring import RewardScorer
 
 PROMPTS = ["Name a colour.", "How many apples are there?", "Write a sentence.", "Is the sky blue?", "Sea?"]

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from inform_rm import records
 from inform_rm.errors import InputError
 from inform_rm.messages import to_messages
-from inform_rm.preferences import BadRow, load_preferences, parse_pair
+from inform_rm.pairs import BadRow, parse_pair
+from inform_rm.preferences import load_preferences
 
 USER = {"role": "user", "content": "Name a colour."}
 PROMPT = [USER]

@@ -11,7 +11,8 @@ from tokenizers import processors
 
 from inform_rm.encoding import encode, encode_pairs
 from inform_rm.errors import InputError
-from inform_rm.preferences import BadRow, load_preferences
+from inform_rm.pairs import BadRow
+from inform_rm.preferences import load_preferences
 from inform_rm.preflight import check_data, format_report, write_report
 from inform_rm.statistics import wilson_interval
 

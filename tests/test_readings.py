@@ -14,7 +14,8 @@ from inform_rm.columns import Reading
 from inform_rm.encoding import encode
 from inform_rm.errors import InputError
 from inform_rm.messages import to_messages
-from inform_rm.preferences import BadRow, load_preferences, parse_pair
+from inform_rm.pairs import BadRow, parse_pair
+from inform_rm.preferences import load_preferences
 from inform_rm.score_rows import read_score_rows
 
 USER, BLUE, CAR = "Name a colour, please.", "Blue.", "A car."

@@ -13,7 +13,8 @@ from inform_rm.errors import InputError
 from inform_rm.eval.evaluate import evaluate
 from inform_rm.eval.evaluate_suite import evaluate_suite
 from inform_rm.eval.sources import leave_out_bad_rows, load_sources
-from inform_rm.preferences import BadRow, load_preferences
+from inform_rm.pairs import BadRow
+from inform_rm.preferences import load_preferences
 from inform_rm.preflight import check_data, format_report
 from inform_rm.rendered_text import NotRenderedError, what_is_lost
 from inform_rm.score_files import score_file

@@ -19,7 +19,8 @@ from datasets import Dataset, Features, Value
 
 from inform_rm.errors import InputError
 from inform_rm.messages import Message, to_messages
-from inform_rm.preferences import FEATURES, BadRow
+from inform_rm.pairs import BadRow
+from inform_rm.preferences import FEATURES
 from inform_rm.rendered_text import NotRenderedError, partly_rendered, warn_of_loss, what_is_lost
 from inform_rm.tokenizer import ids_of_rendered, render
 

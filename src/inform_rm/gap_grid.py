@@ -15,7 +15,7 @@ from inform_rm.encoding import OVERLONG_POLICIES, TokenPair, encode_each, fit_pa
 from inform_rm.errors import InputError
 from inform_rm.journal import RewardJournal
 from inform_rm.likelihoods import ResponseLikelihood
-from inform_rm.preferences import BadRow
+from inform_rm.pairs import BadRow
 from inform_rm.scoring import RewardScorer
 
 _CELLS_IN_MEMORY = 1024

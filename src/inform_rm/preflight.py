@@ -12,9 +12,10 @@ import numpy as np
 
 from inform_rm.chat_templates import TEMPLATE_DATE, has_fixed_date
 from inform_rm.columns import lines_of
-from inform_rm.encoding import TokenPair, encode_sides, removable_prompt_tokens
+from inform_rm.encoding import TokenPair, encode_each, removable_prompt_tokens
 from inform_rm.errors import InputError
 from inform_rm.files import check_output_directory, versions, write_json
+from inform_rm.pairs import BadRow
 from inform_rm.preferences import PreferenceData, load_preferences
 from inform_rm.rendered_text import partly_rendered
 from inform_rm.statistics import wilson_interval
@@ -215,8 +216,10 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
     endings: Counter[tuple[int, ...]] = Counter()
     example: TokenPair | None = None
     for batch in data.dataset.iter(_BATCH_ROWS):
-        pairs = _encode_or_list(tokenizer, batch, refused)
-        for index, pair in pairs:
+        for index, pair in enumerate(encode_each(tokenizer, batch)):
+            if isinstance(pair, BadRow):
+                refused.append({"row": pair.row, "reason": str(pair)})
+                continue
             example = example or pair
             losses.append(pair.lost and f"row {batch['row'][index]}: {pair.lost}")
             _, removable = removable_prompt_tokens(pair, tokenizer.bos_token_id)
@@ -269,21 +272,6 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
     if max_length is not None:
         report["max_length"] = _limit_report(longest, removable_tokens, max_length)
     return report
-
-
-def _encode_or_list(tokenizer: Any, batch: dict[str, list], refused: list[dict]) -> list[tuple[int, TokenPair]]:
-    """Pairs of a batch with their index; rows that cannot be encoded go to `refused`."""
-    try:
-        return list(enumerate(encode_sides(tokenizer, batch)))
-    except InputError:
-        pairs = []
-        for index in range(len(batch["row"])):
-            try:
-                one = encode_sides(tokenizer, {name: values[index : index + 1] for name, values in batch.items()})
-                pairs.append((index, one[0]))
-            except InputError as error:
-                refused.append({"row": batch["row"][index], "reason": str(error)})
-        return pairs
 
 
 def _after_last(ids: list[int], end_id: int | None) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from inform_rm.errors import InputError
 from inform_rm.eval import suite_items
 from inform_rm.eval.suite_items import load_suite_items
 from inform_rm.eval.suites import SUITES
-from inform_rm.preferences import BadRow
+from inform_rm.pairs import BadRow
 
 USER = [{"role": "user", "content": "Why?"}]
 

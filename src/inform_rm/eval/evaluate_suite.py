@@ -23,7 +23,7 @@ from inform_rm.eval.suites import Suite, suite_named
 from inform_rm.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.journal import RewardJournal, shortest_float
 from inform_rm.page import figure_png
-from inform_rm.preferences import BadRow
+from inform_rm.pairs import BadRow
 from inform_rm.processes import is_main_process
 from inform_rm.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.scoring import RewardScorer, as_scorer

@@ -12,7 +12,8 @@ from datasets import Dataset
 from inform_rm.columns import log_reading
 from inform_rm.encoding import encode_columns, none_usable
 from inform_rm.errors import InputError
-from inform_rm.preferences import BadRow, load_preferences
+from inform_rm.pairs import BadRow
+from inform_rm.preferences import load_preferences
 from inform_rm.rendered_text import add_partly_rendered, partly_rendered, warn_of_loss
 from inform_rm.scoring import RewardScorer
 from inform_rm.sources import parse_source

@@ -12,7 +12,7 @@ from inform_rm.errors import InputError, shortened
 from inform_rm.eval.suite_scores import NUM_STYLES, ties_id, twin_id
 from inform_rm.eval.suites import HubSource, Suite
 from inform_rm.messages import Message, to_messages
-from inform_rm.preferences import BadRow, parse_pair
+from inform_rm.pairs import BadRow, parse_pair
 from inform_rm.records import Records, data_suffix, open_file
 from inform_rm.sources import is_saved_dataset, load_hub, open_parts, parse_source
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _RECORD = "inform_rm.json"
 _PACKAGE = Path(__file__).parents[1]
 _DECIDING_FILES = (
-    "chat_templates.py", "columns.py", "encoding.py", "messages.py", "preferences.py", "records.py",
+    "chat_templates.py", "columns.py", "encoding.py", "messages.py", "pairs.py", "preferences.py", "records.py",
     "rendered_text.py", "sources.py", "tokenizer.py", "training/augmentation.py",
 )  # fmt: skip
 

@@ -16,13 +16,12 @@ from torch.utils.data import get_worker_info
 from inform_rm import records, sources
 from inform_rm.columns import Columns, Reading, log_reading
 from inform_rm.errors import InputError
-from inform_rm.preferences import pair_or_fault, with_layout
+from inform_rm.pairs import LOOKED_AT_ROWS, pair_or_fault, with_layout
 from inform_rm.records import Records
 from inform_rm.training.config import TrainingConfig
 
 _BLOCK_BYTES = 1 << 16
 _BLOCKS = 16
-_LOOKED_AT_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def _first_look(source: str, shard: Shard, config: TrainingConfig) -> tuple[Colu
         InputError: a mapping of columns of which none of these rows has the column.
     """
     reading = Reading()
-    head = list(itertools.islice(shard.open(), _LOOKED_AT_ROWS))
+    head = list(itertools.islice(shard.open(), LOOKED_AT_ROWS))
     columns = with_layout(Columns.of(config.columns), head)
     for row, record in head:
         pair_or_fault(record, shard.label, row, "skip", columns=columns, reading=reading)

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, get_worker_info
 from inform_rm.encoding import encode_columns
 from inform_rm.errors import InputError
 from inform_rm.files import write_json
-from inform_rm.preferences import FEATURES, BadRow, PreferencePair, pair_or_fault
+from inform_rm.pairs import BadRow, PreferencePair, pair_or_fault
+from inform_rm.preferences import FEATURES
 from inform_rm.rendered_text import SHOWN_LOSSES, partly_rendered, warn_of_loss
 from inform_rm.training.checkpoints import checkpoint_step
 from inform_rm.training.config import TrainingConfig
