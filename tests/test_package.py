@@ -64,7 +64,7 @@ def test_wheel_metadata(wheel):
     assert fields["Version"] == inform_rm.__version__
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Description-Content-Type"] == "text/markdown" and fields.get_payload().strip()
-    assert set(fields.get_all("Provides-Extra")) == {"peft", "quant", "rl", "serve", "dev"}
+    assert set(fields.get_all("Provides-Extra")) == {"bf16", "peft", "quant", "rl", "serve", "dev"}
     assert f"{folder}/licenses/LICENSE" in wheel.namelist()
     assert "inform-rm = inform_rm.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
 

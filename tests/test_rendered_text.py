@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inform_rm.encoding import encode, encode_many, encode_pairs
+from inform_rm.encoding import encode, encode_many, encode_pairs, encode_sides
 from inform_rm.errors import InputError
 from inform_rm.eval.evaluate import evaluate
 from inform_rm.eval.evaluate_suite import evaluate_suite
@@ -101,7 +101,7 @@ def test_a_message_of_which_nothing_is_left_is_refused_with_the_way_out():
     with pytest.raises(InputError, match=r"turn 2 \(user\).*Pass another chat_template \(a file, or 'plain'\)\."):
         what_is_lost(turns, "Be brief. A: answer")
     with pytest.raises(InputError, match="nothing of the response"):
-        what_is_lost(dialogue("question", "<think>only reasoning</think>"), "U: question A: ")
+        what_is_lost(dialogue("question", "It is blue."), "U: question A: ")
 
 
 # No text is in another one, and none is in what the templates add.
@@ -204,15 +204,26 @@ def test_a_scorer_says_once_that_text_is_lost(cutting_scorer, caplog):
     assert sum("deletes text of 1 of 1 rows" in record.message for record in caplog.records) == 1
 
 
+def test_a_response_of_reasoning_alone_is_no_side_of_a_pair_but_is_scored_as_an_empty_answer(cutting_scorer, caplog):
+    response = "<think>It is blue, or is it?</think>"
+    rewards = cutting_scorer.score(["What is it?"] * 2, [response, ""])
+    assert rewards[0] == rewards[1] and "reasoning alone, so that an empty answer is read" in caplog.text
+    row = {"prompt": [[{"role": "user", "content": "What is it?"}]], "chosen": ["It is blue."], "rejected": [response]}
+    with pytest.raises(BadRow, match="leaves nothing of a side: the response, which is reasoning alone") as caught:
+        encode_sides(cutting_scorer.tokenizer, {**row, "file": ["f"], "row": [3]})
+    assert caught.value.kind == "not rendered"
+
+
 def test_a_server_refuses_the_row_of_which_nothing_is_left_and_logs_the_first_loss(cutting_scorer, caplog):
     with caplog.at_level(logging.WARNING, "inform_rm"):
         for _ in range(2):
             encode_rows(cutting_scorer, ["2 + 2?"] * 2, ["4", "<think>Hm.</think>4"])
     (line,) = [record.message for record in caplog.records]
     assert "1 of 2 rows" in line and "row 1 (counted from 0) of a request" in line
-    with pytest.raises(RowError, match="nothing of the response") as refused:
-        encode_rows(cutting_scorer, ["2 + 2?"] * 2, ["4", "<think>Only this.</think>"])
-    assert refused.value.row == 1
+    no_texts = RewardScorer(cutting_scorer.model, with_template(cutting_scorer.tokenizer, PARTS_TEMPLATE))
+    with pytest.raises(RowError, match="nothing of turn 1") as refused:
+        encode_rows(no_texts, ["2 + 2?"], ["4"])
+    assert refused.value.row == 0
 
 
 def test_what_decompose_reads_joins_the_record_of_its_source(cutting_scorer, cut_rows):

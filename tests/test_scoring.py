@@ -725,10 +725,10 @@ def test_finished_rewards_are_found_by_all_of_their_key():
 
 BAD_ROWS = {
     "broken JSON": (b"{", "broken JSON"),
-    "no .response.": (b'{"prompt": "a", "note": "kept"}', "no response"),
+    "no response": (b'{"prompt": "a", "note": "kept"}', "no 'response'"),
     "unknown role": (b'{"prompt": [{"role": "boss", "content": "a"}], "response": "b"}', "boss"),
     "too long": (json.dumps({"prompt": "a", "response": "word " * 200}).encode(), "tokens; the limit is 128"),
-    "not Unicode": (b'{"prompt": "a", "response": "\\ud800"}', "not valid Unicode"),
+    "not Unicode": (b'{"prompt": "a", "response": "\\ud800"}', "unpaired surrogate"),
     "a reward already": (b'{"prompt": "a", "response": "b", "reward": 2}', "'reward' already"),
     "an error already": (b'{"prompt": "a", "response": "b", "error": "e"}', "'error' already"),
 }

@@ -21,7 +21,7 @@ from inform_rm.errors import InputError
 from inform_rm.messages import Message, to_messages
 from inform_rm.pairs import BadRow
 from inform_rm.preferences import FEATURES
-from inform_rm.rendered_text import NotRenderedError, partly_rendered, warn_of_loss, what_is_lost
+from inform_rm.rendered_text import NotRenderedError, is_reasoning_alone, partly_rendered, warn_of_loss, what_is_lost
 from inform_rm.tokenizer import ids_of_rendered, render
 
 logger = logging.getLogger(__name__)
@@ -210,7 +210,13 @@ def encode_sides(tokenizer: Any, batch: dict[str, list]) -> list[TokenPair]:
 
     sides = list(zip(batch["chosen"], batch["rejected"], strict=True))
     pairs = []
-    for chosen, rejected in encode_groups(tokenizer, batch["prompt"], sides, refusal):
+    for place, (chosen, rejected) in enumerate(encode_groups(tokenizer, batch["prompt"], sides, refusal)):
+        for encoded, text in zip((chosen, rejected), sides[place], strict=True):
+            if encoded.lost is not None and is_reasoning_alone(text):
+                reason = (
+                    f"the chat template leaves nothing of a side: {encoded.lost}. Remove the row, or pass another "
+                )
+                raise refusal(place, NotRenderedError(reason + "chat_template (a file, or 'plain')."))
         length = min(len(chosen.prompt_ids), len(rejected.prompt_ids))
         pairs.append(TokenPair(chosen.input_ids, rejected.input_ids, length, _lost_of_sides(chosen, rejected)))
     return pairs

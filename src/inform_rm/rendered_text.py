@@ -42,7 +42,8 @@ def what_is_lost(conversation: Sequence[dict[str, str]], text: str) -> str | Non
         None where all of it is there; else which parts of which messages are missing.
 
     Raises:
-        NotRenderedError: Nothing is left of a message.
+        NotRenderedError: Nothing is left of a message, unless it is a response of reasoning alone: a policy in
+            training writes some, and is to hear that they are worth what an empty answer is.
 
     Example:
         >>> reply = {"role": "assistant", "content": "<think>2, 4</think>It is 4."}
@@ -61,6 +62,8 @@ def what_is_lost(conversation: Sequence[dict[str, str]], text: str) -> str | Non
             continue
         name = "the response" if number == len(conversation) else f"turn {number} ({message['role']})"
         what = _partial_loss(content, text, start)
+        if what is None and number == len(conversation) and is_reasoning_alone(content):
+            what = ", which is reasoning alone, so that an empty answer is read"
         if what is None:
             way_out = ", or write the system message into the user turn" if is_system else ""
             raise NotRenderedError(
@@ -70,6 +73,12 @@ def what_is_lost(conversation: Sequence[dict[str, str]], text: str) -> str | Non
         # Where the piece ends is not known well enough to look for the next message only behind it.
         losses.append(f"{name}{what}")
     return "; ".join(losses) or None
+
+
+def is_reasoning_alone(response: str) -> bool:
+    """Whether nothing follows the reasoning in a response."""
+    _, tag, answer = response.rpartition(_END_OF_REASONING)
+    return bool(tag) and not answer.strip()
 
 
 def partly_rendered(losses: Iterable[str | None]) -> dict[str, Any]:

@@ -310,7 +310,7 @@ def test_another_backbone_or_library_is_noticed(settings, causal_lm_dir, tmp_pat
     with torch.no_grad():
         model.get_input_embeddings().weight[-1, -1] += 1
     model.save_pretrained(folder)
-    with pytest.raises(InputError, match="model_fingerprint"):
+    with pytest.raises(InputError, match="the content of model"):
         train(config)
 
 

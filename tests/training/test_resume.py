@@ -175,7 +175,7 @@ def other_value(name, value):
     if isinstance(value, bool):
         return not value
     kind = options[0] if value is None else type(value)
-    return {int: 7, float: 1.5, str: "other", tuple: ("other",)}[kind]
+    return {int: 7, float: 1.5, str: "other", tuple: ("other",), dict[str, str]: {"prompt": "other"}}[kind]
 
 
 @pytest.mark.parametrize("name", ALWAYS_DECIDE)
