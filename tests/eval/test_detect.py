@@ -104,6 +104,20 @@ def test_command_line(files, tmp_path, model, tokenizer, capsys):
     assert main([str(word) for word in command]) == 2
 
 
+def test_responses_may_be_splits_of_a_folder(scorer, files, tmp_path):
+    reference, (one, _) = files
+    folder = tmp_path / "responses"
+    folder.mkdir()
+    for name, file in (("train", reference), ("test", one)):
+        (folder / f"{name}.jsonl").write_text(file.read_text())
+    options = {"num_splits": 5, "num_resamples": 10, "alpha": 0.05, "progress": False}
+    named = detect(scorer, f"{folder}[train]", f"{folder}[test]", **options)
+    plain = detect(scorer, reference, one, **options)
+    for part in ("csi", "mop", "mean_reward"):
+        assert named["candidates"][0][part] == plain["candidates"][0][part]
+    assert len(set(named["digests"].values())) == 2
+
+
 def test_bad_input_is_named(scorer, files, tmp_path):
     reference, (candidate, _) = files
     with pytest.raises(InputError, match="3 responses; a comparison of latents needs at least 20"):

@@ -33,7 +33,6 @@ from inform_rm.files import (
     atomic_write_bytes,
     atomic_write_text,
     check_output_directory,
-    file_digest,
     versions,
     write_json,
 )
@@ -41,6 +40,7 @@ from inform_rm.page import figure_png
 from inform_rm.score_files import encoded_or_faults
 from inform_rm.score_rows import RowFault, ScoreRow, score_rows_or_faults
 from inform_rm.scoring import RewardScorer, as_scorer
+from inform_rm.sources import source_digest
 from inform_rm.statistics import wilson_interval
 
 _SMALLEST_SET = 20
@@ -203,7 +203,7 @@ def detect(
             "max_change_ratio": max_change_ratio, "max_responses": max_responses, "on_bad_row": on_bad_row,
             "columns": None if columns is None else dict(columns),
         },
-        "digests": {str(file): file_digest(file) for file in (reference, *files)},
+        "digests": {str(file): source_digest(file) for file in (reference, *files)},
         "seed": seed,
         "versions": versions(),
     }  # fmt: skip
