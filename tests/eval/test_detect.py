@@ -110,7 +110,7 @@ def test_responses_may_be_splits_of_a_folder(scorer, files, tmp_path):
     folder.mkdir()
     for name, file in (("train", reference), ("test", one)):
         (folder / f"{name}.jsonl").write_text(file.read_text())
-    options = {"num_splits": 5, "num_resamples": 10, "alpha": 0.05, "progress": False}
+    options = {"num_splits": 5, "num_resamples": 10, "tail": "chi2", "progress": False}
     named = detect(scorer, f"{folder}[train]", f"{folder}[test]", **options)
     plain = detect(scorer, reference, one, **options)
     for part in ("csi", "mop", "mean_reward"):
