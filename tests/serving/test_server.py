@@ -1,6 +1,7 @@
 """The command itself: a process, a socket, real clients, and an end by signal that loses nothing."""
 
 import os
+import queue
 import random
 import re
 import signal
@@ -218,7 +219,7 @@ def test_without_the_extra_the_message_says_what_to_install(monkeypatch, capsys)
         assert f"{package} is not installed. pip install 'inform-rm[serve]'" in capsys.readouterr().err
 
 
-def test_serve_from_python_ends_when_told_and_leaves_no_thread(scorer, monkeypatch, capsys):
+def test_serve_from_python_ends_when_told_and_leaves_no_thread(scorer, monkeypatch):
     """In a thread, where no signal arrives: the server object is told directly."""
     assert inform_rm.serve is serve
     import uvicorn
@@ -228,14 +229,13 @@ def test_serve_from_python_ends_when_told_and_leaves_no_thread(scorer, monkeypat
         uvicorn.Server, "__init__",
         lambda self, config, real=uvicorn.Server.__init__: (real(self, config), servers.append(self))[0],
     )  # fmt: skip
+    # Not read with capsys while the other thread prints: what it prints between a read and a truncation is lost.
+    printed: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr("inform_rm.serving.server.print", lambda text, **_: printed.put(text), raising=False)
     before = set(threading.enumerate())
     serving = threading.Thread(target=lambda: serve(scorer, port=0, max_rows=2))
     serving.start()
-    printed = ""
-    while "serving" not in printed:
-        assert serving.is_alive()
-        printed += capsys.readouterr().out
-    url = printed.split()[-1]
+    url = printed.get(timeout=300).split()[-1]
     assert url.startswith("http://127.0.0.1:")
     assert httpx.post(f"{url}/score", json=rows_of(pairs_of(0, 2))).status_code == 200
     assert httpx.post(f"{url}/score", json=rows_of(pairs_of(0, 3))).status_code == 422
