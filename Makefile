@@ -50,4 +50,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-wheel .venv-compat .ci-work build dist src/*.egg-info
+	rm -rf $(VENV) .venv-wheel .venv-compat .ci-work build dist *.egg-info

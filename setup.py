@@ -11,9 +11,9 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/inform_rm/__init__.py").read_text(encoding="utf-8"), re.M)
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "inform_rm/__init__.py").read_text(encoding="utf-8"), re.M)
 if VERSION is None:
-    raise SystemExit('src/inform_rm/__init__.py has no line __version__ = "...".')
+    raise SystemExit('inform_rm/__init__.py has no line __version__ = "...".')
 
 setup(
     name="inform-rm",
@@ -23,9 +23,8 @@ setup(
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
-    package_dir={"": "src"},
-    packages=find_packages("src"),
-    package_data={"inform_rm": ["py.typed", "templates/*.j2", "training/accelerate_configs/*.yaml"]},
+    packages=find_packages(include=["inform_rm*"]),
+    package_data={"inform_rm": ["py.typed", "util/templates/*.j2", "training/accelerate_configs/*.yaml"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.13,<2.14",
@@ -60,6 +59,7 @@ setup(
             "build",
             "httpx",
             "hypothesis",
+            "import-linter",
             "markdown-it-py",
             "mypy",
             "pytest",

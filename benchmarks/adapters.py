@@ -29,7 +29,7 @@ def measure(model_folder: str, mode: str, steps: int, output: Path) -> dict[str,
     from datasets import Dataset
     from transformers import set_seed
 
-    from inform_rm.tokenizer import load_tokenizer
+    from inform_rm.data.tokenizer import load_tokenizer
     from inform_rm.training.config import TrainingConfig
     from inform_rm.training.models import add_adapters, load_model
     from inform_rm.training.run import _training_arguments

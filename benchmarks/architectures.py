@@ -24,7 +24,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from inform_rm import InfoRMForSequenceClassification
-from inform_rm.packing import pack_sequences, packed_attention_of, packed_rewards, why_not_packed
+from inform_rm.scoring.packing import pack_sequences, packed_attention_of, packed_rewards, why_not_packed
 
 TOLERANCE = 1e-5
 VOCABULARY = 99

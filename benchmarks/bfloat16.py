@@ -19,12 +19,12 @@ import torch
 from matplotlib.figure import Figure
 
 from inform_rm import InfoRMForSequenceClassification, train
-from inform_rm.files import atomic_write_text, write_json
-from inform_rm.preferences import load_preferences
-from inform_rm.reward_models import load_reward_model
-from inform_rm.scoring import RewardScorer
-from inform_rm.tokenizer import load_tokenizer
+from inform_rm.data.preferences import load_preferences
+from inform_rm.data.tokenizer import load_tokenizer
+from inform_rm.scoring.reward_models import load_reward_model
+from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.training.config import config_from_mapping
+from inform_rm.util.files import atomic_write_text, write_json
 
 RUNS: dict[str, dict[str, Any]] = {
     "dtype: float32": {},

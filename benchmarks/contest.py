@@ -151,7 +151,7 @@ def table(contest: dict[str, Any]) -> list[str]:
 
 def write(output: Path, name: str, contests: list[dict[str, Any]], threads: int) -> None:
     """``NAME.json`` and ``NAME.md`` with host and versions; the table is printed too."""
-    from inform_rm.files import atomic_write_text, versions, write_json
+    from inform_rm.util.files import atomic_write_text, versions, write_json
 
     host = {"cpu": cpu_name(), "threads": threads, "dtype": "float32", "versions": versions()}
     write_json(output / f"{name}.json", {**host, "contests": contests})

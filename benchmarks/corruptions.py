@@ -27,9 +27,9 @@ CAUTION = (
 
 def main() -> None:
     from inform_rm import detect
-    from inform_rm.page import Table, markdown_table
-    from inform_rm.scoring import RewardScorer
-    from inform_rm.tokenizer import load_tokenizer
+    from inform_rm.data.tokenizer import load_tokenizer
+    from inform_rm.scoring.scorer import RewardScorer
+    from inform_rm.util.page import Table, markdown_table
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/")
@@ -86,8 +86,8 @@ CORRUPTIONS: dict[str, Callable[[str, str], str] | None] = {
 
 def write_responses(shared: Path, output: Path, number: int) -> dict[str, Path]:
     """One file for the reference and one for each way to spoil the same candidate responses."""
-    from inform_rm.files import atomic_write_text
-    from inform_rm.preferences import load_preferences
+    from inform_rm.data.preferences import load_preferences
+    from inform_rm.util.files import atomic_write_text
 
     pairs = {}  # one response a prompt
     for name in TEST_FILES:

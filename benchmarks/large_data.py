@@ -2,8 +2,8 @@
 
     python benchmarks/large_data.py --shared ../shared --output runs/large-data
 
-Pairs are drawn from the demo's world (`inform_rm.worlds`), so they are short: about 50 tokens a side. Each number
-comes from a process of its own; the pairs are made once and kept in the output folder.
+Pairs are drawn from the demo's world (`inform_rm.world.worlds`), so they are short: about 50 tokens a side. Each
+number comes from a process of its own; the pairs are made once and kept in the output folder.
 """
 
 import argparse
@@ -23,7 +23,7 @@ BACKBONE = "models/smollm2-135m-first6-v16k"
 ENCODE = """
 import sys, time
 from accelerate import PartialState
-from inform_rm.tokenizer import load_tokenizer
+from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.data import load_training_pairs
 state = PartialState(cpu=True)
@@ -69,7 +69,7 @@ def main() -> None:
         seconds, peak = first_step(model, fewer, output)
         report(name, seconds, peak)
 
-    from inform_rm.files import versions, write_json
+    from inform_rm.util.files import versions, write_json
 
     write_json(output / "large-data.json", {"cpu": cpu_name(), "versions": versions(), "results": results})
     print(f"{cpu_name()}; {packages(versions())}")
@@ -77,7 +77,7 @@ def main() -> None:
 
 def generated(output: Path, count: int) -> Path:
     """A file of ``count`` pairs of the world."""
-    from inform_rm.worlds import WorldConfig, make_pairs
+    from inform_rm.world.worlds import WorldConfig, make_pairs
 
     path = output / f"pairs-{count}.jsonl"
     if not path.exists():

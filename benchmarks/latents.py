@@ -12,7 +12,11 @@ from collections.abc import Callable
 import numpy as np
 
 from inform_rm.errors import InputError
-from inform_rm.eval.outliers import cluster_separation_index, fit_mahalanobis, mahalanobis_outlier_probability
+from inform_rm.eval.detection.outliers import (
+    cluster_separation_index,
+    fit_mahalanobis,
+    mahalanobis_outlier_probability,
+)
 
 DIMENSIONS, ALPHA = 128, 0.01
 SPECTRA = {

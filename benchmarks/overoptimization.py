@@ -74,9 +74,9 @@ def write_start(folder: Path, seed: int) -> None:
     from transformers import set_seed
 
     from inform_rm import InfoRMForSequenceClassification
-    from inform_rm.files import atomic_write_text
-    from inform_rm.tokenizer import load_tokenizer
-    from inform_rm.worlds import WorldConfig, make_pairs
+    from inform_rm.data.tokenizer import load_tokenizer
+    from inform_rm.util.files import atomic_write_text
+    from inform_rm.world.worlds import WorldConfig, make_pairs
 
     for noise in LABEL_NOISE:
         rows = make_pairs(WorldConfig(seed=seed, label_noise=noise), "train", TRAIN_PAIRS)
@@ -122,10 +122,10 @@ def train_one(folder: Path, kind: str, data: str, updates: int, seed: int, run: 
 
 def choose(folder: Path, seed: int, noise: str) -> None:
     """Best-of-n with every reward, judged by the world and by the gold model; CSI and MOP of what is chosen."""
-    from inform_rm import simulate
-    from inform_rm.ensembles import average_weights
-    from inform_rm.files import write_json
-    from inform_rm.scoring import RewardScorer
+    from inform_rm.hub.averaging import average_weights
+    from inform_rm.scoring.scorer import RewardScorer
+    from inform_rm.util.files import write_json
+    from inform_rm.world.policy import attack
 
     case = folder / f"noise-{noise}"
     if (case / "measured.json").exists():
@@ -137,7 +137,7 @@ def choose(folder: Path, seed: int, noise: str) -> None:
         average_weights(members, case / f"{kind}-warm", progress=False)
         proxies |= {member.name: RewardScorer(member) for member in [*members, case / f"{kind}-warm"]}
     policy = SlippingPolicy()
-    result = simulate(
+    result = attack(
         proxies, case / "best-of-n", policy=policy, num_prompts=PROMPTS, num_responses=RESPONSES, seed=seed,
         progress=False,
     )  # fmt: skip
@@ -145,7 +145,7 @@ def choose(folder: Path, seed: int, noise: str) -> None:
     measured: dict[str, Any] = {"ns": result["ns"], "kl_nats": result["kl_nats"]}
     measured["proxies"] = curves_of(responses, result["ns"], gold_model, seed)
     watched = {kind: proxies[f"{kind}-0"] for kind in WATCHED}
-    result = simulate(
+    result = attack(
         watched, case / "watched", policy=policy, num_prompts=WATCHED_PROMPTS, num_responses=RESPONSES,
         seed=100 + seed, progress=False,
     )  # fmt: skip
@@ -164,8 +164,8 @@ class SlippingPolicy:
     name = "slipping"
 
     def sample(self, prompt: str, num_responses: int, seed: int) -> list[str]:
-        from inform_rm.world_text import FILLERS, POLITE_CLOSERS, POLITE_OPENERS
-        from inform_rm.worlds import sample_responses
+        from inform_rm.world.text import FILLERS, POLITE_CLOSERS, POLITE_OPENERS
+        from inform_rm.world.worlds import sample_responses
 
         rng = random.Random(f"slips/{seed}/{prompt}")
 
@@ -190,7 +190,7 @@ def curves_of(responses: Path, ns: list[int], gold_model: Any, seed: int) -> dic
     import numpy as np
     import pyarrow.parquet as pq
 
-    from inform_rm.eval.overoptimization import overoptimization_curves
+    from inform_rm.eval.best_of_n.simulate import overoptimization_curves
 
     table = pq.read_table(responses).to_pydict()
     column = {name: np.array(values).reshape(PROMPTS, RESPONSES) for name, values in table.items()
@@ -224,10 +224,16 @@ def watch(scorer: Any, responses: Path, ns: list[int], seed: int) -> dict[str, A
     import numpy as np
     import pyarrow.parquet as pq
 
-    from inform_rm.eval.early_stopping import CSIEarlyStopping
-    from inform_rm.eval.latents import collect_latents
-    from inform_rm.eval.outliers import auto_eps, cluster_separation_index, fit_mahalanobis, null_rank, split_half_null
-    from inform_rm.eval.overoptimization import draw_best_of_n
+    from inform_rm.eval.best_of_n.simulate import draw_best_of_n
+    from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
+    from inform_rm.eval.detection.latents import collect_latents
+    from inform_rm.eval.detection.outliers import (
+        auto_eps,
+        cluster_separation_index,
+        fit_mahalanobis,
+        null_rank,
+        split_half_null,
+    )
 
     table = pq.read_table(responses).to_pydict()
     prompts = np.array(table["prompt"], dtype=object).reshape(WATCHED_PROMPTS, RESPONSES)
@@ -270,7 +276,7 @@ def watch(scorer: Any, responses: Path, ns: list[int], seed: int) -> dict[str, A
 
 def write_table(output: Path, seeds: list[int], minutes: float) -> None:
     """Peak and fall of the gold reward for every reward; CSI and MOP at each n, and their lead; curves."""
-    from inform_rm.files import atomic_write_bytes, atomic_write_text, versions, write_json
+    from inform_rm.util.files import atomic_write_bytes, atomic_write_text, versions, write_json
 
     measured = {
         noise: [json.loads((output / str(seed) / f"noise-{noise}" / "measured.json").read_text()) for seed in seeds]
@@ -393,7 +399,7 @@ def curves_png(measured: Measured) -> bytes:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from inform_rm.page import figure_png
+    from inform_rm.util.page import figure_png
 
     figure = Figure(figsize=(14.0, 8.0), layout="constrained")
     for axes_row, (noise, runs) in zip(figure.subplots(2, 3, sharex=True), measured.items(), strict=True):

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("runs/overoptimization"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 1 2 3 4")
     arguments = parser.parse_args()
-    from inform_rm.files import atomic_write_text
+    from inform_rm.util.files import atomic_write_text
 
     columns = [f"spoilt, n = {n}" for n in NS] + ["gain, best n", f"gain, n = {NS[-1]}", "fall",
                "without spoilt: gain, best n", f"gain, n = {NS[-1]}", "fall"]  # fmt: skip
@@ -51,8 +51,8 @@ def of_one_seed(case: Path, seed: int) -> dict[str, list[float]]:
     import numpy as np
     import pyarrow.parquet as pq
 
-    from inform_rm.eval.overoptimization import best_of_n_expectation
-    from inform_rm.worlds import sample_responses
+    from inform_rm.eval.best_of_n.simulate import best_of_n_expectation
+    from inform_rm.world.worlds import sample_responses
 
     table = pq.read_table(case / "best-of-n" / "responses.parquet").to_pydict()
     shape = (PROMPTS, RESPONSES)
@@ -73,7 +73,7 @@ def gains(proxy: Any, gold: Any, kept: Any = None) -> list[float]:
     """Gold gain at the best and at the largest of NS, and the fall between them, of the kept responses."""
     import numpy as np
 
-    from inform_rm.eval.overoptimization import best_of_n_expectation
+    from inform_rm.eval.best_of_n.simulate import best_of_n_expectation
 
     curves = []
     for row in range(len(proxy)):

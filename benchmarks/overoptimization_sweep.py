@@ -64,10 +64,11 @@ def main() -> None:
 
 def one_run(folder: Path, seed: int, variant: str) -> None:
     """Train one variant; accuracy on pairs like those of training, and best-of-n."""
-    from inform_rm import evaluate, simulate
-    from inform_rm.files import atomic_write_text, write_json
-    from inform_rm.scoring import RewardScorer
-    from inform_rm.worlds import WorldConfig, make_pairs
+    from inform_rm import evaluate
+    from inform_rm.scoring.scorer import RewardScorer
+    from inform_rm.util.files import atomic_write_text, write_json
+    from inform_rm.world.policy import attack
+    from inform_rm.world.worlds import WorldConfig, make_pairs
 
     run = folder / variant.replace(" ", "-")
     if (run / "measured.json").exists():
@@ -81,7 +82,7 @@ def one_run(folder: Path, seed: int, variant: str) -> None:
     rows = make_pairs(WorldConfig(seed=seed), "in_distribution", 500)
     atomic_write_text(pairs, "".join(json.dumps(row) + "\n" for row in rows))
     accuracy = evaluate(scorer, pairs, progress=False)
-    result = simulate(
+    result = attack(
         scorer, policy=SlippingPolicy(), num_prompts=PROMPTS, num_responses=RESPONSES, seed=seed,
         progress=False,
     )["proxies"]["proxy"]  # fmt: skip
@@ -91,7 +92,7 @@ def one_run(folder: Path, seed: int, variant: str) -> None:
 
 def write_table(output: Path, seeds: list[int], minutes: float) -> None:
     """One row a variant."""
-    from inform_rm.files import atomic_write_text, versions, write_json
+    from inform_rm.util.files import atomic_write_text, versions, write_json
 
     lines = ["| variant | accuracy | gold gain, best n | gold gain, n = 1024 | peak KL | fall |", "|" + "---|" * 6]
     table = []

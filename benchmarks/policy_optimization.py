@@ -63,11 +63,11 @@ def one_run(models: Path, output: Path, seed: int, kind: str, coefficient: float
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
 
-    from inform_rm.files import write_json
+    from inform_rm.data.tokenizer import load_tokenizer
     from inform_rm.integrations.trl import RewardFunction
-    from inform_rm.scoring import RewardScorer
-    from inform_rm.tokenizer import load_tokenizer
-    from inform_rm.worlds import WorldConfig, sample_prompts
+    from inform_rm.scoring.scorer import RewardScorer
+    from inform_rm.util.files import write_json
+    from inform_rm.world.worlds import WorldConfig, sample_prompts
 
     path = output / f"{seed}-{kind}-{coefficient}.json"
     if path.exists():
@@ -102,14 +102,20 @@ def measurements(models: Path, proxy: Any, tokenizer: Any, prompts: list[str], s
     import numpy as np
     from transformers import AutoModelForCausalLM
 
-    from inform_rm.encoding import encode
-    from inform_rm.eval.early_stopping import CSIEarlyStopping
-    from inform_rm.eval.latents import collect_latents
-    from inform_rm.eval.outliers import auto_eps, cluster_separation_index, fit_mahalanobis, null_rank, split_half_null
-    from inform_rm.likelihoods import ResponseLikelihood
-    from inform_rm.policies import CausalLMPolicy
-    from inform_rm.scoring import RewardScorer
-    from inform_rm.worlds import gold_reward
+    from inform_rm.data.encoding import encode
+    from inform_rm.decomposition.likelihoods import ResponseLikelihood
+    from inform_rm.eval.best_of_n.policies import CausalLMPolicy
+    from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
+    from inform_rm.eval.detection.latents import collect_latents
+    from inform_rm.eval.detection.outliers import (
+        auto_eps,
+        cluster_separation_index,
+        fit_mahalanobis,
+        null_rank,
+        split_half_null,
+    )
+    from inform_rm.scoring.scorer import RewardScorer
+    from inform_rm.world.worlds import gold_reward
 
     watcher = RewardScorer(models / f"noise-{LABEL_NOISE}" / "inform-0")
     start = AutoModelForCausalLM.from_pretrained(models / "backbone", dtype="float32")
@@ -165,8 +171,8 @@ def write_curves(output: Path, seeds: list[int], minutes: float) -> None:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from inform_rm.files import atomic_write_bytes, atomic_write_text, versions, write_json
-    from inform_rm.page import figure_png
+    from inform_rm.util.files import atomic_write_bytes, atomic_write_text, versions, write_json
+    from inform_rm.util.page import figure_png
 
     figure = Figure(figsize=(12.0, 7.0), layout="constrained")
     panels = dict(zip(CURVES, figure.subplots(2, 3, sharex=True).flat, strict=True))

@@ -74,8 +74,8 @@ def main() -> None:
 
 def write_start(folder: Path, seed: int) -> None:
     """The pairs of both training sets and of the test sets, and a language model trained on right responses."""
-    from inform_rm.files import atomic_write_text
-    from inform_rm.worlds import WorldConfig, make_pairs
+    from inform_rm.util.files import atomic_write_text
+    from inform_rm.world.worlds import WorldConfig, make_pairs
 
     if (folder / "backbone").exists():
         return
@@ -98,10 +98,10 @@ def train_language_model(folder: Path, seed: int) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-    from inform_rm.encoding import encode
-    from inform_rm.tokenizer import load_tokenizer
-    from inform_rm.world_backbone import write_backbone
-    from inform_rm.worlds import WorldConfig, sample_prompts, sample_responses
+    from inform_rm.data.encoding import encode
+    from inform_rm.data.tokenizer import load_tokenizer
+    from inform_rm.world.backbone import write_backbone
+    from inform_rm.world.worlds import WorldConfig, sample_prompts, sample_responses
 
     if (folder / "backbone").exists():
         return
@@ -128,9 +128,9 @@ def train_language_model(folder: Path, seed: int) -> None:
 def one_run(folder: Path, seed: int, name: str, method: str) -> None:
     """Train one model; accuracy after UPDATES and at the end, and the audit of the model after UPDATES."""
     from inform_rm import decompose, evaluate, train
-    from inform_rm.files import write_json
-    from inform_rm.scoring import RewardScorer
+    from inform_rm.scoring.scorer import RewardScorer
     from inform_rm.training.config import config_from_mapping
+    from inform_rm.util.files import write_json
 
     run = folder / name / method
     if (run / "measured.json").exists():
@@ -188,7 +188,7 @@ def mean_and_interval(values: list[float]) -> tuple[float, float, float]:
 
 def write_table(output: Path, seeds: list[int], minutes: float) -> None:
     """Accuracy at equal updates and at equal compute, differences to BT, and the audits."""
-    from inform_rm.files import atomic_write_text, versions, write_json
+    from inform_rm.util.files import atomic_write_text, versions, write_json
 
     measured = {
         (name, method): [json.loads((output / str(seed) / name / method / "measured.json").read_text())
@@ -269,8 +269,8 @@ def write_planes(folder: Path, path: Path) -> None:
     from matplotlib.figure import Figure
 
     from inform_rm.eval.decompose_report import draw_plane
-    from inform_rm.files import atomic_write_bytes
-    from inform_rm.page import figure_png
+    from inform_rm.util.files import atomic_write_bytes
+    from inform_rm.util.page import figure_png
 
     figure = Figure(figsize=(10.5, 9.5), layout="constrained")
     for axes, (method, name) in zip(

@@ -54,8 +54,8 @@ def main() -> None:
 
 def write_training_pairs(shared: Path, output: Path) -> None:
     """The seeded subset of each training file, as files that the training reads."""
-    from inform_rm.files import atomic_write_text
-    from inform_rm.preferences import load_preferences
+    from inform_rm.data.preferences import load_preferences
+    from inform_rm.util.files import atomic_write_text
 
     for name, count in TRAIN_PAIRS.items():
         pairs = (
@@ -71,8 +71,8 @@ def one_run(shared: Path, output: Path, run: str) -> None:
     from transformers import set_seed
 
     from inform_rm import InfoRMForSequenceClassification, evaluate, train
-    from inform_rm.scoring import RewardScorer
-    from inform_rm.tokenizer import load_tokenizer
+    from inform_rm.data.tokenizer import load_tokenizer
+    from inform_rm.scoring.scorer import RewardScorer
     from inform_rm.training.config import config_from_mapping
 
     kind, seed = run.split("-")
@@ -117,8 +117,8 @@ def fit_probe(scorer: Any, files: list[Path]) -> None:
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.model_selection import KFold
 
-    from inform_rm.encoding import encode_pairs
-    from inform_rm.preferences import load_preferences
+    from inform_rm.data.encoding import encode_pairs
+    from inform_rm.data.preferences import load_preferences
 
     pairs = concatenate_datasets([load_preferences(file).dataset for file in files]).shuffle(seed=0)
     limits = {name: SETTINGS[name] for name in ("max_length", "overlong")}
@@ -143,9 +143,9 @@ def fit_probe(scorer: Any, files: list[Path]) -> None:
 
 def write_table(shared: Path, output: Path, runs: list[str], minutes: float) -> None:
     """Accuracy per test set: mean and range over seeds, and the interval of all seeds' pairs taken as one test."""
-    from inform_rm.files import atomic_write_text, versions, write_json
-    from inform_rm.preferences import load_preferences
-    from inform_rm.statistics import wilson_interval
+    from inform_rm.data.preferences import load_preferences
+    from inform_rm.util.files import atomic_write_text, versions, write_json
+    from inform_rm.util.intervals import wilson_interval
 
     results: dict[str, dict[str, Any]] = {
         run: {name: json.loads((output / run / "eval" / name / "result.json").read_text()) for name in TEST_PAIRS}

@@ -59,10 +59,10 @@ def main() -> None:
 def one_run(shared: Path, output: Path, seed: int, name: str, method: str) -> None:
     """Train one model; accuracy after UPDATES and at the end, audits of the model after UPDATES."""
     from inform_rm import decompose, evaluate, train
-    from inform_rm.files import atomic_write_text, write_json
-    from inform_rm.preferences import load_preferences
-    from inform_rm.scoring import RewardScorer
+    from inform_rm.data.preferences import load_preferences
+    from inform_rm.scoring.scorer import RewardScorer
     from inform_rm.training.config import config_from_mapping
+    from inform_rm.util.files import atomic_write_text, write_json
 
     run = output / str(seed) / name / method
     if (run / "measured.json").exists():
@@ -112,7 +112,7 @@ def one_run(shared: Path, output: Path, seed: int, name: str, method: str) -> No
 
 def write_table(output: Path, seeds: list[int], minutes: float) -> None:
     """Accuracy per test set and audits, means over seeds with every seed's value."""
-    from inform_rm.files import atomic_write_text, versions, write_json
+    from inform_rm.util.files import atomic_write_text, versions, write_json
 
     audits = [f"audit {test}" for test in AUDITED_PAIRS]
     lines = ["| trained on | method | updates | time | " + " | ".join(TEST_PAIRS) + " |"]

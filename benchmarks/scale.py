@@ -101,9 +101,9 @@ def checkpoint_bytes(shared: Path) -> dict[str, float]:
 
 def tokens_of_a_pair(shared: Path, name: str) -> int:
     """Mean tokens of a pair of a real set, the shared prompt counted once."""
-    from inform_rm.encoding import encode_pairs
-    from inform_rm.preferences import load_preferences
-    from inform_rm.tokenizer import load_tokenizer
+    from inform_rm.data.encoding import encode_pairs
+    from inform_rm.data.preferences import load_preferences
+    from inform_rm.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(shared / "models" / "smollm2-135m-first6-v16k"), chat_template="plain")
     pairs = load_preferences(shared / "data" / name / "train.jsonl.gz").dataset.select(range(500))

@@ -30,10 +30,10 @@ from typing import Any
 import httpx
 import torch
 
+from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.errors import InputError
-from inform_rm.files import atomic_write_text, versions, write_json
-from inform_rm.scoring import RewardScorer
-from inform_rm.tokenizer import load_tokenizer
+from inform_rm.scoring.scorer import RewardScorer
+from inform_rm.util.files import atomic_write_text, versions, write_json
 
 BACKBONE = "models/smollm2-135m-first6-v16k"
 TOLERANCE = 1e-5

@@ -88,7 +88,7 @@ def measure_head(shared: Path) -> list[Contest]:
 
 def measure_row_length(shared: Path) -> list[Contest]:
     """Packed training and scoring with rows of at most so many tokens."""
-    from inform_rm.scoring import RewardScorer
+    from inform_rm.scoring.scorer import RewardScorer
 
     grouped, _ = training_pairs(shared, "qa-feedback", 16)
     model = fresh_inform_rm(shared, "standard").eval()
@@ -171,7 +171,7 @@ def ours(
 ) -> Contestant:
     from transformers import TrainingArguments
 
-    from inform_rm.packing import use_packed_attention
+    from inform_rm.scoring.packing import use_packed_attention
     from inform_rm.training.trainer import PackedPairCollator, PairCollator, RewardTrainer
 
     tokenizer = tokenizer_of(shared)
@@ -246,7 +246,7 @@ def common_arguments() -> dict[str, Any]:
 
 def measure_scoring(shared: Path) -> list[Contest]:
     """Responses a second, from text to rewards: pairs as they are, and the best of 16 responses to a prompt."""
-    from inform_rm.preferences import load_preferences
+    from inform_rm.data.preferences import load_preferences
 
     pairs = load_preferences(shared / "data/hh-rlhf/test.jsonl.gz", on_bad_row="skip").dataset.shuffle(seed=0)
     pairs = pairs.select(range(48))
@@ -263,7 +263,7 @@ def measure_scoring(shared: Path) -> list[Contest]:
 def scoring_contest(shared: Path, name: str, prompts: list[Any], responses: list[str]) -> Contest:
     from transformers import pipeline
 
-    from inform_rm.scoring import RewardScorer
+    from inform_rm.scoring.scorer import RewardScorer
 
     tokenizer = tokenizer_of(shared)
     model = fresh_inform_rm(shared, "standard").eval()
@@ -295,7 +295,7 @@ def texts_of_length(
     shared: Path, num_prompts: int, prompt_tokens: int, num_responses: int, response_tokens: int
 ) -> tuple[list[Any], list[str]]:
     """Real prompts and responses of hh-rlhf whose lengths are nearest to those asked for; each with each."""
-    from inform_rm.preferences import load_preferences
+    from inform_rm.data.preferences import load_preferences
 
     tokenizer = tokenizer_of(shared)
     pairs = load_preferences(shared / "data/hh-rlhf/train.jsonl.gz", on_bad_row="skip").dataset
@@ -316,7 +316,7 @@ def texts_of_length(
 
 def measure_grid(shared: Path) -> list[Contest]:
     """The gap grid: both responses of every pair under every prompt, against plain forward passes."""
-    from inform_rm.scoring import RewardScorer
+    from inform_rm.scoring.scorer import RewardScorer
 
     tokenizer = tokenizer_of(shared)
     model = fresh_inform_rm(shared, "standard").eval()
@@ -368,7 +368,7 @@ def measure_growth(shared: Path) -> list[Contest]:
 
 
 def growth_contest(shared: Path, name: str, varied: str, values: list[int], base: dict[str, int]) -> Contest:
-    from inform_rm.scoring import RewardScorer
+    from inform_rm.scoring.scorer import RewardScorer
 
     scorer = RewardScorer(fresh_inform_rm(shared, "standard").eval())
     contestants = {}
@@ -411,7 +411,7 @@ def write_profile(shared: Path, path: Path) -> None:
     """Where the time of packed training and of packed scoring goes, by operation."""
     from torch.profiler import ProfilerActivity, profile
 
-    from inform_rm.scoring import RewardScorer
+    from inform_rm.scoring.scorer import RewardScorer
 
     training = ours(shared, training_pairs(shared, "qa-feedback", 8)[0], "packed")
     scorer = RewardScorer(fresh_inform_rm(shared, "standard").eval())
@@ -448,14 +448,14 @@ WITH_MEMORY = ("train", "large", "score", "grid")
 
 @cache
 def tokenizer_of(shared: Path) -> Any:
-    from inform_rm.tokenizer import load_tokenizer
+    from inform_rm.data.tokenizer import load_tokenizer
 
     return load_tokenizer(shared / BACKBONE, chat_template=str(TEMPLATE))
 
 
 def encoded_pairs(shared: Path, source: str, count: int) -> tuple[Any, Any]:
-    from inform_rm.encoding import encode_pairs
-    from inform_rm.preferences import load_preferences
+    from inform_rm.data.encoding import encode_pairs
+    from inform_rm.data.preferences import load_preferences
 
     tokenizer = tokenizer_of(shared)
     folder = shared / "data" / source

@@ -2,9 +2,9 @@
 
     python benchmarks/streaming.py --shared ../shared --output runs/streaming
 
-Pairs are drawn from the demo's world (`inform_rm.worlds`), several prompts and responses joined to a realistic length,
-and lie in a folder of 20 Parquet files. Each measurement has a process of its own, which iterates and encodes without
-training; its resident memory is sampled, with what its workers do not share with it.
+Pairs are drawn from the demo's world (`inform_rm.world.worlds`), several prompts and responses joined to a realistic
+length, and lie in a folder of 20 Parquet files. Each measurement has a process of its own, which iterates and encodes
+without training; its resident memory is sampled, with what its workers do not share with it.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ITERATE = """
 import itertools, json, resource, sys, time
 start = time.perf_counter()
 from torch.utils.data import DataLoader
-from inform_rm.tokenizer import load_tokenizer
+from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.stream_sources import open_stream
 from inform_rm.training.streaming import PairStream
@@ -93,7 +93,7 @@ def main() -> None:
         results[name], _ = measured(model, generated(output, most), 8, 0, skipped, 1)
         print(name, results[name], flush=True)
 
-    from inform_rm.files import versions, write_json
+    from inform_rm.util.files import versions, write_json
 
     report = {"cpu": cpu_name(), "versions": versions(), "processes": arguments.processes, "results": results,
               "curves": curves}  # fmt: skip
@@ -107,7 +107,7 @@ def generated(output: Path, count: int) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from inform_rm.worlds import WorldConfig, make_pairs
+    from inform_rm.world.worlds import WorldConfig, make_pairs
 
     folder = output / f"pairs-{count}"
     if not folder.exists():

@@ -38,7 +38,7 @@ if os.environ.get("TRAJECTORY") == "fsdp2" and "RANK" in os.environ:
 
     AcceleratorState.__init__ = init
 """
-CONFIGS = Path(__file__).resolve().parents[1] / "src" / "inform_rm" / "training" / "accelerate_configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "inform_rm" / "training" / "accelerate_configs"
 RUNS = {"one": ("single_process", 1, "NO"), "ddp": ("ddp", 2, "MULTI_CPU"), "fsdp2": ("fsdp2", 2, "FSDP")}
 
 

@@ -38,7 +38,9 @@ def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.Z
     source = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(checkout / name, source)
-    shutil.copytree(checkout / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    shutil.copytree(
+        checkout / "inform_rm", source / "inform_rm", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__")
+    )
     output = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", output, source]
     subprocess.run(build, check=True, capture_output=True, timeout=120)
@@ -48,8 +50,8 @@ def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.Z
 
 def test_wheel_holds_every_source_file_and_nothing_else(wheel, checkout):
     expected = {
-        path.relative_to(checkout / "src").as_posix()
-        for path in (checkout / "src/inform_rm").rglob("*")
+        path.relative_to(checkout).as_posix()
+        for path in (checkout / "inform_rm").rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected

@@ -65,7 +65,7 @@ def rewards_of(model, tokenizer, padding_side: str) -> list[float]:
 
 def export(folder: Path) -> None:
     import inform_rm
-    from inform_rm.hub import export_model
+    from inform_rm.hub.export import export_model
 
     tokenizer = build_tokenizer()
     expected = {}

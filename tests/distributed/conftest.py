@@ -35,7 +35,7 @@ FSDP2 = {
 # Says how many forward passes each process made.
 COUNT_PASSES = """
 import atexit, os
-from inform_rm import scoring
+from inform_rm.scoring.scorer import scorer as scoring
 passes = [0]
 plain = scoring.RewardScorer._packed_forward
 def counted(self, *arguments):

@@ -7,8 +7,8 @@ import pytest
 
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.evaluate import evaluate
-from inform_rm.score_files import score_file
-from inform_rm.scoring import RewardScorer
+from inform_rm.scoring.score_files import score_file
+from inform_rm.scoring.scorer import RewardScorer
 
 pytestmark = pytest.mark.distributed
 
@@ -18,7 +18,7 @@ TOKENS = 300  # per batch: some ten batches, so that both processes have several
 ALL = """
 import sys
 from inform_rm.cli import main
-from inform_rm.processes import is_main_process
+from inform_rm.util.processes import is_main_process
 
 for line in open(sys.argv[1]):
     code = main(line.split())

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from inform_rm import evaluate_suite
-from inform_rm.scoring import RewardScorer
+from inform_rm.scoring.scorer import RewardScorer
 
 pytestmark = pytest.mark.distributed
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
-from inform_rm.scoring import RewardScorer
+from inform_rm.scoring.scorer import RewardScorer
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification, evaluate
-from inform_rm.encoding import encode
+from inform_rm.data.encoding import encode
 from inform_rm.errors import InputError
 from inform_rm.eval.accuracy import expected_calibration_error, pairwise_accuracy, reliability_bins, wilson_interval
-from inform_rm.scoring import NonFiniteRewardError, RewardScorer
+from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer
 
 REWARDS = st.one_of(st.integers(-3, 3).map(float), st.floats(-1e4, 1e4, width=32))
 PAIRS = st.lists(

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from inform_rm import decompose, evaluate
-from inform_rm.decomposition import decompose_gaps, sample_prompts, tempered_weights
-from inform_rm.encoding import encode
+from inform_rm.data.encoding import encode
+from inform_rm.decomposition.prompt_free_gap import decompose_gaps, sample_prompts, tempered_weights
 from inform_rm.errors import InputError
-from inform_rm.worlds import WorldConfig, gold_reward, make_pairs
+from inform_rm.world.worlds import WorldConfig, gold_reward, make_pairs
 
 NOUNS = ["apple", "sky", "sea", "rose", "basket", "colour", "fruit", "grass", "sentence", "number"]
 

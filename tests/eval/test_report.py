@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from inform_rm.eval import report
 from inform_rm.eval.accuracy import pairwise_accuracy, reliability_bins
-from inform_rm.page import figure_png, png_data_uri
+from inform_rm.util.page import figure_png, png_data_uri
 
 
 def make_result(subsets=("sky", "sea", "sea", "sky"), name="some/model"):

@@ -9,11 +9,11 @@ from datasets import Dataset
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.errors import InputError
-from inform_rm.eval.early_stopping import CSIEarlyStopping
-from inform_rm.eval.latents import collect_latents
-from inform_rm.eval.outliers import cluster_separation_index, fit_mahalanobis
+from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
+from inform_rm.eval.detection.latents import collect_latents
+from inform_rm.eval.detection.outliers import cluster_separation_index, fit_mahalanobis
 from inform_rm.integrations.trl import OveroptimizationCallback, RewardFunction
-from inform_rm.scoring import RewardScorer
+from inform_rm.scoring.scorer import RewardScorer
 
 PROMPTS = [f"{number} red apples" for number in range(12)]
 REFERENCE = [(prompt, f"So {prompt} it is" + " then" * (number % 4)) for number, prompt in enumerate(PROMPTS * 3)]

@@ -15,9 +15,9 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from inform_rm.eval.suite_scores import ScoredItem, ties_score, weighted_mean
-from inform_rm.eval.suites import SUITES
-from inform_rm.scoring import RewardScorer
+from inform_rm.eval.suites.scores import ScoredItem, ties_score, weighted_mean
+from inform_rm.eval.suites.tables import SUITES
+from inform_rm.scoring.scorer import RewardScorer
 
 TOLERANCE = 1e-5  # DESIGN's "one score"
 

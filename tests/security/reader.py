@@ -14,19 +14,19 @@ from pathlib import Path
 
 import torch
 
-from inform_rm.encoding import encode_pairs
-from inform_rm.ensembles import average_weights
-from inform_rm.hub import export_model
-from inform_rm.journal import RewardJournal
-from inform_rm.likelihoods import load_likelihood
-from inform_rm.preferences import load_preferences
-from inform_rm.reward_models import load_reward_model
-from inform_rm.score_rows import read_score_rows
-from inform_rm.scoring import RewardScorer
-from inform_rm.sources import source_digest
-from inform_rm.tokenizer import load_tokenizer, render
+from inform_rm.data.encoding import encode_pairs
+from inform_rm.data.preferences import load_preferences
+from inform_rm.data.response_rows import read_score_rows
+from inform_rm.data.sources import source_digest
+from inform_rm.data.tokenizer import load_tokenizer, render
+from inform_rm.decomposition.likelihoods import load_likelihood
+from inform_rm.hub.averaging import average_weights
+from inform_rm.hub.export import export_model
+from inform_rm.scoring.reward_models import load_reward_model
+from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.training.config import read_config
 from inform_rm.training.run import train
+from inform_rm.util.journal import RewardJournal
 
 MEMORY = 3 << 30  # bytes of address space beyond what the imports took
 SECONDS = 30  # of processor time

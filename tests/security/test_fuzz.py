@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from inform_rm.data.preferences import load_preferences
+from inform_rm.data.response_rows import read_score_rows
 from inform_rm.errors import InputError
-from inform_rm.journal import RewardJournal
-from inform_rm.preferences import load_preferences
-from inform_rm.score_rows import read_score_rows
+from inform_rm.safety.checkpoints import check_checkpoint
 from inform_rm.training.config import read_config
-from inform_rm.untrusted import check_checkpoint
+from inform_rm.util.journal import RewardJournal
 
 fuzz = settings(suppress_health_check=list(HealthCheck))
 ROWS = [

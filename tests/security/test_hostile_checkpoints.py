@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModel
 from transformers.initialization import no_init_weights
 
-from inform_rm.untrusted import _estimated_numbers
+from inform_rm.safety.checkpoints import _estimated_numbers
 
 MOST_MEBIBYTES = 700  # the tiny model itself takes some 30
 READ = "read"

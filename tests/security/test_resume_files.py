@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from inform_rm.errors import InputError
-from inform_rm.training.checkpoints import COMPLETE_FILE, complete_checkpoints, mark_complete
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.run import train
+from inform_rm.util.checkpoints import COMPLETE_FILE, complete_checkpoints, mark_complete
 
 
 class Payload:

@@ -5,7 +5,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
-from inform_rm.scoring import RewardScorer
+from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.serving.app import create_app
 
 

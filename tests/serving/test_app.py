@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from inform_rm.data.tokenizer import render
 from inform_rm.errors import InputError
-from inform_rm.scoring import RewardScorer
+from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.serving import gate
 from inform_rm.serving.app import Limits, create_app
-from inform_rm.tokenizer import render
 
 JSON = {"content-type": "application/json"}
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from inform_rm.encoding import Encoded
-from inform_rm.ensembles import EnsembleScorer
-from inform_rm.scoring import NonFiniteRewardError, RewardScorer
+from inform_rm.data.encoding import Encoded
+from inform_rm.scoring.ensembles import EnsembleScorer
+from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer
 from inform_rm.serving.batcher import QueueFullError, TokenBatcher
 
 

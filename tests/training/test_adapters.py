@@ -13,12 +13,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from inform_rm.adapters import load_adapter_model
 from inform_rm.errors import InputError
 from inform_rm.eval.evaluate import evaluate
-from inform_rm.hub import export_model
-from inform_rm.packing import why_not_packed
-from inform_rm.scoring import RewardScorer
+from inform_rm.hub.export import export_model
+from inform_rm.scoring.adapters import load_adapter_model
+from inform_rm.scoring.packing import why_not_packed
+from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.models import add_adapters, load_model
 from inform_rm.training.run import train

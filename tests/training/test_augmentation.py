@@ -6,8 +6,8 @@ import json
 import pytest
 from datasets import Dataset
 
+from inform_rm.data.preferences import load_preferences
 from inform_rm.errors import InputError
-from inform_rm.preferences import load_preferences
 from inform_rm.training.augmentation import add_non_contextual_pairs
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.run import train

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from inform_rm.scoring import RewardScorer
+from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.run import train
 

@@ -19,11 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from inform_rm.errors import InputError
-from inform_rm.files import file_digest
-from inform_rm.training.checkpoints import complete_checkpoints, is_complete
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.run import train
 from inform_rm.training.trainer import NonFiniteLossError
+from inform_rm.util.checkpoints import complete_checkpoints, is_complete
+from inform_rm.util.files import file_digest
 
 KILLS = 32
 
@@ -120,7 +120,7 @@ import json, os, resource, sys
 from pathlib import Path
 from transformers import AutoModelForSequenceClassification
 from inform_rm.training import trainer
-from inform_rm.training.checkpoints import complete_checkpoints
+from inform_rm.util.checkpoints import complete_checkpoints
 from inform_rm.training.config import config_from_mapping
 from inform_rm.training.run import train
 
@@ -226,7 +226,7 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_changes_nothing(settings, 
     """One token has an embedding of infinities; it stands in one row only."""
     model = AutoModelForCausalLM.from_pretrained(causal_lm_dir("llama"))
     shutil.copytree(causal_lm_dir("llama"), tmp_path / "broken")
-    from inform_rm.tokenizer import load_tokenizer
+    from inform_rm.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(causal_lm_dir("llama"))
     rows = [json.loads(line) for line in pairs_file.open()]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from inform_rm.decomposition import decompose_gaps, tempered_weights
-from inform_rm.encoding import encode
+from inform_rm.data.encoding import encode
+from inform_rm.decomposition.prompt_free_gap import decompose_gaps, tempered_weights
 from inform_rm.errors import InputError
-from inform_rm.scoring import NonFiniteRewardError
+from inform_rm.scoring.scorer import NonFiniteRewardError
 from inform_rm.training import prioritized
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.prioritized import PrioritizedRewardTrainer

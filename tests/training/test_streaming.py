@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from inform_rm.encoding import encode_pairs
+from inform_rm.data.encoding import encode_pairs
+from inform_rm.data.pairs import BadRow
+from inform_rm.data.preferences import load_preferences
 from inform_rm.errors import InputError
-from inform_rm.pairs import BadRow
-from inform_rm.preferences import load_preferences
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.run import train
 from inform_rm.training.stream_sources import hub_shards, open_stream

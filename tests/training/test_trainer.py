@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from inform_rm.errors import InputError
-from inform_rm.hub_scan import scan_folder
+from inform_rm.safety.uploads import scan_folder
 from inform_rm.training.config import TrainingConfig
 from inform_rm.training.data import load_training_pairs
 from inform_rm.training.losses import reward_model_loss

@@ -1,0 +1,357 @@
+"""Which column of a source is what: the mapping of columns, what was not read, and what is refused instead of guessed.
+
+A column is read because it has the field's own name, or because the mapping says so (``columns``, on the command line
+``--columns prompt=question margin=score``). Everything else is not read, and said: `Reading` counts it. A column that
+would change what the model reads (``images``, ``tools``, ``input`` beside ``prompt``, ...) is refused by name, with
+the mapping that reads it or leaves it out.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from inform_rm.data.messages import Fault, Message, checked_prompt, conversation, found, has_text, prompt_messages
+from inform_rm.errors import InputError, shortened
+
+logger = logging.getLogger(__name__)
+
+PAIR_FIELDS = ("prompt", "chosen", "rejected", "system", "history", "margin", "subset", "id")
+ROW_FIELDS = ("prompt", "response", "system", "history")
+SHARED_PREFIX = "shared_prefix"
+SIDES = ("reply", "whole")
+
+# Part of what the model would have read, and nothing that a conversation of texts can hold.
+_NOT_ENCODED = (
+    "tools", "functions", "images", "image", "videos", "video", "audios", "audio", "documents", "chat_template_kwargs",
+)  # fmt: skip
+# Very likely the field, under another name; to read it or not would be a guess.
+_OTHER_NAMES = {
+    "system": ("system_prompt", "system_message", "sys_prompt", "system_instruction"),
+    "history": ("chat_history", "conversation_history", "dialogue_history", "previous_messages", "past_messages"),
+}
+_PARTS_OF_PROMPT = ("input", "context")
+_LIKE_PROMPT = (
+    "question", "instruction", "query", "problem", "user_prompt", "user", "request", "task", "post", "article",
+    "conversations", "conversation", "messages", "dialogue", "dialog", "input", "text", "source",
+)  # fmt: skip
+_LIKE_SIDES = (
+    ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected"), ("preferred", "dispreferred"),
+    ("chosen_answer", "rejected_answer"), ("accepted", "rejected"), ("chosen", "reject"), ("response_j", "response_k"),
+    ("positive", "negative"), ("pos", "neg"), ("winner", "loser"), ("win", "lose"), ("better", "worse"),
+    ("good", "bad"), ("chosen_messages", "rejected_messages"),
+)  # fmt: skip
+_LIKE_RESPONSE = ("completion", "answer", "output", "reply", "chosen", "generation", "model_output", "text")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the fields of a row are.
+
+    Attributes:
+        given: field to column, or to several joined by "+"; other fields are read under their own names.
+        ignored: columns that are knowingly not read.
+        sides: ``"reply"``: chosen and rejected are replies, whatever they begin with; ``"whole"``: they begin with the
+            prompt, which is cut off; ``None``: not said.
+        layout: the same as most rows of the source show it, for plain text where ``sides`` is not said; ``"unclear"``:
+            some begin with the prompt and some do not, so that one that does is refused. ``None``: what the row shows.
+    """
+
+    given: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    sides: str | None = None
+    layout: str | None = None
+
+    @classmethod
+    def of(cls, columns: "Mapping[str, str] | Columns | None", fields: tuple[str, ...] = PAIR_FIELDS) -> "Columns":
+        """The mapping as a user gives it: field to column, ``ignore`` to columns, ``sides`` to one of `SIDES`.
+
+        Raises:
+            InputError: an unknown field, or a value that is no name.
+        """
+        if isinstance(columns, Columns):
+            return columns
+        given = dict(columns or {})
+        for name, column in given.items():
+            if not isinstance(name, str) or not isinstance(column, str) or not column.strip("+ "):
+                raise InputError(f"columns: {name!r} is {column!r}; expected the name of a column.")
+        known = (*fields, "ignore", *(("sides",) if "chosen" in fields else ()))
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise InputError(
+                f"columns: {unknown[0]!r} is no field; expected FIELD=COLUMN with one of {', '.join(known)}."
+            )
+        ignored = given.pop("ignore", "")
+        sides = given.pop("sides", None)
+        if sides not in (None, *SIDES):
+            raise InputError(f"columns: sides is {sides!r}; expected one of {', '.join(SIDES)}.")
+        return cls(given, tuple(name for name in ignored.split("+") if name), sides)
+
+    def value(self, record: Mapping[str, Any], name: str, required: bool = False) -> Any:
+        """What a row holds for a field; ``None`` where it holds nothing.
+
+        Raises:
+            Fault: a column that the mapping names for a required field is not there.
+        """
+        column = self.given.get(name, name)
+        if column in record:
+            return record[column]
+        parts = column.split("+")
+        if len(parts) > 1 and all(part in record for part in parts):
+            return _joined(column, [record[part] for part in parts])
+        if required and name in self.given:
+            raise Fault(
+                "missing field",
+                f"no column {column!r}, which columns names for {name!r}. Its fields are {names(record)}.",
+            )
+        return None
+
+    def read(self, fields: tuple[str, ...]) -> dict[str, str]:
+        """Column to field, of all columns that are read where they are there."""
+        mapped: dict[str, str] = {}
+        for name in fields:
+            column = self.given.get(name, name)
+            mapped |= dict.fromkeys([column, *column.split("+")], name)
+        return mapped
+
+
+@dataclass
+class Reading:
+    """How the rows of a source were read, counted as they come.
+
+    Attributes:
+        rows: read so far.
+        read: field to column.
+        layouts: what was done to rows that needed more than taking their columns, with the number of rows.
+        unread: columns that were not read and held something, with the number of rows.
+    """
+
+    rows: int = 0
+    read: dict[str, str] = field(default_factory=dict)
+    layouts: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    _mapped: dict[str, str] | None = None
+
+    def add_row(self, record: Mapping[str, Any], columns: Columns, fields: tuple[str, ...]) -> None:
+        """Count the columns of a row."""
+        self.rows += 1
+        mapped = self._mapped = columns.read(fields) if self._mapped is None else self._mapped
+        for column, value in record.items():
+            if column in mapped:
+                if value is not None:
+                    name = mapped[column]
+                    self.read.setdefault(name, columns.given.get(name, name))
+            elif not _is_empty(value):
+                self.unread[str(column)] += 1
+
+    def check_given(self, columns: Columns, where: str) -> None:
+        """Refuse a mapping of which a column was in no row.
+
+        Raises:
+            InputError: naming column and field.
+        """
+        for name, column in columns.given.items():
+            if self.rows and name not in self.read and column != SHARED_PREFIX:
+                raise InputError(
+                    f"{where}: columns names {column!r} for {name!r}, which no row has. Correct the name."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "columns": dict(self.read),
+            "layouts": dict(sorted(self.layouts.items())),
+            "unread_columns": dict(sorted(self.unread.items())),
+        }
+
+
+def log_reading(source: str, reading: Reading) -> None:
+    """One log line about columns that were not read, and what else rows needed than taking their columns."""
+    lines = lines_of(reading.to_dict(), reading.rows)[1:]
+    if lines:
+        logger.warning("%s: %s", source, "; ".join(lines))
+
+
+def lines_of(reading: Mapping[str, Any], rows: int) -> list[str]:
+    """What a reading (`Reading.to_dict`) says, in lines for people.
+
+    Example:
+        >>> lines_of({"columns": {"prompt": "question"}, "layouts": {}, "unread_columns": {"score": 3}}, 3)
+        ['columns prompt=question', 'not read: score (3 of 3 rows)']
+    """
+    lines = ["columns " + ", ".join(f"{name}={column}" for name, column in reading["columns"].items())]
+    lines += [f"{text}: {number:,} of {rows:,} rows" for text, number in reading["layouts"].items()]
+    if reading["unread_columns"]:
+        unread = (f"{name} ({number:,} of {rows:,} rows)" for name, number in reading["unread_columns"].items())
+        lines.append("not read: " + ", ".join(unread))
+    return lines
+
+
+def names(record: Mapping[str, Any]) -> str:
+    """The columns of a row, for a message."""
+    return shortened(", ".join(repr(str(key)) for key in record), 300) or "none"
+
+
+def check_not_encoded(record: Mapping[str, Any], columns: Columns) -> None:
+    """Refuse a row with a column that would change the conversation and is not read.
+
+    Raises:
+        Fault: naming the column and both ways out.
+    """
+    read = columns.read(("prompt", "system", "history"))
+
+    def is_there(column: str) -> bool:
+        return column not in read and column not in columns.ignored and not _is_empty(record.get(column))
+
+    not_encoded = [column for column in _NOT_ENCODED if is_there(column)]
+    if not_encoded:
+        listed, ignore = ", ".join(map(repr, not_encoded)), "ignore=" + "+".join(not_encoded)
+        hint = " Write the tools into the system message." if {"tools", "functions"} & set(not_encoded) else ""
+        raise Fault(
+            "unsupported",
+            f"{listed} {'is' if len(not_encoded) == 1 else 'are'} not encoded, and would change what a model reads."
+            f"{hint} To read the rows without: columns {ignore} (--columns {ignore}).",
+        )
+    for name, others in _OTHER_NAMES.items():
+        for column in others:
+            if is_there(column):
+                raise Fault(
+                    "unread column",
+                    f"{column!r} looks like the field {name!r}, but is not read. Say columns {name}={column} "
+                    f"(--columns {name}={column}), or ignore={column}.",
+                )
+    for column in _PARTS_OF_PROMPT:
+        if is_there(column) and record.get("prompt") is not None and "prompt" not in columns.given:
+            raise Fault(
+                "unread column",
+                f"{column!r} beside 'prompt' may be a part of it, but is not read. Say columns prompt=prompt+{column} "
+                f"(--columns prompt=prompt+{column}), or ignore={column}.",
+            )
+
+
+def no_prompt(record: Mapping[str, Any], reason: str, fields: tuple[str, ...] = PAIR_FIELDS) -> Fault:
+    """The fault of a row without a prompt; it names the columns that were not read, and the likely one."""
+    unread = [key for key in map(str, record) if key not in fields and not _is_empty(record[key])]
+    likely = next((key for key in _LIKE_PROMPT if key in unread), None)
+    if likely == "instruction" and "input" in unread:
+        likely = "instruction+input"
+    advice = "Add 'prompt'"
+    if unread:
+        advice = f"Not read: {', '.join(map(repr, unread[:12]))}. " + (
+            f"{likely!r} may be it: say columns prompt={likely} (--columns prompt={likely}), or rename it"
+            if likely
+            else "Say columns prompt=COLUMN (--columns prompt=COLUMN), or rename it"
+        )
+    if "chosen" in fields:
+        advice += (
+            f". What both sides begin with is taken for the prompt only on demand: columns prompt={SHARED_PREFIX}"
+        )
+    return Fault("no prompt", f"no 'prompt', and {reason}. {advice}.")
+
+
+def no_side(record: Mapping[str, Any], name: str) -> Fault:
+    """The fault of a row without one of its sides; it names the likely columns."""
+    text = f"no '{name}'. Its fields are {names(record)}; add or rename the field"
+    pair = next((pair for pair in _LIKE_SIDES if all(part in record for part in pair)), None)
+    if pair is not None:
+        mapped = " ".join(
+            f"{own}={other}" for own, other in zip(("chosen", "rejected"), pair, strict=True) if own != other
+        )
+        text += f", or say columns {mapped} (--columns {mapped})"
+    return Fault("missing field", text + ".")
+
+
+def no_response(record: Mapping[str, Any]) -> Fault:
+    """The fault of a row to score without response."""
+    likely = next((name for name in _LIKE_RESPONSE if name in record), None)
+    hint = f", or say columns response={likely} (--columns response={likely})" if likely else ""
+    return Fault("missing field", f"no 'response'. Its fields are {names(record)}; add or rename the field{hint}.")
+
+
+def stated_prompt(record: Mapping[str, Any], columns: Columns, reading: Reading) -> list[Message] | None:
+    """The prompt that a row states, without its `system` and `history`; ``None`` without one.
+
+    Raises:
+        Fault: a prompt that is none.
+    """
+    value = columns.value(record, "prompt", required=columns.given.get("prompt") != SHARED_PREFIX)
+    if value is None:
+        return None
+    where = f"'{columns.given.get('prompt', 'prompt')}'"
+    if isinstance(value, str) and conversation(where, value, is_prompt=True) is not None:
+        reading.layouts["prompt is a transcript or a message list as text"] += 1
+    return prompt_messages(where, value)
+
+
+def with_earlier_turns(
+    record: Mapping[str, Any], columns: Columns, messages: list[Message], reading: Reading
+) -> list[Message]:
+    """The turns of a row's ``system`` and ``history`` in front of a prompt.
+
+    Raises:
+        Fault: they are no turns, or the prompt has such turns already.
+    """
+    history = _from_json(columns.value(record, "history"))
+    if not _is_empty(history):
+        if any(message["role"] == "assistant" for message in messages):
+            raise Fault("sides diverge", "'history' and a prompt of several turns: which comes first? Remove one.")
+        lead = [message for message in messages if message["role"] == "system"]
+        messages = [*lead, *_history(history), *messages[len(lead) :]]
+        reading.layouts["turns of 'history' come before the prompt"] += 1
+    system = columns.value(record, "system")
+    if system is not None and not isinstance(system, str):
+        raise Fault("wrong type", f"'system' is {found(system)}; expected text.")
+    if system is not None and has_text(system):
+        if messages[0]["role"] == "system" and messages[0]["content"].strip() != system.strip():
+            raise Fault("sides diverge", "'system' is not the system message of the prompt. Remove one of the two.")
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        reading.layouts["'system' is the first message"] += 1
+    return checked_prompt(messages)
+
+
+def _history(history: Any) -> list[Message]:
+    """Earlier turns: ``[user, assistant]`` pairs, or messages in any of their forms; they end with a reply."""
+    if isinstance(history, list) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in history
+    ):
+        turns = [
+            {"role": role, "content": text}
+            for pair in history
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        messages = conversation("'history'", turns)
+    else:
+        messages = conversation("'history'", history)
+    if messages is None:
+        raise Fault(
+            "wrong type", f"'history' is {found(history)}; expected [user, assistant] pairs of texts, or messages."
+        )
+    if messages[-1]["role"] != "assistant":
+        raise Fault("invalid roles", f"the last turn of 'history' is {messages[-1]['role']!r}; expected 'assistant'.")
+    return messages
+
+
+def _from_json(value: Any) -> Any:
+    """A list in text that is JSON, as cells of a CSV file hold it; other values as they are."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value  # refused where it is used
+    return value
+
+
+def _joined(column: str, values: list[Any]) -> str | None:
+    """Texts with an empty line between them; empty ones are left out, as in the instruction and input of Alpaca."""
+    for value in values:
+        if value is not None and not isinstance(value, str):
+            raise Fault("wrong type", f"a part of {column!r} is {found(value)}; only texts are joined.")
+    return "\n\n".join(value for value in values if value is not None and has_text(value)) or None
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict | tuple) and len(value) == 0)

@@ -1,0 +1,453 @@
+"""(prompt, response) -> token ids: the one place where text becomes what a model reads.
+
+With a chat template the ids are exactly those of `tokenizer.apply_chat_template`, so they match what TRL and servers
+feed. Without one, the ids are those of prompt + response as one text, with the end token added.
+
+A special token's name in a message (``</s>``, ``<|assistant|>``) becomes that token, as it does in
+`apply_chat_template`: who writes a response can end a turn in it and open another. `inform-rm check-data` counts such
+rows and names the first ones; remove or rewrite them where the text is not your own.
+"""
+
+import json
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, Features, Value
+
+from inform_rm.data.messages import Message, to_messages
+from inform_rm.data.pairs import BadRow
+from inform_rm.data.preferences import FEATURES
+from inform_rm.data.rendered_text import (
+    NotRenderedError,
+    is_reasoning_alone,
+    partly_rendered,
+    warn_of_loss,
+    what_is_lost,
+)
+from inform_rm.data.tokenizer import ids_of_rendered, render
+from inform_rm.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+OVERLONG_POLICIES = ("error", "drop", "truncate_prompt")
+BAD_ROW_POLICIES = ("error", "skip")
+
+
+_ENCODED_FEATURES = Features(
+    {
+        "chosen_input_ids": [Value("int32")],
+        "rejected_input_ids": [Value("int32")],
+        "prompt_length": Value("int32"),
+        "length": Value("int32"),
+        "margin": Value("float64"),
+        "subset": Value("string"),
+        "id": Value("string"),
+        "chosen_characters": Value("int32"),
+        "rejected_characters": Value("int32"),
+        "truncated": Value("bool"),
+        "lost": Value("string"),
+    }
+)
+_FAULT = "fault"  # column of `encode_pairs` alone: a bad row as JSON, or null
+
+_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "file", "row")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a prompt and of the response that follows it; ``lost`` is text that the template deleted."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    lost: str | None = None
+
+    @property
+    def input_ids(self) -> list[int]:
+        """What the model reads: prompt and response."""
+        return self.prompt_ids + self.response_ids
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Encoded pairs and what happened to the over-long ones.
+
+    Attributes:
+        dataset: Columns chosen_input_ids, rejected_input_ids, prompt_length (tokens at the start that both sides
+            share), length (tokens of the longer side), margin, subset, id, chosen_characters, rejected_characters.
+        counts: ``pairs`` given, ``overlong`` among them, and how many of those were ``dropped`` or ``truncated``; the
+            others are bad rows. ``partly_rendered``: ``n`` of the pairs in ``dataset`` of which the chat template
+            deleted text, and up to 5 ``examples``.
+        bad_rows: the pairs left out under ``on_bad_row="skip"``, in order.
+    """
+
+    dataset: Dataset
+    counts: dict[str, Any]
+    bad_rows: list[BadRow]
+
+
+def encode(tokenizer: Any, prompt: str | list[Message], response: str) -> Encoded:
+    """Token ids of one prompt and response; see `encode_many`."""
+    return encode_many(tokenizer, [prompt], [response])[0]
+
+
+def encode_many(tokenizer: Any, prompts: Sequence[str | list[Message]], responses: Sequence[str]) -> list[Encoded]:
+    """Token ids of prompts with their responses.
+
+    With a chat template: exactly `apply_chat_template(prompt + [reply])`, tokens after the end token included; the
+    prompt's share is the longest prefix that it has in common with the rendering that asks for a reply. Without one:
+    the tokenizer's ids of prompt + response (with whatever special tokens it adds), then the end token unless it is
+    there already.
+
+    Raises:
+        InputError: Several turns without a template, a conversation that the template refuses or of which it leaves
+            out a message (`NotRenderedError`), or a response that leaves no token.
+    """
+    if len(prompts) != len(responses):
+        raise InputError(f"{len(prompts)} prompts but {len(responses)} responses; expected one response a prompt.")
+    if not prompts:
+        return []
+    conversations = [to_messages(prompt) for prompt in prompts]
+    losses: list[str | None] = [None] * len(prompts)
+    if tokenizer.chat_template is None:
+        for messages in conversations:
+            if len(messages) > 1:
+                raise InputError(
+                    f"a prompt of {len(messages)} messages needs a chat template and the tokenizer has none. "
+                    "Pass chat_template='plain' or a template file."
+                )
+        texts = [messages[0]["content"] for messages in conversations]
+        starts = tokenizer(texts)["input_ids"]
+        full = tokenizer([text + response for text, response in zip(texts, responses, strict=True)])["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            full = [ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id] for ids in full]
+    else:
+        replies = [{"role": "assistant", "content": response} for response in responses]
+        # Both sides of a pair, and many cells of a gap grid, have one prompt: it is rendered once.
+        keys = [json.dumps(messages) for messages in conversations]
+        distinct = dict(zip(keys, conversations, strict=True))
+        rendered = render(tokenizer, list(distinct.values()), add_generation_prompt=True)
+        start_of = dict(zip(distinct, rendered, strict=True))
+        starts = [start_of[key] for key in keys]
+        dialogues = [[*turns, reply] for turns, reply in zip(conversations, replies, strict=True)]
+        texts = render(tokenizer, dialogues, tokenize=False)
+        losses = [what_is_lost(dialogue, text) for dialogue, text in zip(dialogues, texts, strict=True)]
+        full = ids_of_rendered(tokenizer, texts)
+    encoded = []
+    for start, ids, lost in zip(starts, full, losses, strict=True):
+        shared = shared_prefix_length(start, ids)
+        if shared == len(ids):
+            raise InputError("a response leaves no token after its prompt: the template or tokenizer discards it.")
+        encoded.append(Encoded(list(ids[:shared]), list(ids[shared:]), lost))
+    return encoded
+
+
+def encode_groups(
+    tokenizer: Any,
+    prompts: Sequence[str | list[Message]],
+    groups: Sequence[Sequence[str]],
+    refusal: Callable[[int, InputError], InputError],
+) -> list[list[Encoded]]:
+    """Token ids of prompts with several responses each: `encode_many` of all at once, with the fault's place named.
+
+    Args:
+        tokenizer: see `encode_many`.
+        prompts: N prompts.
+        groups: the responses to each.
+        refusal: makes the error to raise for the first prompt, by its place, that cannot be encoded, of its fault.
+    """
+    try:
+        flat = iter(
+            encode_many(
+                tokenizer,
+                [prompt for prompt, responses in zip(prompts, groups, strict=True) for _ in responses],
+                [response for responses in groups for response in responses],
+            )
+        )
+        return [[next(flat) for _ in responses] for responses in groups]
+    except InputError:
+        for place, (prompt, responses) in enumerate(zip(prompts, groups, strict=True)):
+            try:
+                encode_many(tokenizer, [prompt] * len(responses), responses)
+            except InputError as error:
+                raise refusal(place, error) from error
+        raise
+
+
+def shared_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens at the start that two sequences have in common.
+
+    Example:
+        >>> shared_prefix_length([1, 2, 3], [1, 2, 4, 3])
+        2
+    """
+    for position, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return position
+    return min(len(first), len(second))
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """Token ids of both sides, how many at the start are prompt tokens that they share, and what the template lost."""
+
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    prompt_length: int
+    lost: str | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer side, prompt included."""
+        return max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+def encode_sides(tokenizer: Any, batch: dict[str, list]) -> list[TokenPair]:
+    """Encode a batch of preference pairs (columns as in `preferences.FEATURES`).
+
+    Raises:
+        BadRow: A conversation that cannot be encoded, or two sides that become the same tokens.
+    """
+
+    def refusal(place: int, error: InputError) -> BadRow:
+        return not_encodable(batch["file"][place], batch["row"][place], error)
+
+    sides = list(zip(batch["chosen"], batch["rejected"], strict=True))
+    pairs = []
+    for place, (chosen, rejected) in enumerate(encode_groups(tokenizer, batch["prompt"], sides, refusal)):
+        for encoded, text in zip((chosen, rejected), sides[place], strict=True):
+            if encoded.lost is not None and is_reasoning_alone(text):
+                reason = (
+                    f"the chat template leaves nothing of a side: {encoded.lost}. Remove the row, or pass another "
+                )
+                raise refusal(place, NotRenderedError(reason + "chat_template (a file, or 'plain')."))
+        length = min(len(chosen.prompt_ids), len(rejected.prompt_ids))
+        pairs.append(TokenPair(chosen.input_ids, rejected.input_ids, length, _lost_of_sides(chosen, rejected)))
+    return pairs
+
+
+def not_encodable(file: str, row: int, error: InputError) -> BadRow:
+    """The bad row that `encode_many` refused."""
+    kind = "not rendered" if isinstance(error, NotRenderedError) else "not encodable"
+    return BadRow(file, row, str(error), kind)
+
+
+def _lost_of_sides(chosen: Encoded, rejected: Encoded) -> str | None:
+    if chosen.lost == rejected.lost:
+        return chosen.lost
+    sides = (("chosen", chosen.lost), ("rejected", rejected.lost))
+    return "; ".join(f"{side}: {lost}" for side, lost in sides if lost is not None)
+
+
+def check_sides_differ(pair: TokenPair, file: str, row: int) -> None:
+    """Raise `BadRow` when tokenizer or template leave no difference between the sides."""
+    if pair.chosen_ids == pair.rejected_ids:
+        raise BadRow(
+            file, row, "both sides become the same tokens (trimmed by the template, or unknown to the tokenizer). "
+            "Remove the row or use another tokenizer.", "identical tokens",
+        )  # fmt: skip
+
+
+def removable_prompt_tokens(pair: TokenPair, bos_token_id: int | None) -> tuple[int, int]:
+    """Leading tokens that truncation keeps (1 for a BOS token, else 0), and prompt tokens that it may remove."""
+    keep = int(pair.prompt_length > 0 and bos_token_id is not None and pair.chosen_ids[0] == bos_token_id)
+    return keep, pair.prompt_length - keep
+
+
+def truncate_prompt(pair: TokenPair, max_length: int, bos_token_id: int | None) -> TokenPair | None:
+    """The pair with as few prompt tokens removed as `max_length` needs, the same ones on both sides.
+
+    They go from the left, after a BOS token. None when the longer response does not fit even without its prompt.
+
+    Example:
+        >>> truncate_prompt(TokenPair([1, 5, 6, 7], [1, 5, 6, 8, 9], prompt_length=3), 4, bos_token_id=1)
+        TokenPair(chosen_ids=[1, 6, 7], rejected_ids=[1, 6, 8, 9], prompt_length=2, lost=None)
+    """
+    excess = max(0, pair.longest - max_length)
+    keep, removable = removable_prompt_tokens(pair, bos_token_id)
+    if excess > removable:
+        return None
+    chosen, rejected = (ids[:keep] + ids[keep + excess :] for ids in (pair.chosen_ids, pair.rejected_ids))
+    return TokenPair(chosen, rejected, pair.prompt_length - excess, pair.lost)
+
+
+def encode_each(tokenizer: Any, batch: dict[str, list]) -> list[TokenPair | BadRow]:
+    """`encode_sides`, with the fault of a pair that cannot be encoded in its place.
+
+    Pairs are encoded one at a time only where the batch as a whole cannot be.
+    """
+    try:
+        return [*encode_sides(tokenizer, batch)]
+    except InputError as error:
+        if len(batch["row"]) == 1:
+            if isinstance(error, BadRow):
+                return [error]
+            raise
+        singles = [{name: values[at : at + 1] for name, values in batch.items()} for at in range(len(batch["row"]))]
+        return [found for single in singles for found in encode_each(tokenizer, single)]
+
+
+def skippable(bad: BadRow) -> BadRow:
+    """The same fault for whoever meets it under ``on_bad_row="error"``: its reason names the way round it."""
+    reason = f"{bad.reason} (on_bad_row='skip' leaves bad rows out and lists them.)"
+    return BadRow(bad.file, bad.row, reason, bad.kind)
+
+
+def none_usable(number: int, bad_rows: Sequence[BadRow | str], max_length: int | None = None) -> InputError:
+    """The error for data of which nothing is left; without bad rows all of it was over-long."""
+    if not bad_rows:
+        return InputError(f"max_length: {max_length} leaves none of the {number} pairs. Raise it.")
+    shown = "; ".join(str(bad) for bad in bad_rows[:3])
+    return InputError(f"data: none of the {number} pairs can be used, {len(bad_rows)} are bad rows. {shown}")
+
+
+def encode_columns(
+    batch: dict[str, list],
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    overlong: str,
+    on_bad_row: str = "error",
+    kept: Sequence[str] = (),
+) -> tuple[dict[str, list], list[BadRow]]:
+    """Encode a batch of pairs; the arguments, the rules for them and the errors are those of `encode_pairs`.
+
+    Returns:
+        Its columns, ``truncated`` (whether the prompt was cut), ``lost`` (file, row and what the chat template
+        deleted, or None) and those named in ``kept``, without the pairs that were dropped or are bad; and the bad
+        rows.
+    """
+    columns: dict[str, list] = {name: [] for name in (*_ENCODED_FEATURES, *kept)}
+    bad_rows: list[BadRow] = []
+    for index, pair in enumerate(encode_each(tokenizer, batch)):
+        file, row = batch["file"][index], batch["row"][index]
+        is_overlong = isinstance(pair, TokenPair) and max_length is not None and pair.longest > max_length
+        try:
+            if isinstance(pair, BadRow):
+                raise pair
+            check_sides_differ(pair, file, row)
+            if is_overlong and overlong == "drop":
+                continue
+            if max_length is not None:
+                pair = fit_pair(pair, max_length, overlong, tokenizer.bos_token_id, file, row)
+        except BadRow as bad:
+            if on_bad_row == "error":
+                raise skippable(bad) from None
+            bad_rows.append(bad)
+            continue
+        values: tuple[Any, ...] = (
+            pair.chosen_ids, pair.rejected_ids, pair.prompt_length, pair.longest, batch["margin"][index],
+            batch["subset"][index], batch["id"][index], len(batch["chosen"][index]),
+            len(batch["rejected"][index]), is_overlong, pair.lost and f"{file}, row {row}: {pair.lost}",
+        )  # fmt: skip
+        values += tuple(batch[name][index] for name in kept)
+        for name, value in zip(columns, values, strict=True):
+            columns[name].append(value)
+    return columns, bad_rows
+
+
+def _columns_with_faults(batch: dict[str, list], **options: Any) -> dict[str, list]:
+    """`encode_columns` for `Dataset.map`, which may run elsewhere: bad rows follow, with nothing but their fault."""
+    columns, bad_rows = encode_columns(batch, **options)
+    good = len(columns["id"])
+    for name, values in columns.items():
+        values += [[] if name.endswith("_input_ids") else False if name == "truncated" else None] * len(bad_rows)
+    columns[_FAULT] = [None] * good + [json.dumps([bad.file, bad.row, bad.reason, bad.kind]) for bad in bad_rows]
+    return columns
+
+
+def encode_pairs(
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    overlong: str = "error",
+    on_bad_row: str = "error",
+    num_proc: int | None = None,
+    keep_text: bool = False,
+) -> EncodedPairs:
+    """Encode a whole dataset of preference pairs; a log line says where the chat template deletes text.
+
+    Args:
+        dataset: Columns as in `preferences.FEATURES`.
+        tokenizer: As `load_tokenizer` returns it.
+        max_length: Most tokens of prompt + response on either side; None for no limit.
+        overlong: What happens to a pair with a side over `max_length`: ``"error"``, it is a bad row; ``"drop"``,
+            counted; ``"truncate_prompt"`` removes the same tokens from the left of both sides' prompt (after BOS),
+            never response tokens.
+        on_bad_row: ``"error"`` stops at the first bad row: an over-long pair under ``overlong="error"``, responses
+            that do not fit alone under ``"truncate_prompt"``, a row that cannot be encoded, or whose sides become the
+            same tokens. ``"skip"`` leaves such rows out and returns them.
+        num_proc: Processes to encode with.
+        keep_text: Keep the columns prompt, chosen, rejected, file and row.
+
+    Raises:
+        BadRow: The first bad row, under ``"error"``.
+        InputError: A wrong argument, or no pair is left.
+    """
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise InputError(f"max_length: got {max_length!r}; expected a whole number of tokens, at least 1, or None.")
+    for name, value, choices in (
+        ("overlong", overlong, OVERLONG_POLICIES),
+        ("on_bad_row", on_bad_row, BAD_ROW_POLICIES),
+    ):
+        if value not in choices:
+            raise InputError(f"{name}: got {value!r}; expected one of {', '.join(choices)}.")
+
+    kept = Features({name: FEATURES[name] for name in (_TEXT_COLUMNS if keep_text else ())})
+    encoded = dataset.map(
+        _columns_with_faults,
+        fn_kwargs={
+            "tokenizer": tokenizer, "max_length": max_length, "overlong": overlong, "on_bad_row": on_bad_row,
+            "kept": tuple(kept),
+        },
+        batched=True,
+        batch_size=256,
+        num_proc=num_proc,
+        remove_columns=dataset.column_names,
+        features=Features({**_ENCODED_FEATURES, **kept, _FAULT: Value("string")}),
+        load_from_cache_file=False,  # a stale encoding would go unnoticed
+        new_fingerprint=uuid.uuid4().hex,
+        desc="Encoding pairs",
+    )  # fmt: skip
+    faults = [fault for batch in encoded.select_columns(_FAULT).iter(100_000) for fault in batch[_FAULT]]
+    bad_rows = [BadRow(*json.loads(fault)) for fault in faults if fault is not None]
+    dropped = len(dataset) - len(encoded)
+    if len(bad_rows) == len(encoded):
+        raise none_usable(len(dataset), bad_rows, max_length)
+    if bad_rows:
+        encoded = encoded.select([row for row, fault in enumerate(faults) if fault is None]).flatten_indices()
+    truncated = sum(sum(batch["truncated"]) for batch in encoded.select_columns("truncated").iter(100_000))
+    overlong_pairs = dropped + truncated + sum(bad.kind == "overlong" for bad in bad_rows)
+    lost = partly_rendered(loss for batch in encoded.select_columns("lost").iter(100_000) for loss in batch["lost"])
+    warn_of_loss(lost, len(encoded))
+    counts = {
+        "pairs": len(dataset), "overlong": overlong_pairs, "dropped": dropped, "truncated": truncated,
+        "partly_rendered": lost,
+    }  # fmt: skip
+    return EncodedPairs(encoded.remove_columns(["truncated", "lost", _FAULT]), counts, bad_rows)
+
+
+def fit_pair(
+    pair: TokenPair, max_length: int, overlong: str, bos_token_id: int | None, file: str, row: int
+) -> TokenPair:
+    """The pair within `max_length` under a policy of `encode_pairs` other than ``"drop"``.
+
+    Raises:
+        BadRow: It is too long under ``"error"``, or even without its prompt.
+    """
+    if overlong == "error" and pair.longest > max_length:
+        reason = (
+            f"{pair.longest} tokens, over max_length {max_length}. Raise max_length, or choose overlong='drop' or "
+        )
+        raise BadRow(file, row, reason + "'truncate_prompt'.", "overlong")
+    fitted = truncate_prompt(pair, max_length, bos_token_id)
+    if fitted is None:
+        alone = pair.longest - removable_prompt_tokens(pair, bos_token_id)[1]
+        reason = (
+            f"its longer response alone takes {alone} of max_length {max_length} tokens, and responses are never cut."
+        )
+        raise BadRow(file, row, f"{reason} Raise max_length, choose overlong='drop', or remove the row.", "overlong")
+    return fitted

@@ -1,0 +1,151 @@
+"""A data set of preference pairs: a whole source read and checked, with what was left out and how it was read."""
+
+import atexit
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, Features, Value
+
+from inform_rm.data.columns import Columns, Reading
+from inform_rm.data.pairs import LOOKED_AT_ROWS, BadRow, PreferencePair, pair_or_fault, with_layout
+from inform_rm.data.sources import open_parts, parse_source, source_name
+from inform_rm.errors import InputError
+
+FEATURES = Features(
+    {
+        "prompt": [{"role": Value("string"), "content": Value("string")}],
+        "chosen": Value("string"),
+        "rejected": Value("string"),
+        "margin": Value("float64"),
+        "subset": Value("string"),
+        "id": Value("string"),
+        "file": Value("string"),
+        "row": Value("int64"),
+    }
+)
+
+_BATCH_ROWS = 1000
+_BATCH_CHARACTERS = 16_000_000  # keeps a batch far below the 2 GiB that Arrow's string columns can hold
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """A loaded source.
+
+    Attributes:
+        dataset: Columns as in `FEATURES`; stored on disk, so memory does not grow with the number of rows.
+        bad_rows: The rows left out, empty unless ``on_bad_row="skip"``.
+        fingerprint: SHA-256 of the pairs' content in order; the same on every machine, whatever the format.
+        reading: Which columns were read, and how.
+    """
+
+    dataset: Dataset
+    bad_rows: list[BadRow]
+    fingerprint: str
+    reading: Reading
+
+
+def load_preferences(
+    source: str | Path,
+    *,
+    columns: Columns | Mapping[str, str] | None = None,
+    revision: str | None = None,
+    on_bad_row: str = "error",
+) -> PreferenceData:
+    """Read and check a whole source of preference pairs.
+
+    Rows are streamed to an Arrow file in a fresh temporary folder (`TMPDIR` moves it) that is removed when the process
+    ends, so memory stays bounded and a changed source is never answered from an old cache.
+
+    Args:
+        source: A JSON Lines, JSON or CSV file (also ``.gz``), a Parquet file, a folder of such files, a folder written
+            by `Dataset.save_to_disk`, or a dataset id on the Hugging Face Hub; ``NAME[SPLIT]`` or
+            ``NAME[CONFIG/SPLIT]`` for one split of a folder or Hub id, see `records.parse_source`.
+        columns: Which columns are prompt, chosen, rejected, ...: see `Columns.of`.
+        revision: Branch, tag or commit of a Hub id.
+        on_bad_row: ``"error"`` stops at the first bad row, ``"skip"`` leaves bad rows out and returns them.
+
+    Raises:
+        BadRow: The first bad row, under ``"error"``.
+        InputError: Missing, unreadable or empty source, unknown format, a wrong mapping of columns, or no usable row.
+    """
+    if on_bad_row not in ("error", "skip"):
+        raise InputError(f"on_bad_row: got {on_bad_row!r}; expected 'error' or 'skip'.")
+    parts = open_parts(source, revision=revision)
+    head = list(itertools.islice(parts[0][1], LOOKED_AT_ROWS))
+    columns = with_layout(Columns.of(columns), head)
+    first = parts[0][0], itertools.chain(head, parts[0][1])
+    name = source_name(parse_source(source).name)
+    bad_rows: list[BadRow] = []
+    digest = hashlib.sha256()
+    reading = Reading()
+
+    def pairs() -> Iterable[PreferencePair]:
+        for file, records in (first, *parts[1:]):
+            part_name = name if len(parts) == 1 else f"{name}/{source_name(file)}"
+            for row, record in records:
+                pair = pair_or_fault(record, file, row, on_bad_row, name=part_name, columns=columns, reading=reading)
+                if isinstance(pair, BadRow):
+                    bad_rows.append(pair)
+                elif len(parts) > 1 and pair.subset == part_name:
+                    yield replace(pair, subset=name)
+                else:
+                    yield pair
+
+    dataset = _write_arrow(pairs(), digest)
+    reading.check_given(columns, str(source))
+    if not len(dataset):
+        if bad_rows:
+            first_of = {bad.reason: bad for bad in reversed(bad_rows)}  # one line for what all rows have in common
+            shown = "; ".join(f"row {bad.row}: {bad.reason}" for bad in list(first_of.values())[-3:][::-1])
+            raise InputError(f"{source}: none of its {len(bad_rows)} rows can be used. {shown}")
+        raise InputError(f"{source}: no rows. Expected at least one preference pair.")
+    return PreferenceData(dataset, bad_rows, digest.hexdigest(), reading)
+
+
+def _write_arrow(pairs: Iterable[PreferencePair], digest: Any) -> Dataset:
+    path = str(Path(tempfile.mkdtemp(dir=_scratch_folder(os.getpid()))) / "pairs.arrow")
+    schema = FEATURES.arrow_schema
+    batch: list[dict] = []
+    characters = 0
+    with pa.OSFile(path, "wb") as sink, pa.RecordBatchStreamWriter(sink, schema) as writer:
+
+        def flush() -> None:
+            if batch:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+                batch.clear()
+
+        for pair in pairs:
+            content = [pair.prompt, pair.chosen, pair.rejected, pair.margin, pair.subset, pair.id]
+            line = json.dumps(content, ensure_ascii=False, sort_keys=True) + "\n"
+            digest.update(line.encode())
+            batch.append(asdict(pair))
+            characters += len(line)
+            if len(batch) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+                flush()
+                characters = 0
+        flush()
+    return Dataset.from_file(path)
+
+
+@functools.cache
+def _scratch_folder(process_id: int) -> str:
+    """One folder per process, removed when that process (not a fork of it) ends."""
+    folder = tempfile.mkdtemp(prefix="inform_rm_")
+
+    def remove() -> None:
+        if os.getpid() == process_id:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder

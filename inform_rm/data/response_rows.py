@@ -1,0 +1,153 @@
+"""Reading the prompt/response rows that are to be scored, one at a time, whatever the file format."""
+
+import contextlib
+import datetime
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inform_rm.data.columns import (
+    ROW_FIELDS,
+    Columns,
+    Reading,
+    check_not_encoded,
+    no_prompt,
+    no_response,
+    stated_prompt,
+    with_earlier_turns,
+)
+from inform_rm.data.messages import Fault, Message, check_unicode, conversation, found
+from inform_rm.data.sources import open_parts
+from inform_rm.errors import InputError
+
+_RESULT_FIELDS = ("reward", "reward_std")
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One row to score: ``fields`` is the whole input row, ``where`` names it in an error.
+
+    An empty response is one: policies in training write some.
+    """
+
+    prompt: list[Message]
+    response: str
+    fields: dict[str, Any]
+    where: str
+
+
+@dataclass(frozen=True)
+class RowFault:
+    """A row that cannot be scored: ``fields`` is what of it can be written, ``reason`` names the row and the fault."""
+
+    fields: dict[str, Any]
+    reason: str
+
+
+def read_score_rows(
+    source: str | Path, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
+) -> Iterator[ScoreRow]:
+    """Yield the rows of a source in order, checked, one in memory at a time; see `score_rows_or_faults`.
+
+    Raises:
+        InputError: if the source is missing, of another kind or broken, or a row has no usable ``prompt`` or
+            ``response``; the message names file and row (from 1; in JSONL the line).
+    """
+    for row in score_rows_or_faults(source, columns, reading):
+        if isinstance(row, RowFault):
+            raise InputError(row.reason)
+        yield row
+
+
+def score_rows_or_faults(
+    source: str | Path, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
+) -> Iterator[ScoreRow | RowFault]:
+    """The rows of a source in order, one in memory at a time; in place of a bad one, what is wrong with it.
+
+    Args:
+        source: A JSONL, JSON, CSV (each also .gz) or Parquet file, a folder, or a Hub id, see `records.open_parts`.
+        columns: Where ``prompt``, ``response``, ``system`` and ``history`` are, see `Columns.of`.
+        reading: Counts how the rows were read.
+
+    Raises:
+        InputError: if the source is missing, of another kind, or broken in a way that spoils the rows that follow.
+    """
+    columns = Columns.of(columns, ROW_FIELDS)
+    reading = Reading() if reading is None else reading
+    for file, records in open_parts(source):
+        is_csv = file.lower().endswith((".csv", ".csv.gz"))  # where an empty cell is an empty text
+        for number, record in records:
+            where = f"{file}, row {number}"
+            if isinstance(record, str):  # the reader's description of a row that it could not read
+                yield RowFault({}, f"{where}: {record}")
+                continue
+            try:
+                yield _checked_row(record, where, columns, reading, is_csv)
+            except InputError as error:
+                yield RowFault(_writable(record, where), str(error))
+    reading.check_given(columns, str(source))
+
+
+def _plain(value: Any, column: str, where: str) -> Any:
+    """The value as JSON can hold it; dates become ISO text."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: {column!r} is not valid Unicode ({error.reason}). Repair the text.") from error
+        return value
+    if isinstance(value, list):
+        return [_plain(item, column, where) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item, column, where) for key, item in value.items()}
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat()
+    raise InputError(f"{where}: column {column!r} holds a {type(value).__name__}, which JSON cannot. Drop the column.")
+
+
+def _writable(record: Any, where: str) -> dict[str, Any]:
+    """What JSON can hold of a bad row, without what would be taken for a result."""
+    fields = {}
+    for key, value in record.items() if isinstance(record, dict) else ():
+        if key not in _RESULT_FIELDS:
+            with contextlib.suppress(InputError):
+                fields[key] = _plain(value, key, where)
+    return fields
+
+
+def _checked_row(record: Any, where: str, columns: Columns, reading: Reading, is_csv: bool) -> ScoreRow:
+    if not isinstance(record, dict):
+        raise InputError(f"{where} is a {type(record).__name__}; expected an object with prompt and response.")
+    for field in _RESULT_FIELDS:
+        if field in record:
+            raise InputError(f"{where} has a field {field!r} already, which the result would replace. Rename it.")
+    try:
+        reading.add_row(record, columns, ROW_FIELDS)
+        prompt, response = _prompt_and_response(record, columns, reading, is_csv)
+    except Fault as fault:
+        raise InputError(f"{where}: {fault}") from None
+    return ScoreRow(prompt, response, {key: _plain(value, key, where) for key, value in record.items()}, where)
+
+
+def _prompt_and_response(record: dict, columns: Columns, reading: Reading, is_csv: bool) -> tuple[list[Message], str]:
+    response = columns.value(record, "response", required=True)
+    if response is None and is_csv and columns.given.get("response", "response") in record:
+        response = ""
+    if response is None:
+        raise no_response(record)
+    check_not_encoded(record, columns)
+    prompt = stated_prompt(record, columns, reading)
+    if prompt is None:
+        raise no_prompt(record, "a row to score needs one", ROW_FIELDS)
+    listed = conversation("'response'", response) if not isinstance(response, str) else None
+    if listed is not None:  # the last message of a chat, as an API gives it
+        if len(listed) > 1 or listed[0]["role"] != "assistant":
+            raise Fault("no reply", "'response' holds several messages, or none of the assistant; expected one reply.")
+        response = listed[0]["content"]
+    if not isinstance(response, str):
+        raise Fault("wrong type", f"'response' is {found(response)}; expected text.")
+    check_unicode("'response'", response)  # an empty one is a response: policies in training write some
+    return with_earlier_turns(record, columns, prompt, reading), response

@@ -1,0 +1,243 @@
+"""Where rows come from: files, folders and Hub ids, one notation for a split of any of them."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inform_rm.data.records import SUFFIXES, Records, data_suffix, open_file
+from inform_rm.errors import InputError, shortened
+from inform_rm.util.files import file_digest
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_WITH_SPLIT = re.compile(r"(.*)\[([^\[\]]*)\]")
+
+
+def source_name(source: str | Path) -> str:
+    """The last part of a path or Hub id without its data suffix, or ``"default"``.
+
+    Example:
+        >>> source_name("data/hh-rlhf/train.jsonl.gz")
+        'train'
+    """
+    name = Path(source).name
+    suffix = data_suffix(name)
+    return (name[: -len(suffix)] if suffix else name) or "default"
+
+
+@dataclass(frozen=True)
+class SourceName:
+    """A source as it is written: a file, a folder or a Hub id, and which part of it is meant.
+
+    Attributes:
+        name: path or Hub id.
+        split: name of the split; ``None`` where there is only one.
+        config: name of the configuration, for data sets that have several.
+    """
+
+    name: str
+    split: str | None = None
+    config: str | None = None
+
+
+def parse_source(source: str | Path) -> SourceName:
+    """What ``NAME``, ``NAME[SPLIT]`` or ``NAME[CONFIG/SPLIT]`` means; a path that exists as it stands is that path.
+
+    Example:
+        >>> parse_source("org/pairs[en/train]")
+        SourceName(name='org/pairs', split='train', config='en')
+    """
+    name = str(source)
+    match = _WITH_SPLIT.fullmatch(name)
+    if match is None or Path(name).exists():
+        return SourceName(name)
+    config, _, split = match[2].rpartition("/")
+    if not split.strip() or not match[1].strip():
+        raise InputError(f"data source: {name!r} names no split; expected NAME[SPLIT] or NAME[CONFIG/SPLIT].")
+    return SourceName(match[1], split, config or None)
+
+
+def open_parts(source: str | Path, *, revision: str | None = None) -> list[tuple[str, Records]]:
+    """The parts of a source in order, each with its name for messages and an iterator over its rows.
+
+    Args:
+        source: As `parse_source` reads it: a file ending in one of `SUFFIXES`, a folder of such files, one written
+            by `Dataset.save_to_disk`, or a Hub dataset id; a split must be named where there are several.
+        revision: Branch, tag or commit of a Hub id.
+
+    Raises:
+        InputError: Missing, empty or unreadable source, unknown format, or a split that is not there; here, or while
+            iterating.
+    """
+    named = parse_source(source)
+    path, name = Path(named.name), str(source)
+    if not name.strip():
+        raise InputError("data source: got an empty name. Name a file, a folder or a Hub id.")
+    if path.exists() and revision is not None:
+        kind = "one file" if path.is_file() else "a local folder"
+        raise InputError(f"revision: {revision!r} was given, but {name} is {kind}. Leave revision out.")
+    if path.is_file():
+        if named.split is not None:
+            raise InputError(f"{name}: {named.name} is one file and has no splits. Leave [{named.split}] out.")
+        return [open_file(path)]
+    if path.is_dir() and is_saved_dataset(path):
+        if named.config is not None:
+            raise InputError(f"{name}: {named.name} has no configurations. Leave {named.config!r} out.")
+        return [(name, _rows(_load_saved(path, named.split)))]
+    if path.is_dir():
+        return [open_file(file) for file in files_of_split(path, named)]
+    check_hub_id(named.name)
+    return [(name, _rows(load_hub(named.name, named.split, revision, config=named.config)))]
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether a folder was written by `Dataset.save_to_disk`."""
+    return any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
+
+
+def files_of_split(folder: Path, named: SourceName) -> list[Path]:
+    """The data files of a split of a local folder that is laid out like a data set on the Hub.
+
+    Which file belongs to which split is what `datasets` finds in their names, or reads in the folder's ``README.md``.
+
+    Raises:
+        InputError: no data, several splits or configurations of which none is named, or files that no split has.
+    """
+    from datasets import load_dataset_builder
+
+    there = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and data_suffix(path.name)
+        and path.name not in ("dataset_info.json", "dataset_infos.json")
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not there:
+        raise InputError(f"{folder}: no data in this folder; expected files ending in {', '.join(SUFFIXES)}.")
+    try:
+        found = load_dataset_builder(str(folder), name=named.config).config.data_files
+    except Exception as error:  # datasets raises many types for a folder that it cannot make sense of
+        raise InputError(
+            f"{folder}: it is not clear what to read of this folder ({shortened(' '.join(str(error).split()), 300)}). "
+            f"Name one of its files, or a configuration: {folder}[CONFIG/SPLIT]."
+        ) from error
+    own = {path.resolve(): path for path in there}
+    splits: dict[str, list[Path]] = {}
+    for part, files in (found or {}).items():
+        outside = [file for file in files if Path(file).resolve() not in own]
+        if outside:
+            raise InputError(f"{folder}: its README.md names a file outside the folder, {shortened(outside[0])}.")
+        splits[str(part)] = sorted(own[Path(file).resolve()] for file in files)
+    if not splits:
+        raise InputError(f"{folder}: no split in this folder. Name its files.")
+    split = named.split if named.split is not None or len(splits) > 1 else next(iter(splits))
+    if split not in splits:
+        got = "no split was named" if split is None else f"there is no split {split!r}"
+        listed = ", ".join(f"{folder}[{name}]" for name in splits)
+        raise InputError(f"{folder}: {got}. Name one: {listed}.")
+    known = {file for files in splits.values() for file in files}
+    if named.config is None and (lost := [path for path in there if path not in known]):
+        raise InputError(
+            f"{folder}: {lost[0].relative_to(folder)} belongs to no split that its names or its README.md tell "
+            f"({', '.join(splits)}). Name the files to read, or move it."
+        )
+    formats = sorted({str(data_suffix(path.name)) for path in splits[split]})
+    if len(formats) > 1:
+        raise InputError(f"{folder}: files of several formats ({', '.join(formats)}). Name the files to read.")
+    return splits[split]
+
+
+def source_digest(source: str | Path) -> str:
+    """What tells one state of a source from another: the SHA-256 of its files, or a Hub dataset's fingerprint.
+
+    Raises:
+        InputError: Missing source, or a Hub id that cannot be loaded.
+        OSError: A file cannot be read.
+    """
+    named = parse_source(source)
+    path = Path(named.name)
+    if path.is_file():
+        return file_digest(path)
+    if path.is_dir():
+        saved = is_saved_dataset(path)
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if saved else files_of_split(path, named)
+        digests = [(str(file.relative_to(path) if saved else file.name), file_digest(file)) for file in files]
+        text = json.dumps([named.split, named.config, digests])
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    check_hub_id(named.name)
+    # Of the builder, its revision and its files.
+    return load_hub(named.name, named.split, None, config=named.config)._fingerprint
+
+
+def check_hub_id(name: str) -> None:
+    """Raise `InputError` for a name that looks like a path: no file or folder of that name was found."""
+    path = Path(name)
+    if data_suffix(path.name) or path.is_absolute() or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name):
+        raise InputError(f"{name}: no such file or folder. Check the path.")
+
+
+def _rows(dataset: Any) -> Records:
+    return enumerate(dataset, start=1)
+
+
+def _load_saved(path: Path, split: str | None) -> Any:
+    from datasets import load_from_disk
+
+    try:
+        for state in [path / "state.json", *path.glob("*/state.json")]:
+            if state.is_file():
+                _check_saved_files(state)
+        return _pick_split(str(path), load_from_disk(str(path)), split)
+    except InputError:
+        raise
+    except Exception as error:  # Arrow and datasets raise many types for a damaged or forged file
+        raise InputError(f"{path}: the saved dataset cannot be read ({error}). Save it again.") from error
+
+
+def _check_saved_files(state: Path) -> None:
+    """Refuse a saved dataset whose parts lie anywhere but in its own folder."""
+    for part in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
+        name = part["filename"]
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise InputError(f"{state}: names a file outside its folder, {shortened(repr(name))}. Save it again.")
+
+
+def load_hub(
+    name: str,
+    split: str | None,
+    revision: str | None,
+    *,
+    streaming: bool = False,
+    config: str | None = None,
+    data_dir: str | None = None,
+) -> Any:
+    """The dataset of a Hub id, or its stream; `InputError` where it cannot be loaded or its split is not clear."""
+    from datasets import load_dataset
+
+    options = {"streaming": streaming or None, "name": config, "data_dir": data_dir}
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    try:
+        return _pick_split(name, load_dataset(name, split=split, revision=revision, **given), None)
+    except InputError:
+        raise
+    except Exception as error:  # the Hub client, the network and each builder raise types of their own
+        raise InputError(
+            f"{name}: no such file or folder, and not loadable from the Hugging Face Hub "
+            f"(revision {revision or 'main'}, split {split or 'not named'}): {error}"
+        ) from error
+
+
+def _pick_split(name: str, loaded: Any, split: str | None) -> Any:
+    if not isinstance(loaded, dict):
+        if split is not None:
+            raise InputError(f"{name}[{split}]: {name} has no splits. Leave [{split}] out.")
+        return loaded
+    if split is None and len(loaded) == 1:
+        return next(iter(loaded.values()))
+    if split not in loaded:
+        got = "no split was named" if split is None else f"there is no split {split!r}"
+        raise InputError(f"{name}: {got}. Name one: {', '.join(f'{name}[{each}]' for each in loaded)}.")
+    return loaded[split]

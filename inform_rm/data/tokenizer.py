@@ -1,0 +1,187 @@
+"""Tokenizers as they are used here: able to pad, with a chat template that was checked and reads no clock."""
+
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from inform_rm.data.messages import Message
+from inform_rm.errors import InputError
+from inform_rm.safety.chat_templates import TEMPLATE_DATE, check_rendered, check_template, with_fixed_date
+from inform_rm.safety.checkpoints import check_code_is_own, check_files
+
+logger = logging.getLogger(__name__)
+
+PLAIN_FORM = "\n\nHuman: ...\n\nAssistant: ..."
+_PLAIN_TEMPLATE = (
+    "BOS{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{{ message['content'] }}"
+    "{%- elif message['role'] == 'user' -%}{{ '\n\nHuman: ' + message['content'] }}"
+    "{%- else -%}{{ '\n\nAssistant: ' + message['content'] }}{%- if loop.last -%}EOS{%- endif -%}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '\n\nAssistant:' }}{%- endif -%}"
+)
+
+
+def load_tokenizer(
+    model_path: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+) -> Any:
+    r"""A tokenizer that can pad (on the right) and, if asked, has another chat template.
+
+    The date in a template that reads the clock is `chat_templates.TEMPLATE_DATE`, see `fix_date`.
+
+    Args:
+        model_path: Folder or Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Run tokenizer code that comes with the model.
+        chat_template: None keeps the tokenizer's own; ``"plain"`` is ``\n\nHuman: ...\n\nAssistant: ...``; else the
+            path of a Jinja file, or Jinja text.
+
+    Raises:
+        InputError: No tokenizer there, an unusable template, or no token that could serve for padding.
+    """
+    check_files(model_path)
+    if trust_remote_code and revision is None and not os.path.isdir(model_path):
+        logger.warning("%s: trust_remote_code without a pinned revision runs whatever is there today.", model_path)
+    try:
+        if trust_remote_code:
+            check_code_is_own(model_path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(model_path), revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except InputError:
+        raise
+    except Exception as error:  # OSError, ValueError, KeyError, JSON and Hub errors, and tokenizers' bare Exception
+        raise InputError(
+            f"{model_path}: no loadable tokenizer ({type(error).__name__}: {str(error).partition(chr(10))[0][:400]}). "
+            "Name a folder or Hub id that holds one (tokenizer.json)."
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise InputError(f"{model_path}: its tokenizer has no vocabulary. Name a folder that holds tokenizer.json.")
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(tokenizer, chat_template)
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {"": tokenizer.chat_template}
+    for template in named.values():
+        if template is not None:
+            check_template(template, str(model_path))
+    tokenizer = fix_date(tokenizer, str(model_path))
+    if chat_template is not None:
+        render(tokenizer, [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], tokenize=False)
+    if tokenizer.pad_token_id is None:
+        name = next((name for name in ("unk_token", "eos_token") if getattr(tokenizer, name) is not None), None)
+        if name is None:
+            raise InputError(f"{model_path}: the tokenizer has no pad, unk or eos token. Set pad_token in its config.")
+        tokenizer.pad_token = getattr(tokenizer, name)
+        logger.warning("%s: no pad token; its %s %r is used for padding.", model_path, name, tokenizer.pad_token)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def fix_date(tokenizer: Any, name: str) -> Any:
+    """The tokenizer, or a copy of it whose chat template reads no clock; a log line says which date it has instead.
+
+    The template goes with the tokenizer where that is saved, and is part of its fingerprint.
+
+    Raises:
+        InputError: see `chat_templates.with_fixed_date`.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        fixed: Any = {key: text and with_fixed_date(text, name) for key, text in template.items()}
+    else:
+        fixed = template and with_fixed_date(template, name)
+    if fixed == template:
+        return tokenizer
+    date = f"{TEMPLATE_DATE:%d %b %Y}"
+    logger.warning("%s: the chat template reads the clock; its date is fixed to %s.", name, date)
+    tokenizer = copy.copy(tokenizer)  # the one that was passed stays as it is
+    tokenizer.chat_template = fixed
+    return tokenizer
+
+
+def with_plain_template(tokenizer: Any, name: str) -> Any:
+    """The tokenizer, or where it has no chat template a copy with the plain one, and a log line that says so.
+
+    For training: a new model learns where turns begin, and keeps the template with its tokenizer.
+    """
+    if tokenizer.chat_template is not None:
+        return tokenizer
+    logger.warning(
+        "%s: the tokenizer has no chat template. Training uses the plain one, %r, and keeps it with the model. Pass "
+        "chat_template (a file) for another.",
+        name, PLAIN_FORM,
+    )  # fmt: skip
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = _read_template(tokenizer, "plain")
+    return tokenizer
+
+
+def warn_of_no_template(tokenizer: Any, name: str) -> None:
+    """Log what a model without chat template reads, which is what it was trained on only where that was glued too."""
+    if tokenizer is not None and tokenizer.chat_template is None:
+        logger.warning(
+            "%s: the tokenizer has no chat template: nothing is put between prompt and response. If the model was "
+            "trained otherwise, pass chat_template ('plain' for %r, or a file).",
+            name, PLAIN_FORM,
+        )  # fmt: skip
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Raise `InputError` when the tokenizer has ids for which a model of `vocab_size` has no embedding."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise InputError(
+            f"tokenizer: its ids go up to {largest}, but the model embeds only {vocab_size}. "
+            "Use the model's own tokenizer, or resize the model's embeddings first."
+        )
+
+
+def render(tokenizer: Any, conversations: list[list[Message]], **options: Any) -> list:
+    """Token ids of conversations under the tokenizer's chat template, or their text with ``tokenize=False``.
+
+    Raises:
+        InputError: if the template cannot render one of them, or makes far more text of it than it holds.
+    """
+    tokenize = options.pop("tokenize", True)
+    try:
+        texts = tokenizer.apply_chat_template(conversations, tokenize=False, **options)
+        for text, conversation in zip(texts, conversations, strict=True):
+            check_rendered(text, conversation)
+    except InputError:
+        raise
+    except Exception as error:  # jinja2's errors, and whatever the template's own expressions raise
+        raise InputError(
+            f"the chat template cannot render a conversation ({type(error).__name__}: {str(error)[:400]}). Change the "
+            "roles of the messages, or pass another chat_template (a file, or 'plain')."
+        ) from error
+    return ids_of_rendered(tokenizer, texts) if tokenize else texts
+
+
+def ids_of_rendered(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of rendered text, as `apply_chat_template` makes them: the special tokens are in the text."""
+    return tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
+
+
+def _read_template(tokenizer: Any, chat_template: str) -> str:
+    if chat_template == "plain":
+        adds_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        bos = "{{ bos_token }}" if adds_bos else ""
+        eos = "{{ eos_token }}" if tokenizer.eos_token_id is not None else ""
+        return _PLAIN_TEMPLATE.replace("BOS", bos).replace("EOS", eos)
+    if "{" in chat_template:
+        return chat_template
+    try:
+        if not Path(chat_template).is_file():
+            raise FileNotFoundError("no such file")
+        return Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"chat_template: {chat_template!r} is neither 'plain', nor Jinja text, nor a readable file ({error})."
+        ) from error

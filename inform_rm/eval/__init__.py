@@ -1,0 +1,1 @@
+"""Evaluation of reward models. Imports `decomposition`, `scoring` and what is below them; not `training`."""

@@ -1,0 +1,138 @@
+"""How often a reward model prefers the chosen response: counts, intervals, length bias and calibration."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from inform_rm.errors import InputError
+from inform_rm.util.intervals import expected_calibration_error, wilson_interval
+
+__all__ = ["expected_calibration_error", "pairwise_accuracy", "reliability_bins", "wilson_interval"]
+
+
+def pairwise_accuracy(
+    chosen_rewards: ArrayLike,
+    rejected_rewards: ArrayLike,
+    subsets: Sequence[str] | None = None,
+    chosen_lengths: ArrayLike | None = None,
+    rejected_lengths: ArrayLike | None = None,
+) -> dict[str, Any]:
+    """Statistics of N preference pairs, as a dictionary that JSON can hold.
+
+    A tie is a pair whose two rewards are exactly equal. ``accuracy`` counts it as half right, as a coin would;
+    ``accuracy_ties_wrong`` as wrong, as RewardBench does. Intervals are 95 % Wilson intervals; those of ``accuracy``
+    take half counts and are then slightly wide.
+
+    Args:
+        chosen_rewards: ``(N,)`` rewards of the preferred responses.
+        rejected_rewards: ``(N,)`` rewards of the others.
+        subsets: N names; adds the same statistics per subset.
+        chosen_lengths: ``(N,)`` lengths of the preferred responses, in any unit; adds the split by length.
+        rejected_lengths: ``(N,)`` lengths of the others, in the same unit.
+
+    Returns:
+        ``num_pairs``, ``accuracy``, ``accuracy_interval``, ``accuracy_ties_wrong``, ``accuracy_ties_wrong_interval``,
+        ``num_ties``, ``mean_margin`` (reward units), ``calibration`` (``expected_calibration_error`` and ``bins`` of
+        `reliability_bins`); where lengths are given ``by_length`` with the parts that have pairs
+        (``chosen_longer``, ``chosen_shorter``, ``same_length``) and ``longer_wins_accuracy``, that of the rule "the
+        longer response wins" (same length: half right); where subsets are given ``subsets``.
+
+    Raises:
+        InputError: if there are no pairs, the numbers of values differ, or a reward is not finite.
+
+    Example:
+        >>> result = pairwise_accuracy([1.0, 2.0, 0.0], [0.0, 2.0, 1.0])
+        >>> result["accuracy"], round(result["accuracy_ties_wrong"], 3), result["num_ties"]
+        (0.5, 0.333, 1)
+    """
+    chosen, rejected = _vector("chosen_rewards", chosen_rewards), _vector("rejected_rewards", rejected_rewards)
+    if (chosen_lengths is None) != (rejected_lengths is None):
+        raise InputError("chosen_lengths and rejected_lengths belong together; one of them is missing.")
+    columns: dict[str, Any] = {"rejected_rewards": rejected, "subsets": subsets}
+    if chosen_lengths is not None and rejected_lengths is not None:
+        columns["chosen_lengths"] = _vector("chosen_lengths", chosen_lengths)
+        columns["rejected_lengths"] = _vector("rejected_lengths", rejected_lengths)
+    for name, values in columns.items():
+        if values is not None and len(values) != len(chosen):
+            raise InputError(
+                f"{name} has {len(values)} values for {len(chosen)} chosen_rewards; expected one per pair."
+            )
+    if not len(chosen):
+        raise InputError("There are no pairs to evaluate.")
+
+    margins = chosen - rejected
+    result = _counts(margins)
+    result["calibration"] = {
+        "expected_calibration_error": expected_calibration_error(margins),
+        "bins": reliability_bins(margins),
+    }
+    if chosen_lengths is not None:
+        difference = np.sign(columns["chosen_lengths"] - columns["rejected_lengths"])
+        parts = {"chosen_longer": difference > 0, "chosen_shorter": difference < 0, "same_length": difference == 0}
+        result["by_length"] = {name: _counts(margins[part]) for name, part in parts.items() if part.any()}
+        result["longer_wins_accuracy"] = float(np.mean(0.5 + 0.5 * difference))
+    if subsets is not None:
+        names = np.asarray([str(name) for name in subsets], dtype=object)
+        result["subsets"] = {name: _counts(margins[names == name]) for name in sorted(set(names))}
+    return result
+
+
+def reliability_bins(margins: ArrayLike, num_bins: int = 10) -> list[dict[str, float]]:
+    """Accuracy against predicted probability: the parts of `expected_calibration_error`, bin by bin.
+
+    Bradley-Terry reads a margin as the probability ``sigmoid(margin)`` that the chosen response is preferred. Each
+    pair is folded to ``confidence = sigmoid(|margin|)`` in [0.5, 1]; it is right if the margin is positive, half right
+    at 0.
+
+    Args:
+        margins: ``(N,)`` chosen minus rejected reward.
+        num_bins: bins of equal width between 0.5 and 1; empty ones are left out.
+
+    Returns:
+        For each bin ``low`` and ``high`` (of confidence), ``num_pairs``, ``mean_confidence``, ``accuracy`` and its
+        ``accuracy_interval``.
+    """
+    margins = np.asarray(margins, dtype=np.float64)
+    confidence = 1.0 / (1.0 + np.exp(-np.abs(margins)))
+    outcome = 0.5 + 0.5 * np.sign(margins)
+    bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
+    table = []
+    for index in np.unique(bins).tolist():
+        inside = bins == index
+        count = int(inside.sum())
+        table.append(
+            {
+                "low": 0.5 + 0.5 * index / num_bins,
+                "high": 0.5 + 0.5 * (index + 1) / num_bins,
+                "num_pairs": count,
+                "mean_confidence": float(confidence[inside].mean()),
+                "accuracy": float(outcome[inside].mean()),
+                "accuracy_interval": list(wilson_interval(float(outcome[inside].sum()), count)),
+            }
+        )
+    return table
+
+
+def _counts(margins: NDArray[np.float64]) -> dict[str, Any]:
+    num_pairs, num_right, num_ties = len(margins), int((margins > 0).sum()), int((margins == 0).sum())
+    return {
+        "num_pairs": num_pairs,
+        "accuracy": (num_right + 0.5 * num_ties) / num_pairs,
+        "accuracy_interval": list(wilson_interval(num_right + 0.5 * num_ties, num_pairs)),
+        "accuracy_ties_wrong": num_right / num_pairs,
+        "accuracy_ties_wrong_interval": list(wilson_interval(num_right, num_pairs)),
+        "num_ties": num_ties,
+        "mean_margin": float(margins.mean()),
+    }
+
+
+def _vector(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1:
+        raise InputError(f"{name} has shape {vector.shape}; expected one number per pair, shape (N,).")
+    if not np.isfinite(vector).all():
+        place = int(np.argmin(np.isfinite(vector)))
+        raise InputError(f"{name}[{place}] is {vector[place]}; expected finite numbers.")
+    return vector

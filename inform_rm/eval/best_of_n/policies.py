@@ -1,0 +1,205 @@
+"""Where best-of-n takes prompts and responses from: preference data and a language model."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from datasets import concatenate_datasets
+from transformers import GenerationConfig
+
+from inform_rm.data.messages import to_messages
+from inform_rm.data.preferences import load_preferences
+from inform_rm.data.tokenizer import fix_date, load_tokenizer, render
+from inform_rm.decomposition.gap_grid import distinct_prompts
+from inform_rm.errors import InputError
+from inform_rm.scoring.packing import eval_mode_of
+from inform_rm.scoring.reward_models import (
+    checked_max_length,
+    fingerprint_model,
+    fingerprint_tokenizer,
+    load_causal_lm,
+)
+from inform_rm.scoring.scorer import Prompt
+
+# Prompt and new tokens of the sequences that are generated together; a 7B model needs about 8 GiB of cache for them.
+_TOKENS_PER_BATCH = 16384
+
+
+class Policy(Protocol):
+    """Writes independent responses to a prompt; the same prompt and seed give the same ones."""
+
+    name: str
+
+    def sample(self, prompt: Prompt, num_responses: int, seed: int) -> list[str]:
+        """``num_responses`` independent responses."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the responses, apart from the seed, as JSON values."""
+        ...
+
+
+class CausalLMPolicy:
+    """Samples from a causal language model: temperature only, no cut of unlikely tokens, to the end token.
+
+    Args:
+        model: folder or Hub id, or a loaded model, which needs its ``tokenizer``.
+        tokenizer: by default the one beside the model.
+        temperature: divides the logits.
+        max_new_tokens: a response that has not ended by then is cut there, and counted.
+        device: see `inform_rm.scoring.reward_models.load_reward_model`; only for a model that is loaded here.
+        trust_remote_code: run code from the checkpoint. Off unless asked.
+
+    Attributes:
+        num_cut: responses cut so far.
+
+    Raises:
+        InputError: on a model that cannot be loaded, or a temperature or number of tokens that is not positive.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | torch.nn.Module,
+        tokenizer: Any = None,
+        *,
+        temperature: float = 1.0,
+        max_new_tokens: int = 128,
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+    ):
+        if isinstance(temperature, bool) or not 0 < temperature < float("inf"):
+            raise InputError(f"temperature: {temperature!r}; expected a number above 0.")
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise InputError(f"max_new_tokens: {max_new_tokens!r}; expected a whole number of at least 1.")
+        self.model: Any
+        if isinstance(model, str | Path):
+            self.name = str(model)
+            self.model = load_causal_lm(model, device=device, trust_remote_code=trust_remote_code)
+            tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code)
+        else:
+            self.name = getattr(model, "name_or_path", "") or type(model).__name__
+            self.model = model
+        if tokenizer is None:
+            raise InputError("tokenizer: a loaded policy needs its tokenizer. Pass tokenizer=...")
+        tokenizer = fix_date(tokenizer, "policy")
+        self.tokenizer, self.temperature, self.max_new_tokens = tokenizer, temperature, max_new_tokens
+        self.num_cut = 0
+        ends = self.model.generation_config.eos_token_id
+        # Chat models end a turn with a token of their own, which only the generation config may name.
+        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._end_ids = sorted(ends)
+        self._generation = GenerationConfig(
+            do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+            eos_token_id=self._end_ids or None, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+
+    def sample(self, prompt: Prompt, num_responses: int, seed: int) -> list[str]:
+        """Responses to one prompt.
+
+        Raises:
+            InputError: on a prompt that cannot be rendered, or leaves no room for ``max_new_tokens``.
+        """
+        ids = self._prompt_ids(prompt)
+        limit = checked_max_length(self.model, None)
+        if limit is not None and len(ids) + self.max_new_tokens > limit:
+            raise InputError(
+                f"policy: a prompt of {len(ids)} tokens and max_new_tokens={self.max_new_tokens} exceed the {limit} "
+                "tokens that the model can take. Lower max_new_tokens or leave out the prompt."
+            )
+        device = self.model.get_input_embeddings().weight.device
+        batch = max(1, _TOKENS_PER_BATCH // (len(ids) + self.max_new_tokens))
+        key = hashlib.sha256(f"policy/{seed}/{ids}".encode()).digest()
+        responses: list[str] = []
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.no_grad(),
+            eval_mode_of(self.model),
+        ):
+            torch.manual_seed(int.from_bytes(key[:7], "big"))
+            while len(responses) < num_responses:
+                rows = min(batch, num_responses - len(responses))
+                input_ids = torch.tensor([ids] * rows, device=device)
+                output = self.model.generate(
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    generation_config=self._generation,
+                )
+                new = output[:, len(ids) :].cpu()
+                has_end = torch.isin(new, torch.tensor(self._end_ids, dtype=new.dtype)).any(dim=1)
+                self.num_cut += int((~has_end).sum())
+                texts = self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                # A chat template puts its own white space around a reply; without one the text goes on as it is.
+                responses += [text.strip() for text in texts] if self.tokenizer.chat_template else texts
+        return responses
+
+    def identity(self) -> dict[str, Any]:
+        """Weights, tokenizer and how tokens are drawn."""
+        return {
+            "name": self.name,
+            "model": fingerprint_model(self.model),
+            "tokenizer": fingerprint_tokenizer(self.tokenizer),
+            "temperature": self.temperature,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        messages = to_messages(prompt)
+        if self.tokenizer.chat_template is not None:
+            return list(render(self.tokenizer, [messages], add_generation_prompt=True)[0])
+        if len(messages) > 1:
+            raise InputError(
+                f"policy: a prompt of {len(messages)} messages needs a chat template and the tokenizer has none."
+            )
+        ids = list(self.tokenizer(messages[0]["content"])["input_ids"])
+        return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
+
+
+def choose_prompts(
+    prompts: Sequence[Prompt] | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
+    num_prompts: int | None = None,
+    seed: int = 0,
+    columns: Mapping[str, str] | None = None,
+) -> list[Prompt]:
+    """Distinct prompts from a list or from preference data.
+
+    Args:
+        prompts: texts or lists of messages.
+        data: sources of preference pairs, as `inform_rm.data.preferences.load_preferences` reads them.
+        num_prompts: a random subset of this many.
+        seed: seed of the subset.
+        columns: which columns of the data are what, see `inform_rm.data.columns.Columns.of`.
+
+    Raises:
+        InputError: both, neither or bad sources, an empty or repeated prompt, or fewer than asked for.
+    """
+    if prompts is not None and data is not None:
+        raise InputError("prompts and data: both given; expected one source of prompts.")
+    found: list[Prompt]
+    if prompts is not None:
+        if isinstance(prompts, str):
+            raise InputError("prompts: got a single text; expected a list of prompts.")
+        found = list(prompts)
+    elif data is not None:
+        sources = [data] if isinstance(data, str | Path) else data
+        pairs = concatenate_datasets([load_preferences(source, columns=columns).dataset for source in sources])
+        found = [pairs[int(row)]["prompt"] for row in distinct_prompts(pairs)[0]]
+    else:
+        raise InputError("prompts and data: neither given; expected one source of prompts.")
+    first: dict[str, int] = {}
+    for place, prompt in enumerate(found):
+        key = json.dumps(to_messages(prompt))
+        if key in first:
+            # It would get the same responses again and count twice.
+            raise InputError(f"prompts: number {place} (from 0) repeats number {first[key]}. Give each once.")
+        first[key] = place
+    if num_prompts is not None and num_prompts < len(found):
+        chosen = np.random.default_rng(seed).choice(len(found), num_prompts, replace=False)
+        found = [found[place] for place in sorted(chosen.tolist())]
+    if len(found) < max(2, num_prompts or 2):
+        raise InputError(f"prompts: there are {len(found)} distinct ones; expected at least {num_prompts or 2}.")
+    return found

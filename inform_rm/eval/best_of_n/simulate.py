@@ -1,0 +1,382 @@
+"""Best-of-n overoptimization: how far the gold reward follows a proxy that chooses ever harder (Gao et al. 2023)."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from tqdm import tqdm
+
+from inform_rm.errors import InputError
+from inform_rm.eval.best_of_n import report
+from inform_rm.eval.best_of_n.policies import CausalLMPolicy, Policy, choose_prompts
+from inform_rm.scoring.scorer import NonFiniteRewardError, Prompt, RewardScorer
+from inform_rm.util.files import check_output_directory, versions
+
+BOOTSTRAP_DRAWS = 2000
+_ROWS_IN_MEMORY = 8192
+_COLUMNS = ("prompt_id", "prompt", "response", "gold")
+
+
+class Scorer(Protocol):
+    """What gives rewards: a `RewardScorer`, or an ensemble with the same interface."""
+
+    name: str
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Any:
+        """``(N,)`` rewards."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What decides a reward, as JSON values."""
+        ...
+
+
+def kl_nats(ns: ArrayLike) -> np.ndarray:
+    """``log n - (n - 1) / n``: KL divergence of best-of-n from the policy, in nats (Gao et al. 2023, section 2).
+
+    Exact where no two responses have the same proxy reward; with ties, an upper bound.
+
+    Args:
+        ns: ``(M,)`` numbers of responses, at least 1.
+    """
+    ns = np.asarray(ns, dtype=np.float64)
+    return np.log(ns) - (ns - 1) / ns
+
+
+def best_of_n_weights(num_responses: int, ns: Sequence[int]) -> np.ndarray:
+    """Probability that the i-th lowest of N is the highest of n drawn from them without replacement.
+
+    ``C(i - 1, n - 1) / C(N, n)``, computed downwards from ``n / N`` by the ratio of neighbours, so that nothing
+    overflows.
+
+    Args:
+        num_responses: N.
+        ns: M numbers from 1 to N, rising.
+
+    Returns:
+        ``(M, N)`` float64; each row sums to 1.
+
+    Raises:
+        InputError: on numbers out of range or order.
+
+    Example:
+        >>> best_of_n_weights(3, [1, 2, 3]).round(3).tolist()
+        [[0.333, 0.333, 0.333], [0.0, 0.333, 0.667], [0.0, 0.0, 1.0]]
+    """
+    _check_numbers(ns, num_responses)
+    ranks = np.arange(num_responses, 1, -1, dtype=np.float64)
+    weights = np.empty((len(ns), num_responses))
+    for row, n in enumerate(ns):
+        ratios = np.maximum(ranks - n, 0) / (ranks - 1)
+        weights[row, ::-1] = n / num_responses * np.concatenate([[1.0], np.cumprod(ratios)])
+    return weights
+
+
+def best_of_n_expectation(proxy: ArrayLike, values: ArrayLike, ns: Sequence[int]) -> np.ndarray:
+    """Expected value of the response with the highest proxy among n, for each prompt: an unbiased estimate from N.
+
+    ``sum_i C(i - 1, n - 1) / C(N, n) v_(i)``, v in the order of the proxy: the mean over all n-subsets of the N
+    responses. Responses with equal proxy are as likely chosen as each other.
+
+    Args:
+        proxy: ``(P, N)`` rewards by which the response is chosen.
+        values: ``(P, N)`` what is averaged: gold rewards, lengths, or the proxy again.
+        ns: M numbers from 1 to N, rising.
+
+    Returns:
+        ``(P, M)`` float64.
+
+    Raises:
+        InputError: on NaN or infinity, other shapes, or bad ns.
+    """
+    proxy, values = _table(proxy, "proxy"), _table(values, "values")
+    if proxy.shape != values.shape:
+        raise InputError(f"values: shape {values.shape}; expected {proxy.shape}, one value for each proxy reward.")
+    weights = best_of_n_weights(proxy.shape[1], ns)
+    order = np.argsort(proxy, axis=1, kind="stable")
+    ordered = np.take_along_axis(proxy, order, axis=1)
+    is_new = np.ones(proxy.shape, dtype=bool)
+    is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    # The winner is equally likely to be any response of its tie, so each of them may stand for their mean.
+    tie = np.cumsum(is_new) - 1
+    sums = np.bincount(tie, weights=np.take_along_axis(values, order, axis=1).ravel())
+    return (sums / np.bincount(tie))[tie].reshape(proxy.shape) @ weights.T
+
+
+def draw_best_of_n(proxy: ArrayLike, ns: Sequence[int], seed: int = 0) -> np.ndarray:
+    """One draw of the chosen response for each prompt and n, for what needs the responses themselves.
+
+    The n responses are drawn without replacement; a larger n keeps those of a smaller one. Responses with equal proxy
+    are as likely chosen as each other. Proxies of one shape and seed choose from the same responses.
+
+    Args:
+        proxy: ``(P, N)`` rewards by which the response is chosen.
+        ns: M numbers from 1 to N, rising.
+        seed: seed of the draw.
+
+    Returns:
+        ``(P, M)`` int64: places in the N responses.
+
+    Raises:
+        InputError: on NaN or infinity, or bad ns.
+    """
+    proxy = _table(proxy, "proxy")
+    _check_numbers(ns, proxy.shape[1])
+    places = np.random.default_rng(seed).permuted(np.tile(np.arange(proxy.shape[1]), (len(proxy), 1)), axis=1)
+    shuffled = np.take_along_axis(proxy, places, axis=1)
+    # argmax takes the first of equals, which after the shuffle is any of them.
+    first = np.stack([shuffled[:, :n].argmax(axis=1) for n in ns], axis=1)
+    return np.take_along_axis(places, first, axis=1)
+
+
+def overoptimization_curves(
+    proxy: ArrayLike, gold: ArrayLike, ns: Sequence[int], *, lengths: ArrayLike | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Mean proxy and gold reward of the best of n by proxy, and the gold reward's peak (arXiv:2402.09345, Fig. 3).
+
+    Intervals are 95 % percentile bootstrap intervals over prompts; one seed draws the same prompts for every proxy.
+    A peak is found again in every bootstrap sample. A fall is never negative, and noise alone makes it positive: it is
+    shown by the lower end of its interval, not by its value.
+
+    Args:
+        proxy: ``(P, N)`` rewards by which the response is chosen.
+        gold: ``(P, N)`` rewards by which it is judged.
+        ns: M numbers from 1 to N, rising.
+        lengths: ``(P, N)`` words of the responses.
+        seed: seed of the bootstrap.
+
+    Returns:
+        ``proxy``, ``gold`` and, if given, ``words``, each with ``mean`` (M), ``interval`` (M pairs), ``gain`` over a
+        response drawn at random (n = 1) and ``gain_interval``; ``proxy_deviation``, the standard deviation of the
+        proxy within prompts; ``peak`` with ``n`` (the smallest), ``kl_nats``, ``kl_nats_interval``, ``gold``, the
+        ``fall`` from there to the last n and ``fall_interval``.
+
+    Raises:
+        InputError: on fewer than two prompts, NaN or infinity, other shapes, or bad ns.
+    """
+    proxy = _table(proxy, "proxy")
+    if len(proxy) < 2:
+        raise InputError(f"prompts: {len(proxy)}; expected at least 2, because intervals are over prompts.")
+    even = np.full(len(proxy), 1 / len(proxy))
+    shares = np.random.default_rng(seed).multinomial(len(proxy), even, BOOTSTRAP_DRAWS) / len(proxy)
+    result: dict[str, Any] = {}
+    for name, values in (("proxy", proxy), ("gold", gold), ("words", lengths)):
+        if values is None:
+            continue
+        table = _table(values, name)
+        chosen = best_of_n_expectation(proxy, table, ns)
+        gains = chosen - table.mean(axis=1, keepdims=True)
+        result[name] = {
+            "mean": chosen.mean(axis=0).tolist(), "interval": _interval(shares @ chosen),
+            "gain": gains.mean(axis=0).tolist(), "gain_interval": _interval(shares @ gains),
+        }  # fmt: skip
+    result["proxy_deviation"] = float(np.sqrt(proxy.var(axis=1).mean()))
+    expected = best_of_n_expectation(proxy, gold, ns)
+    means, draws, kls = expected.mean(axis=0), shares @ expected, kl_nats(ns)
+    peak = int(_peak(means))
+    result["peak"] = {
+        "n": int(ns[peak]), "kl_nats": float(kls[peak]), "kl_nats_interval": _interval(kls[_peak(draws)][:, None])[0],
+        "gold": float(means[peak]), "fall": float(means.max() - means[-1]),
+        "fall_interval": _interval((draws.max(axis=1) - draws[:, -1])[:, None])[0],
+    }  # fmt: skip
+    return result
+
+
+def simulate(
+    proxy: str | Path | Scorer | Mapping[str, str | Path | Scorer],
+    output: str | Path | None = None,
+    *,
+    gold: str | Path | Scorer,
+    policy: str | Path | Policy,
+    prompts: Sequence[Prompt] | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
+    columns: Mapping[str, str] | None = None,
+    num_prompts: int | None = None,
+    num_responses: int = 1024,
+    ns: Sequence[int] | None = None,
+    temperature: float = 1.0,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    progress: bool = True,
+    **scorer_options: Any,
+) -> dict[str, Any]:
+    """Best-of-n with one or several proxy rewards against a gold reward, up to KL = log n - (n - 1) / n.
+
+    A policy writes ``num_responses`` responses to each prompt; proxies and gold score them; `overoptimization_curves`
+    says what choosing by the proxy does to the gold reward. A world whose gold reward is exact is
+    `inform_rm.world.policy`. With ``output`` the folder receives ``responses.parquet`` (one row a response),
+    ``curves.png``, ``result.html`` and at last ``result.json``.
+
+    Args:
+        proxy: folder or Hub id of a reward model, a `RewardScorer` or an ensemble; or several of them by name.
+        output: folder for the results; ``None`` only returns them.
+        gold: another reward model, which is taken for the truth.
+        policy: causal language model (folder or Hub id), or an object with the interface of `Policy`, such as
+            `CausalLMPolicy` of a loaded model.
+        prompts: distinct prompts.
+        data: in place of these, sources of preference pairs, whose distinct prompts are used.
+        columns: which columns of the data are what, see `inform_rm.data.columns.Columns.of`.
+        num_prompts: use a random subset of this many prompts.
+        num_responses: N, responses to each prompt.
+        ns: numbers to choose from, at most N; by default powers of two up to N.
+        temperature: of a policy named by folder or Hub id.
+        max_new_tokens: of such a policy.
+        seed: seed of prompts, responses and bootstrap.
+        progress: show progress bars.
+        scorer_options: keywords of `RewardScorer` for all models named by folder or Hub id; ``device`` and
+            ``trust_remote_code`` hold for such a policy, too.
+
+    Returns:
+        ``ns``, ``kl_nats``, ``proxies`` (by name, ``"proxy"`` if there is one; the result of
+        `overoptimization_curves` with ``model`` and ``identity``), ``gold``, ``policy``, counts, settings, seed and
+        versions.
+
+    Raises:
+        InputError: on bad settings, fewer than two prompts, repeated prompts, or a model that cannot be loaded.
+        NonFiniteRewardError: if a model gives NaN or infinity.
+    """
+    settings = {"num_responses": (num_responses, 2), "seed": (seed, 0)}
+    settings |= {} if num_prompts is None else {"num_prompts": (num_prompts, 2)}
+    for name, (value, low) in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise InputError(f"{name}: {value!r}; expected a whole number of at least {low}.")
+    numbers = [2**power for power in range(num_responses.bit_length())] if ns is None else list(ns)
+    _check_numbers(numbers, num_responses)
+    unknown = sorted(set(scorer_options) - (set(inspect.signature(RewardScorer).parameters) - {"model", "tokenizer"}))
+    if unknown:
+        raise InputError(
+            f"{unknown[0]}: no setting of simulate or RewardScorer has this name. A loaded model comes with its "
+            "tokenizer as RewardScorer(model, tokenizer)."
+        )
+    models = dict(proxy) if isinstance(proxy, Mapping) else {"proxy": proxy}
+    if not models or set(models) & set(_COLUMNS) or not all(isinstance(name, str) and name for name in models):
+        raise InputError(f"proxy: names {list(models)}; expected at least one name, none of {', '.join(_COLUMNS)}.")
+    folder = None if output is None else check_output_directory(output)
+    asked = choose_prompts(prompts, data, num_prompts, seed, columns)
+    proxies = {name: _scorer(model, f"proxy {name}", scorer_options) for name, model in models.items()}
+    judge = _scorer(gold, "gold", scorer_options)
+    if hasattr(judge, "check_prompts"):  # a gold reward that is not defined everywhere says so before time is spent
+        judge.check_prompts(asked)
+    writer = _policy(policy, temperature, max_new_tokens, scorer_options)
+
+    cut_before = getattr(writer, "num_cut", 0)
+    bar = tqdm(asked, unit="prompt", desc="sample", disable=not progress)
+    responses = [writer.sample(prompt, num_responses, seed) for prompt in bar]
+    gold_rewards = _score(judge, "gold", asked, responses, progress)
+    rewards = {name: _score(scorer, name, asked, responses, progress) for name, scorer in proxies.items()}
+    words = np.array([[len(text.split()) for text in texts] for texts in responses])
+    result: dict[str, Any] = {
+        "ns": [int(n) for n in numbers],
+        "kl_nats": kl_nats(numbers).tolist(),
+        "num_prompts": len(asked),
+        "num_responses": num_responses,
+        "distinct_responses": sum(len(set(texts)) for texts in responses),
+        "empty_responses": sum(not text.strip() for texts in responses for text in texts),
+        "intervals": f"95 %, percentile bootstrap over prompts, {BOOTSTRAP_DRAWS} draws",
+        "gold": {"model": judge.name, "identity": judge.identity()},
+        "policy": {"model": writer.name, "identity": writer.identity()},
+        "proxies": {
+            name: {
+                "model": scorer.name, "identity": scorer.identity(),
+                **overoptimization_curves(rewards[name], gold_rewards, numbers, lengths=words, seed=seed),
+            }
+            for name, scorer in proxies.items()
+        },
+        "prompts_fingerprint": hashlib.sha256(json.dumps(asked).encode("utf-8", "surrogatepass")).hexdigest(),
+        "settings": {
+            name: str(value)
+            for name, value in {"data": data, "columns": columns, **scorer_options}.items()
+            if value is not None
+        },
+        "seed": seed,
+        "versions": versions(),
+    }  # fmt: skip
+    if isinstance(writer, CausalLMPolicy):
+        result["cut_responses"] = writer.num_cut - cut_before
+    if folder is not None:
+        report.write_results(folder, result, asked, responses, gold_rewards, rewards)
+    return result
+
+
+def _check_numbers(ns: Sequence[int], num_responses: int) -> None:
+    whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in ns)
+    if not len(ns) or not whole or sorted(set(ns)) != list(ns) or not 1 <= ns[0] <= ns[-1] <= num_responses:
+        raise InputError(
+            f"ns: {list(ns)}; expected rising whole numbers from 1 to at most the {num_responses} responses of each "
+            "prompt. Sample more responses or leave the larger numbers out."
+        )
+
+
+def _table(values: ArrayLike, name: str) -> np.ndarray:
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2 or not table.size:
+        raise InputError(f"{name}: shape {table.shape}; expected (prompts, responses), at least one of each.")
+    if not np.isfinite(table).all():
+        row, column = np.argwhere(~np.isfinite(table))[0]
+        raise InputError(
+            f"{name}: response {column} of prompt {row} (from 0) has {table[row, column]}; expected finite numbers."
+        )
+    return table
+
+
+def _interval(draws: np.ndarray) -> list[list[float]]:
+    return np.quantile(draws, [0.025, 0.975], axis=0).T.tolist()
+
+
+def _peak(means: np.ndarray) -> np.ndarray:
+    """Place of the maximum along the last axis; of values that differ by rounding alone, the first."""
+    highest = means.max(axis=-1, keepdims=True)
+    return (means >= highest - 1e-12 * np.maximum(1.0, np.abs(highest))).argmax(axis=-1)
+
+
+def _scorer(model: Any, argument: str, options: dict[str, Any]) -> Scorer:
+    if isinstance(model, str | Path):
+        return RewardScorer(model, **options)
+    # A module may have a head that is called score.
+    if isinstance(model, torch.nn.Module) or not callable(getattr(model, "score", None)):
+        raise InputError(
+            f"{argument}: got a {type(model).__name__}; expected a folder, a Hub id or a RewardScorer, which is made "
+            "of a loaded model by RewardScorer(model, tokenizer)."
+        )
+    return model
+
+
+def _policy(policy: Any, temperature: float, max_new_tokens: int, options: dict[str, Any]) -> Policy:
+    if isinstance(policy, str | Path):
+        passed_on = {name: options[name] for name in ("device", "trust_remote_code") if name in options}
+        return CausalLMPolicy(policy, temperature=temperature, max_new_tokens=max_new_tokens, **passed_on)
+    if not callable(getattr(policy, "sample", None)):
+        raise InputError(
+            f"policy: got a {type(policy).__name__}; expected a folder, a Hub id or an object with a method sample, "
+            "such as CausalLMPolicy(model, tokenizer)."
+        )
+    return policy
+
+
+def _score(
+    scorer: Scorer, name: str, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]], progress: bool
+) -> np.ndarray:
+    """``(P, N)`` float64. Equal responses are scored once: their rewards are then ties to the last bit."""
+    rows = [(number, text) for number, texts in enumerate(responses) for text in dict.fromkeys(texts)]
+    found: dict[tuple[int, str], float] = {}
+    with tqdm(total=len(rows), unit="response", desc=f"score {name}", disable=not progress) as bar:
+        for start in range(0, len(rows), _ROWS_IN_MEMORY):
+            part = rows[start : start + _ROWS_IN_MEMORY]
+            try:
+                values = scorer.score([prompts[number] for number, _ in part], [text for _, text in part])
+            except NonFiniteRewardError as error:
+                number, text = part[error.row]
+                where = f"{name}: the response {text[:60]!r} to prompt {number} (from 0)"
+                raise NonFiniteRewardError(start + error.row, error.value, where) from error
+            except InputError as error:
+                raise InputError(f"{name}, distinct responses from {start} on: {error}") from error
+            found |= zip(part, np.asarray(values, dtype=np.float64).tolist(), strict=True)
+            bar.update(len(part))
+    rewards = [[found[number, text] for text in texts] for number, texts in enumerate(responses)]
+    return _table(rewards, name)

@@ -1,0 +1,312 @@
+"""Comparing reward models on the same rows: what `inform-rm evaluate` wrote for each, in one table with tests."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inform_rm.errors import InputError
+from inform_rm.eval.comparison import report
+from inform_rm.eval.comparison.paired import (
+    holm_adjusted,
+    length_controlled_accuracy,
+    length_scale,
+    mcnemar_test,
+    paired_bootstrap,
+)
+from inform_rm.eval.comparison.result_rows import ResultRows, matched, read_result_rows
+from inform_rm.util.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
+from inform_rm.util.intervals import wilson_interval
+from inform_rm.util.page import figure_png
+
+_OWN_FILES = ("result.json", "result.md", "result.html", "forest.png", "flips.jsonl")
+_ROUNDING = 1e-9  # a weighted mean of 0.8 may come out as 0.7999999999999999
+
+
+def compare(
+    results: Mapping[str, str | Path] | Sequence[str | Path] | str | Path | None = None,
+    output: str | Path | None = None,
+    *,
+    models: Mapping[str, str | Path] | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
+    fail_below: Mapping[str, float] | None = None,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+    **evaluate_options: Any,
+) -> dict[str, Any]:
+    """Compare reward models row by row: paired intervals, McNemar tests, length-controlled accuracy, flipped rows.
+
+    Takes either the folders that `inform_rm.evaluate` wrote (``results``), or models, which are first evaluated on
+    ``data`` into ``output/NAME``. The first is the baseline of all differences. Rows are matched by data, subset and
+    id; models that were not evaluated on exactly the same rows are refused.
+
+    The accuracy of a group of rows is their mean credit: of a pair 1, 0.5 for a tie, or 0; of a suite's item what the
+    suite gives. A suite's published scores weigh rows in their own way and stand beside it. See
+    `inform_rm.eval.comparison.paired` for the statistics. P-values come as they are and adjusted by Holm's method,
+    where one family is all tests of a level (all rows, sections, subsets) against the baseline.
+
+    With ``output`` the folder receives ``flips.jsonl`` (every row that one model has right and the baseline wrong, or
+    the other way round), ``forest.png``, ``result.md``, ``result.html`` and at last ``result.json``.
+
+    Args:
+        results: folders by name, or folders that are named by their last part; one is enough for ``fail_below``.
+        output: folder for the results; ``None`` only returns them. With ``models`` it is needed.
+        models: in place of ``results``: folders or Hub ids by name.
+        data: with ``models``: pairs, as `inform_rm.evaluate` takes them.
+        fail_below: least values, each from 0 to 1, for every model. Names are, of a suite, ``suite`` and
+            ``suite.section`` (published scores), of pairs ``accuracy`` and the subsets.
+        num_resamples: of the bootstrap.
+        seed: of the bootstrap, and of `inform_rm.evaluate`.
+        evaluate_options: with ``models``: further keywords of `inform_rm.evaluate`.
+
+    Returns:
+        ``baseline``, ``suite`` (``None`` for pairs), ``models`` (their folders, fingerprints, settings, published
+        scores), ``groups`` (each ``level``, ``name``, ``num_rows`` and per model ``accuracy`` with interval, where
+        lengths are known ``length_controlled_accuracy``, and against the baseline ``difference`` and, unless every
+        row has part of a credit, ``mcnemar``), ``flips`` (counts), ``limits`` and those ``below`` them, ``data``,
+        seed, versions.
+
+    Raises:
+        InputError: if rows or data differ, a folder holds no finished result, names collide, or ``fail_below`` names
+            what was not measured.
+    """
+    folder = None if output is None else check_output_directory(output)
+    if (results is None) == (models is None):
+        raise InputError("compare: expected either results (folders of evaluations) or models with data.")
+    if models is not None:
+        folders = _evaluated(models, data, folder, seed, evaluate_options)
+    elif data is not None or evaluate_options:
+        name = "data" if data is not None else next(iter(evaluate_options))
+        raise InputError(f"{name}: belongs to models; results are compared as they are.")
+    else:
+        assert results is not None
+        folders = _named(results)
+    limits = _checked_limits(fail_below)
+    rows = matched([read_result_rows(name, path) for name, path in folders.items()])
+    values = {name: _limited_values(part, limits) for name, part in zip(folders, rows, strict=True)}
+    below = [
+        {"model": model, "name": name, "value": value, "limit": limits[name]}
+        for model, measured in values.items()
+        for name, value in measured.items()
+        if value < limits[name] - _ROUNDING
+    ]
+    flips = [flip for other in rows[1:] for flip in _flips(rows[0], other)]
+    result: dict[str, Any] = {
+        "baseline": rows[0].name,
+        "suite": rows[0].suite,
+        "models": {part.name: _described(part) for part in rows},
+        "groups": _groups(rows, num_resamples, seed),
+        "flips": {
+            part.name: {change: _count(flips, part.name, change) for change in ("gained", "lost")} for part in rows[1:]
+        },
+        "limits": limits,
+        "below": below,
+        "data": rows[0].result.get("data", []),
+        "settings": {"results": {name: str(path) for name, path in folders.items()}, "num_resamples": num_resamples},
+        "seed": seed,
+        "versions": versions(),
+    }
+    if folder is not None:
+        _write(folder, result, flips)
+    return result
+
+
+def _evaluated(
+    models: Mapping[str, str | Path],
+    data: str | Path | Sequence[str | Path] | None,
+    output: Path | None,
+    seed: int,
+    options: dict[str, Any],
+) -> dict[str, Path]:
+    """One evaluation a model, in its own folder below the output."""
+    from inform_rm.eval.evaluate import evaluate
+
+    if data is None or output is None or not models:
+        raise InputError("models: expected at least one, with data, and an output in which each gets a folder.")
+    for name in models:
+        if name != Path(name).name or name in ("", ".", "..", *_OWN_FILES):
+            raise InputError(f"models: the name {name!r} cannot be that of a folder in output. Name it NAME=MODEL.")
+    for name, model in models.items():
+        evaluate(model, data, output / name, seed=seed, **options)
+    return {name: output / name for name in models}
+
+
+def _named(results: Mapping[str, str | Path] | Sequence[str | Path] | str | Path) -> dict[str, Path]:
+    if isinstance(results, Mapping):
+        folders = {name: Path(path) for name, path in results.items()}
+    else:
+        paths = [Path(path) for path in ([results] if isinstance(results, str | Path) else results)]
+        folders = {path.resolve().name: path for path in paths}
+        if len(folders) < len(paths):
+            raise InputError("results: two folders have the same name. Name them apart: {'one': FOLDER, ...}.")
+    if not folders:
+        raise InputError("results: expected at least one folder that `inform-rm evaluate` wrote.")
+    return folders
+
+
+def _checked_limits(fail_below: Mapping[str, float] | None) -> dict[str, float]:
+    limits = dict(fail_below or {})
+    for name, limit in limits.items():
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit <= 1:
+            raise InputError(f"fail_below: {name}={limit!r}; expected a number from 0 to 1.")
+    return limits
+
+
+def _limited_values(rows: ResultRows, limits: dict[str, float]) -> dict[str, float]:
+    """What was measured under each name that has a limit; what was not is refused, for it must not pass."""
+    result = rows.result
+    found: list[tuple[str, Any]]
+    if rows.suite is None:
+        found = [("accuracy", result["accuracy"])]
+        found += [(name, part["accuracy"]) for name, part in result.get("subsets", {}).items()]
+    else:
+        scores = {str(section): None for section in rows.sections}  # an incomplete section has rows, but no score
+        scores |= {name: part.get("score") for name, part in result.get("sections", {}).items()}
+        found = [(rows.suite, result.get("score"))]
+        found += [(f"{rows.suite}.{name}", score) for name, score in scores.items()]
+    names = [name for name, _ in found]
+    measured = {}
+    for name in limits:
+        if names.count(name) != 1:
+            fault = "names two of them" if name in names else "is not among them"
+            raise InputError(f"fail_below: {rows.folder} measures {', '.join(map(repr, names))}; {name!r} {fault}.")
+        value = dict(found)[name]
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise InputError(
+                f"fail_below: {name} was not measured in {rows.folder}, because its evaluation is incomplete, and "
+                "what is not measured cannot pass. Evaluate all subsets, or set a limit on a section that is complete."
+            )
+        measured[name] = float(value)
+    return measured
+
+
+def _described(rows: ResultRows) -> dict[str, Any]:
+    names = ("model", "model_fingerprint", "settings", "seed", "versions")
+    found: dict[str, Any] = {"folder": str(rows.folder)}
+    found |= {name: rows.result[name] for name in names if name in rows.result}
+    if rows.suite is not None:
+        found |= {name: rows.result.get(name) for name in ("complete", "score")}
+        found["sections"] = {name: part.get("score") for name, part in rows.result.get("sections", {}).items()}
+    return found
+
+
+def _groups(rows: list[ResultRows], num_resamples: int, seed: int) -> list[dict[str, Any]]:
+    """All rows, then sections, then subsets; a level that divides the rows as an earlier one does is left out."""
+    labels = {
+        "all": np.full(len(rows[0].keys), "all", dtype=object),
+        "section": np.array(["" if name is None else name for name in rows[0].sections], dtype=object),
+        "subset": np.array([subset for _, subset, _ in rows[0].keys], dtype=object),
+    }
+    # Lengths belong to the rows: one folder that holds them serves all.
+    lengths = next((part.length_differences for part in rows if np.isfinite(part.length_differences).any()),
+                   rows[0].length_differences)  # fmt: skip
+    known = lengths[np.isfinite(lengths)]
+    scale = length_scale(known) if len(known) else None
+    groups = []
+    divisions = set()
+    for level, names in labels.items():
+        distinct = {name: number for number, name in enumerate(dict.fromkeys(names.tolist()))}
+        division = tuple(distinct[name] for name in names.tolist())
+        if division in divisions:
+            continue
+        divisions.add(division)
+        found = [
+            {
+                "level": level,
+                "name": name,
+                "num_rows": int((names == name).sum()),
+                "models": {
+                    part.name: _statistics(rows[0], part, names == name, lengths, scale, num_resamples, seed)
+                    for part in rows
+                },
+            }
+            for name in distinct
+        ]
+        tests = [entry["mcnemar"] for group in found for entry in group["models"].values() if "mcnemar" in entry]
+        for test, adjusted in zip(tests, holm_adjusted([test["p_value"] for test in tests]), strict=True):
+            test["p_value_holm"] = adjusted
+        groups += found
+    return groups
+
+
+def _statistics(
+    baseline: ResultRows,
+    rows: ResultRows,
+    inside: np.ndarray,
+    length_differences: np.ndarray,
+    scale: float | None,
+    num_resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    credits, lengths = rows.credits[inside], length_differences[inside]
+    found: dict[str, Any] = {
+        "accuracy": float(credits.mean()),
+        "accuracy_interval": list(wilson_interval(min(float(credits.sum()), len(credits)), len(credits))),
+    }
+    if np.isfinite(lengths).all():
+        controlled = length_controlled_accuracy(credits, lengths, scale=scale)
+        found["length_controlled_accuracy"] = controlled.accuracy.estimate
+        found["length_controlled_accuracy_interval"] = [controlled.accuracy.low, controlled.accuracy.high]
+        found["length_coefficient"] = controlled.length_coefficient
+    if rows is not baseline:
+        base = baseline.credits[inside]
+        interval = paired_bootstrap(credits - base, num_resamples=num_resamples, seed=seed)
+        found["difference"], found["difference_interval"] = interval.estimate, [interval.low, interval.high]
+        test = mcnemar_test(base, credits)
+        if test.left_out < len(credits):
+            found["mcnemar"] = {
+                "lost": test.first_only, "gained": test.second_only, "left_out": test.left_out,
+                "p_value": test.p_value,
+            }  # fmt: skip
+    return found
+
+
+def _flips(baseline: ResultRows, other: ResultRows) -> list[dict[str, Any]]:
+    """Rows that exactly one of the two has right and the other wrong, in the baseline's order.
+
+    ``margin_change`` is that of the margins in units of each model's root mean square margin: reward models have no
+    common unit.
+    """
+    sources = baseline.source_names()
+    scales = [_root_mean_square(part.margins) for part in (baseline, other)]
+    flips = []
+    for place in np.flatnonzero(np.abs(other.credits - baseline.credits) == 1).tolist():
+        source, subset, identifier = baseline.keys[place]
+        margins = [float(part.margins[place]) for part in (baseline, other)]
+        flip: dict[str, Any] = {
+            "model": other.name,
+            "change": "gained" if other.credits[place] == 1 else "lost",
+            "source": sources.get(source, source),
+            "section": baseline.sections[place],
+            "subset": subset,
+            "id": identifier,
+        }
+        if all(math.isfinite(margin) for margin in margins):
+            # Rewards are float32: more digits than 7 are noise of the subtraction.
+            flip |= {"baseline_margin": float(f"{margins[0]:.7g}"), "margin": float(f"{margins[1]:.7g}")}
+            flip["margin_change"] = margins[1] / scales[1] - margins[0] / scales[0]
+        flips.append({name: value for name, value in flip.items() if value is not None})
+    return flips
+
+
+def _root_mean_square(margins: np.ndarray) -> float:
+    known = margins[np.isfinite(margins)]
+    return (float(np.sqrt(np.mean(known**2))) if len(known) else 0.0) or 1.0
+
+
+def _count(flips: list[dict[str, Any]], model: str, change: str) -> int:
+    return sum(flip["model"] == model and flip["change"] == change for flip in flips)
+
+
+def _write(folder: Path, result: dict[str, Any], flips: list[dict[str, Any]]) -> None:
+    lines = "".join(json.dumps(flip, ensure_ascii=False, allow_nan=False) + "\n" for flip in flips)
+    atomic_write_text(folder / "flips.jsonl", lines)
+    forest = figure_png(report.forest_figure(result))
+    atomic_write_bytes(folder / "forest.png", forest)
+    page = report.result_page(result, flips, forest)
+    atomic_write_text(folder / "result.md", page.markdown())
+    atomic_write_text(folder / "result.html", page.html())
+    write_json(folder / "result.json", result)  # last: its presence says that the rest is complete

@@ -1,0 +1,138 @@
+"""Plots and page of `inform-rm decompose`."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from inform_rm.eval.report import result_settings
+from inform_rm.util.page import Heading, Image, Page, Table
+
+COLORS = ("length", "subset")
+_MOST_BARS = 200
+_MOST_SUBSETS = 10
+_SPREAD_CAPTION = (
+    "Reward gap of each pair under its own prompt (dot) and, as a bar, the middle 80 % of its gaps under other "
+    "prompts; pairs in order of their gap. Bars that hug the dots: the prompt hardly matters."
+)
+PLANE_CAPTION = (
+    "Prompt-free gap D2 and prompt-related gap D1 of each pair. Above the diagonal line the model ranks the pair "
+    "right (D1 + D2 > 0); in the shaded parts the response alone decides (the prompt-free gap is the larger one)."
+)
+
+
+def spread_figure(table: dict[str, np.ndarray]) -> Figure:
+    """Gap under the own prompt and spread under others, evenly chosen pairs (arXiv:2504.06020, Fig. 1 left)."""
+    order = np.argsort(table["reward_gap"], kind="stable")
+    order = order[np.unique(np.linspace(0, len(order) - 1, min(_MOST_BARS, len(order))).round().astype(int))]
+    places = np.arange(len(order))
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    low, high = table["other_gaps_10_percent"][order], table["other_gaps_90_percent"][order]
+    axes.vlines(places, low, high, color="#9bb7d4", linewidth=max(1.0, 300 / len(order)), label="other prompts, 80 %")
+    axes.plot(places, table["reward_gap"][order], ".", color="#c2413b", label="own prompt")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(xlabel=f"{len(order)} pairs, in order of their gap", ylabel="reward gap, chosen - rejected")
+    axes.legend(loc="upper left")
+    return figure
+
+
+def plane_figure(table: dict[str, np.ndarray], color: str) -> Figure:
+    """D2 against D1, one point a pair (arXiv:2504.06020, Fig. 3 and 4), coloured by one of `COLORS`."""
+    free, related = table["prompt_free_gap"], table["prompt_related_gap"]
+    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
+    axes = figure.subplots()
+    draw_plane(axes, 1.05 * max(np.abs(free).max(), np.abs(related).max(), 1e-6))
+    size = float(np.clip(3000 / len(free), 4, 25))
+    if color == "subset":
+        names, counts = np.unique(table["subset"], return_counts=True)
+        shown = names[np.argsort(-counts)][:_MOST_SUBSETS]
+        groups = [(name, table["subset"] == name) for name in shown]
+        groups += [("others", ~np.isin(table["subset"], shown))] if len(names) > len(shown) else []
+        for name, mask in groups:
+            axes.scatter(free[mask], related[mask], s=size, label=str(name), alpha=0.8)
+        axes.legend(fontsize=8)
+    else:
+        # Ranks, because a few very long responses would leave one colour to all others.
+        difference = table["characters difference"]
+        limit = max(1.0, float(np.quantile(np.abs(difference), 0.95)))
+        points = axes.scatter(free, related, s=size, c=difference, cmap="coolwarm", vmin=-limit, vmax=limit)
+        figure.colorbar(points, label="characters, chosen - rejected", extend="both")
+    return figure
+
+
+def draw_plane(axes: Axes, reach: float) -> None:
+    """Axes, the line of equal rewards and the shaded parts in which abs(D2) > abs(D1), from -reach to reach."""
+    line = np.array([-reach, 0.0, reach])
+    axes.fill_between(line, -np.abs(line), np.abs(line), color="#c9a227", alpha=0.15, linewidth=0, zorder=0)
+    axes.plot(line, -line, color="grey", linestyle="--", linewidth=0.9)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set(
+        xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal",
+        xlabel="prompt-free gap D2", ylabel="prompt-related gap D1",
+    )  # fmt: skip
+
+
+def result_page(result: dict[str, Any], spread_png: bytes, plane_png: bytes) -> Page:
+    """The result of `decompose`."""
+    gaps = ("reward_gap", "prompt_free_gap", "prompt_related_gap")
+    correlations = [
+        (name, *(f"{values[gap]:.2f}" if gap in values else None for gap in gaps))
+        for name, values in result["correlations"].items()
+    ]
+    columns = ("prompt_free_gap", "prompt_related_gap", "num_pairs", "accuracy")
+    quadrants = [[part[column] for column in columns] for part in result["quadrants"]]
+    return Page(
+        f"Prompt-free and prompt-related reward of {result['model']}",
+        [
+            share_table(result),
+            *notes(result),
+            Image(spread_png, _SPREAD_CAPTION),
+            Image(plane_png, PLANE_CAPTION),
+            Heading("What the gaps go with"),
+            "Spearman rank correlation with the difference (chosen - rejected) of what the response alone has.",
+            Table(("difference in", "reward gap D", "prompt-free D2", "prompt-related D1"), correlations),
+            Heading("Accuracy by quadrant"),
+            Table(("prompt-free gap D2", "prompt-related gap D1", "n", "accuracy"), quadrants, align="llrr"),
+            Heading("Settings"),
+            result_settings(result),
+        ],
+    )
+
+
+def share_table(result: dict[str, Any]) -> Table:
+    """All pairs, then each subset."""
+    parts = {"all": result, **result.get("subsets", {})}
+    header = ("pairs", "n", "accuracy", "response decides", "95 % interval", "sign flips", "prompt sensitivity")
+    columns = ("num_pairs", "accuracy", "response_decides", "response_decides_interval", "sign_flips")
+    rows = [
+        (name, *(part[column] for column in columns), part.get("prompt_sensitivity")) for name, part in parts.items()
+    ]
+    return Table(header, rows)
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What the table's columns mean, what the figures cost, and which pairs were left out."""
+    cost, left_out = result["cost"], result["left_out"]
+    texts = [
+        "Response decides: share of pairs whose prompt-free gap is larger than their prompt-related one. Sign flips: "
+        "share of pairs that the model ranks the other way under at least one other prompt. Prompt sensitivity: share "
+        "of the gaps' variance between prompts of one pair; 0 for a model that ignores prompts.",
+        f"{result['settings']['num_prompts']} prompts a pair out of {result['distinct_prompts']}; mean standard error "
+        f"of the prompt-free gap {result['mean_standard_error']:.3f}, mean effective sample size "
+        f"{result['mean_effective_sample_size']:.1f}. {cost['tokens_computed']} tokens were computed; one pass a "
+        f"reward would take {cost['tokens_of_a_plain_loop']}.",
+    ]
+    reasons = {
+        "overlong": "too long",
+        "no_other_prompt": "without another prompt",
+        "nonfinite_rewards": "with NaN or infinity",
+        "no_likelihood": "that the behaviour model takes under none of their prompts",
+    }
+    counted = [f"{left_out[name]} {text}" for name, text in reasons.items() if left_out.get(name)]
+    if counted:
+        named = f" ({', '.join(left_out['nonfinite_ids'])})" if left_out["nonfinite_ids"] else ""
+        texts.append(f"Left out: {', '.join(counted)}{named}.")
+    return texts

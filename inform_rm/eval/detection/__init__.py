@@ -1,0 +1,1 @@
+"""Overoptimization seen in latents: CSI, MOP, outlier scores, early stopping."""

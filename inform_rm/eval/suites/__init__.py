@@ -1,0 +1,1 @@
+"""Benchmark suites: their tables, reading, marking and pages."""

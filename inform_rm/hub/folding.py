@@ -1,0 +1,257 @@
+"""Folding: a reward head that is linear in eval becomes a row vector, its model a plain classifier of transformers.
+
+In eval an InfoRM model with the linear decoder computes ``W_d (W_mu h + b_mu) + b_d`` of the last token's hidden state
+h (arXiv:2402.09345, eq. 15 and 19 with s = mu). That is ``w h + c`` with ``w = W_d W_mu`` and ``c = W_d b_mu + b_d``.
+The classifiers of transformers have a bias-free ``score``: they hold w. The constant c, equal for every response, is
+written beside it as ``reward_offset``.
+"""
+
+import copy
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCardData
+from torch import Tensor, nn
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
+
+from inform_rm.data.encoding import encode
+from inform_rm.errors import InputError
+from inform_rm.hub.cards import TAGS, card_text
+from inform_rm.scoring.reward_models import fingerprint_model
+from inform_rm.util.files import atomic_write_text, write_json
+from inform_rm.util.page import fill_markdown
+
+logger = logging.getLogger(__name__)
+
+# Relative to the largest reward of the check: float32 arithmetic in another order. Anything else is another model.
+_CHECK_TOLERANCE = 1e-4
+# Texts whose last token shows what can end a row; no vocabulary holds the last one (a private-use character).
+_EXAMPLE_ENDS = ("Yes.", "a", "\U000f0000")
+
+
+@dataclass(frozen=True)
+class FoldedHead:
+    """What a linear reward head computes: ``reward = weight @ h + offset``.
+
+    Attributes:
+        weight: ``(1, H)``, float64.
+        offset: the constant.
+    """
+
+    weight: Tensor
+    offset: float
+
+
+@dataclass(frozen=True)
+class FoldedModel:
+    """What was written.
+
+    Attributes:
+        class_name: the class of transformers that loads it.
+        reward_offset: original reward minus folded reward.
+        largest_difference: between ``folded + reward_offset`` and the original reward on a few random rows, computed
+            with both before anything was written.
+        added_pad_token: the token that was added because the tokenizer's own pad token may end a row, or ``None``.
+    """
+
+    class_name: str
+    reward_offset: float
+    largest_difference: float
+    added_pad_token: str | None
+
+
+def fold_head(model: Any) -> FoldedHead:
+    """The row vector and the constant of an InfoRM model's reward in eval, computed in float64.
+
+    Raises:
+        InputError: if the reward is not linear in the hidden state.
+    """
+    config, head = model.config, model.score
+    with torch.no_grad():
+        if config.architecture == "standard":
+            return FoldedHead(head.weight.double(), 0.0 if head.bias is None else head.bias.double().item())
+        if config.decoder != "linear":
+            raise InputError(
+                f"folded: this model's decoder is {config.decoder!r}, so its reward is no linear function of the "
+                "hidden state and no plain classifier of transformers computes it. Train with decoder: linear, or "
+                "export without folding."
+            )
+        latent_mean = slice(0, config.latent_dim)  # the encoder's other half are log variances
+        decoder = head.decoder.weight.double()
+        weight = decoder @ head.encoder.weight[latent_mean].double()
+        offset = decoder @ head.encoder.bias[latent_mean].double() + head.decoder.bias.double()
+        return FoldedHead(weight, offset.item())
+
+
+def write_folded_model(model: Any, tokenizer: Any, folder: str | Path, *, source: str | None = None) -> FoldedModel:
+    """Write model, tokenizer and card of the folded model into an empty folder.
+
+    The backbone's weights are written as they are. The row vector is written in float32 also beside a half-precision
+    backbone: an engine that keeps its head in float32 then gives rewards that differ by less than bfloat16's 0.4 %.
+
+    Args:
+        model: a loaded InfoRM model on the CPU. If a pad token is added, its embeddings may grow by a row.
+        tokenizer: its tokenizer; it may get a pad token.
+        folder: where to write.
+        source: Hub id of the model, for the card; ``None`` for a local folder, whose name is not told.
+
+    Raises:
+        InputError: if the model cannot be folded: its decoder is not linear, it is quantized, transformers has no
+            classifier for its backbone or one of another form, or the classifier gives other rewards.
+    """
+    folder = Path(folder)
+    _refuse_quantized(model)
+    head = fold_head(model)
+    fingerprint = fingerprint_model(model)
+    added = _separate_pad_token(tokenizer, model)
+    classifier = _classifier(model, head, tokenizer.pad_token_id)
+    difference = _largest_difference(model, classifier, head.offset)
+    classifier.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _add_rope_settings_of_transformers_4(folder / "config.json")
+    _leave_out_token_types(folder / "tokenizer_config.json")
+    written = FoldedModel(type(classifier).__name__, head.offset, difference, added)
+    atomic_write_text(folder / "README.md", _card(written, model.config, fingerprint, source))
+    return written
+
+
+def _refuse_quantized(model: Any) -> None:
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "quantization_config", None) is not None:
+            raise InputError(
+                "folded: this model's backbone is quantized; its weights only mean something to the library that "
+                "packed them. Fold the adapters of a QLoRA run (merge_adapters: false) or a model in full precision."
+            )
+
+
+def _separate_pad_token(tokenizer: Any, model: Any) -> str | None:
+    """Give the tokenizer a pad token that no row ends with, unless it has one; return the token added.
+
+    The classifiers of transformers read the reward at the last token that is not ``pad_token_id``. Where the end token
+    pads too, they would read it one token early, in every row.
+    """
+    last_ids = {tokenizer.eos_token_id}
+    for text in _EXAMPLE_ENDS:
+        last_ids.add(encode(tokenizer, text, text).input_ids[-1])
+        last_ids.update(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if tokenizer.pad_token_id not in last_ids:
+        return None
+    name = "<|pad|>"
+    while name in tokenizer.get_vocab():
+        name = f"<|{name}|>"
+    logger.warning(
+        "folded: the pad token %r can be the last token of a row, where a classifier of transformers would not read "
+        "the reward. %r is added for padding.",
+        tokenizer.pad_token,
+        name,
+    )
+    tokenizer.add_special_tokens({"pad_token": name})
+    embeddings = model.get_input_embeddings()
+    if tokenizer.pad_token_id >= embeddings.num_embeddings:
+        old = embeddings.num_embeddings
+        model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[old:] = 0.0  # masked wherever it occurs
+    return name
+
+
+def _classifier(model: Any, head: FoldedHead, pad_token_id: int) -> Any:
+    """The classifier that transformers has for the backbone, around the model's own backbone and the row vector."""
+    config = copy.deepcopy(model.config.get_text_config())
+    kind = config.model_type
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise InputError(f"folded: transformers has no sequence classifier for {kind} backbones. Export without it.")
+    config.num_labels = 1
+    config.problem_type = "regression"  # pipelines and servers then apply no sigmoid
+    config.pad_token_id = pad_token_id
+    config.reward_offset = head.offset
+    with torch.device("meta"):
+        classifier: Any = AutoModelForSequenceClassification.from_config(config)
+    prefix = classifier.base_model_prefix
+    expected = {f"{prefix}.{name}" for name in model.model.state_dict()} | {"score.weight"}
+    found = set(classifier.state_dict())
+    if found != expected or classifier.score.weight.shape != head.weight.shape:
+        other = sorted(found ^ expected)
+        raise InputError(
+            f"folded: {type(classifier).__name__} is not a {kind} backbone with a bias-free linear head named score "
+            f"({other[0] if other else 'its head has another size'}). Export without folding."
+        )
+    setattr(classifier, prefix, model.model)
+    classifier.score.weight = nn.Parameter(head.weight.float(), requires_grad=False)
+    return classifier.eval()
+
+
+def _largest_difference(model: Any, classifier: Any, offset: float) -> float:
+    """Largest difference between original and folded reward (+ offset) on three padded rows of random tokens."""
+    config = classifier.config
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size - 1, (3, 12), generator=generator)
+    ids += (ids >= config.pad_token_id).long()  # any id but that one
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((12, 7, 1)):
+        mask[row, length:] = 0
+    ids[mask == 0] = config.pad_token_id
+    in_float32 = classifier.score.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+    try:
+        with torch.no_grad():
+            original = model(input_ids=ids, attention_mask=mask).logits
+            folded = classifier(input_ids=ids, attention_mask=mask).logits
+    finally:
+        in_float32.remove()
+    difference = (folded.double() + offset - original.double()).abs().max().item()
+    if not difference <= _CHECK_TOLERANCE * max(1.0, original.abs().max().item(), folded.abs().max().item()):
+        raise InputError(
+            f"folded: {type(classifier).__name__} gives other rewards than the model (they differ by up to "
+            f"{difference:.3g} on random tokens): it does more than a linear map of the last hidden state. Export "
+            "without folding."
+        )
+    return difference
+
+
+def _add_rope_settings_of_transformers_4(path: Path) -> None:
+    """Name rotary settings the way transformers 4 does, too: engines that use it would take defaults in silence."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters")
+    if not rope or any(isinstance(value, dict) for value in rope.values()):
+        return  # settings per layer type have no older form
+    base, share = rope.get("rope_theta"), rope.get("partial_rotary_factor")
+    named = {"rope_theta": base, "partial_rotary_factor": share}
+    if config["model_type"] == "gpt_neox":
+        named = {"rotary_emb_base": base, "rotary_pct": share}
+    config.update({name: value for name, value in named.items() if value is not None})
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {
+            name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")
+        }
+    write_json(path, config)
+
+
+def _leave_out_token_types(path: Path) -> None:
+    """Keep transformers 4 from handing token types to the model: most refuse them, and GPT-2 adds embeddings."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    write_json(path, settings)
+
+
+def _card(written: FoldedModel, config: Any, fingerprint: str, source: str | None) -> str:
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=list(TAGS),
+        base_model=source,
+    )
+    body = fill_markdown(
+        "folded_card.md.j2",
+        is_inform=config.architecture == "inform",
+        backbone=config.get_text_config().model_type,
+        class_name=written.class_name,
+        fingerprint=fingerprint,
+        offset=written.reward_offset,
+        largest_difference=f"{written.largest_difference:.1e}",
+        added_pad_token=written.added_pad_token,
+    )
+    return card_text(metadata, body)

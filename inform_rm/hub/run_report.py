@@ -1,0 +1,297 @@
+"""One page about a training run and what was found out about its model: `inform-rm report`."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+
+from inform_rm.errors import InputError
+from inform_rm.eval import decompose_report
+from inform_rm.eval.detection import report as detect_report
+from inform_rm.eval.report import accuracy_table
+from inform_rm.hub.result_folders import (
+    RESULT_FILE,
+    ResultFolder,
+    naming_damage,
+    read_result_folder,
+    refuse_other_models,
+)
+from inform_rm.util.files import atomic_write_text
+from inform_rm.util.page import (
+    Block,
+    Heading,
+    Note,
+    Page,
+    Table,
+    format_interval,
+    settings_table,
+    themed_image,
+    words_table,
+)
+
+RUN_RESULT_FILE = "train_result.json"
+# Title, and (key in the log, label) of its lines.
+_PANELS = (
+    ("loss (nats)", (("loss", "training, with KL term"), ("eval_bradley_terry_loss", "evaluation, without it"))),
+    ("accuracy (share)", (("accuracy", "training"), ("eval_accuracy", "evaluation"))),
+    ("margin of rewards", (("margin", "training"), ("eval_margin", "evaluation"))),
+    ("KL (nats)", (("kl_nats", "training"), ("eval_kl_nats", "evaluation"))),
+    ("learning rate", (("learning_rate", "learning rate"),)),
+    ("gradient norm", (("grad_norm", "before clipping"),)),
+)
+_COLORS = ("#3f8fd2", "#e0772f")
+_CURVES_CAPTION = (
+    "Training: each point is the mean since the point before it. Evaluation: all evaluation pairs, after so many "
+    "steps. The training loss holds the KL term, the evaluation loss does not."
+)
+_FEW_POINTS = 40  # so many are drawn as points, too
+_COUNTS = ("pairs", "overlong", "dropped", "truncated", "bad_rows", "passes")
+
+_Line = tuple[str, str, list[tuple[float, float]]]  # label, colour, points
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says.
+
+    Attributes:
+        name: of the folder.
+        is_finished: whether its model is there.
+        record: settings, versions, data fingerprints and, once finished, counts and the last evaluation.
+        steps: optimizer steps done.
+        max_steps: optimizer steps planned; ``None`` if not known.
+        log: the trainer's log lines.
+    """
+
+    name: str
+    is_finished: bool
+    record: dict[str, Any]
+    steps: int
+    max_steps: int | None
+    log: list[dict[str, Any]]
+
+
+def write_report(run: str | Path, output: str | Path, results: Sequence[str | Path] = ()) -> None:
+    """Write one self-contained HTML page about a training run.
+
+    It shows the training curves, accuracy tables, the plane of prompt-free and prompt-related gaps, the map of
+    latents, settings, data and versions. What is not there is named in one line. Of a run that is not finished the
+    page shows the curves up to its last complete checkpoint.
+
+    Args:
+        run: folder that `train` wrote.
+        output: file to write; it appears whole or not at all.
+        results: folders of `evaluate` (with data or a suite), `decompose` and `detect` on the run's model.
+
+    Raises:
+        InputError: ``run`` is no folder of a run, or a folder of results is unfinished, damaged or about other
+            weights.
+    """
+    target = Path(output)
+    if target.is_dir():
+        raise InputError(f"output: {target} is a folder; expected the name of a page, such as {target}/report.html.")
+    found = read_run(run)
+    folders = [read_result_folder(path) for path in results]
+    if folders and not found.is_finished:
+        raise InputError(
+            f"results: the run in {run} is not finished, so that no result can be of its model. Finish it, or leave "
+            "them out."
+        )
+    refuse_other_models(folders, str(run))
+    shown: list[Block] = []
+    absent: list[str] = []
+    for kind, (name, make) in _KINDS.items():
+        of_kind = [folder for folder in folders if folder.kind == kind]
+        absent += [] if of_kind else [name]
+        for folder in of_kind:
+            with naming_damage("results", folder.path / RESULT_FILE):
+                shown += make(folder)
+    if absent:
+        shown.append(Note(f"Not on this page, because no such results were given: {', '.join(absent)}."))
+    with naming_damage("run", Path(run) / RUN_RESULT_FILE):
+        blocks = [*_summary(found), *_curves(found), *shown, *_facts(found)]
+    atomic_write_text(target, Page(f"Training run: {found.name}", blocks).html())
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run's ``train_result.json`` or, of an unfinished run, its last complete checkpoint.
+
+    Raises:
+        InputError: there is neither, or it is damaged.
+    """
+    from inform_rm.util.checkpoints import last_complete
+
+    folder = Path(folder)
+    name, finished = folder.resolve().name, folder / RUN_RESULT_FILE
+    if finished.is_file():
+        with naming_damage("run", finished):
+            record = json.loads(finished.read_text(encoding="utf-8"))
+            return Run(name, True, record, int(record["steps"]), record["steps"], record["log_history"])
+    checkpoint = last_complete(folder / "checkpoints")
+    if checkpoint is None:
+        raise InputError(
+            f"run: {folder} holds no training run: neither {RUN_RESULT_FILE} nor a complete checkpoint. Pass the "
+            "folder that inform-rm train wrote."
+        )
+    with naming_damage("run", folder / "checkpoints" / "run.json"):
+        settings = json.loads((folder / "checkpoints" / "run.json").read_text(encoding="utf-8"))
+        record = {name: settings.pop(name, {}) for name in ("data_fingerprints", "versions", "contents")}
+        record["settings"] = settings
+    with naming_damage("run", checkpoint / "trainer_state.json"):
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return Run(name, False, record, int(state["global_step"]), state["max_steps"], state["log_history"])
+
+
+def curves_figure(log: Sequence[dict[str, Any]]) -> Figure:
+    """Loss, accuracy, margin, KL, learning rate and gradient norm over the steps, as far as the log holds them."""
+    panels = _panels(log)
+    figure = Figure(figsize=(6.4, 0.5 + 1.9 * len(panels)), layout="constrained")
+    column = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, lines) in zip(column, panels, strict=True):
+        for label, color, points in lines:
+            marker = "o-" if len(points) < _FEW_POINTS else "-"
+            axes.plot(*zip(*points, strict=True), marker, markersize=4, color=color, label=label)
+        axes.set_title(title, fontsize=11, loc="left")
+        if len(lines) > 1:
+            axes.legend(fontsize=9)
+    column[-1].set_xlabel("optimizer step")
+    return figure
+
+
+def _panels(log: Sequence[dict[str, Any]]) -> list[tuple[str, list[_Line]]]:
+    return [(title, lines) for title, keys in _PANELS if (lines := _lines(log, keys))]
+
+
+def _lines(log: Sequence[dict[str, Any]], keys: Sequence[tuple[str, str]]) -> list[_Line]:
+    """Label, colour and points of each line that has any; NaN and infinity cannot be drawn."""
+    found = []
+    for (key, label), color in zip(keys, _COLORS, strict=False):
+        points = [(float(line["step"]), float(line[key])) for line in log if key in line and "step" in line]
+        points = [point for point in points if all(map(math.isfinite, point))]
+        if points:
+            found.append((label, color, points))
+    return found
+
+
+def _summary(run: Run) -> list[Block]:
+    settings, evaluation = run.record["settings"], run.record.get("evaluation")
+    kind = {"inform": "InfoRM", "standard": "standard reward model"}.get(
+        str(settings.get("architecture")), str(settings.get("architecture"))
+    )
+    steps = f"{run.steps} steps" if run.is_finished else f"{run.steps} of {run.max_steps} steps"
+    rows: list[tuple[str, Any]] = [("model", kind), ("started from", settings.get("model")), ("trained for", steps)]
+    counts = run.record.get("train_pairs") or {}
+    rows += [("training pairs", counts["pairs"])] if "pairs" in counts else []
+    if "train_runtime_seconds" in run.record:
+        rows.append(("training time", f"{run.record['train_runtime_seconds']:.0f} s since the last start"))
+    if run.record.get("resumed_from_step") is not None:
+        rows.append(("continued from step", run.record["resumed_from_step"]))
+    if evaluation is not None:
+        interval = format_interval(evaluation["accuracy_interval"])
+        accuracy = f"{evaluation['accuracy']:.3f} (n = {evaluation['num_pairs']}, 95 % interval {interval})"
+        rows.append(("accuracy on the run's evaluation pairs", accuracy))
+    blocks: list[Block] = [words_table(("this run", ""), rows)]
+    if not run.is_finished:
+        blocks.append("This run is not finished; the page shows its last complete checkpoint.")
+    if evaluation is None and run.is_finished:
+        blocks.append("The run had no evaluation pairs.")
+    return blocks
+
+
+def _curves(run: Run) -> list[Block]:
+    if not _panels(run.log):
+        return [Heading("Training"), Note("The log of this run holds no point.")]
+    return [Heading("Training"), themed_image(lambda: curves_figure(run.log), _CURVES_CAPTION)]
+
+
+def _accuracy(folder: ResultFolder) -> list[Block]:
+    result = folder.result
+    names = ", ".join(f"{item['source']} ({item['fingerprint'][:12]})" for item in result["data"])
+    return [
+        Heading(f"Accuracy: {folder.path.resolve().name}"),
+        Note(f"Data: {names}."),
+        accuracy_table(result),
+        Note("A tie (equal rewards) counts half. Intervals are 95 % Wilson intervals."),
+    ]
+
+
+def _suite(folder: ResultFolder) -> list[Block]:
+    result = folder.result
+
+    def cells(name: str, part: dict[str, Any], value: float) -> tuple[Any, ...]:
+        items, published = part.get("num_items"), part.get("published_items")
+        shown = items if published in (None, items) else f"{items} of {published}"
+        return name, shown, value, part.get("interval")
+
+    rows = [cells("whole suite", result, result["score"])] if result["complete"] else []
+    rows += [cells(f"section {name}", part, part["score"]) for name, part in result["sections"].items()
+             if part["score"] is not None]  # fmt: skip
+    rows += [cells(f"subset {name}", part, part["accuracy"]) for name, part in result["subsets"].items()]
+    blocks: list[Block] = [Heading(f"Suite: {result.get('title', result['suite'])}")]
+    if not result["complete"]:
+        blocks.append(Note(f"Incomplete: no score of the whole. Missing: {'; '.join(result['missing'])}."))
+    return [*blocks, Table(("part", "items", "score or accuracy", "95 % interval"), rows)]
+
+
+def _decomposition(folder: ResultFolder) -> list[Block]:
+    read = pq.read_table(folder.path / "pairs.parquet").to_pydict()
+    table = {name: np.asarray(read[name.replace(" ", "_")], dtype=np.float64)
+             for name in ("prompt_free_gap", "prompt_related_gap", "characters difference")}  # fmt: skip
+    return [
+        Heading(f"What the response alone decides: {folder.path.resolve().name}"),
+        decompose_report.share_table(folder.result),
+        *map(Note, decompose_report.notes(folder.result)),
+        themed_image(lambda: decompose_report.plane_figure(table, "length"), decompose_report.PLANE_CAPTION),
+    ]
+
+
+def _detection(folder: ResultFolder) -> list[Block]:
+    read = pq.read_table(folder.path / "responses.parquet", columns=["x", "y", "kind"]).to_pydict()
+    placed = [row for row, x in enumerate(read["x"]) if x is not None]
+    points = {name: [values[row] for row in placed] for name, values in read.items()}
+    blocks: list[Block] = [
+        Heading(f"Map of latents: {folder.path.resolve().name}"),
+        detect_report.candidate_table(folder.result),
+        *map(Note, detect_report.notes(folder.result)),
+        themed_image(lambda: detect_report.map_figure(points), detect_report.MAP_CAPTION),
+    ]
+    if len(folder.result["candidates"]) > 1:
+        blocks.append(themed_image(lambda: detect_report.steps_figure(folder.result), detect_report.STEPS_CAPTION))
+    return blocks
+
+
+def _facts(run: Run) -> list[Block]:
+    parts = {name.replace("_", " "): run.record.get(name) or {} for name in ("train_pairs", "eval_pairs")}
+    names = [name for name in _COUNTS if any(name in part for part in parts.values())]
+    counts = [(label, *(_count(part.get(name)) for name in names)) for label, part in parts.items() if part]
+    more = ("batching", "num_processes", "distributed_type", "quantization")
+    as_run = {f"{name}, as run": run.record[name] for name in more if name in run.record}
+    return [
+        Heading("Data"),
+        *([Table(("", *(name.replace("_", " ") for name in names)), counts)] if counts else []),
+        words_table(("source", "SHA-256"), run.record["data_fingerprints"].items()),
+        Heading("Settings"),
+        settings_table(run.record["settings"], as_run),
+        Heading("Versions"),
+        words_table(("software", "version"), run.record["versions"].items()),
+    ]
+
+
+def _count(value: Any) -> Any:
+    """Bad rows are listed, not counted, in a run's record."""
+    return len(value) if isinstance(value, list) else value
+
+
+# What the page says of each kind of results, in this order, and its name where none were given.
+_KINDS: dict[str, tuple[str, Callable[[ResultFolder], list[Block]]]] = {
+    "evaluate": ("accuracy on other data", _accuracy),
+    "suite": ("benchmark suites", _suite),
+    "decompose": ("the plane of prompt-free and prompt-related gaps", _decomposition),
+    "detect": ("the map of latents", _detection),
+}

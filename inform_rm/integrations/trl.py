@@ -1,0 +1,215 @@
+"""Reward function and overoptimization check for reinforcement learning with TRL (`GRPOTrainer`, `RLOOTrainer`).
+
+    reward = RewardFunction(scorer, reference=latents.values, shaping_coefficient=0.1)
+    trainer = trl.GRPOTrainer(policy, reward_funcs=reward, ...)
+    OveroptimizationCallback(scorer, latents.values, reward.recent, every=50).attach(trainer)
+
+``scorer`` is a `RewardScorer`, ``latents`` what `inform_rm.eval.detection.latents.collect_latents` gives for responses
+of the policy before training. Nothing here imports TRL: any trainer that calls reward functions as TRL does will do.
+"""
+
+import json
+import logging
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from accelerate.utils import gather_object
+from transformers import Trainer, TrainerCallback
+
+from inform_rm.errors import InputError
+from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
+from inform_rm.eval.detection.latents import collect_latents
+from inform_rm.eval.detection.outliers import cluster_separation_index, fit_mahalanobis
+from inform_rm.scoring.scorer import Prompt, RewardScorer
+from inform_rm.util.files import write_json
+
+logger = logging.getLogger(__name__)
+
+_STATE_FILE = "overoptimization_state.json"
+
+
+class RewardFunction:
+    """Rewards of a reward model, shaped on request by the distance from the reference: ``r - gamma * D_M``.
+
+    D_M is the Mahalanobis distance of a response's latent from the reference latents (IBL regularization of
+    arXiv:2510.13694); responses that the reference never looked like lose reward.
+
+    Args:
+        scorer: the reward model, or an ensemble.
+        reference: ``(N, K)`` latents of reference responses under ``latent_scorer``; needed for shaping, and with it
+            the outlier probability of every batch is logged.
+        shaping_coefficient: gamma, in reward units per unit of distance.
+        squared: shape by ``D_M ** 2`` instead.
+        alpha: tail probability below which a response counts as an outlier.
+        tail: see `inform_rm.eval.detection.outliers.mahalanobis_outlier_probability`.
+        latent_scorer: the model whose latents are compared; by default ``scorer``. An ensemble needs one.
+        keep: responses that `recent` remembers.
+
+    Raises:
+        InputError: shaping without a reference.
+    """
+
+    __name__ = "inform_reward"
+
+    def __init__(
+        self,
+        scorer: RewardScorer,
+        *,
+        reference: np.ndarray | None = None,
+        shaping_coefficient: float = 0.0,
+        squared: bool = False,
+        alpha: float = 0.01,
+        tail: Literal["chi2", "reference"] = "reference",
+        latent_scorer: RewardScorer | None = None,
+        keep: int = 1024,
+    ):
+        if shaping_coefficient and reference is None:
+            raise InputError(f"shaping_coefficient: {shaping_coefficient} needs reference latents. Pass reference=...")
+        self.scorer, self.latent_scorer = scorer, latent_scorer or scorer
+        self.reference = None if reference is None else fit_mahalanobis(reference)
+        self.shaping_coefficient, self.squared, self.alpha, self.tail = shaping_coefficient, squared, alpha, tail
+        self._recent: deque[tuple[Prompt, str]] = deque(maxlen=keep)
+
+    def __call__(
+        self,
+        prompts: list[Prompt],
+        completions: list[Any],
+        log_metric: Callable[[str, float], None] | None = None,
+        **kwargs: Any,
+    ) -> list[float]:
+        """One reward a completion; see TRL's documentation of reward functions for the arguments."""
+        responses = [_text(completion) for completion in completions]
+        self._recent.extend(zip(prompts, responses, strict=True))
+        if self.reference is None:
+            rewards: list[float] = self.scorer.score(prompts, responses).tolist()
+            return rewards
+        found = collect_latents(self.latent_scorer, prompts, responses)
+        if self.latent_scorer is self.scorer:
+            plain = found.rewards.astype(np.float64)
+        else:
+            plain = self.scorer.score(prompts, responses).double().numpy()
+        distances = self.reference.distances(found.values)
+        if log_metric is not None:
+            log_metric("unshaped_reward", float(plain.mean()))
+            log_metric("mahalanobis_distance", float(distances.mean()))
+            log_metric(
+                "mop", self.reference.outlier_probability(found.values, alpha=self.alpha, tail=self.tail).estimate
+            )
+        penalties = np.square(distances) if self.squared else distances
+        shaped: list[float] = (plain - self.shaping_coefficient * penalties).tolist()
+        return shaped
+
+    def recent(self) -> tuple[list[Prompt], list[str]]:
+        """Prompts and responses since the last call of this method, the newest ``keep`` of them."""
+        prompts, responses = [prompt for prompt, _ in self._recent], [response for _, response in self._recent]
+        self._recent.clear()
+        return prompts, responses
+
+
+class OveroptimizationCallback(TrainerCallback):
+    """Every so many steps: CSI and MOP of fresh policy responses against the reference, logged; stops if asked to.
+
+    Logs ``csi``, ``csi_normalized``, ``mop``, ``sampled_reward`` and ``sampled_words`` as a line of their own.
+    The stopping rule is Algorithm 1 of arXiv:2402.09345 (`CSIEarlyStopping`) on the normalized CSI, so that checks
+    with unequal numbers of responses compare. Its state is saved with every checkpoint and taken up by a resumed run.
+    With several processes the responses of all of them are checked together.
+
+    Args:
+        scorer: InfoRM model.
+        reference: ``(N, K)`` its latents of reference responses.
+        sample: gives prompts and fresh responses, such as `RewardFunction.recent`.
+        every: steps between checks.
+        eps: see `cluster_separation_index`.
+        alpha: see `mahalanobis_outlier_probability`, like ``tail``.
+        tail: the default needs no Gaussian latents.
+        max_change_ratio: see `CSIEarlyStopping`.
+        action: ``"stop"`` or ``"warn"``.
+    """
+
+    def __init__(
+        self,
+        scorer: RewardScorer,
+        reference: np.ndarray,
+        sample: Callable[[], tuple[list[Prompt], list[str]]],
+        *,
+        every: int = 50,
+        eps: float | Literal["auto"] = "auto",
+        alpha: float = 0.01,
+        tail: Literal["chi2", "reference"] = "reference",
+        max_change_ratio: float = 10.0,
+        action: Literal["stop", "warn"] = "stop",
+    ):
+        if every < 1:
+            raise InputError(f"every: {every}; expected a number of steps of at least 1.")
+        if action not in ("stop", "warn"):
+            raise InputError(f"action: {action!r}; expected 'stop' or 'warn'.")
+        self._scorer, self._reference, self._sample = scorer, reference, sample
+        self._fitted = fit_mahalanobis(reference)
+        self._every, self._eps, self._alpha, self._tail, self._action = every, eps, alpha, tail, action
+        self.stopping = CSIEarlyStopping(max_change_ratio)
+        self._trainer: Any = None
+
+    def attach(self, trainer: Any) -> None:
+        """Watch this trainer; its log and reporters receive the figures."""
+        self._trainer = trainer
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A resumed run goes on with the rule's state."""
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE_FILE
+        if state.global_step and path.exists():
+            self.stopping.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the rule's state beside the checkpoint."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / _STATE_FILE, self.stopping.state_dict())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check, log, and stop or warn."""
+        if state.global_step % self._every:
+            return
+        prompts, responses = self._sample()
+        own = []
+        if responses:
+            found = collect_latents(self._scorer, prompts, responses)
+            own.append((found.values, found.rewards, [len(response.split()) for response in responses]))
+        # The responses of all processes together, so that all of them decide alike.
+        parts = gather_object(own)
+        if not parts:
+            logger.warning("No fresh responses at step %d: nothing to check.", state.global_step)
+            return
+        latents, rewards, words = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        csi = cluster_separation_index(latents, self._reference, eps=self._eps)
+        mop = self._fitted.outlier_probability(latents, alpha=self._alpha, tail=self._tail)
+        values = {
+            "csi": csi,
+            "csi_normalized": csi / len(latents),
+            "mop": mop.estimate,
+            "sampled_reward": float(rewards.mean()),
+            "sampled_words": float(words.mean()),
+        }
+        # Past the log method of TRL's trainers, which would add and clear what they gather for their own line.
+        should_log = control.should_log
+        Trainer.log(self._trainer, values)
+        control.should_log = should_log  # logging cleared it, and the trainer's own line of this step is still to come
+        if self.stopping.update(values["csi_normalized"]):
+            logger.warning(
+                "Step %d: CSI jumped to %.3g per response, the sign of overoptimization.",
+                state.global_step,
+                values["csi_normalized"],
+            )
+            if self._action == "stop":
+                control.should_training_stop = True
+
+
+def _text(completion: Any) -> str:
+    """A completion as text: a string, or messages of which the last one is the assistant's."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1]["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

@@ -1,0 +1,211 @@
+"""Reward models stored as adapters: a folder with LoRA weights, the reward head and a base model's name.
+
+Such a folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` as peft writes them, the head whole among
+the weights, and beside them the ``config.json`` of the InfoRM model that base, adapters and head make together.
+"""
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import cached_file, find_adapter_config_file
+
+from inform_rm.errors import InputError
+from inform_rm.modeling_inform import InfoRMForSequenceClassification
+from inform_rm.safety.checkpoints import ADAPTER_REFUSAL, check_checkpoint, check_code_is_own, warn_unpinned
+from inform_rm.scoring.value_heads import find_reward_head, load_with_head
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_HEAD_PREFIX = "base_model.model.score."
+_HEAD_SETTINGS = ("architecture", "latent_dim", "decoder", "kl_reduction", "head_bias", "beta")
+# What must agree between the base that the adapters were trained on and the one that is found under its name.
+_BACKBONE_SIZES = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "vocab_size",
+)  # fmt: skip
+
+
+def holds_adapters(model: str | Path, revision: str | None = None) -> bool:
+    """Whether a folder or Hub id holds adapters; of what cannot be reached nothing is known, so no."""
+    if Path(model).is_dir():
+        return (Path(model) / ADAPTER_FILES[0]).is_file()
+    try:
+        return find_adapter_config_file(str(model), revision=revision) is not None
+    except (OSError, ValueError):  # no such repository, or no valid id: the loader of whole models says so
+        return False
+
+
+def import_peft(needed_by: str) -> Any:
+    """The module `peft`, or an `InputError` that begins with what needs it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError(f"{needed_by} needs peft. Install it with: pip install 'inform-rm[peft]'") from error
+    return peft
+
+
+def load_adapter_model(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """A whole reward model from a folder (or Hub id) of adapters: its base is loaded, the adapters are merged into it.
+
+    The base is never quantised here, also where the adapters were trained on a quantised one: the rewards are those
+    of base + adapters in `dtype`. The head is in float32.
+
+    Args:
+        model: folder or Hub id with the files that `inform_rm.training` writes.
+        dtype: number type of the base; ``"auto"`` is the one that the run trained in.
+        device: where to put the model; ``"auto"`` spreads the base over all devices.
+        trust_remote_code: run code from the base's repository.
+        revision: branch, tag or commit of `model` on the Hub; that of the base stands in the adapters' settings.
+
+    Returns:
+        The model without any trace of peft, in eval mode; ``save_pretrained`` writes it whole.
+
+    Raises:
+        InputError: if the folder holds no adapters of an InfoRM model, lacks the head or weights, or its base is
+            missing, broken or of another architecture.
+    """
+    name = str(model)
+    hub = {} if revision is None else {"revision": revision}
+    if trust_remote_code:
+        check_code_is_own(name, revision=revision)
+    settings, config, weights = _read(name, hub, trust_remote_code)
+    peft = import_peft(f"model: {model} holds adapters; loading it")
+    if dtype == "auto":
+        dtype = config.dtype or "auto"
+    base = _load_base(name, settings, config, dtype, device, trust_remote_code)
+    base.score.float()
+    lora = peft.LoraConfig(**{**settings, "inference_mode": True})
+    adapted = peft.get_peft_model(base, lora)
+    expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    absent = sorted(set(expected) - set(weights))
+    unknown = sorted(set(weights) - set(expected))
+    reshaped = sorted(key for key in set(expected) & set(weights) if expected[key].shape != weights[key].shape)
+    for keys, fault in ((absent, "are missing"), (unknown, "have no place"), (reshaped, "have another shape")):
+        if keys:
+            raise InputError(
+                f"model: {name} does not fit its base {settings['base_model_name_or_path']}: {len(keys)} adapter "
+                f"weights {fault} (first: {keys[0]}). Name the base that it was trained on in adapter_config.json."
+            )
+    peft.set_peft_model_state_dict(adapted, weights)
+    merged: Any = adapted.merge_and_unload()
+    if device != "auto":
+        merged.to(device)
+    return merged.eval()
+
+
+def complete_adapter_folder(folder: str | Path, model: Any) -> None:
+    """Put the InfoRM model's ``config.json`` beside the adapters that peft wrote.
+
+    Without a word about quantisation: what the folder gives is base + adapters in full precision. The card that peft
+    writes, a form to fill in, is removed.
+
+    Args:
+        folder: where ``PeftModel.save_pretrained`` wrote.
+        model: the `PeftModel`.
+    """
+    config = copy.deepcopy(model.get_base_model().config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(folder)
+    (Path(folder) / "README.md").unlink(missing_ok=True)
+
+
+def _read(name: str, hub: dict[str, Any], trust_remote_code: bool) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """Adapter settings, InfoRM config and weights, each checked; an `InputError` names what is wrong."""
+    files = {
+        file: cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+        for file in (*ADAPTER_FILES, "config.json")
+    }
+    settings_file, weights_file, config_file = files.values()
+    if settings_file is None:
+        raise InputError(f"model: {name} has no {ADAPTER_FILES[0]}; it holds no adapters.")
+    try:
+        settings = json.loads(Path(settings_file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"model: {name}/{ADAPTER_FILES[0]} is not valid JSON: {error}") from error
+    config = None if config_file is None else AutoConfig.from_pretrained(
+        name, trust_remote_code=trust_remote_code, **hub
+    )  # fmt: skip
+    is_ours = settings.get("peft_type") == "LORA" and "score" in (settings.get("modules_to_save") or ())
+    if config is None or config.model_type != "inform" or not is_ours:
+        raise InputError(
+            ADAPTER_REFUSAL.format(
+                name,
+                ", and not one that inform-rm train wrote (LoRA with the head, InfoRM config.json beside it)",
+            )
+        )
+    if not settings.get("base_model_name_or_path"):
+        raise InputError(f"model: {name}/{ADAPTER_FILES[0]} names no base model. Write it to base_model_name_or_path.")
+    if weights_file is None:
+        raise InputError(
+            f"model: {name} has no {ADAPTER_FILES[1]}. Only safetensors are read; a pickled adapter "
+            "(adapter_model.bin) is refused."
+        )
+    try:
+        weights = load_file(weights_file)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"model: {name}/{ADAPTER_FILES[1]} is incomplete or broken ({error}): copy or download it again."
+        ) from error
+    if not any(key.startswith(_HEAD_PREFIX) for key in weights):
+        raise InputError(
+            f"model: {name} holds adapters without the reward head, which would be random. Pass a folder that "
+            "inform-rm train wrote; it saves the head with the adapters."
+        )
+    return settings, config, weights
+
+
+def _load_base(
+    name: str, settings: dict[str, Any], config: Any, dtype: Any, device: Any, trust_remote_code: bool
+) -> Any:
+    base, revision = settings["base_model_name_or_path"], settings.get("revision")
+    wanted = f"model: {name} holds adapters for the base model {base}"
+    if os.path.isabs(base) and not Path(base).is_dir():
+        raise InputError(
+            f"{wanted}, which is not there. Put it back, or write where it is now to base_model_name_or_path in "
+            f"{ADAPTER_FILES[0]}."
+        )
+    hub = {"trust_remote_code": trust_remote_code, **({} if revision is None else {"revision": revision})}
+    if trust_remote_code:
+        warn_unpinned(base, revision)
+    try:
+        check_checkpoint(base, revision=revision, trust_remote_code=trust_remote_code)
+        found = AutoConfig.from_pretrained(base, **hub)
+        ours, theirs = config.get_text_config(), found.get_text_config()
+        other = [size for size in _BACKBONE_SIZES if getattr(ours, size, None) != getattr(theirs, size, None)]
+        if found.model_type == "inform":
+            other += [size for size in _HEAD_SETTINGS[:-1] if getattr(config, size) != getattr(found, size)]
+        if other:
+            pairs = ", ".join(
+                f"{size} {getattr(theirs if size in _BACKBONE_SIZES else found, size, None)!r} instead of "
+                f"{getattr(ours if size in _BACKBONE_SIZES else config, size, None)!r}"
+                for size in other
+            )
+            raise InputError(f"{wanted}, which is another model now: {pairs}. Put the right one there.")
+        placement = {"device_map": "auto"} if device == "auto" else {}
+        loading = {"dtype": dtype, **placement, **hub}
+        if found.model_type == "inform":
+            loaded: Any = InfoRMForSequenceClassification.from_pretrained(base, use_safetensors=True, **loading)
+        else:
+            head = {setting: getattr(config, setting) for setting in _HEAD_SETTINGS}
+            own_head = find_reward_head(base, found, revision=revision)
+            loaded = load_with_head(base, own_head, **head, **loading)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers, safetensors and the Hub raise many types for a bad checkpoint
+        raise InputError(f"{wanted}, which cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    loaded.config.beta, loaded.config.pad_token_id = config.beta, config.pad_token_id
+    return loaded

@@ -1,0 +1,261 @@
+"""Scoring a file of prompt/response rows of any length, so that a killed run goes on where it stopped."""
+
+import functools
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from inform_rm.data.columns import Reading, log_reading
+from inform_rm.data.encoding import BAD_ROW_POLICIES, Encoded
+from inform_rm.data.rendered_text import add_partly_rendered, partly_rendered, warn_of_loss
+from inform_rm.data.response_rows import RowFault, ScoreRow, score_rows_or_faults
+from inform_rm.errors import InputError
+from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer
+from inform_rm.util.files import check_output_directory
+from inform_rm.util.journal import RewardJournal, shortest_float
+from inform_rm.util.processes import is_main_process
+
+_SHOWN_FAULTS = 5
+_LOW_BITS = (1 << 64) - 1
+
+Row = tuple[ScoreRow, Encoded] | RowFault
+
+
+def score_file(
+    scorer: RewardScorer,
+    input: str | Path,
+    output: str | Path,
+    uncertainty: int | None = None,
+    chunk_rows: int = 2048,
+    progress: bool = True,
+    on_bad_row: str = "error",
+    columns: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Score the ``prompt`` / ``response`` rows of a file of any length into JSON Lines, in input order.
+
+    Each output row is the input row with ``reward`` (and ``reward_std``) added. Memory holds one chunk of rows, and of
+    an earlier call's rewards 24 bytes each. A first pass reads and encodes every row before the model runs, and all
+    faults are reported at once. Finished rewards wait in ``OUTPUT.partial``, each under a digest of its row's token
+    ids; after a kill the same call takes them up, and so does one on an input that was mended or with another
+    ``max_length``. It refuses if model, tokenizer, dtype or ``uncertainty`` has changed. ``OUTPUT`` appears whole at
+    the end. With a scorer that splits its work over processes, all of them read the input and the main one writes.
+
+    Args:
+        scorer: the model.
+        input: JSONL(.gz), CSV or Parquet; ``prompt`` is text or, except in CSV, a list of messages.
+        output: name of the JSON Lines file to write.
+        uncertainty: see `RewardScorer.score`.
+        chunk_rows: rows held in memory and sorted by length together.
+        progress: show a progress bar.
+        on_bad_row: ``"error"`` refuses an input with rows that cannot be scored; ``"skip"`` writes such a row with
+            ``"reward": null`` and what is wrong with it in ``error``.
+        columns: which columns are prompt, response, system and history: see `inform_rm.data.columns.Columns.of`.
+
+    Returns:
+        ``{"output", "rows", "resumed_rows", "bad_rows", "partly_rendered"}``: rows written, how many of them have a
+        reward that an earlier call had computed, how many have none, and of how many the chat template deleted text
+        (``n`` and up to 5 ``examples``).
+
+    Raises:
+        InputError: on bad rows (their number, and the first ones by name), an input without a row that can be scored,
+            or an unfinished run with another model or setting.
+        NonFiniteRewardError: if the model gives NaN or infinity.
+    """
+    input, output = Path(input), Path(output)
+    scorer.check_uncertainty(uncertainty)
+    if on_bad_row not in BAD_ROW_POLICIES:
+        raise InputError(f"on_bad_row: got {on_bad_row!r}; expected one of {', '.join(BAD_ROW_POLICIES)}.")
+    check_output_directory(output.parent)
+    if output.is_dir():
+        raise InputError(f"output: {output} is a folder; expected the name of a .jsonl file.")
+    if output.suffix != ".jsonl":
+        raise InputError(f"output: {output} must end in .jsonl; rewards are written as JSON Lines.")
+    if output.exists() and input.exists() and output.samefile(input):
+        raise InputError(f"output: {output} is the input. Choose another name.")
+    chunks = functools.partial(_encoded_chunks, scorer, input, chunk_rows, on_bad_row, columns)
+    reading = Reading()
+    num_rows, num_bad, lost = _check_all(chunks(reading), input, progress, on_bad_row)
+    log_reading(str(input), reading)
+    shared = scorer.split_over_processes
+    writes = not shared or is_main_process()
+    rows_path = output.with_name(output.name + ".partial.rows")
+    identity = {**scorer.identity(), "uncertainty": uncertainty}
+    journal = RewardJournal(output.with_name(output.name + ".partial"), identity, shared)
+    try:
+        finished = _FinishedRewards(journal.finished())
+        resumed = 0
+        with (
+            rows_path.open("w", encoding="utf-8") if writes else open(os.devnull, "w") as file,
+            tqdm(total=num_rows - num_bad, unit="row", desc="score", disable=not (progress and writes)) as bar,
+        ):
+            for chunk in chunks():
+                good = [row for row in chunk if not isinstance(row, RowFault)]
+                scores, num_finished = _score_chunk(scorer, good, finished, uncertainty, journal, bar)
+                resumed += num_finished
+                left = iter(scores)
+                for row in chunk:
+                    if isinstance(row, RowFault):
+                        result = {**row.fields, "reward": None, "error": row.reason}
+                    else:
+                        reward, std = next(left)
+                        result = {**row[0].fields, "reward": shortest_float(reward)}
+                        if uncertainty is not None:
+                            result["reward_std"] = shortest_float(std)
+                    file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            file.flush()
+            if writes:
+                os.fsync(file.fileno())
+        if writes:
+            os.replace(rows_path, output)
+        journal.delete()
+    finally:
+        journal.close()
+        if writes:
+            rows_path.unlink(missing_ok=True)
+    warn_of_loss(lost, num_rows - num_bad, "rows")
+    return {
+        "output": str(output), "rows": num_rows, "resumed_rows": resumed, "bad_rows": num_bad, "partly_rendered": lost
+    }  # fmt: skip
+
+
+def _encoded_chunks(
+    scorer: RewardScorer,
+    input: Path,
+    chunk_rows: int,
+    on_bad_row: str,
+    columns: Mapping[str, str] | None,
+    reading: Reading | None = None,
+) -> Iterator[list[Row]]:
+    """All rows of the input in order, a chunk at a time, each with its token ids, or with its fault."""
+    rows = score_rows_or_faults(input, columns, reading)
+    while chunk := list(islice(rows, chunk_rows)):
+        if on_bad_row == "skip":
+            chunk = [_without_error_field(row) for row in chunk]
+        yield encoded_or_faults(scorer, chunk)
+
+
+def _without_error_field(row: ScoreRow | RowFault) -> ScoreRow | RowFault:
+    if isinstance(row, ScoreRow) and "error" in row.fields:
+        reason = f"{row.where} has a field 'error' already, which holds the faults of bad rows here. Rename it."
+        return RowFault(row.fields, reason)
+    return row
+
+
+def encoded_or_faults(scorer: RewardScorer, rows: Sequence[ScoreRow | RowFault]) -> list[Row]:
+    """Rows with their token ids; those that cannot be encoded, or that the model cannot take, become faults."""
+    good = [row for row in rows if isinstance(row, ScoreRow)]
+    encoded = iter(
+        scorer.encode_each([row.prompt for row in good], [row.response for row in good], [row.where for row in good])
+    )
+    found: list[Row] = []
+    for row in rows:
+        if isinstance(row, ScoreRow):
+            ids = next(encoded)
+            found.append(RowFault(row.fields, str(ids)) if isinstance(ids, InputError) else (row, ids))
+        else:
+            found.append(row)
+    return found
+
+
+def _check_all(
+    chunks: Iterator[list[Row]], input: Path, progress: bool, on_bad_row: str
+) -> tuple[int, int, dict[str, Any]]:
+    """Number of rows, and of those that cannot be scored, and what the chat template deleted of the others.
+
+    Raises:
+        InputError: if there are some under ``on_bad_row="error"``, or nothing else.
+    """
+    num_rows = num_bad = 0
+    first: list[str] = []
+    lost = partly_rendered([])
+    with tqdm(unit="row", desc="check", disable=not (progress and is_main_process())) as bar:
+        for chunk in chunks:
+            reasons = [row.reason for row in chunk if isinstance(row, RowFault)]
+            first += reasons[: _SHOWN_FAULTS - len(first)]
+            good = [row for row in chunk if not isinstance(row, RowFault)]
+            add_partly_rendered(lost, partly_rendered(ids.lost and f"{row.where}: {ids.lost}" for row, ids in good))
+            num_rows, num_bad = num_rows + len(chunk), num_bad + len(reasons)
+            bar.update(len(chunk))
+    if not num_rows:
+        raise InputError(f"input: {input} has no rows. Each row needs prompt and response.")
+    if num_bad == num_rows or (num_bad and on_bad_row == "error"):
+        listed = " ".join(first) + (f" And {num_bad - len(first)} more." if num_bad > len(first) else "")
+        way_out = "" if on_bad_row == "skip" else (
+            " Mend or remove them; on_bad_row='skip' writes what is wrong with a row in place of its reward. Rewards "
+            "that are finished are kept."
+        )  # fmt: skip
+        raise InputError(f"input: {num_bad} of {num_rows} rows cannot be scored. {listed}{way_out}")
+    return num_rows, num_bad, lost
+
+
+def _score_chunk(
+    scorer: RewardScorer,
+    rows: Sequence[tuple[ScoreRow, Encoded]],
+    finished: "_FinishedRewards",
+    uncertainty: int | None,
+    journal: RewardJournal,
+    bar: Any,
+) -> tuple[list[tuple[float, float]], int]:
+    """``(reward, reward_std)`` of each row of a chunk, and how many were finished before."""
+    keys = [_key(encoded.input_ids) for _, encoded in rows]
+    scores = finished.find(keys)
+    num_finished = len(scores)
+    bar.update(num_finished)
+    todo = [place for place in range(len(rows)) if place not in scores]
+    sequences = [rows[place][1].input_ids for place in todo]
+    prompt_lengths = [len(rows[place][1].prompt_ids) for place in todo]
+    try:
+        for batch, rewards, stds in scorer.iter_scores(sequences, prompt_lengths, uncertainty):
+            places = [todo[number] for number in batch]
+            std_values = None if stds is None else stds.tolist()
+            journal.add([keys[place] for place in places], rewards.tolist(), std_values)
+            for place, reward, std in zip(places, rewards.tolist(), std_values or rewards.tolist(), strict=True):
+                scores[place] = (reward, std)
+            bar.update(len(places))
+    except NonFiniteRewardError as error:
+        place = todo[error.row]
+        raise NonFiniteRewardError(place, error.value, rows[place][0].where) from error
+    return [scores[place] for place in range(len(rows))], num_finished
+
+
+def _key(ids: Sequence[int]) -> int:
+    """A number of 128 bits that stands for the token ids."""
+    return int.from_bytes(hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest(), "big")
+
+
+class _FinishedRewards:
+    """Rewards of an earlier call by the key of their row, in 24 bytes each.
+
+    Args:
+        entries: ``(key, reward, reward_std)``.
+    """
+
+    def __init__(self, entries: Iterable[tuple[int, float, float]]):
+        high, low, scores = array("Q"), array("Q"), array("f")
+        for key, reward, std in entries:
+            high.append(key >> 64 & _LOW_BITS)
+            low.append(key & _LOW_BITS)
+            scores.extend((reward, std))
+        order = np.argsort(np.array(high, dtype=np.uint64), kind="stable")
+        self._high, self._low = np.array(high, dtype=np.uint64)[order], np.array(low, dtype=np.uint64)[order]
+        self._scores = np.array(scores, dtype=np.float32).reshape(-1, 2)[order]
+
+    def find(self, keys: Sequence[int]) -> dict[int, tuple[float, float]]:
+        """``(reward, reward_std)`` by the place in ``keys`` of those that are known."""
+        if not len(self._high):
+            return {}
+        wanted = np.array([key >> 64 for key in keys], dtype=np.uint64)
+        places = np.searchsorted(self._high, wanted).clip(max=len(self._high) - 1)
+        return {
+            number: (float(self._scores[at, 0]), float(self._scores[at, 1]))
+            for number, (key, at) in enumerate(zip(keys, places.tolist(), strict=True))
+            if self._high[at] == key >> 64 and self._low[at] == key & _LOW_BITS
+        }

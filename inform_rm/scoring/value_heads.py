@@ -1,0 +1,160 @@
+"""Reward heads that a checkpoint's config does not tell of: one linear row, found among the weights themselves.
+
+OpenRLHF saves a reward model under the class of its backbone, with ``score.weight`` or a head of another name and
+nothing about ``num_labels``. TRL's ``AutoModelForCausalLMWithValueHead`` adds ``v_head.summary.weight`` and ``.bias``
+to a causal language model; LLaMA-Factory puts the same two into ``value_head.safetensors`` beside it. All three read
+the reward at the last token of the attention mask, as ``architecture: standard`` does, so that is how they are loaded.
+"""
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+from inform_rm.errors import InputError
+from inform_rm.modeling_inform import InfoRMForSequenceClassification
+from inform_rm.safety.checkpoints import find_file, weight_files
+
+logger = logging.getLogger(__name__)
+
+HEAD_FILE, PICKLED_HEAD_FILE = "value_head.safetensors", "value_head.bin"
+
+
+@dataclass(frozen=True)
+class RewardHead:
+    """A linear layer from the hidden state to one number, by its weights.
+
+    Attributes:
+        prefix: what its weight's name begins with: ``"score"``, ``"v_head.summary"``, ...
+        has_bias: whether there is a constant.
+        file: the file that holds it, where that is not one of the backbone's; else ``None``.
+    """
+
+    prefix: str
+    has_bias: bool
+    file: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{self.prefix}.weight" + ("" if self.file is None else f" in {self.file.name}")
+
+
+def find_reward_head(model: str | Path, config: Any, *, revision: str | None = None) -> RewardHead | None:
+    """The one head of shape (1, hidden size) among the weights of a decoder; None if there is none.
+
+    Args:
+        model: folder or Hub id.
+        config: its config.
+        revision: of a Hub id.
+
+    Raises:
+        InputError: several such heads, one that is pickled, or a weight file that cannot be read.
+    """
+    text_config = config.get_text_config()
+    hidden_size = getattr(text_config, "word_embed_proj_dim", None) or getattr(text_config, "hidden_size", None)
+    if hidden_size is None or (
+        type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text_config, "is_decoder", False)
+    ):
+        return None
+    beside = find_file(model, HEAD_FILE, revision)
+    heads = [] if beside is None else _heads_in([beside], hidden_size, beside)
+    if beside is not None and not heads:
+        raise InputError(
+            f"model: {model}/{HEAD_FILE} holds no linear layer from {hidden_size} numbers to one. Pass the folder of "
+            "a reward model whose value head is such a layer."
+        )
+    heads += _heads_in(weight_files(model, revision=revision), hidden_size, None)
+    if len(heads) > 1:
+        raise InputError(
+            f"model: {model} holds {len(heads)} heads that could give the reward: {', '.join(map(str, heads))}. "
+            "Remove all but the right one from its files."
+        )
+    if heads:
+        return heads[0]
+    if find_file(model, PICKLED_HEAD_FILE, revision) is not None:
+        raise InputError(
+            f"model: {model} has its head in {PICKLED_HEAD_FILE}; reading a pickle can run any code. Where you trust "
+            f"it, convert it: safetensors.torch.save_file(torch.load('{PICKLED_HEAD_FILE}', weights_only=True), "
+            f"'{HEAD_FILE}'). Without it the folder is no reward model."
+        )
+    return None
+
+
+def other_head_weights(model: str | Path, *, revision: str | None = None) -> list[str]:
+    """Names of weights that sound like a head's but are no row of one: of several classes, or of several layers."""
+    found = []
+    for path in weight_files(model, revision=revision):
+        with safe_open(path, framework="pt") as file:
+            found += [key for key in file.keys() if re.search(r"(^|[._])(score|v_?head|value|reward|classif)", key)]
+    return sorted(key for key in found if not re.search(r"(^|\.)(layers?|h|blocks)\.\d", key))
+
+
+def load_with_head(model: str | Path, head: RewardHead | None, **settings: Any) -> Any:
+    """`InfoRMForSequenceClassification.from_backbone`, going on from the checkpoint's own head where it can.
+
+    A head goes on with ``architecture="standard"``, whose reward it is: a row and perhaps a constant. Dropout, which
+    TRL's value head has while training, is left out. ``architecture="inform"`` starts afresh. Both are logged.
+
+    Args:
+        model: folder or Hub id.
+        head: what `find_reward_head` found.
+        settings: keywords of ``from_backbone``.
+
+    Raises:
+        InputError: a head beside the backbone that cannot be read or does not fit.
+        ValueError: see ``from_backbone``.
+    """
+    name = str(model)
+    if head is None:
+        return InfoRMForSequenceClassification.from_backbone(name, **settings)
+    if head.file is None and head.prefix != "score":
+        settings["key_mapping"] = {rf"^{re.escape(head.prefix)}\.": "score."}
+    goes_on = settings.get("architecture") == "standard"
+    if not goes_on:
+        logger.warning("%s has a reward head (%s); architecture: inform starts with a fresh one.", name, head)
+        return InfoRMForSequenceClassification.from_backbone(name, **settings)
+    # A value head of TRL may stand beside what a PPO run left; by their weights the two are the same.
+    logger.warning("%s: its head %s is taken as reward head, at the last token of each row.", name, head)
+    wants_info = settings.pop("output_loading_info", False)
+    reward_model, loading = InfoRMForSequenceClassification.from_backbone(
+        name, **{**settings, "head_bias": head.has_bias, "output_loading_info": True}
+    )
+    absent = {key for key in loading["missing_keys"] if key.startswith("score.")}
+    if head.file is not None:
+        _copy_head(reward_model, head)
+    elif absent:
+        raise InputError(f"model: {name} holds {head}, which could not be read as the reward head ({sorted(absent)}).")
+    loading["missing_keys"] = set(loading["missing_keys"]) - absent
+    return (reward_model, loading) if wants_info else reward_model
+
+
+def _heads_in(paths: list[Path], hidden_size: int, file: Path | None) -> list[RewardHead]:
+    heads = []
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as weights:
+                names = set(weights.keys())
+                for name in sorted(names):
+                    prefix, _, last = name.rpartition(".")
+                    # Gates of experts and embeddings of one row have the same shape; they lie in layers, or say so.
+                    if last != "weight" or re.search(r"(^|\.)\d+(\.|$)|embed", prefix):
+                        continue
+                    if weights.get_slice(name).get_shape() == [1, hidden_size]:
+                        heads.append(RewardHead(prefix, f"{prefix}.bias" in names, file))
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"model: cannot load {path}: the safetensors file is incomplete or broken ({str(error)[:200]}). Copy "
+                "or download it again."
+            ) from None
+    return heads
+
+
+def _copy_head(reward_model: Any, head: RewardHead) -> None:
+    with safe_open(head.file, framework="pt") as weights, torch.no_grad():
+        reward_model.score.weight.copy_(weights.get_tensor(f"{head.prefix}.weight"))
+        if head.has_bias:
+            reward_model.score.bias.copy_(weights.get_tensor(f"{head.prefix}.bias"))

@@ -1,0 +1,4 @@
+"""Training: settings, losses, selection, the trainer, checkpoints.
+
+Imports `hub` and what is below it, but not `eval`.
+"""

@@ -1,0 +1,247 @@
+"""Checkpoints of a run: reading and discarding them, and what a run must have in common with its continuation."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from transformers import TrainerState
+
+from inform_rm.data.sources import parse_source, source_digest
+from inform_rm.errors import InputError
+from inform_rm.training.config import TrainingConfig, deciding_settings, settings_by_content
+from inform_rm.util.checkpoints import checkpoint_step, complete_checkpoints, is_complete
+from inform_rm.util.files import atomic_write_text, file_digest, versions, write_json
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "training_config.yaml"
+STAGING = ".final"  # where the finished model is written before its files are moved into the run's folder
+_DIGESTED_BYTES = 1 << 20  # at the start and at the end of each file of the model
+
+
+@contextlib.contextmanager
+def reading_checkpoint(checkpoint: str | Path | None, files: str) -> Iterator[None]:
+    """Name the files of a checkpoint that cannot be read; torch reads them without running what they hold.
+
+    Raises:
+        InputError: in place of what the code in the ``with`` block raises, but for a lack of memory.
+    """
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # UnpicklingError where code would run; of other damage torch makes many types
+        raise InputError(
+            f"output: {files} of the checkpoint {checkpoint} cannot be read safely ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}). Do not trust it: remove the checkpoint, or pass --overwrite true "
+            "to start again."
+        ) from error
+
+
+def check_trainer_state(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose ``trainer_state.json`` is damaged or belongs to another step.
+
+    Raises:
+        InputError: naming the file.
+    """
+    with reading_checkpoint(checkpoint, "trainer_state.json"):
+        found = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
+        if found != checkpoint_step(checkpoint):
+            raise ValueError(f"it is of step {found!r}")
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, under another name first: a kill in between leaves nothing that looks like a checkpoint."""
+    if folder.exists():
+        trash = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".discarded."))
+        os.replace(folder, trash / folder.name)
+        shutil.rmtree(trash)
+
+
+def discard_beyond(checkpoints: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest complete checkpoints until `limit` are left; the newest and the best one stay."""
+    if limit is None:
+        return
+    found = complete_checkpoints(checkpoints)
+    removable = [path for path in found[:-1] if best is None or path.name != Path(best).name]
+    for path in removable[: max(0, len(found) - limit)]:
+        discard(path)
+
+
+def discard_incomplete(output: Path) -> None:
+    """Remove what a kill left half-written in a run's folder."""
+    for path in (output / "checkpoints").glob("checkpoint-*"):
+        if path.is_dir() and not is_complete(path):
+            logger.warning("%s is incomplete (the run was cut off while it was written); removing it.", path)
+            discard(path)
+    discard(output / STAGING)
+    for path in [*output.glob(".discarded.*"), *output.glob("checkpoints/.discarded.*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def discard_run(output: Path, result_file: str) -> None:
+    """Remove what an earlier run left, and nothing else that the folder may hold."""
+    for name in ("checkpoints", STAGING):
+        discard(output / name)
+    for name in (result_file, CONFIG_FILE):
+        (output / name).unlink(missing_ok=True)
+
+
+def check_resume(
+    output: Path,
+    config: TrainingConfig,
+    fingerprints: dict[str, str],
+    eval_fingerprints: dict[str, str],
+    resume_from: Path | None,
+) -> None:
+    """Refuse to continue a run under what would change its result; write down what a new run has.
+
+    Settings that decide nothing (see `inform_rm.training.config`) may change, and so may the spelling of a path. Other
+    versions of the libraries are named in a warning: whether they change the result cannot be known here.
+
+    Args:
+        output: the run's folder.
+        config: all settings.
+        fingerprints: per source of ``data``, and who reads it in a streaming run.
+        eval_fingerprints: per source of ``eval_data``.
+        resume_from: the checkpoint to go on from; ``None`` starts a new run.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    path = output / "checkpoints" / "run.json"
+    if resume_from is not None:
+        check_trainer_state(resume_from)
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as they are in the file
+    launch = _launch()
+    now = {
+        **settings, "data_fingerprints": fingerprints | eval_fingerprints,
+        "contents": _contents(config, fingerprints, eval_fingerprints), **launch,
+    }  # fmt: skip
+    if resume_from is not None and path.exists():
+        before = _recorded_settings(path)
+        if any(name in before and before[name] != now[name] for name in launch):
+            raise InputError(
+                f"output: {output} holds an unfinished run of {before['num_processes']} processes "
+                f"({before['distribution']}), this one has {now['num_processes']} ({now['distribution']}). Its "
+                "checkpoints hold the random state of each process and an optimizer that is stored for this launch: "
+                "launch it as before to continue it, name another folder, or pass --overwrite true. To go on from "
+                "what it has learnt with a new optimizer, train with model: one of its checkpoints (one of "
+                "SHARDED_STATE_DICT needs `accelerate merge-weights` first)."
+            )
+        if changed := _changed(config, before, now):
+            raise InputError(
+                f"output: {output} holds an unfinished run with other settings or data ({'; '.join(changed)}). "
+                "Restore them to continue it, name another folder, or pass --overwrite true."
+            )
+        software = versions()
+        for name, was in before.get("versions", {}).items():
+            if software.get(name) != was:
+                logger.warning("%s was %s before the interruption and is %s now.", name, was, software.get(name))
+        free = [f"; {name} was {before.get(name)!r}" for name in settings if before.get(name) != settings[name]]
+        logger.warning("Continuing from %s%s.", resume_from, "".join(free))
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        write_json(path, {**now, "versions": versions()})
+        atomic_write_text(output / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def _changed(config: TrainingConfig, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What decides the result and is not as it was, in words."""
+    changed = []
+    contents, contents_before = now["contents"], before.get("contents") or {}
+    for name in deciding_settings(config):
+        if name in contents:
+            if contents_before.get(name) != contents[name]:
+                renamed = "" if before.get(name) == now[name] else f": {before.get(name)!r} -> {now[name]!r}"
+                changed.append(f"the content of {name}{renamed}")
+        elif before.get(name) != now[name]:
+            changed.append(f"{name}: {before.get(name)!r} -> {now[name]!r}")
+    if contents_before.get("readers") != contents["readers"]:
+        changed.append(f"readers of the stream: {contents_before.get('readers')!r} -> {contents['readers']!r}")
+    return changed
+
+
+def _contents(
+    config: TrainingConfig, fingerprints: dict[str, str], eval_fingerprints: dict[str, str]
+) -> dict[str, Any]:
+    """What the settings that name files stand for, however they spell it; of what is on the Hub, its name."""
+
+    def content(source: str, fingerprint: str) -> str:
+        # Pairs without an id are named after their file, so that their fingerprint changes with its name.
+        return source_digest(source) if Path(parse_source(source).name).exists() else fingerprint
+
+    contents: dict[str, Any] = {
+        "data": [
+            fingerprints[source] if config.streaming else content(source, fingerprints[source])
+            for source in config.data
+        ],
+        "eval_data": [content(source, eval_fingerprints[source]) for source in config.eval_data],
+        "readers": fingerprints.get("streamed to"),
+    }
+    for name in settings_by_content():
+        value = getattr(config, name)
+        if name not in contents:
+            is_file = value is not None and Path(value).is_file()
+            contents[name] = value and (file_digest(value) if is_file else fingerprint_files(value) or value)
+    return contents
+
+
+def _recorded_settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"output: {path} is damaged ({error}). Pass --overwrite true to start again.") from None
+    return found
+
+
+def _launch() -> dict[str, Any]:
+    """How many processes train, and what is divided among them."""
+    distribution = "none" if PartialState().num_processes == 1 else "DDP"
+    if is_fsdp_launch():
+        distribution = f"FSDP, {os.environ.get('FSDP_STATE_DICT_TYPE', 'FULL_STATE_DICT')}"
+    elif parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        distribution = "DeepSpeed"
+    return {"num_processes": PartialState().num_processes, "distribution": distribution}
+
+
+def is_fsdp_launch() -> bool:
+    """Whether Accelerate was told to shard the model; on CPUs it then runs DDP without a word."""
+    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
+
+
+def fingerprint_files(model: str) -> str | None:
+    """SHA-256 over names, sizes and both ends of the files of a local model; ``None`` for one on the Hub.
+
+    Not the whole content: tens of gigabytes would be read at every start. With LoRA the checkpoints do not hold the
+    backbone, so that another one under the same path would go unnoticed.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.suffix not in (".json", ".safetensors"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode("utf-8", "surrogatepass"))
+        with open(path, "rb") as file:
+            digest.update(file.read(_DIGESTED_BYTES))
+            with contextlib.suppress(OSError):  # shorter than that: it has been read whole
+                file.seek(-_DIGESTED_BYTES, os.SEEK_END)
+                digest.update(file.read())
+    return digest.hexdigest()

@@ -1,0 +1,167 @@
+"""The pairs of a training run as token ids, read from the cache while nothing that decides them has changed."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets, load_from_disk
+
+from inform_rm.data.columns import log_reading
+from inform_rm.data.encoding import encode_pairs
+from inform_rm.data.preferences import load_preferences
+from inform_rm.data.rendered_text import warn_of_loss
+from inform_rm.data.sources import source_digest
+from inform_rm.errors import InputError
+from inform_rm.scoring.reward_models import fingerprint_tokenizer
+from inform_rm.training.augmentation import add_non_contextual_pairs
+from inform_rm.training.config import TrainingConfig
+from inform_rm.util.files import atomic_directory, file_digest, write_json
+
+logger = logging.getLogger(__name__)
+
+_RECORD = "inform_rm.json"
+_PACKAGE = Path(__file__).parents[1]
+_DECIDING_FILES = (
+    *sorted(f"data/{path.name}" for path in (_PACKAGE / "data").glob("*.py") if path.name != "check_data.py"),
+    "safety/chat_templates.py", "training/augmentation.py",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingPairs:
+    """Encoded pairs of all sources of one setting.
+
+    Attributes:
+        dataset: see `inform_rm.data.encoding.EncodedPairs`.
+        counts: pairs used, overlong, dropped and truncated ones, those ``partly_rendered`` (see `EncodedPairs`), the
+            ``bad_rows`` that were left out, as text, and the ``reading`` of each source: which columns were read, and
+            how.
+        fingerprints: per source the SHA-256 of its pairs, see `inform_rm.data.preferences.PreferenceData`.
+    """
+
+    dataset: Dataset
+    counts: dict[str, Any]
+    fingerprints: dict[str, str]
+
+
+def load_training_pairs(
+    config: TrainingConfig, sources: Sequence[str], max_pairs: int | None, tokenizer: Any, argument: str
+) -> TrainingPairs:
+    """Read, check and encode all sources, or take the result of an earlier call from the cache.
+
+    The cache lies in ``inform_rm_pairs`` in the cache folder of `datasets` (``HF_DATASETS_CACHE``), one folder for
+    each combination of data, tokenizer, chat template, settings and versions; ``datasets.disable_caching()`` turns it
+    off. Folders in it may be deleted at any time.
+
+    Args:
+        config: settings of the run.
+        sources: files, folders or Hub ids.
+        max_pairs: most pairs of a source; a random choice, by ``config.seed``.
+        tokenizer: see `inform_rm.data.tokenizer.load_tokenizer`.
+        argument: name of the setting that holds the sources, for messages.
+
+    Raises:
+        InputError: on bad data, or if no pair is left.
+    """
+    augment = config.augmentation == "rrm" and argument == "data"  # evaluation is on the pairs as they are
+    # One process encodes, the others find the result in the cache.
+    with PartialState().main_process_first():
+        folder = _cache_folder(config, sources, max_pairs, tokenizer, augment)
+        pairs = None if folder is None else _read(folder)
+        if pairs is None:
+            pairs = _encode(config, sources, max_pairs, tokenizer, augment)
+            if folder is not None and PartialState().is_main_process:
+                _write(folder, pairs)
+        else:
+            logger.info("%s: taken from the cache %s.", argument, folder)
+            warn_of_loss(pairs.counts["partly_rendered"], pairs.counts["pairs"])
+    counts = pairs.counts
+    if counts["bad_rows"] or counts["dropped"] or counts["truncated"]:
+        logger.warning("%s: %s", argument, counts)
+    return pairs
+
+
+def _encode(
+    config: TrainingConfig, sources: Sequence[str], max_pairs: int | None, tokenizer: Any, augment: bool
+) -> TrainingPairs:
+    parts: list[Dataset] = []
+    fingerprints: dict[str, str] = {}
+    bad_rows: list[str] = []
+    readings: dict[str, Any] = {}
+    for source in sources:
+        loaded = load_preferences(source, columns=config.columns, on_bad_row=config.on_bad_row)
+        log_reading(source, loaded.reading)
+        readings[source] = loaded.reading.to_dict()
+        bad_rows += [str(row) for row in loaded.bad_rows]
+        fingerprints[source] = loaded.fingerprint
+        part = loaded.dataset
+        if max_pairs is not None and len(part) > max_pairs:
+            part = part.shuffle(seed=config.seed).select(range(max_pairs))
+        parts.append(part)
+    pairs = concatenate_datasets(parts)
+    if augment:
+        pairs = add_non_contextual_pairs(pairs, config.seed)
+    encoded = encode_pairs(
+        pairs, tokenizer, max_length=config.max_length, overlong=config.overlong, on_bad_row=config.on_bad_row,
+        keep_text=_keeps_text(config),
+    )  # fmt: skip
+    bad_rows += [str(row) for row in encoded.bad_rows]
+    counts = {**encoded.counts, "pairs": len(encoded.dataset), "bad_rows": bad_rows, "reading": readings}
+    return TrainingPairs(encoded.dataset, counts, fingerprints)
+
+
+def _keeps_text(config: TrainingConfig) -> bool:
+    return config.objective == "prioritized"  # whose pairs are encoded again, with other prompts
+
+
+def _cache_folder(
+    config: TrainingConfig, sources: Sequence[str], max_pairs: int | None, tokenizer: Any, augment: bool
+) -> Path | None:
+    """Where the pairs of these settings are cached; ``None`` where they must not be, or a source cannot be read."""
+    # A tokenizer written in Python has no text that tells all it does.
+    if not datasets.is_caching_enabled() or getattr(tokenizer, "backend_tokenizer", None) is None:
+        return None
+    try:
+        digests = [source_digest(source) for source in sources]
+    except (InputError, OSError):
+        return None  # reading it as data says what is wrong
+    decides = {
+        # Names too: they are part of the rows' ids and of messages about bad rows.
+        "sources": list(zip(map(str, sources), digests, strict=True)),
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+        "settings": [config.columns, config.max_length, config.overlong, config.on_bad_row, _keeps_text(config)],
+        "choice": None if max_pairs is None else [max_pairs, config.seed],
+        "augmentation": [config.augmentation, config.seed] if augment else None,
+        "versions": {name: metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "jinja2")},
+        "code": [file_digest(_PACKAGE / name) for name in _DECIDING_FILES],
+    }
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+    return Path(datasets.config.HF_DATASETS_CACHE) / "inform_rm_pairs" / key[:32]
+
+
+def _read(folder: Path) -> TrainingPairs | None:
+    if not (folder / _RECORD).is_file():
+        return None
+    try:
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        return TrainingPairs(dataset=load_from_disk(str(folder / "pairs")), **record)
+    except Exception as error:  # Arrow, datasets and JSON raise many types for a damaged file
+        logger.warning("The cached pairs in %s are unreadable (%s); encoding anew.", folder, error)
+        return None
+
+
+def _write(folder: Path, pairs: TrainingPairs) -> None:
+    try:
+        with atomic_directory(folder) as temporary:
+            pairs.dataset.save_to_disk(str(temporary / "pairs"))
+            record = asdict(pairs)
+            write_json(temporary / _RECORD, {name: record[name] for name in ("counts", "fingerprints")})
+    except OSError as error:
+        logger.warning("The encoded pairs could not be cached in %s (%s); the run goes on.", folder, error)

@@ -1,0 +1,239 @@
+"""The model to train: backbone, quantisation, adapters."""
+
+import dataclasses
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+
+from inform_rm.errors import InputError
+from inform_rm.modeling_inform import InfoRMForSequenceClassification
+from inform_rm.scoring.adapters import holds_adapters, import_peft
+from inform_rm.scoring.reward_models import checked_max_length, table_length, trained_length
+from inform_rm.scoring.scorer import RewardScorer
+from inform_rm.scoring.value_heads import find_reward_head, load_with_head
+from inform_rm.training.checkpoints import is_fsdp_launch
+from inform_rm.training.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+
+def with_max_length(config: TrainingConfig) -> TrainingConfig:
+    """The settings with the model's own limit where no ``max_length`` is given; a log line says so.
+
+    It is read from the model's config, because data are read before the model is loaded; see `check_max_length`.
+
+    Raises:
+        InputError: the model has no readable config.
+    """
+    if config.max_length is not None or holds_adapters(config.model, config.revision):
+        return config  # `load_model` says what to do with adapters
+    try:
+        found = AutoConfig.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        limit = trained_length(found)
+    except Exception as error:  # transformers and the Hub raise many types for a bad config
+        raise InputError(f"model: {config.model} cannot be loaded as a backbone: {error}") from error
+    if limit is not None and PartialState().is_main_process:
+        logger.warning("max_length: %d, the model's own limit, as none is given.", limit)
+    return dataclasses.replace(config, max_length=limit)
+
+
+def check_max_length(model: PreTrainedModel, max_length: int | None) -> None:
+    """Raise `InputError` where pairs of up to ``max_length`` tokens have more positions than the loaded model."""
+    if max_length is not None:
+        checked_max_length(model, max_length)
+    elif (limit := table_length(model)) is not None:
+        raise InputError(
+            f"max_length: the model has positions for {limit} tokens and its config does not say so. Set max_length "
+            "to that or less."
+        )
+
+
+def load_model(config: TrainingConfig) -> PreTrainedModel:
+    """The model to train: a fresh head on a backbone, or a reward model to train further.
+
+    ``architecture: standard`` goes on from the head of any reward model that has one row
+    (`inform_rm.scoring.value_heads`).
+
+    With ``load_in_4bit`` or ``load_in_8bit`` the linear layers of the backbone are quantised; embeddings, norms and
+    the head are not, and the head is in float32.
+
+    Raises:
+        InputError: if the model cannot be loaded, is an InfoRM model of another architecture, or cannot be quantised.
+    """
+    hub = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    loading: dict[str, Any] = {
+        **hub,
+        "dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+    }
+    if config.attn_implementation is not None:
+        loading["attn_implementation"] = config.attn_implementation
+    if holds_adapters(config.model, config.revision):
+        raise InputError(
+            f"model: {config.model} holds adapters, not a whole model. Write a whole one first: "
+            f"inform-rm export --model {config.model} --output FOLDER"
+        )
+    try:
+        found = AutoConfig.from_pretrained(config.model, **hub)
+        if is_quantized(config):
+            loading |= _quantized_loading(config, found)
+        if found.model_type != "inform":
+            model = load_with_head(
+                config.model,
+                find_reward_head(config.model, found, revision=config.revision),
+                latent_dim=config.latent_dim,
+                beta=config.beta,
+                decoder=config.decoder,
+                kl_reduction=config.kl_reduction,
+                architecture=config.architecture,
+                **loading,
+            )
+        else:
+            head = ("architecture",) if config.architecture == "standard" else (
+                "architecture", "latent_dim", "decoder", "kl_reduction"
+            )  # fmt: skip
+            for name in head:
+                if getattr(found, name) != getattr(config, name):
+                    raise InputError(
+                        f"{name}: {config.model} has {getattr(found, name)!r}, not {getattr(config, name)!r}. "
+                        "A trained head keeps its shape: change the setting."
+                    )
+            model = InfoRMForSequenceClassification.from_pretrained(config.model, use_safetensors=True, **loading)
+            model.config.beta = config.beta
+    except InputError:
+        raise
+    except Exception as error:  # transformers, safetensors and the Hub raise many types for a bad checkpoint
+        raise InputError(f"model: {config.model} cannot be loaded as a backbone: {error}") from error
+    if is_quantized(config):
+        _prepare_quantized(model)
+    return model
+
+
+def is_quantized(config: TrainingConfig) -> bool:
+    """Whether the run trains adapters on a quantised backbone."""
+    return config.load_in_4bit or config.load_in_8bit
+
+
+def add_adapters(model: PreTrainedModel, config: TrainingConfig) -> Any:
+    """LoRA on every linear layer of the backbone; the head is trained and saved whole, in float32.
+
+    peft's `prepare_model_for_kbit_training` is not needed for a quantised backbone: peft freezes what is no adapter,
+    the Trainer turns checkpointing on where it is asked for, without re-entrance, and the head is float32 already.
+    What would be left is embeddings and norms in float32, which `dtype` says.
+    """
+    peft = import_peft("lora_r: LoRA")
+    model.score.float()
+    lora = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        target_modules="all-linear",
+        exclude_modules=r"score(\..*)?",
+        modules_to_save=["score"],
+        # A branch of the Hub moves on: the adapters belong to the commit that was loaded.
+        revision=getattr(model.config.get_text_config(), "_commit_hash", None) or config.revision,
+    )
+    adapted = peft.get_peft_model(model, lora)
+    # Absolute: the adapters are loaded from any working directory.
+    is_folder = Path(config.model).is_dir()
+    adapted.peft_config["default"].base_model_name_or_path = (
+        str(Path(config.model).resolve()) if is_folder else config.model
+    )
+    return adapted
+
+
+def sample_rewards(model: Any, pairs: Sequence[dict[str, Any]], tokenizer: Any, batching: str) -> torch.Tensor:
+    """Rewards of both sides of N encoded pairs, ``(2N,)`` in float32, without latent noise."""
+    sequences = [pair[side] for pair in pairs for side in ("chosen_input_ids", "rejected_input_ids")]
+    # The model was trained on them, so it takes their length, whatever its own limit.
+    longest = max(map(len, sequences))
+    return RewardScorer(model, tokenizer, max_length=longest, batching=batching).score_encoded(sequences)
+
+
+def reward_difference(bits: int, before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
+    """How far the rewards of base + adapters in full precision are from those on the quantised base; also logged.
+
+    Args:
+        bits: of the quantised base.
+        before: ``(N,)`` rewards on the quantised base.
+        after: ``(N,)`` rewards of the same responses in full precision.
+
+    Returns:
+        Entry ``quantization`` of a run's result.
+    """
+    difference = (after - before).abs()
+    figures = {
+        "bits": bits,
+        "num_responses": len(before),
+        "reward_difference_mean": difference.mean().item(),
+        "reward_difference_max": difference.max().item(),
+        "reward_std": after.std().item(),
+    }
+    logger.warning(
+        "Trained on a %d-bit base, the model goes out in full precision: over %d training responses its rewards "
+        "differ from those seen in training by %.3g on average and %.3g at most (their standard deviation is %.3g).",
+        *figures.values(),
+    )
+    return figures
+
+
+def _quantized_loading(config: TrainingConfig, found: Any) -> dict[str, Any]:
+    """Keywords of ``from_pretrained``: nf4 with double quantisation, or LLM.int8; never for the head."""
+    setting = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"{setting} needs bitsandbytes. Install it with: pip install 'inform-rm[quant]'")
+    if is_fsdp_launch():
+        raise InputError(
+            f"{setting}: quantised weights under FSDP were never tried here. Launch with DDP, or leave {setting} out."
+        )
+    if getattr(found, "quantization_config", None) is not None:
+        raise InputError(f"{setting}: {config.model} is quantised already. Name the model in full precision.")
+    dtype = found.get_text_config().dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=config.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if config.bf16 else (dtype or torch.float32),
+        llm_int8_skip_modules=["score"],
+    )
+    device = torch.device("cpu") if config.use_cpu else PartialState().device
+    if config.load_in_8bit and config.use_dora and device.type == "cpu":
+        raise InputError(
+            "use_dora: on a CPU peft 0.21 loses the scales of 8-bit weights under DoRA. Use load_in_4bit or LoRA."
+        )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def _prepare_quantized(model: Any) -> None:
+    """Check that the backbone is quantised and the head is not, and keep bitsandbytes from breaking the training."""
+    in_head = [name for name, module in model.score.named_modules() if _is_bitsandbytes(module)]
+    if in_head:
+        raise InputError(f"model: the reward head came out quantised ({in_head[0]}); rewards need its precision.")
+    layers = [module for module in model.model.modules() if _is_bitsandbytes(module)]
+    if not layers:
+        raise InputError("model: none of its layers can be quantised. Leave load_in_4bit and load_in_8bit out.")
+    for layer in layers:
+        # On a CPU with AVX512-BF16 the first pass in eval mode would repack 4-bit weights for a kernel that rounds to
+        # bfloat16 and hands no gradient back: after an evaluation, training would go on with wrong gradients.
+        layer.support_avx512bf16_for_cpu = False
+    model.score.float()
+    # It says at each layer and each step that LLM.int8 rounds its inputs to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def _is_bitsandbytes(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("bitsandbytes") or any(
+        type(parameter).__module__.startswith("bitsandbytes") for parameter in module.parameters(recurse=False)
+    )

@@ -1,0 +1,1 @@
+"""What every room may use: files written whole, journals, processes, intervals, pages. Imports `errors` alone."""

@@ -1,0 +1,142 @@
+"""A file of rewards already computed, so that a killed run goes on where it stopped."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inform_rm.errors import InputError
+from inform_rm.util.files import atomic_write_text
+from inform_rm.util.processes import from_main, is_main_process
+
+_MOST_HEADER_CHARACTERS = 1 << 20  # fingerprints and settings
+
+
+class RewardJournal:
+    """Rewards by row, appended batch by batch in whatever order they are computed.
+
+    A row is its number in the input, or a number made of its content where the input may change.
+
+    The first line says which run the rewards belong to; each further line is ``[row, reward]`` or
+    ``[row, reward, reward_std]``. A line cut short by a kill is dropped.
+
+    Args:
+        path: the journal's file; made if absent.
+        identity: everything that decides a reward (model, input, settings); a journal with another one is refused.
+        shared: all processes of the launch keep this one journal: the main one writes it, all read the same from it.
+
+    Raises:
+        InputError: if the file belongs to another run or is no journal.
+    """
+
+    def __init__(self, path: str | Path, identity: dict[str, Any], shared: bool = False):
+        self.path, self._shared = Path(path), shared
+        self._writes = not shared or is_main_process()
+        self._header = json.dumps(identity, sort_keys=True) + "\n"
+        self._way_out = f"Delete {self.path} to start again, or choose another output."
+        if shared:
+            from_main(lambda: self._open(identity))
+        else:
+            self._open(identity)
+
+    def _open(self, identity: dict[str, Any]) -> None:
+        if self.path.exists():
+            self._check_identity(identity)
+            drop_torn_line(self.path)
+        if not self.path.exists() or not self.path.stat().st_size:  # a kill can cut even the first line
+            atomic_write_text(self.path, self._header)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def finished(self) -> Iterator[tuple[int, float, float]]:
+        """``(row, reward, reward_std)`` of every row computed so far; the latter is NaN if not asked for."""
+        yield from from_main(lambda: list(self._read())) if self._shared else self._read()
+
+    def _read(self) -> Iterator[tuple[int, float, float]]:
+        with self.path.open(encoding="utf-8") as file:
+            next(file)
+            for number, line in enumerate(file, start=2):
+                try:
+                    row, reward, *std = _numbers(line)
+                except (ValueError, TypeError, RecursionError) as error:
+                    raise InputError(f"{self.path}: line {number} is damaged ({error}). {self._way_out}") from error
+                yield row, reward, std[0] if std else float("nan")
+
+    def add(self, rows: Iterable[int], rewards: Iterable[float], stds: Iterable[float] | None = None) -> None:
+        """Append one batch and hand it to the operating system."""
+        if not self._writes:
+            return
+        columns = [list(rows), [shortest_float(value) for value in rewards]]
+        if stds is not None:
+            columns.append([shortest_float(value) for value in stds])
+        self._file.write("".join(json.dumps(entry) + "\n" for entry in zip(*columns, strict=True)))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file and leave it for the next run."""
+        if self._writes:
+            self._file.close()
+
+    def delete(self) -> None:
+        """Close and remove the file: the run is complete."""
+        if not self._writes:
+            return
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    def _check_identity(self, identity: dict[str, Any]) -> None:
+        try:
+            if not self.path.is_file():
+                raise ValueError
+            with self.path.open(encoding="utf-8") as file:
+                header = file.readline(_MOST_HEADER_CHARACTERS)
+            found = json.loads(header)
+            if not isinstance(found, dict):
+                raise ValueError
+        except (ValueError, RecursionError):
+            raise InputError(f"{self.path} is not the record of an unfinished run. {self._way_out}") from None
+        wanted = json.loads(self._header)
+        changed = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+        if changed:
+            shown = "; ".join(f"{key} was {found.get(key)!r}, is {wanted.get(key)!r}" for key in changed)[:2000]
+            raise InputError(f"{self.path} belongs to an unfinished run with other settings: {shown}. {self._way_out}")
+
+
+def _numbers(line: str) -> list[Any]:
+    """``[row, reward]`` or ``[row, reward, reward_std]`` of a line; anything else is a `ValueError`."""
+    entry = json.loads(line)
+    if not isinstance(entry, list) or len(entry) not in (2, 3):
+        raise ValueError("expected a list of two or three numbers")
+    if isinstance(entry[0], bool) or not isinstance(entry[0], int) or entry[0] < 0:
+        raise ValueError("expected a row number first")
+    if not all(isinstance(value, float) and math.isfinite(value) for value in entry[1:]):
+        raise ValueError("expected finite rewards")
+    return entry
+
+
+def shortest_float(value: float) -> float:
+    """The shortest decimal that names the same float32: 0.1 instead of 0.10000000149011612.
+
+    Example:
+        >>> shortest_float(np.float32(0.1).item())
+        0.1
+    """
+    return float(str(np.float32(value)))
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off what follows the last line break: a line that a kill left unfinished."""
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            position = file.read(end - start).rfind(b"\n")
+            if position >= 0:
+                file.truncate(start + position + 1)
+                return
+            end = start
+        file.truncate(0)

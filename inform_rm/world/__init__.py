@@ -1,0 +1,1 @@
+"""A generated world whose reward is known exactly, and the demo on it. The top floor: only `cli` imports it."""

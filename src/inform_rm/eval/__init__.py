@@ -1,1 +1,0 @@
-"""Evaluation of reward models: accuracy on preference pairs, and reports."""

@@ -1,1 +1,0 @@
-"""A reward model behind HTTP: ``inform-rm serve``. Needs the extra ``serve``; importing this package does not."""

@@ -1,1 +1,0 @@
-"""Training: losses, metrics, the trainer and its settings."""

@@ -1,0 +1,114 @@
+"""The command line end to end on tiny models: exit codes, messages, files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from inform_rm.cli import main
+
+COMMANDS = ["demo", "train", "evaluate", "decompose", "detect", "simulate", "score", "serve", "check-data", "export"]
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "pairs.jsonl"
+    rows = [
+        {"prompt": f"Say {word}.", "chosen": word, "rejected": word + "!", "subset": "ab"[index % 2]}
+        for index, word in enumerate(["sun", "moon", "sea", "sky", "tree", "bird", "rain", "snow"])
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(causal_lm_dir, pairs_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli-run") / "run"
+    code = main(
+        ["train", "--model", str(causal_lm_dir("llama")), "--data", str(pairs_file), "--output", str(folder),
+         "--latent_dim", "4", "--max_steps", "2", "--use_cpu", "true", "--per_device_train_batch_size", "4",
+         "--gradient_accumulation_steps", "1"]
+    )  # fmt: skip
+    assert code == 0
+    return folder
+
+
+def test_simulate_names_proxies_by_folder_or_as_told(trained, causal_lm_dir, pairs_file, tmp_path, capsys):
+    command = ["simulate", "--data", str(pairs_file), "--policy", str(causal_lm_dir("llama")), "--max-new-tokens", "4",
+               "--gold", str(trained), "--num-prompts", "3", "--num-responses", "4", "--output", str(tmp_path / "out"),
+               "--proxy", str(trained), f"again={trained}"]  # fmt: skip
+    assert main(command) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert list(result["proxies"]) == ["run", "again"] and result["ns"] == [1, 2, 4]
+    assert result["proxies"]["run"] == result["proxies"]["again"]
+    assert "again: gold peaks at n = " in capsys.readouterr().out
+    assert main([*command, "--proxy", str(trained), str(trained)]) == 2
+    assert "two models have the same name" in capsys.readouterr().err
+
+
+def test_train_evaluate_score_export_in_a_row(trained, pairs_file, tmp_path, capsys):
+    assert main(["evaluate", "--model", str(trained), "--data", str(pairs_file), "--output", str(tmp_path / "e")]) == 0
+    result = json.loads((tmp_path / "e" / "result.json").read_text())
+    assert result["num_pairs"] == 8
+    assert f"accuracy {result['accuracy']:.4f} on 8 pairs" in capsys.readouterr().out
+    assert {"result.json", "result.md", "reliability.png", "pairs.jsonl"} <= {
+        p.name for p in (tmp_path / "e").iterdir()
+    }
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "Say sun.", "response": text}) + "\n" for text in ("sun", "moon")))
+    out = tmp_path / "scored.jsonl"
+    arguments = ["score", "--model", str(trained), "--input", str(rows), "--output", str(out), "--uncertainty", "8"]
+    assert main(arguments) == 0
+    scored = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["response"] for row in scored] == ["sun", "moon"]
+    assert all(row["reward_std"] > 0 for row in scored)
+
+    assert main(["export", "--model", str(trained), "--output", str(tmp_path / "hub")]) == 0
+    assert "model.safetensors" in capsys.readouterr().out
+    assert not (tmp_path / "hub" / "train_result.json").exists()
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hub").state_dict()
+    original = AutoModelForSequenceClassification.from_pretrained(trained).state_dict()
+    assert all((exported[name] == original[name]).all() for name in original)
+
+
+def test_check_data_prints_and_writes(causal_lm_dir, pairs_file, tmp_path, capsys):
+    arguments = ["check-data", "--data", str(pairs_file), "--tokenizer", str(causal_lm_dir("llama"))]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    assert "8" in capsys.readouterr().out
+    assert main([*arguments, "--max-length", "16"]) == 1
+    assert "Rows that training with default settings would stop at: 1" in capsys.readouterr().out
+    assert list(tmp_path.glob("*.json"))
+
+
+def test_wrong_use_exits_with_2_and_one_line(tmp_path, capsys):
+    assert main(["train", "--model", "m", "--data", "d", "--output", str(tmp_path / "o"), "--beta", "-1"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "beta must be a finite number of at least 0" in message
+    assert len(message.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_unknown_command_and_flag_exit_with_2():
+    for arguments in (["fly"], ["train", "--no_such_flag", "1"], []):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+
+
+def test_failure_while_running_exits_with_1(trained, pairs_file, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "result.json")
+
+    monkeypatch.setattr("inform_rm.util.files.os.replace", full)
+    arguments = ["evaluate", "--model", str(trained), "--data", str(pairs_file), "--output", str(tmp_path / "e")]
+    assert main(arguments) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "e" / "result.json").exists()
+
+
+def test_module_and_script_are_the_same_program():
+    module = subprocess.run([sys.executable, "-m", "inform_rm.cli", "--version"], capture_output=True, text=True)
+    assert module.returncode == 0 and module.stdout.startswith("inform-rm ")

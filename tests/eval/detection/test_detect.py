@@ -1,0 +1,183 @@
+"""`detect`: figures are those of the functions behind it, outliers are named, and the page works in a browser."""
+
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from inform_rm.cli import main
+from inform_rm.errors import InputError
+from inform_rm.eval.detection.detect import detect, repeated_trigrams
+from inform_rm.eval.detection.latents import collect_latents
+from inform_rm.eval.detection.outliers import auto_eps, cluster_separation_index, fit_mahalanobis
+
+COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
+QUICK = {"num_splits": 10, "num_resamples": 10, "progress": False, "alpha": 0.1}
+
+
+def write(path, responses):
+    rows = [{"prompt": f"Name a colour, number {n % 7}", "response": text} for n, text in enumerate(responses)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def ordinary(first, number=40):
+    return [
+        f"It is {COLOURS[n % 8]}" + " indeed" * (n % 3) + f", {COLOURS[(n * 5) % 8]}."
+        for n in range(first, first + number)
+    ]
+
+
+@pytest.fixture
+def files(tmp_path):
+    odd = ordinary(500, 30) + [f"<b>{'no ' * (20 + n)}</script>" for n in range(10)]
+    return write(tmp_path / "reference.jsonl", ordinary(0)), [
+        write(tmp_path / "one.jsonl", ordinary(100)), write(tmp_path / "two.jsonl", odd)
+    ]  # fmt: skip
+
+
+def test_figures_are_those_of_the_functions_behind(scorer, files, tmp_path):
+    reference, candidates = files
+    result = detect(scorer, reference, candidates, tmp_path / "out", **QUICK)
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
+    latents = {}
+    for path in (reference, *candidates):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        latents[path.name] = collect_latents(
+            scorer, [row["prompt"] for row in rows], [row["response"] for row in rows]
+        )
+    base = latents["reference.jsonl"].values
+    eps = auto_eps(base, num_points=40)
+    assert result["eps"] == pytest.approx(eps) and result["kind"] == "latent" and result["dimensions"] == 8
+    fitted = fit_mahalanobis(base)
+    table = pq.read_table(tmp_path / "out" / "responses.parquet").to_pydict()
+    assert table["set"] == ["(reference)"] * 40 + ["one.jsonl"] * 40 + ["two.jsonl"] * 40
+    for number, part in enumerate(result["candidates"]):
+        own = latents[part["name"]]
+        assert part["csi"] == pytest.approx(cluster_separation_index(own.values, base, eps=eps))
+        squared = fitted.squared_distances(own.values)
+        mop = float((fitted.tail_probabilities(squared, "reference") < 0.1).mean())
+        assert part["mop"] == pytest.approx(mop)
+        low, high = part["mop_interval"]
+        assert low <= mop <= high
+        assert part["mean_reward"] == pytest.approx(own.rewards.mean(), abs=1e-6)
+        assert 0 < part["mop_null_rank"] <= 1 and part["stop"] is False
+        assert table["squared_mahalanobis"][40 * (number + 1) : 40 * (number + 2)] == pytest.approx(squared.tolist())
+        named = part["most_outlying"]
+        assert len(named) == 20 and named[0]["squared_mahalanobis"] == pytest.approx(squared.max())
+        expected = [table["response"][40 * (number + 1) + row] for row in np.argsort(-squared)[:20]]
+        assert [row["response"] for row in named] == expected
+    assert result["candidates"][1]["repeated_trigrams"] > result["candidates"][0]["repeated_trigrams"]
+
+
+def test_the_same_seed_gives_the_same_and_one_candidate_needs_no_steps(scorer, files, tmp_path):
+    reference, (candidate, _) = files
+    one, other = (detect(scorer, reference, candidate, tmp_path / "out", seed=3, **QUICK) for _ in range(2))
+    assert one == other and not (tmp_path / "out" / "steps.png").exists()
+
+
+def test_hidden_states_are_called_so(scorer, files, tmp_path, causal_lm_dir, tokenizer):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(causal_lm_dir("llama"), num_labels=1)
+    reference, candidates = files
+    result = detect(model, reference, candidates[0], tmp_path / "out", tokenizer=tokenizer, **QUICK)
+    assert result["kind"] == "hidden_state" and "appendix F" in (tmp_path / "out" / "result.html").read_text()
+
+
+def test_command_line(files, tmp_path, model, tokenizer, capsys):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    reference, candidates = files
+    command = ["detect", "--model", tmp_path / "model", "--reference", reference, "--candidate", *candidates,
+               "--output", tmp_path / "out", "--eps", 0.7, "--max-responses", 30, "--alpha", 0.1]  # fmt: skip
+    assert main([str(word) for word in command]) == 0
+    out = capsys.readouterr().out
+    assert "one.jsonl: CSI per response" in out and "two.jsonl" in out
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["eps"] == 0.7 and [part["num_responses"] for part in result["candidates"]] == [30, 30]
+    (tmp_path / "empty.jsonl").write_text("")
+    command[6] = tmp_path / "empty.jsonl"
+    assert main([str(word) for word in command]) == 2
+
+
+def test_responses_may_be_splits_of_a_folder(scorer, files, tmp_path):
+    reference, (one, _) = files
+    folder = tmp_path / "responses"
+    folder.mkdir()
+    for name, file in (("train", reference), ("test", one)):
+        (folder / f"{name}.jsonl").write_text(file.read_text())
+    options = {"num_splits": 5, "num_resamples": 10, "tail": "chi2", "progress": False}
+    named = detect(scorer, f"{folder}[train]", f"{folder}[test]", **options)
+    plain = detect(scorer, reference, one, **options)
+    for part in ("csi", "mop", "mean_reward"):
+        assert named["candidates"][0][part] == plain["candidates"][0][part]
+    assert len(set(named["digests"].values())) == 2
+
+
+def test_bad_input_is_named(scorer, files, tmp_path):
+    reference, (candidate, _) = files
+    with pytest.raises(InputError, match="3 responses; a comparison of latents needs at least 20"):
+        detect(scorer, reference, write(tmp_path / "few.jsonl", ordinary(0, 3)), **QUICK)
+    path = tmp_path / "same.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "x", "response": text}) + "\n" for text in ordinary(0)))
+    with pytest.raises(InputError, match=r"same.jsonl: all responses have the same prompt"):
+        detect(scorer, reference, path, **QUICK)
+    long = write(tmp_path / "long.jsonl", [*ordinary(0), "no " * 600])
+    with pytest.raises(InputError, match=r"long.jsonl, row 41 has \d+ tokens; the limit is"):
+        detect(scorer, reference, long, **QUICK)
+    with pytest.raises(InputError, match="at least one file"):
+        detect(scorer, reference, [], **QUICK)
+    with pytest.raises(InputError, match="map_points"):
+        detect(scorer, reference, candidate, map_points=1, **QUICK)
+    with pytest.raises(InputError, match=r"reference.jsonl: 40 responses.* at least 201"):
+        detect(scorer, reference, candidate, **QUICK | {"alpha": 0.01})
+    with pytest.raises(InputError, match="alpha: 0"):
+        detect(scorer, reference, candidate, **QUICK | {"alpha": 0})
+
+
+@pytest.mark.parametrize(
+    ("text", "share"), [("", 0.0), ("a b", 0.0), ("a b c d", 0.0), ("a b c a b c", 1 / 4), ("x x x x x", 2 / 3)]
+)
+def test_repeated_trigrams(text, share):
+    assert repeated_trigrams(text) == pytest.approx(share)
+
+
+def test_pointing_at_a_point_shows_its_response(scorer, files, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium")
+    reference, candidates = files
+    detect(scorer, reference, candidates, tmp_path / "out", **QUICK)
+    page = (tmp_path / "out" / "result.html").read_text()
+    # Point at where a response that is markup was drawn.
+    pointed = """<script>
+    const [px, py] = places[data.response.findIndex(text => text.includes("script"))];
+    const rect = canvas.getBoundingClientRect();
+    canvas.dispatchEvent(new PointerEvent("pointermove", {
+      clientX: rect.left + px * rect.width / canvas.width, clientY: rect.top + py * rect.height / canvas.height}));
+    document.title = "shown: " + document.getElementById("response").textContent.replace(/\\s+/g, " ");
+    </script>"""
+    (tmp_path / "page.html").write_text(page.replace("</body>", pointed + "</body>"))
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "page.html").as_uri(),
+    ]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    title = run.stdout.partition("<title>")[2].partition("</title>")[0]
+    assert title.startswith("shown: two.jsonl ("), (title, run.stderr[-500:])
+    assert "no no no" in title and "&lt;/script&gt;" in title
+
+
+def test_map_covers_all_sets_within_its_limit(scorer, files, tmp_path):
+    reference, candidates = files
+    detect(scorer, reference, candidates, tmp_path / "out", map_points=15, **QUICK)
+    page = (tmp_path / "out" / "result.html").read_text()
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    sets, counts = np.unique(data["set"], return_counts=True)
+    assert sets.tolist() == ["(reference)", "one.jsonl", "two.jsonl"] and counts.tolist() == [15, 15, 15]
+    assert {len(values) for name, values in data.items() if name != "colors"} == {45}

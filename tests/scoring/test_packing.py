@@ -1,0 +1,255 @@
+"""Packed rows: rewards and gradients of the separate sequences, for every architecture that takes them."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForSequenceClassification, BertConfig, BloomConfig, FalconConfig, Gemma2Config
+
+from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
+from inform_rm.scoring.packing import (
+    pack_sequences,
+    packed_attention,
+    packed_attention_of,
+    packed_batches,
+    packed_rewards,
+    split_at,
+    use_packed_attention,
+    why_not_packed,
+)
+from inform_rm.scoring.scorer import RewardScorer
+
+VOCABULARY = 320
+# Prompts of one and of several tokens, responses of one token, a prompt without mates, no prompt at all, and rows
+# longer than Mistral's window of 8.
+SEQUENCES = [
+    [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 20, 21, 22, 23],
+    [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30],
+    [40, 41],
+    [40, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51],
+    [60, 61, 62, 63],
+    [70],
+    [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 31, 32],
+]
+PROMPT_LENGTHS = [10, 10, 1, 1, 2, 0, 10]
+
+
+def build(config, kind="inform", attention="sdpa"):
+    """A reward model with rewards of order 1: an initial std of 0.02 would make every comparison pass."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)
+    if kind == "inform":
+        model = InfoRMForSequenceClassification(InfoRMConfig(text_config=config, latent_dim=8))
+    else:
+        own = type(config)(**{**config.to_dict(), "num_labels": 1})
+        own.dtype = torch.float32
+        model = AutoModelForSequenceClassification.from_config(own)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.set_attn_implementation(attention)
+    return model.eval()
+
+
+def rewards_alone(model, sequences):
+    return torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in sequences])
+
+
+@pytest.mark.parametrize("attention", ("sdpa", "eager"))
+@pytest.mark.parametrize("kind", ("inform", "transformers"))
+@pytest.mark.parametrize("name", ("llama", "mistral", "qwen2", "gpt_neox", "gpt2"))
+def test_rewards_and_gradients_are_those_of_one_sequence_at_a_time(backbone_configs, name, kind, attention):
+    model = build(backbone_configs[name], kind, attention)
+    weights = torch.linspace(-1, 1, len(SEQUENCES)).exp()
+
+    expected = rewards_alone(model, SEQUENCES)
+    (expected * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with packed_attention_of(model):
+        rewards, _ = packed_rewards(model, pack_sequences(SEQUENCES, PROMPT_LENGTHS))
+        (rewards * weights).sum().backward()
+
+    assert expected.std() > 0.1  # otherwise the comparison shows nothing
+    torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            scale = gradients[name].abs().max()
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4 * scale.item(), rtol=0, msg=name)
+
+
+@st.composite
+def trees(draw):
+    """Sequences of a few prompts, in any order, and their prompt lengths."""
+    tokens = st.integers(3, VOCABULARY - 1)
+    rows = []
+    for prompt in draw(st.lists(st.lists(tokens, max_size=12), min_size=1, max_size=3)):
+        responses = draw(st.lists(st.lists(tokens, min_size=1, max_size=12), min_size=1, max_size=4))
+        rows += [(prompt + response, len(prompt)) for response in responses]
+    return draw(st.permutations(rows))
+
+
+@pytest.fixture(scope="module")
+def mistral(backbone_configs):
+    return build(backbone_configs["mistral"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=trees(), budget=st.integers(1, 80))
+def test_rewards_do_not_depend_on_packing_order_or_mates(mistral, rows, budget):
+    sequences, lengths = [ids for ids, _ in rows], [length for _, length in rows]
+    scorer = RewardScorer(mistral, tokens_per_batch=budget)
+    with torch.no_grad():
+        expected = rewards_alone(mistral, sequences)
+    rewards = scorer.score_encoded(sequences, prompt_lengths=lengths)
+    torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=60)
+@given(rows=trees(), budget=st.integers(1, 80))
+def test_batches_keep_the_budget_and_part_no_prompt_that_fits(rows, budget):
+    sequences, lengths = [ids for ids, _ in rows], [length for _, length in rows]
+    batches = packed_batches(*split_at(sequences, lengths), budget)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(rows)))
+    sizes = {}
+    for ids, length in rows:
+        prompt = tuple(ids[:length])
+        sizes[prompt] = sizes.get(prompt, length) + len(ids) - length
+    for batch in batches:
+        packed = pack_sequences([sequences[row] for row in batch], [lengths[row] for row in batch])
+        prompts = [tuple(sequences[row][: lengths[row]]) for row in batch]
+        longest = max(len(sequences[row]) for row in batch)
+        assert packed.input_ids.numel() <= max(budget, 4 * max(map(len, prompts)), longest)
+        for prompt in set(prompts):
+            if sizes[prompt] <= budget:
+                assert prompts.count(prompt) == sum(tuple(ids[:length]) == prompt for ids, length in rows)
+
+
+def test_a_long_prompt_is_not_computed_for_every_response():
+    prompt = list(range(100, 200))
+    sequences = [[*prompt, 5, reply] for reply in range(300)]
+    batches = packed_batches(*split_at(sequences, [100] * 300), tokens_per_batch=50)
+    assert [len(batch) for batch in batches] == [150, 150]  # 400 tokens: the prompt and 150 responses of 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=trees())
+def test_a_row_holds_each_prompt_once_and_every_response(rows):
+    sequences, lengths = [ids for ids, _ in rows], [length for _, length in rows]
+    packed = pack_sequences(sequences, lengths)
+    ids, positions = packed.input_ids[0].tolist(), packed.position_ids[0].tolist()
+    prompts = {tuple(ids[:length]) for ids, length in rows}
+    assert sum(map(sum, packed.segments)) == len(ids) == len(positions)
+    assert len(ids) == sum(map(len, prompts)) + sum(len(ids) - length for ids, length in rows)
+    for sequence, place in zip(sequences, packed.pooled_positions.tolist(), strict=True):
+        assert ids[place] == sequence[-1] and positions[place] == len(sequence) - 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    segments=st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=3),
+    window=st.none() | st.integers(1, 8),
+)
+def test_attention_equals_dense_attention_under_a_mask_written_token_by_token(segments, window):
+    owner = []  # (tree, segment of the tree, position) of each token
+    for tree, lengths in enumerate(segments):
+        for segment, length in enumerate(lengths):
+            owner += [(tree, segment, position + (lengths[0] if segment else 0)) for position in range(length)]
+
+    def sees(one, other):
+        same = one[0] == other[0] and other[1] in (0, one[1])
+        return same and other[2] <= one[2] and (window is None or one[2] - other[2] < window)
+
+    mask = torch.tensor([[sees(one, other) for other in owner] for one in owner])
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, len(owner), 8, generator=generator)
+    key, value = torch.randn(2, 1, 2, len(owner), 8, generator=generator).unbind()
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
+    output, _ = packed_attention(
+        torch.nn.Module(), query, key, value, None, scaling=0.3, sliding_window=window, packed_segments=segments
+    )
+    torch.testing.assert_close(output, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+def test_prompts_are_computed_once(mistral):
+    tokens = []
+    handle = mistral.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        RewardScorer(mistral)
+        tokens.clear()  # those of the check
+        prompt = list(range(10, 60))
+        RewardScorer(mistral, batching="packed").score_encoded(
+            [[*prompt, 5, reply] for reply in range(100, 116)], prompt_lengths=[50] * 16
+        )
+    finally:
+        handle.remove()
+    assert tokens[-1] == 50 + 16 * 2
+
+
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (BertConfig(**SIZES, intermediate_size=48), "attention in both directions"),
+        (Gemma2Config(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8), "softcap"),
+        (
+            BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, pad_token_id=3),
+            "attention of its own",
+        ),
+        (FalconConfig(**SIZES, pad_token_id=0), "attention of its own"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_a_model_that_cannot_share_prompts_is_run_padded_with_one_log_line(config, reason, caplog):
+    model = build(config, "transformers", "eager")
+    before = model.config._attn_implementation
+    with caplog.at_level(logging.WARNING, logger="inform_rm"):
+        scorer = RewardScorer(model)
+    assert scorer.batching == "padded"
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("inform_rm")]
+    assert len(ours) == 1 and reason in ours[0]
+    assert model.config._attn_implementation == before
+    sequences = [[10, 11, 12, 13], [10, 11, 20], [30, 31]]
+    with torch.no_grad():
+        expected = rewards_alone(model, sequences)
+    torch.testing.assert_close(scorer.score_encoded(sequences, [2, 2, 1]), expected, atol=1e-5, rtol=0)
+
+
+def test_layers_of_unknown_kind_are_not_packed(backbone_configs):
+    model = build(backbone_configs["qwen2"])
+    model.config.text_config.layer_types = ["full_attention", "chunked_attention"]
+    assert why_not_packed(model) == "layers of type chunked_attention"
+
+
+def test_a_layer_that_hides_its_sliding_window_is_not_packed(backbone_configs):
+    model = build(backbone_configs["llama"])
+    model.config.text_config.sliding_window = 4
+    assert "sliding window" in why_not_packed(model)
+
+
+def test_a_model_set_to_packed_rows_refuses_others(backbone_configs):
+    model = build(backbone_configs["llama"])
+    use_packed_attention(model)
+    with pytest.raises(NotImplementedError, match="rows that are not packed"):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+
+
+def test_the_check_leaves_attention_and_modes_as_they_were(backbone_configs):
+    model = build(backbone_configs["llama"], attention="eager").train()
+    model.model.eval()
+    assert why_not_packed(model) is None
+    assert model.config._attn_implementation == model.config.text_config._attn_implementation == "eager"
+    assert model.training and not model.model.training
+
+
+def test_a_sequence_that_is_all_prompt_is_refused():
+    with pytest.raises(ValueError, match="prompt_lengths: 2 of sequence 1"):
+        pack_sequences([[1, 2], [3, 4]], [1, 2])
