@@ -17,6 +17,7 @@ from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.errors import InputError
 from inform_rm.eval.journaled import journaled_rewards
 from inform_rm.eval.sources import add_bad_rows, warn_of_left_out
+from inform_rm.eval.suites import report
 from inform_rm.eval.suites.items import MOST_REASONS, SuiteItem, load_suite_items
 from inform_rm.eval.suites.scores import TIES, ScoredItem
 from inform_rm.eval.suites.summary import item_credits, summarize_suite
