@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from inform_rm.scoring.packed_flex import flex_inputs, flex_packed_attention, windows_of
 
 ATTENTION_NAME = "inform_rm_packed"
 # Keywords of an attention call that do not change what a token sees. Any other one (soft caps, sinks, position biases)
@@ -23,6 +26,8 @@ _HARMLESS_KEYWORDS = {
     "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict",
     "num_items_in_batch", "is_causal",
 }  # fmt: skip
+# What FlexAttention does itself.
+_FLEX_KEYWORDS = {"softcap", "s_aux"}
 _NOT_GIVEN = -1
 # On a CPU longer rows take more memory and are no faster (docs/performance.md).
 CPU_TOKENS_PER_BATCH = 2048
@@ -164,7 +169,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = _NOT_GIVEN,
-    packed_segments: list[list[int]] | None = None,
+    packed_segments: "list[list[int]] | dict[int | None, BlockMask] | None" = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a `PackedRow`, segment by segment: no scores between segments that must not see each other.
@@ -179,13 +184,16 @@ def packed_attention(
         dropout: probability, while training.
         sliding_window: a token sees at most this many tokens, itself among them; a layer whose config has a window
             must say whether it applies there.
-        packed_segments: see `PackedRow.segments`.
+        packed_segments: see `PackedRow.segments`; or block masks by sliding window (`inform_rm.scoring.packed_flex`).
         kwargs: further keywords of the layer; those that would change the result are refused.
 
     Returns:
         ``(1, T, heads, size)`` and ``None``, as transformers' attention functions do.
     """
-    strange = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS_KEYWORDS]
+    harmless = _HARMLESS_KEYWORDS | (_FLEX_KEYWORDS if isinstance(packed_segments, dict) else set())
+    strange = [name for name, given in kwargs.items() if given is not None and name not in harmless]
+    if dropout and isinstance(packed_segments, dict):
+        strange.append("attention dropout")
     if sliding_window == _NOT_GIVEN:
         sliding_window = None
         if getattr(getattr(module, "config", None), "sliding_window", None) is not None:
@@ -196,6 +204,14 @@ def packed_attention(
         strange.append("rows that are not packed")
     if packed_segments is None or strange:
         raise NotImplementedError(f"{type(module).__name__}: packed_attention cannot do {', '.join(strange)}")
+    if isinstance(packed_segments, dict):
+        if sliding_window not in packed_segments:
+            raise NotImplementedError(f"{type(module).__name__}: no mask for a sliding window of {sliding_window}")
+        mask = packed_segments[sliding_window]
+        output = flex_packed_attention(
+            query, key, value, mask, scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux")
+        )
+        return output.transpose(1, 2), None
     lengths = [length for tree in packed_segments for length in tree]
     # One split for all segments: its backward pass is one concatenation.
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
@@ -272,6 +288,8 @@ def packed_rewards(model: Any, row: PackedRow, reward_samples: int | None = None
         "position_ids": row.position_ids.to(device),
         "packed_segments": row.segments,
     }
+    if device.type == "cuda":
+        inputs = flex_inputs(inputs, windows_of(model.config.get_text_config()), device)
     places = row.pooled_positions.to(device)
     if model.config.model_type == "inform":
         output = model(**inputs, pooled_positions=places, reward_samples=reward_samples)

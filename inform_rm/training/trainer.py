@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from inform_rm.hub.export import add_remote_code
 from inform_rm.scoring.adapters import complete_adapter_folder, holds_adapters
+from inform_rm.scoring.packed_flex import flex_inputs, windows_of
 from inform_rm.scoring.packing import pack_sequences, packed_batches
 from inform_rm.training.checkpoints import discard, discard_beyond, reading_checkpoint
 from inform_rm.training.losses import kl_weight, reward_model_loss
@@ -361,7 +362,12 @@ class RewardTrainer(Trainer):
         return {"counted": counted, "share": counted * self.accelerator.num_processes / total}
 
     def _rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Any]:
-        output = model(**{name: value for name, value in inputs.items() if name not in _NOT_FOR_MODEL})
+        given = {name: value for name, value in inputs.items() if name not in _NOT_FOR_MODEL}
+        if "packed_segments" in given and self.args.device.type == "cuda":
+            given = flex_inputs(
+                given, windows_of(self.accelerator.unwrap_model(self.model).config.get_text_config()), self.args.device
+            )
+        output = model(**given)
         chosen, rejected = output.logits.float().flatten().chunk(2)
         return chosen, rejected, None if output.kl is None else output.kl.float(), output
 

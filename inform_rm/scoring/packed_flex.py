@@ -1,0 +1,134 @@
+"""Attention of packed rows on accelerators: one FlexAttention kernel a layer, whatever the number of segments.
+
+Which token sees which is one rule, `may_attend`; the block masks are made of it once a batch and shared by all layers.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import pad
+
+# Rows are filled up to a multiple of this, so that kernels are compiled for few lengths; also the mask's block size.
+ROW_MULTIPLE = 128
+
+
+def row_layout(segments: Sequence[Sequence[int]], length: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Tree, branch and position of each token of a packed row, ``(T,)`` each.
+
+    A prompt is branch 0 of its tree, its responses are branches 1, 2, ...; tokens that fill the row up to ``length``
+    are a tree of their own, -1.
+
+    Example:
+        >>> [values.tolist() for values in row_layout([[2, 1, 2], [2]], length=8)]
+        [[0, 0, 0, 0, 0, 1, 1, -1], [0, 0, 1, 2, 2, 0, 0, 0], [0, 1, 2, 2, 3, 0, 1, 0]]
+    """
+    lengths = torch.tensor([size for tree in segments for size in tree])
+    trees = torch.tensor([number for number, tree in enumerate(segments) for _ in tree])
+    branches = torch.tensor([number for tree in segments for number in range(len(tree))])
+    starts = torch.tensor([0 if number == 0 else tree[0] for tree in segments for number in range(len(tree))])
+    begins = lengths.cumsum(0) - lengths - starts
+    total = int(lengths.sum())
+    positions = torch.arange(total) - begins.repeat_interleave(lengths)
+    filled = (0, 0 if length is None else length - total)
+    return (
+        pad(trees.repeat_interleave(lengths), filled, value=-1),
+        pad(branches.repeat_interleave(lengths), filled),
+        pad(positions, filled),
+    )
+
+
+def may_attend(
+    trees: Tensor, branches: Tensor, positions: Tensor, sliding_window: int | None, query: Tensor, key: Tensor
+) -> Tensor:
+    """Whether the token at place ``query`` of a packed row sees the one at place ``key``: bool, of their shape.
+
+    A token sees its own prompt and its own response up to itself, and of these the last ``sliding_window``.
+
+    Args:
+        trees: ``(T,)``, see `row_layout`.
+        branches: ``(T,)``.
+        positions: ``(T,)``.
+        sliding_window: tokens that a token sees at most, itself among them; ``None`` for all.
+        query: places, integers.
+        key: places, integers.
+    """
+    sees = (trees[query] == trees[key]) & (key <= query)
+    sees = sees & ((branches[key] == 0) | (branches[key] == branches[query]))
+    return sees if sliding_window is None else sees & (positions[query] - positions[key] < sliding_window)
+
+
+def flex_inputs(inputs: dict[str, Any], windows: Sequence[int | None], device: torch.device) -> dict[str, Any]:
+    """The inputs of a packed row with block masks, one for each window, in place of its segments.
+
+    Args:
+        inputs: ``input_ids`` and ``position_ids`` ``(1, T)`` and ``packed_segments``; others are passed on.
+        windows: the sliding windows of the model's layers, see `windows_of`.
+        device: of the model.
+    """
+    length = inputs["input_ids"].shape[1]
+    target = -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
+    trees, branches, positions = (values.to(device) for values in row_layout(inputs["packed_segments"], target))
+
+    def mask_of(window: int | None) -> BlockMask:
+        def rule(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return may_attend(trees, branches, positions, window, query, key)
+
+        return create_block_mask(rule, None, None, target, target, device=device, BLOCK_SIZE=ROW_MULTIPLE)
+
+    filled = {name: pad(inputs[name].to(device), (0, target - length)) for name in ("input_ids", "position_ids")}
+    return {**inputs, **filled, "packed_segments": {window: mask_of(window) for window in windows}}
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """The sliding windows that occur in a decoder, ``None`` for layers without."""
+    window = getattr(config, "sliding_window", None)
+    return [None] if window is None else [None, window]
+
+
+def flex_packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    scaling: float | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """``(1, heads, T, size)``: attention under a block mask.
+
+    Args:
+        query: ``(1, heads, T, size)``; key and value may have fewer heads (grouped queries).
+        key: see query.
+        value: see query.
+        mask: of `flex_inputs`.
+        scaling: factor of the scores.
+        softcap: c of ``c tanh(score / c)`` (Gemma 2, arXiv:2408.00118).
+        sinks: ``(heads,)`` logits that take part in each softmax and have no value (gpt-oss).
+    """
+
+    def capped(score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    cap: Any = softcap
+    output, aux = _kernel(query.device.type)(
+        query, key, value, score_mod=None if softcap is None else capped, block_mask=mask, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1], return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    if sinks is None:
+        return output
+    # A sink adds exp(sink) to the denominator of each softmax: the share of the rest is sigmoid(lse - sink).
+    return output * torch.sigmoid(aux.lse - sinks[None, :, None].float()).unsqueeze(-1).to(output.dtype)
+
+
+def _kernel(device_type: str) -> Any:
+    """FlexAttention itself where it is compiled already or not worth it (a CPU), else compiled once."""
+    return flex_attention if device_type == "cpu" or torch.compiler.is_compiling() else _compiled_kernel()
+
+
+@cache
+def _compiled_kernel() -> Any:
+    return torch.compile(flex_attention, dynamic=True)

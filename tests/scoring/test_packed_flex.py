@@ -1,0 +1,83 @@
+"""FlexAttention of packed rows against one sequence at a time, and its rule against brute force."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from inform_rm.scoring.packed_flex import flex_inputs, may_attend, row_layout, windows_of
+from inform_rm.scoring.packing import pack_sequences, packed_attention_of, packed_rewards
+
+SIZES = {
+    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "num_labels": 1, "head_dim": 16,
+}  # fmt: skip
+MODELS = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"sliding_window": 5, "query_pre_attn_scalar": 16},
+    "gpt_neox": {"hidden_size": 64},  # a head of 16: FlexAttention takes no smaller one
+    "gpt_oss": {"sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 1},
+}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SEGMENTS = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+@given(segments=SEGMENTS, window=st.none() | st.integers(1, 6), filled=st.integers(0, 3))
+@settings(max_examples=50)
+def test_a_token_sees_its_prompt_and_its_own_response_up_to_itself(segments, window, filled):
+    places = [(tree, branch, step) for tree, sizes in enumerate(segments) for branch, size in enumerate(sizes)
+              for step in range(size)]  # fmt: skip
+    places += [(-1, 0, step) for step in range(filled)]
+    trees, branches, positions = row_layout(segments, len(places))
+    where = torch.arange(len(places))
+    found = may_attend(trees, branches, positions, window, where[:, None], where)
+    for q, (tree, branch, _) in enumerate(places):
+        # The sequence that ends with q's segment, as places of the row.
+        sequence = [k for k, (t, b, _) in enumerate(places) if t == tree and b in (0, branch)]
+        seen = [k for k in sequence if k <= q]
+        if tree >= 0:
+            assert positions[q] == len(seen) - 1
+            seen = seen if window is None else seen[-window:]
+            assert found[q].nonzero().flatten().tolist() == seen
+        else:
+            assert found[q, q]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", MODELS)
+def test_rewards_and_gradients_are_those_of_one_sequence_at_a_time(name, device):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SIZES, **MODELS[name]})
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").to(device).eval()
+    for parameter in model.parameters():  # gpt-oss leaves its sinks as they come
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.isnan().any() or not parameter.any() else None
+    tokens = torch.randint(1, 99, (60,)).tolist()
+    sequences = [tokens[:9] + tokens[20:27], tokens[:9] + tokens[30:42], tokens[45:50], tokens[:9] + tokens[50:51]]
+    lengths = [9, 9, 0, 9]
+    alone = torch.cat([model(input_ids=torch.tensor([ids], device=device)).logits.flatten() for ids in sequences])
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0], device=device)
+    (alone * weights).sum().backward()
+    expected = {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
+    model.zero_grad()
+
+    row = pack_sequences(sequences, lengths)
+    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "packed_segments": row.segments}
+    inputs = flex_inputs(inputs, windows_of(config), torch.device(device))
+    # On a CPU FlexAttention has no backward pass.
+    with packed_attention_of(model), torch.set_grad_enabled(device == "cuda"):
+        backbone = getattr(model, model.base_model_prefix)
+        hidden = backbone(**inputs, use_cache=False).last_hidden_state
+        together = model.score(hidden[0, row.pooled_positions.to(device)]).flatten()
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    if device == "cpu":
+        return
+    (together * weights).sum().backward()
+    for key, value in expected.items():
+        torch.testing.assert_close(dict(model.named_parameters())[key].grad, value, atol=1e-5, rtol=1e-3, msg=key)
+    with packed_attention_of(model), torch.no_grad():  # what scoring uses there
+        torch.testing.assert_close(packed_rewards(model, row)[0], alone, atol=1e-5, rtol=1e-5)
