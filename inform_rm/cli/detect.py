@@ -3,17 +3,17 @@
 import argparse
 from typing import Any
 
-from inform_rm.cli.flags import ROW_FIELDS, add_columns, add_command, add_model, columns, scoring_options
+from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
     text = "does a policy exploit its reward model? latents of its responses"
-    command = add_command(commands, "detect", text, run)
-    add_model(command)
+    command = flags.add_command(commands, "detect", text, run)
+    flags.add_model(command)
     command.add_argument("--reference", required=True, help="responses before training: rows of prompt and response")
     command.add_argument("--candidate", required=True, nargs="+", help="responses to check; several files: in order")
-    add_columns(command, ROW_FIELDS)
+    flags.add_columns(command, flags.ROW_FIELDS)
     command.add_argument("--output", required=True, help="folder for result.json, responses.parquet, plots and page")
     command.add_argument("--eps", type=_eps, default="auto", help="radius of DBSCAN, or 'auto' (default: %(default)s)")
     command.add_argument("--min-samples", type=int, default=5, help="of DBSCAN (default: %(default)s)")
@@ -44,9 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.reference,
         arguments.candidate,
         arguments.output,
-        columns=columns(arguments),
+        columns=flags.columns(arguments),
         **{name: getattr(arguments, name) for name in names},
-        **scoring_options(arguments),
+        **flags.scoring_options(arguments),
     )
     for part in result["candidates"]:
         print(
@@ -55,7 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
             f"MOP {part['mop']:.3f} (chance {part['mop_null_rank']:.2f})"
             f"{', stopping rule fires' * part['stop']}"
         )
-    print(f"{arguments.output}/result.html")
+    number = sum(part["num_responses"] for part in result["candidates"])
+    done = f"compared the latents of {number} responses with those of {result['reference']['num_responses']}"
+    flags.print_summary(done, see=f"{arguments.output}/result.html")
 
 
 def _eps(text: str) -> float | str:

@@ -4,13 +4,13 @@ import argparse
 import dataclasses
 from typing import Any
 
-from inform_rm.cli.flags import accuracy_line, add_command, print_once
+from inform_rm.cli import flags
 from inform_rm.training.config import TrainingConfig, field_types, read_config
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    command = add_command(commands, "train", "train a reward model; writes a Hub-ready folder", run)
+    command = flags.add_command(commands, "train", "train a reward model; writes a Hub-ready folder", run)
     command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="settings, one 'name: value' a line")
     for spec, hint in zip(dataclasses.fields(TrainingConfig), field_types().values(), strict=True):
         default = "required" if spec.default is dataclasses.MISSING else f"default: {_shown(spec.default)}"
@@ -21,17 +21,18 @@ def add_parser(commands: Any) -> None:
             metavar="VALUE",
             help=f"{spec.metadata['help']} ({default})".replace("%", "%%"),
         )
+    flags.add_splits(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run it."""
-    flags = {name: value for name, value in vars(arguments).items() if name in field_types()}
-    config = read_config(arguments.config, flags)
+    settings = {name: value for name, value in vars(arguments).items() if name in field_types()}
+    config = read_config(arguments.config, settings)
     from inform_rm import train
 
     result = train(config)
-    measured = [] if result["evaluation"] is None else [accuracy_line(result["evaluation"])]
-    print_once(*measured, f"model: {config.output}")
+    measured = [] if result["evaluation"] is None else [flags.accuracy_line(result["evaluation"])]
+    flags.print_summary(*measured, "trained a reward model", see=config.output)
 
 
 def _shown(default: Any) -> str:
