@@ -35,5 +35,5 @@ def run(arguments: argparse.Namespace) -> int:
     print(format_report(report))
     rows = sum(source["rows"] for source in report["sources"])
     done = f"checked {rows} rows, {report['unusable_rows']} that training would stop at"
-    flags.print_summary(done, see=write_report(report, arguments.output))
+    flags.print_once(done, see=write_report(report, arguments.output))
     return 1 if report["unusable_rows"] else 0

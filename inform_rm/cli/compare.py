@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             line += f", McNemar p {entry['mcnemar']['p_value']:.2g}"
         print(line)
     done = f"compared {len(models)} models on {result['groups'][0]['num_rows']} rows"
-    flags.print_summary(done, see=f"{arguments.output}/result.html")
+    flags.print_once(done, see=f"{arguments.output}/result.html")
     for part in result["below"]:
         print(f"{part['model']}: {part['name']} is {part['value']:.4f}, below {part['limit']:g}", file=sys.stderr)
     return 1 if result["below"] else 0

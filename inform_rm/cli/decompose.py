@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         **flags.scoring_options(arguments),
         split_over_processes=True,
     )
-    flags.print_summary(
+    flags.print_once(
         f"response decides {result['response_decides']:.3f}, sign flips {result['sign_flips']:.3f}, "
         f"accuracy {result['accuracy']:.3f}",
         f"decomposed {result['num_pairs']} pairs under {arguments.num_prompts} prompts each",

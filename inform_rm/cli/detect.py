@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     number = sum(part["num_responses"] for part in result["candidates"])
     done = f"compared the latents of {number} responses with those of {result['reference']['num_responses']}"
-    flags.print_summary(done, see=f"{arguments.output}/result.html")
+    flags.print_once(done, see=f"{arguments.output}/result.html")
 
 
 def _eps(text: str) -> float | str:

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         found = evaluate(arguments.model, arguments.data, arguments.output, **policy, **options)
         done = f"evaluated {found['num_pairs']} pairs"
-        flags.print_summary(flags.accuracy_line(found), done, see=f"{arguments.output}/result.html")
+        flags.print_once(flags.accuracy_line(found), done, see=f"{arguments.output}/result.html")
         return
     if policy.pop("max_pairs") is not None:
         raise InputError("max_pairs: a suite is evaluated whole. Leave it out, or evaluate the pairs without --suite.")
@@ -49,4 +49,4 @@ def run(arguments: argparse.Namespace) -> None:
     )
     from inform_rm.eval.suites.report import headline
 
-    flags.print_summary(headline(result), f"evaluated suite {arguments.suite}", see=f"{arguments.output}/result.html")
+    flags.print_once(headline(result), f"evaluated suite {arguments.suite}", see=f"{arguments.output}/result.html")

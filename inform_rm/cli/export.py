@@ -37,4 +37,4 @@ def run(arguments: argparse.Namespace) -> None:
         constant = f" {'-' if offset < 0 else '+'} {abs(offset)!r}" if offset else ""
         print(f"{written['architectures'][0]}: reward of the model = folded reward{constant}")
     uploaded = f", uploaded to {arguments.push_to}" if arguments.push_to else ""
-    flags.print_summary(f"exported {len(files)} files, {sum(files.values()):,} bytes{uploaded}", see=arguments.output)
+    flags.print_once(f"exported {len(files)} files, {sum(files.values()):,} bytes{uploaded}", see=arguments.output)

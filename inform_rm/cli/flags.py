@@ -45,13 +45,8 @@ def add_scoring(command: argparse.ArgumentParser) -> None:
 def add_data(command: argparse.ArgumentParser, flag: str = "--data", **settings: Any) -> None:
     """The flag that names the data, and TRL's flags for its split."""
     command.add_argument(flag, **settings)
-    add_splits(command)
-
-
-def add_splits(command: argparse.ArgumentParser) -> None:
-    """TRL's flags for a split of the data."""
-    for name in SPLITS:
-        command.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    for split in SPLITS:
+        command.add_argument(split, help=argparse.SUPPRESS)
 
 
 def add_switch(command: argparse.ArgumentParser, flag: str, text: str) -> None:
@@ -111,7 +106,7 @@ def accuracy_line(result: dict[str, Any]) -> str:
     return f"accuracy {result['accuracy']:.4f} on {result['num_pairs']} pairs (95 % interval {low:.4f} to {high:.4f})"
 
 
-def print_summary(*lines: str, see: object = None) -> None:
+def print_once(*lines: str, see: object = None) -> None:
     """What a command ends with, from the main process of a launch: findings, then what was done, and where to look."""
     from inform_rm.util.processes import is_main_process
 

@@ -13,8 +13,7 @@ SPELLINGS = (
 _TRL_NAMES = {
     "--model_name_or_path": ("--model",), "--dataset_name": ("--data", "--input"), "--output_dir": ("--output",)
 }  # fmt: skip
-# TRL's names for a split, and the setting that they decide in training; other commands read one split.
-SPLITS = {"dataset_train_split": "data", "dataset_test_split": "eval_data"}
+SPLITS = ("--dataset_train_split", "--dataset_test_split")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -39,6 +38,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def canonical(self, args: Iterable[str]) -> list[str]:
         """`args` with each flag as this parser names it; an unknown one ends the program (exit code 2)."""
+        if "-" not in self.prefix_chars:  # the command reads its flags itself
+            return list(args)
         flags = self._flags()
         args, spelled = list(args), []
         end = args.index("--") if "--" in args else len(args)
@@ -65,22 +66,21 @@ class CommandParser(argparse.ArgumentParser):
         return nearest(_folded("--" + name.lstrip("-")), flags, flags)
 
     def _read_splits(self, found: argparse.Namespace) -> None:
-        """Put TRL's flags for a split of the data, which `add_splits` adds, into our ``NAME[SPLIT]``."""
-        given = {name: split for name in SPLITS if (split := vars(found).pop(name, None)) is not None}
+        """Put TRL's flag for a split of the data, which `add_data` adds, into our ``NAME[SPLIT]``."""
+        given = [(flag, split) for flag in SPLITS if (split := vars(found).pop(flag[2:], None)) is not None]
+        if not given:
+            return
         source = "input" if hasattr(found, "input") else "data"
-        data = getattr(found, source, None)
+        data = getattr(found, source)
         names = [data] if isinstance(data, str) else data or []
-        trains = "--eval_data" in self._flags().values()
-        for name, split in given.items():
-            target = SPLITS[name] if trains else source
-            if len(given) == 2 and not trains:
-                self.error(f"{' and '.join(given)}: this command reads one split; give one of them")
-            if len(names) != 1:
-                self.error(f"--{name} needs one name after --{source}, got {len(names)}; write NAME[SPLIT] there")
-            if names[0].endswith("]") or (target == "eval_data" and hasattr(found, target)):
-                self.error(f"--{name}: the split is named twice; write it once, as NAME[SPLIT] after --{source}")
-            whole = f"{names[0]}[{split}]"
-            setattr(found, target, whole if isinstance(data, str) else [whole])
+        flag, split = given[0]
+        if len(given) == 2:
+            self.error(f"{' and '.join(SPLITS)}: this command reads one split; give one of them")
+        if len(names) != 1:
+            self.error(f"{flag} needs one name after --{source}, got {len(names)}; write NAME[SPLIT] there")
+        if names[0].endswith("]"):
+            self.error(f"{flag}: {names[0]} names its split already; leave the flag out")
+        setattr(found, source, f"{data}[{split}]" if isinstance(data, str) else [f"{names[0]}[{split}]"])
 
 
 def nearest(name: str, known: Iterable[str], shown: Mapping[str, str] | None = None) -> str:

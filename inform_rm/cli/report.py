@@ -21,4 +21,4 @@ def run(arguments: argparse.Namespace) -> None:
 
     write_report(arguments.run_folder, arguments.output, arguments.results)
     done = f"wrote a page about {arguments.run_folder} and {len(arguments.results)} results"
-    flags.print_summary(done, see=arguments.output)
+    flags.print_once(done, see=arguments.output)

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     from inform_rm.scoring.scorer import RewardScorer
 
     if os.path.exists(arguments.output):
-        flags.print_summary(f"{arguments.output} exists and is replaced at the end; another --output keeps it")
+        flags.print_once(f"{arguments.output} exists and is replaced at the end; another --output keeps it")
     scorer = RewardScorer(arguments.model, **flags.scoring_options(arguments), split_over_processes=True)
     found = score_file(
         scorer,
@@ -37,4 +37,4 @@ def run(arguments: argparse.Namespace) -> None:
     )
     earlier = f" ({found['resumed_rows']} by an earlier call)" if found["resumed_rows"] else ""
     done = f"scored {found['rows'] - found['bad_rows']} rows{earlier}, {found['bad_rows']} bad rows without a reward"
-    flags.print_summary(done, see=arguments.output)
+    flags.print_once(done, see=arguments.output)

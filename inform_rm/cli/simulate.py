@@ -49,4 +49,4 @@ def run(arguments: argparse.Namespace) -> None:
             f"[{low:.3f}, {high:.3f}] to n = {result['ns'][-1]}"
         )
     done = f"drew {result['num_responses']} responses to each of {result['num_prompts']} prompts"
-    flags.print_summary(done, see=f"{arguments.output}/result.html")
+    flags.print_once(done, see=f"{arguments.output}/result.html")

@@ -21,7 +21,6 @@ def add_parser(commands: Any) -> None:
             metavar="VALUE",
             help=f"{spec.metadata['help']} ({default})".replace("%", "%%"),
         )
-    flags.add_splits(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -32,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     result = train(config)
     measured = [] if result["evaluation"] is None else [flags.accuracy_line(result["evaluation"])]
-    flags.print_summary(*measured, "trained a reward model", see=config.output)
+    flags.print_once(*measured, "trained a reward model", see=config.output)
 
 
 def _shown(default: Any) -> str:
