@@ -40,8 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
         split_over_processes=True,
     )
     flags.print_once(
-        f"response decides {result['response_decides']:.3f}, sign flips {result['sign_flips']:.3f}, "
-        f"accuracy {result['accuracy']:.3f}",
-        f"decomposed {result['num_pairs']} pairs under {arguments.num_prompts} prompts each",
+        f"response decides {result.response_decides:.3f}, sign flips {result.sign_flips:.3f}, "
+        f"accuracy {result.accuracy:.3f}",
+        f"decomposed {result.num_pairs} pairs under {arguments.num_prompts} prompts each",
         see=f"{arguments.output}/result.html",
     )

@@ -34,8 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
         from inform_rm import evaluate
 
         found = evaluate(arguments.model, arguments.data, arguments.output, **policy, **options)
-        done = f"evaluated {found['num_pairs']} pairs"
-        flags.print_once(flags.accuracy_line(found), done, see=f"{arguments.output}/result.html")
+        done = f"evaluated {found.num_pairs} pairs"
+        flags.print_once(flags.accuracy_line(found.to_dict()), done, see=f"{arguments.output}/result.html")
         return
     if policy.pop("max_pairs") is not None:
         raise InputError("max_pairs: a suite is evaluated whole. Leave it out, or evaluate the pairs without --suite.")
@@ -47,6 +47,4 @@ def run(arguments: argparse.Namespace) -> None:
     result = evaluate_suite(
         arguments.model, arguments.suite, arguments.data, arguments.output, ties=ties, **policy, **options
     )
-    from inform_rm.eval.suites.report import headline
-
-    flags.print_once(headline(result), f"evaluated suite {arguments.suite}", see=f"{arguments.output}/result.html")
+    flags.print_once(result.headline, f"evaluated suite {arguments.suite}", see=f"{arguments.output}/result.html")

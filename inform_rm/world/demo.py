@@ -187,10 +187,11 @@ def demo(
         "versions": versions(),
         "model_parameters": {name: scorer.model.num_parameters() for name, scorer in scorers.items()},
         "train_pairs": runs["inform"]["train_pairs"]["pairs"],
-        "data_fingerprints": {item["source"]: item["fingerprint"] for item in evaluations["inform"]["data"]},
+        "data_fingerprints": {item["source"]: item["fingerprint"] for item in evaluations["inform"].data},
         "test_sets": _compare(rows, rewards),
         "decomposition": {
-            name: {key: audit[key] for key in _AUDIT_KEYS if key in audit} for name, audit in audits.items()
+            name: {key: value for key, value in audit.to_dict().items() if key in _AUDIT_KEYS}
+            for name, audit in audits.items()
         },
         "best_of_n": {
             name: {"proxy_gain": part["proxy"]["gain"][-1], "gold_gain": part["gold"]["gain"][-1], **part["peak"]}

@@ -109,17 +109,17 @@ def run_stream(*arguments):
 
 def run_evaluate(scorer, backbone, path, overlong, on_bad_row, output):
     result = evaluate(scorer, path, output, overlong=overlong, on_bad_row=on_bad_row, progress=False)
-    assert result["num_pairs"] == result["data"][0]["evaluated"] == 8 and result["data"][0]["bad_rows"] == 1
-    return result["data"][0]["bad_row_reasons"]
+    assert result.num_pairs == result.data[0]["evaluated"] == 8 and result.data[0]["bad_rows"] == 1
+    return result.data[0]["bad_row_reasons"]
 
 
 def run_decompose(scorer, backbone, path, overlong, on_bad_row, output):
     options = {"overlong": overlong, "on_bad_row": on_bad_row, "num_prompts": 3, "progress": False}
     result = decompose(scorer, path, output, **options)
-    assert result["num_pairs"] == 8 and result["distinct_prompts"] == 8 and not any(
-        result["left_out"][name] for name in ("overlong", "no_other_prompt", "nonfinite_rewards")
+    assert result.num_pairs == 8 and result.distinct_prompts == 8 and not any(
+        result.left_out[name] for name in ("overlong", "no_other_prompt", "nonfinite_rewards")
     )  # fmt: skip
-    return result["data"][0]["bad_row_reasons"]
+    return result.data[0]["bad_row_reasons"]
 
 
 PAIRS = {"train": run_train, "stream": run_stream, "evaluate": run_evaluate, "decompose": run_decompose}
@@ -162,13 +162,13 @@ def test_a_bad_item_leaves_a_suite_without_a_score(scorer, tmp_path):
         run("error")
     assert forwards.number == 0
     result = run("skip")
-    assert result["score"] is None and not result["complete"] and result["counts"]["evaluated"] == 8
-    assert [part["bad_rows"] for part in result["data"]] == [0, 1] and [part["items"] for part in result["data"]] == [
+    assert result.score is None and not result.complete and result.counts["evaluated"] == 8
+    assert [part["bad_rows"] for part in result.data] == [0, 1] and [part["items"] for part in result.data] == [
         3,
         6,
     ]
-    assert f"two.jsonl, row {BAD - 2}" in result["data"][1]["bad_row_reasons"][0]
-    assert result["subsets"]["hep-go"]["num_dropped"] == 1
+    assert f"two.jsonl, row {BAD - 2}" in result.data[1]["bad_row_reasons"][0]
+    assert result.subsets["hep-go"]["num_dropped"] == 1
 
 
 @pytest.mark.parametrize("kind", ["template refuses", "over-long"])

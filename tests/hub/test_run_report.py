@@ -70,7 +70,7 @@ def results(folder, run, pairs_file):
     detect(run, folder / "reference.jsonl", [folder / "candidate.jsonl", folder / "candidate2.jsonl"],
            folder / "detected", eps=0.7, alpha=0.2, num_splits=4, num_resamples=4, progress=False)  # fmt: skip
     (folder / "suite").mkdir()
-    suite = {**SUITE, "model_fingerprint": evaluated["model_fingerprint"]}
+    suite = {**SUITE, "model_fingerprint": evaluated.model_fingerprint}
     (folder / "suite" / "result.json").write_text(json.dumps(suite))
     return [folder / name for name in ("evaluated", "decomposed", "detected", "suite")]
 
