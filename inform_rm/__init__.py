@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "DetectionSettings",
     "InfoRMConfig",
     "InfoRMForSequenceClassification",
     "InfoRMOutput",
@@ -27,6 +28,7 @@ __all__ = [
     "write_report",
 ]
 _MODULES = {
+    "DetectionSettings": "inform_rm.eval.detection.settings",
     "InfoRMConfig": "inform_rm.configuration_inform",
     "InfoRMForSequenceClassification": "inform_rm.modeling_inform",
     "InfoRMOutput": "inform_rm.modeling_inform",

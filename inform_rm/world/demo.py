@@ -17,6 +17,7 @@ from inform_rm.errors import InputError
 from inform_rm.eval.accuracy import pairwise_accuracy
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.detection.detect import detect
+from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.eval.evaluate import evaluate
 from inform_rm.hub.export import export_model
 from inform_rm.scoring.scorer import RewardScorer
@@ -235,12 +236,9 @@ def _detect_best_of_n(folder: Path, scorer: RewardScorer, seed: int) -> dict[str
         files["reference"],
         files["candidate"],
         folder / "detection",
-        alpha=_ALPHA,
-        num_splits=50,
-        num_resamples=50,
-        seed=seed,
+        settings=DetectionSettings(alpha=_ALPHA, num_splits=50, num_resamples=50, seed=seed),
         progress=False,
-    )
+    ).to_dict()
 
 
 class _Clock:
