@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pandas import DataFrame
 
 from inform_rm.data import records
 from inform_rm.data.messages import to_messages
@@ -227,8 +228,19 @@ ROWS = [
 ]  # fmt: skip
 
 
-def _save(kind: str, folder: Path) -> Path:
+IN_MEMORY = {
+    "list": list,
+    "Dataset": Dataset.from_list,
+    "IterableDataset": lambda rows: Dataset.from_list(rows).to_iterable_dataset(),
+    "DatasetDict": lambda rows: DatasetDict(test=Dataset.from_list(rows)),
+    "DataFrame": DataFrame,
+}
+
+
+def _save(kind: str, folder: Path) -> object:
     path = folder / f"pairs.{kind}"
+    if kind in IN_MEMORY:
+        return IN_MEMORY[kind](ROWS)
     if kind in ("jsonl", "jsonl.gz", "json lines.json"):
         content = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()  # no newline at the end
         path.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
@@ -248,7 +260,7 @@ def _save(kind: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "kind", ["jsonl", "jsonl.gz", "json lines.json", "json", "json.gz", "csv", "parquet", "saved"]
+    "kind", ["jsonl", "jsonl.gz", "json lines.json", "json", "json.gz", "csv", "parquet", "saved", *IN_MEMORY]
 )
 def test_every_container_gives_the_same_content(kind, tmp_path):
     data = load_preferences(_save(kind, tmp_path))
@@ -406,6 +418,22 @@ def test_arguments_that_would_be_ignored_are_refused(tmp_path):
         load_preferences(tmp_path, revision="main")
     with pytest.raises(InputError, match="on_bad_row: got 'ignore'"):
         load_preferences(path, on_bad_row="ignore")
+
+
+def test_rows_in_memory_are_named_in_refusals_with_the_way_out():
+    rows = [EXPLICIT, {**EXPLICIT, "chosen": None}]
+    with pytest.raises(BadRow, match=r"list in memory, row 2: no 'chosen'"):
+        load_preferences(rows)
+    pairs = load_preferences(rows, on_bad_row="skip").dataset
+    assert (pairs["subset"][0], pairs["id"][0]) == ("default", "default/1")
+    with pytest.raises(InputError, match=r"several splits, 'train', 'test'. Pass one: data\[NAME\]"):
+        load_preferences(DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS)))
+    with pytest.raises(InputError, match="data: got a int; expected the name of a source"):
+        load_preferences(7)
+    with pytest.raises(InputError, match="the data is in memory"):
+        load_preferences(rows, revision="main")
+    with pytest.raises(InputError, match="list in memory: no rows"):
+        load_preferences([])
 
 
 def test_a_hub_id_is_loaded_with_split_and_revision(monkeypatch):
