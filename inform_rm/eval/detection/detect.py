@@ -72,6 +72,8 @@ def detect(
         >>> result.candidates[0]["mop"], result.candidates[0]["mop_null_rank"]  # doctest: +SKIP
     """
     sources = {REFERENCE: reference, **_named(candidates)}
+    for name in scorer_options.keys() & asdict(settings).keys():
+        raise InputError(f"{name}: a setting of the comparison. Pass settings=DetectionSettings({name}=...).")
     stopping = CSIEarlyStopping(settings.max_change_ratio)
     frame = Frame(model, output, tokenizer, scorer_options, progress)
     rows: dict[str, list[ScoreRow]] = {}

@@ -166,6 +166,8 @@ def test_bad_input_is_named(scorer, files, tmp_path):
         detect(scorer, reference, [], **quick())
     with pytest.raises(InputError, match=r"reference.jsonl: 40 responses.* at least 201"):
         detect(scorer, reference, candidate, **quick(alpha=0.01))
+    with pytest.raises(InputError, match=r"alpha: .*settings=DetectionSettings\(alpha="):
+        detect(scorer, reference, candidate, alpha=0.1)
     with pytest.raises(InputError, match="none called"):
         detect(scorer, reference, {"(reference)": candidate}, **quick())
 
