@@ -29,24 +29,28 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run it."""
+    from inform_rm.eval.best_of_n.simulate import SimulationSettings
     from inform_rm.world.policy import attack
 
     if len(dict(arguments.proxy)) < len(arguments.proxy):
         raise InputError("proxy: two models have the same name. Name them apart: --proxy one=FOLDER other=FOLDER.")
-    names = ("gold", "policy", "data", "num_prompts", "num_responses", "temperature", "max_new_tokens", "seed")
+    names = ("num_prompts", "num_responses", "temperature", "max_new_tokens", "seed")
     result = attack(
         dict(arguments.proxy),
         arguments.output,
         columns=flags.columns(arguments),
-        **{name: getattr(arguments, name) for name in names},
+        gold=arguments.gold,
+        policy=arguments.policy,
+        data=arguments.data,
+        settings=SimulationSettings(**{name: getattr(arguments, name) for name in names}),
         **flags.scoring_options(arguments),
     )
-    for name, part in result["proxies"].items():
+    for name, part in result.proxies.items():
         peak = part["peak"]
         low, high = peak["fall_interval"]
         print(
             f"{name}: gold peaks at n = {peak['n']} (KL {peak['kl_nats']:.2f} nats) and falls by {peak['fall']:.3f} "
-            f"[{low:.3f}, {high:.3f}] to n = {result['ns'][-1]}"
+            f"[{low:.3f}, {high:.3f}] to n = {result.ns[-1]}"
         )
-    done = f"drew {result['num_responses']} responses to each of {result['num_prompts']} prompts"
+    done = f"drew {result.num_responses} responses to each of {result.num_prompts} prompts"
     flags.print_once(done, see=f"{arguments.output}/result.html")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from inform_rm.decomposition.gap_grid import distinct_prompts, gap_grid
 from inform_rm.errors import InputError
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.detection.detect import detect
+from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.eval.evaluate import evaluate
 from inform_rm.eval.suites.evaluate_suite import evaluate_suite
 from inform_rm.scoring.score_files import score_file
@@ -180,7 +182,8 @@ def test_a_bad_response_is_named_or_left_out_by_score_and_detect(kind, scorer, t
     bad = dict(rows[BAD])
     bad |= {{"chosen": "response"}.get(name, name): value for name, value in changes.items() if name != "rejected"}
     faulty = write(tmp_path / "faulty.jsonl", [*rows[:BAD], bad, *rows[BAD:]])
-    quick = {"num_splits": 5, "num_resamples": 5, "alpha": 0.1, "progress": False}
+    settings = DetectionSettings(num_splits=5, num_resamples=5, alpha=0.1)
+    quick = {"settings": settings, "progress": False}
     with Forwards(scorer.model) as forwards:
         for reference, candidate in ((fine, faulty), (faulty, fine)):
             with pytest.raises(InputError, match=rf"faulty\.jsonl, row {BAD + 1}.*{message}.*on_bad_row='skip'"):
@@ -190,11 +193,12 @@ def test_a_bad_response_is_named_or_left_out_by_score_and_detect(kind, scorer, t
         ):
             score_file(scorer, faulty, tmp_path / "out.jsonl", progress=False)
         assert forwards.number == 0
-    found = detect(scorer, faulty, faulty, tmp_path / "detect", on_bad_row="skip", **quick)
-    for part in (found["reference"], found["candidates"][0]):
+    skipping = replace(settings, on_bad_row="skip")
+    found = detect(scorer, faulty, faulty, tmp_path / "detect", settings=skipping, progress=False)
+    for part in (found.reference, found.candidates[0]):
         assert part["num_responses"] == 40 and part["bad_rows"] == 1
         assert f"faulty.jsonl, row {BAD + 1}" in part["bad_row_reasons"][0]
-    assert found["candidates"][0]["csi"] == detect(scorer, fine, fine, **quick)["candidates"][0]["csi"]
+    assert found.candidates[0]["csi"] == detect(scorer, fine, fine, **quick).candidates[0]["csi"]
     assert "Bad rows left out: 1 of reference" in (tmp_path / "detect" / "result.html").read_text()
     assert score_file(scorer, faulty, tmp_path / "out.jsonl", progress=False, on_bad_row="skip")["bad_rows"] == 1
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
