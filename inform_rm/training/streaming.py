@@ -113,8 +113,9 @@ def open_stream(
         mapping, readings[source] = _first_look(source, found[0].open(), columns)  # type: ignore[misc]
         shards += [replace(shard, columns=mapping) for shard in found]
     dataset = IterableDataset.from_generator(_rows_of_shards, gen_kwargs={"shards": shards})
-    mixed = {} if shuffle_buffer > 1 else {"max_buffer_input_shards": 1}
-    return StreamSource(dataset.shuffle(seed, buffer_size=shuffle_buffer, **mixed), fingerprints, readings)
+    # Of several shards at a time datasets fetches each row through a thread, which takes longer than to read it.
+    mixed = dataset.shuffle(seed, buffer_size=shuffle_buffer, max_buffer_input_shards=1)
+    return StreamSource(mixed, fingerprints, readings)
 
 
 def stream_of(
