@@ -44,18 +44,18 @@ def run(arguments: argparse.Namespace) -> int:
         fail_below=dict(limits),
         **options,
     )
-    for name, entry in result["groups"][0]["models"].items():
+    for name, entry in result.groups[0]["models"].items():
         line = f"{name}: accuracy {entry['accuracy']:.3f}"
         if "difference" in entry:
             low, high = entry["difference_interval"]
-            line += f", {entry['difference']:+.3f} [{low:+.3f}, {high:+.3f}] against {result['baseline']}"
+            line += f", {entry['difference']:+.3f} [{low:+.3f}, {high:+.3f}] against {result.baseline}"
         if "mcnemar" in entry:
             line += f", McNemar p {entry['mcnemar']['p_value']:.2g}"
         print(line)
     print(f"{arguments.output}/result.html")
-    for part in result["below"]:
+    for part in result.below:
         print(f"{part['model']}: {part['name']} is {part['value']:.4f}, below {part['limit']:g}", file=sys.stderr)
-    return 1 if result["below"] else 0
+    return 1 if result.below else 0
 
 
 def _limit(text: str) -> tuple[str, float]:

@@ -40,6 +40,6 @@ def run(arguments: argparse.Namespace) -> None:
         split_over_processes=True,
     )
     print_once(
-        f"response decides {result['response_decides']:.3f}, sign flips {result['sign_flips']:.3f}, "
-        f"accuracy {result['accuracy']:.3f} on {result['num_pairs']} pairs; {arguments.output}/result.html"
+        f"response decides {result.response_decides:.3f}, sign flips {result.sign_flips:.3f}, "
+        f"accuracy {result.accuracy:.3f} on {result.num_pairs} pairs; {arguments.output}/result.html"
     )

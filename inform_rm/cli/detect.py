@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.reference,
         arguments.candidate,
         arguments.output,
-        settings=DetectionSettings(**{setting.name: getattr(arguments, setting.name) for setting in _SETTINGS}),
         columns=columns(arguments),
+        **{setting.name: getattr(arguments, setting.name) for setting in _SETTINGS},
         **scoring_options(arguments),
     )
     for part in result.candidates:

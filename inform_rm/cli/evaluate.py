@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         from inform_rm import evaluate
 
         found = evaluate(arguments.model, arguments.data, arguments.output, **policy, **options)
-        print_once(accuracy_line(found), f"{arguments.output}/result.html")
+        print_once(accuracy_line(found.to_dict()), f"{arguments.output}/result.html")
         return
     if policy.pop("max_pairs") is not None:
         raise InputError("max_pairs: a suite is evaluated whole. Leave it out, or evaluate the pairs without --suite.")
@@ -55,6 +55,4 @@ def run(arguments: argparse.Namespace) -> None:
     result = evaluate_suite(
         arguments.model, arguments.suite, arguments.data, arguments.output, ties=ties, **policy, **options
     )
-    from inform_rm.eval.suites.report import headline
-
-    print_once(headline(result), f"{arguments.output}/result.html")
+    print_once(result.headline, f"{arguments.output}/result.html")

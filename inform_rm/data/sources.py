@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Union
 
 from inform_rm.data.records import SUFFIXES, Records, data_suffix, open_file
 from inform_rm.errors import InputError, shortened
@@ -14,10 +14,12 @@ from inform_rm.util.files import file_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
-    from pandas import DataFrame  # type: ignore[import-untyped]
 
-Rows: TypeAlias = "Dataset | IterableDataset | DatasetDict | DataFrame | Sequence[Mapping[str, Any]]"
-Source: TypeAlias = "str | Path | Rows"
+# The quoted ones are not imported to be named.
+Source = Union[
+    str, Path, "Dataset", "IterableDataset", "DatasetDict", Sequence[Mapping[str, Any]]
+]  # fmt: skip
+Sources = Source | Sequence[Source]
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _WITH_SPLIT = re.compile(r"(.*)\[([^\[\]]*)\]")
@@ -67,7 +69,7 @@ def parse_source(source: str | Path) -> SourceName:
     return SourceName(match[1], split, config or None)
 
 
-def source_list(data: "Source | Sequence[Source]") -> list[Any]:
+def source_list(data: Sources) -> list[Any]:
     """One or several sources as a list; a list of rows is one source.
 
     Example:
@@ -131,9 +133,8 @@ def open_parts(source: Source, *, revision: str | None = None) -> list[tuple[str
 def _rows_in_memory(source: Any) -> Any:
     """What gives the rows of an object one after the other."""
     from datasets import Dataset, IterableDataset
-    from pandas import DataFrame
 
-    if isinstance(source, DataFrame):
+    if type(source).__module__.partition(".")[0] == "pandas":  # which is no dependency of its own
         return Dataset.from_pandas(source, preserve_index=False)
     if isinstance(source, dict) and len(source) > 1:
         splits = ", ".join(map(repr, source))

@@ -1,21 +1,29 @@
 """What every evaluation shares: where it writes, which model it asks, what decides its figures, and its result."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import inspect
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from inform_rm.scoring.scorer import as_scorer
+from inform_rm.data.encoding import BAD_ROW_POLICIES, OVERLONG_POLICIES
+from inform_rm.errors import InputError
+from inform_rm.scoring.scorer import RewardScorer, as_scorer
 from inform_rm.util.files import atomic_write_bytes, check_output_directory, versions, write_json
 from inform_rm.util.journal import RewardJournal
 from inform_rm.util.page import Image, Page, Table
 from inform_rm.util.processes import is_main_process
 
 RESULT_FILE = "result.json"
+JOURNAL_FILE = "rewards.partial"
 
 
 def unwritten(**options: Any) -> Any:
@@ -27,8 +35,8 @@ def unwritten(**options: Any) -> Any:
 class Result:
     """What an evaluation found, and what it was computed with.
 
-    A subclass adds its figures as fields, which JSON can hold, and says `title`, `table`, `page` and `figure`. A field
-    whose default is ``None`` is absent from the JSON where it was not measured.
+    A subclass adds its figures as fields, which JSON can hold, and says ``title`` (one line), `table`, `page` and
+    `figure`. A field whose default is ``None`` is absent from the JSON where it was not measured.
 
     Attributes:
         settings: those that were given, by name.
@@ -45,10 +53,11 @@ class Result:
         found = {each: getattr(self, each.name) for each in fields(self) if each.metadata.get("written", True)}
         return {each.name: value for each, value in found.items() if value is not None or each.default is MISSING}
 
-    @property
-    def title(self) -> str:
-        """What the result is about, in one line."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # a subclass may have it as a field, which an inherited property would forbid
+
+        @property
+        def title(self) -> str:
+            """What the result is about."""
 
     def table(self) -> Table:
         """The main figures."""
@@ -95,6 +104,67 @@ class ModelResult(Result):
     tokenizer_fingerprint: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """How the rows of an evaluation are read.
+
+    Attributes:
+        data_revision: revision of the data on the Hub.
+        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists bad rows, those among them that
+            cannot be encoded or do not fit (see `inform_rm.data.encoding.encode_pairs`).
+        overlong: what becomes of rows over the scorer's ``max_length``: ``"error"``, ``"drop"`` or
+            ``"truncate_prompt"``, which takes the same tokens from the left of the prompt for all responses; counted.
+        seed: of all that is random.
+    """
+
+    data_revision: str | None = None
+    on_bad_row: str = "error"
+    overlong: str = "error"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("on_bad_row", BAD_ROW_POLICIES), ("overlong", OVERLONG_POLICIES)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name}: got {getattr(self, name)!r}; expected one of {', '.join(choices)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the seed, as JSON can hold them."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "seed"}
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+
+
+Settings = TypeVar("Settings")
+
+
+def settings_of(kind: type[Settings], options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
+    """Keywords that are fields of ``kind`` as such settings, and the others, which are those of `RewardScorer`.
+
+    Raises:
+        InputError: a name that neither has, or a wrong value.
+    """
+    own = set(inspect.signature(kind).parameters)
+    of_scorer = set(inspect.signature(RewardScorer).parameters) - {"model", "tokenizer"}
+    unknown = sorted(set(options) - own - of_scorer)
+    if unknown:
+        raise InputError(
+            f"{unknown[0]}: no setting of this name; expected one of {', '.join(sorted(own | of_scorer))}."
+        )
+    settings = kind(**{name: value for name, value in options.items() if name in own})
+    return settings, {name: value for name, value in options.items() if name not in own}
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One line a row."""
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def parquet(columns: Mapping[str, Any]) -> bytes:
+    """A Parquet file of these columns."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(dict(columns)), buffer)
+    return buffer.getvalue()
+
+
 class Frame:
     """The steps of an evaluation of one model that do not depend on what is evaluated.
 
@@ -125,7 +195,8 @@ class Frame:
         return self.scorer.identity()
 
     def described(self, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        """The fields of `ModelResult`; settings that are ``None`` were not given."""
+        """The fields of `ModelResult`; settings that are ``None`` were not given. Those of the scorer join them."""
+        settings = {**settings, "max_length": self.scorer.max_length, "dtype": self.identity["dtype"]}
         return {
             "model": self.scorer.name,
             "model_fingerprint": self.identity["model"],

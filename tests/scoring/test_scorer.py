@@ -205,6 +205,18 @@ def test_text_is_scored_as_its_tokens_and_a_text_prompt_as_one_user_message(scor
     assert rewards[0] != rewards[2]
 
 
+def test_a_conversation_scores_as_its_last_reply_after_the_turns_before_it(scorer):
+    turns = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "An apple."},
+             {"role": "user", "content": "Another."}, {"role": "assistant", "content": "A pear."}]  # fmt: skip
+    rewards = scorer.score_messages([turns, turns[:2]])
+    assert torch.equal(rewards, scorer.score([turns[:3], "Name a fruit."], ["A pear.", "An apple."]))
+    for wrong in (turns[:3], turns[1:2], "An apple.", []):
+        with pytest.raises(InputError, match=r"row 1 .* expected a list of messages that ends with a reply"):
+            scorer.score_messages([turns, wrong])
+    with pytest.raises(InputError, match=r"row 0 .*role"):
+        scorer.score_messages([[{"role": "judge", "content": "1"}]])
+
+
 def test_no_rows_give_no_rewards(scorer):
     assert scorer.score([], []).shape == (0,)
 

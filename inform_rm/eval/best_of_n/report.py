@@ -50,7 +50,7 @@ class BestOfNResult(Result):
     policy: dict[str, Any]
     proxies: dict[str, dict[str, Any]]
     prompts_fingerprint: str
-    responses: dict[str, Any] = unwritten()  # noqa: RUF009
+    responses: dict[str, Any] = unwritten()
 
     @property
     def title(self) -> str:

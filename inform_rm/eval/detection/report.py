@@ -57,8 +57,8 @@ class DetectionResult(ModelResult):
     candidates: list[dict[str, Any]]
     null: dict[str, Any]
     digests: dict[str, str]
-    responses: dict[str, list[Any]] = unwritten()  # noqa: RUF009
-    values: np.ndarray = unwritten()  # noqa: RUF009
+    responses: dict[str, list[Any]] = unwritten()
+    values: np.ndarray = unwritten()
 
     @property
     def title(self) -> str:
