@@ -136,8 +136,10 @@ class RowSettings:
 Settings = TypeVar("Settings", bound=RowSettings)
 
 
-def settings_of(kind: type[Settings], options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
-    """Keywords that are fields of ``kind`` as such settings, and the others, which are those of `RewardScorer`.
+def settings_of(
+    kind: type[Settings], settings: Settings | None, options: Mapping[str, Any]
+) -> tuple[Settings, dict[str, Any]]:
+    """The settings, with the keywords that are fields of ``kind`` put in, and the other keywords: of `RewardScorer`.
 
     Raises:
         InputError: a name that neither has, or a wrong value.
@@ -149,8 +151,8 @@ def settings_of(kind: type[Settings], options: Mapping[str, Any]) -> tuple[Setti
         raise InputError(
             f"{unknown[0]}: no setting of this name; expected one of {', '.join(sorted(own | of_scorer))}."
         )
-    settings = kind(**{name: value for name, value in options.items() if name in own})
-    return settings, {name: value for name, value in options.items() if name not in own}
+    given: Any = {name: value for name, value in options.items() if name in own}
+    return replace(settings or kind(), **given), {name: value for name, value in options.items() if name not in own}
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
