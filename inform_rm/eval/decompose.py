@@ -154,6 +154,7 @@ def decompose(
     data: Sources,
     output: str | Path | None = None,
     *,
+    settings: DecompositionSettings | None = None,
     tokenizer: Any = None,
     progress: bool = True,
     **options: Any,
@@ -172,6 +173,7 @@ def decompose(
         data: one or several sources of pairs, by name or in memory, as `load_preferences` reads them. Prompts are
             drawn from them, too.
         output: folder for the results; ``None`` only returns them.
+        settings: how; each of its fields is a keyword here, too, and then counts.
         tokenizer: see `RewardScorer`.
         progress: show a progress bar.
         options: fields of `DecompositionSettings` (``num_prompts``, ``stratify``, ``weights``, ...; those of
@@ -186,7 +188,7 @@ def decompose(
         InputError: on bad data, fewer than two distinct prompts, a model that is no reward model, or an unfinished run
             with other settings.
     """
-    settings, scorer_options = settings_of(DecompositionSettings, options)
+    settings, scorer_options = settings_of(DecompositionSettings, settings, options)
     frame = Frame(model, output, tokenizer, scorer_options, progress)
     scorer = frame.scorer
     sources = load_sources(data, settings)

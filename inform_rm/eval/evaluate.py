@@ -74,6 +74,7 @@ def evaluate(
     data: Sources,
     output: str | Path | None = None,
     *,
+    settings: PairSettings | None = None,
     tokenizer: Any = None,
     progress: bool = True,
     **options: Any,
@@ -89,6 +90,7 @@ def evaluate(
         model: folder, Hub id, loaded model, or a `RewardScorer`, which several evaluations can share.
         data: one or several sources of pairs, by name or in memory, as `load_preferences` reads them.
         output: folder for the results; ``None`` only returns them.
+        settings: how; each of its fields is a keyword here, too, and then counts.
         tokenizer: see `RewardScorer`.
         progress: show a progress bar.
         options: fields of `inform_rm.eval.sources.PairSettings` (``columns``, ``data_revision``, ``on_bad_row``,
@@ -102,7 +104,7 @@ def evaluate(
         InputError: on bad data, a model that is no reward model, or an unfinished run with other settings.
         NonFiniteRewardError: if the model gives NaN or infinity; the pair is named.
     """
-    settings, scorer_options = settings_of(PairSettings, options)
+    settings, scorer_options = settings_of(PairSettings, settings, options)
     frame = Frame(model, output, tokenizer, scorer_options, progress)
     parts, records = [], []
     for source in load_sources(data, settings):

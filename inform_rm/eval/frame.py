@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,24 +133,30 @@ class RowSettings:
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
-Settings = TypeVar("Settings")
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
-def settings_of(kind: type[Settings], options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
-    """Keywords that are fields of ``kind`` as such settings, and the others, which are those of `RewardScorer`.
+Settings = TypeVar("Settings", bound=_Dataclass)
+
+
+def settings_of(
+    kind: type[Settings], settings: Settings | None, options: Mapping[str, Any]
+) -> tuple[Settings, dict[str, Any]]:
+    """The settings, with the keywords that are fields of ``kind`` put in, and the other keywords: of `RewardScorer`.
 
     Raises:
         InputError: a name that neither has, or a wrong value.
     """
-    own = set(inspect.signature(kind).parameters)
+    own = {each.name for each in fields(kind)}
     of_scorer = set(inspect.signature(RewardScorer).parameters) - {"model", "tokenizer"}
     unknown = sorted(set(options) - own - of_scorer)
     if unknown:
         raise InputError(
             f"{unknown[0]}: no setting of this name; expected one of {', '.join(sorted(own | of_scorer))}."
         )
-    settings = kind(**{name: value for name, value in options.items() if name in own})
-    return settings, {name: value for name, value in options.items() if name not in own}
+    given: Any = {name: value for name, value in options.items() if name in own}
+    return replace(settings or kind(), **given), {name: value for name, value in options.items() if name not in own}
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:

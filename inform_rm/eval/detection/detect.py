@@ -35,6 +35,7 @@ def detect(
     candidates: "Source | Sequence[Source] | Mapping[str, Source]",
     output: str | Path | None = None,
     *,
+    settings: DetectionSettings | None = None,
     tokenizer: Any = None,
     progress: bool = True,
     **options: Any,
@@ -53,15 +54,19 @@ def detect(
         candidates: responses of the policy under test: one such set, several in order (one for each checkpoint), or
             several by name.
         output: folder for the results; ``None`` only returns them.
+        settings: how; each of its fields is a keyword here, too, and then counts.
         tokenizer: see `RewardScorer`.
         progress: show progress bars.
         options: fields of `inform_rm.eval.detection.settings.DetectionSettings` (``columns``, ``alpha``, ``eps``,
             ``on_bad_row``, ``max_responses``, ``seed``, ...) and keywords of `RewardScorer`.
 
+    Returns:
+        The statistics of every candidate beside what comes by chance, and what they were computed with.
+
     Raises:
         InputError: on bad or too few responses, one prompt only, or wrong arguments.
     """
-    settings, scorer_options = settings_of(DetectionSettings, options)
+    settings, scorer_options = settings_of(DetectionSettings, settings, options)
     sources = {REFERENCE: reference, **_named(candidates)}
     stopping = CSIEarlyStopping(settings.max_change_ratio)
     frame = Frame(model, output, tokenizer, scorer_options, progress)
@@ -99,9 +104,10 @@ def detect(
             values |= {f"{key}_null_rank": null_rank(values[key], by_chance) for key, by_chance in null.items()}
             found[name] |= {**values, "stop": stopping.update(values["csi_normalized"])}
     labels = [_label(name, source) for name, source in sources.items()]
-    asked = asdict(settings) | {"reference": labels[0], "candidates": labels[1:]}
+    asked = {"reference": labels[0], "candidates": labels[1:], **asdict(settings)}
+    del asked["seed"]  # it has a place of its own
     result = DetectionResult(
-        **frame.described(asked, asked.pop("seed")),
+        **frame.described(asked, settings.seed),
         kind=latents[REFERENCE].kind,
         dimensions=base.shape[1],
         eps=eps,

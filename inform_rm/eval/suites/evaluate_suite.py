@@ -108,6 +108,7 @@ def evaluate_suite(
     data: Sources | None = None,
     output: str | Path | None = None,
     *,
+    settings: SuiteSettings | None = None,
     tokenizer: Any = None,
     progress: bool = True,
     **options: Any,
@@ -127,6 +128,7 @@ def evaluate_suite(
         data: local files or folders, or rows in memory, in place of the suite's data set on the Hub; see
             `load_suite_items`.
         output: folder for the results; ``None`` only returns them.
+        settings: how; each of its fields is a keyword here, too, and then counts.
         tokenizer: see `RewardScorer`.
         progress: show a progress bar.
         options: fields of `SuiteSettings` (``data_revision``, ``on_bad_row``, ``overlong``, ``ties``, ``seed``) and
@@ -140,7 +142,7 @@ def evaluate_suite(
         NonFiniteRewardError: if the model gives NaN or infinity; the item is named.
     """
     table = suite_named(suite)
-    settings, scorer_options = settings_of(SuiteSettings, options)
+    settings, scorer_options = settings_of(SuiteSettings, settings, options)
     if settings.ties != "wrong" and suite != "rewardbench":
         raise InputError(
             f"ties: {settings.ties!r} is an option of rewardbench; {suite} counts a tie as wrong. Leave it out."
