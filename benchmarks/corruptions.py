@@ -48,12 +48,12 @@ def main() -> None:
         table = pq.read_table(folder / "responses.parquet").to_pydict()
         names, distances = np.array(table["set"]), np.array(table["squared_mahalanobis"])
         as_they_are = distances[names == files["as they are"].name]
-        for name, part in zip(CORRUPTIONS, result["candidates"], strict=True):
+        for name, part in zip(CORRUPTIONS, result.candidates, strict=True):
             own = distances[names == files[name].name]
             labels = np.r_[np.zeros(len(as_they_are)), np.ones(len(own))]
             area = roc_auc_score(labels, np.r_[as_they_are, own])
             rows.append((
-                Path(model).name, result["kind"], name, f"{area:.3f}",
+                Path(model).name, result.kind, name, f"{area:.3f}",
                 f"{part['mop']:.3f} ({part['mop_null_rank']:.2f})",
                 f"{part['csi_normalized']:.2f} ({part['csi_normalized_null_rank']:.2f})", f"{part['mean_reward']:.2f}",
             ))  # fmt: skip

@@ -142,16 +142,16 @@ def choose(folder: Path, seed: int, noise: str) -> None:
         progress=False,
     )  # fmt: skip
     responses, gold_model = case / "best-of-n" / "responses.parquet", RewardScorer(folder / "gold")
-    measured: dict[str, Any] = {"ns": result["ns"], "kl_nats": result["kl_nats"]}
-    measured["proxies"] = curves_of(responses, result["ns"], gold_model, seed)
+    measured: dict[str, Any] = {"ns": result.ns, "kl_nats": result.kl_nats}
+    measured["proxies"] = curves_of(responses, result.ns, gold_model, seed)
     watched = {kind: proxies[f"{kind}-0"] for kind in WATCHED}
     result = attack(
         watched, case / "watched", policy=policy, num_prompts=WATCHED_PROMPTS, num_responses=RESPONSES,
         seed=100 + seed, progress=False,
     )  # fmt: skip
-    measured["watch"] = watch(proxies["inform-0"], case / "watched" / "responses.parquet", result["ns"], seed)
+    measured["watch"] = watch(proxies["inform-0"], case / "watched" / "responses.parquet", result.ns, seed)
     for kind in WATCHED:
-        measured["watch"][kind]["peak"] = result["proxies"][kind]["peak"]
+        measured["watch"][kind]["peak"] = result.proxies[kind]["peak"]
     write_json(case / "measured.json", measured)
 
 

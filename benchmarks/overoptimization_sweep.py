@@ -85,7 +85,7 @@ def one_run(folder: Path, seed: int, variant: str) -> None:
     result = attack(
         scorer, policy=SlippingPolicy(), num_prompts=PROMPTS, num_responses=RESPONSES, seed=seed,
         progress=False,
-    )["proxies"]["proxy"]  # fmt: skip
+    ).proxies["proxy"]  # fmt: skip
     found = {"accuracy": accuracy, "gold": result["gold"], "peak": result["peak"]}
     write_json(run / "measured.json", found)
 

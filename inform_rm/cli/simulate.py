@@ -49,11 +49,11 @@ def run(arguments: argparse.Namespace) -> None:
         **{name: getattr(arguments, name) for name in names},
         **scoring_options(arguments),
     )
-    for name, part in result["proxies"].items():
+    for name, part in result.proxies.items():
         peak = part["peak"]
         low, high = peak["fall_interval"]
         print(
             f"{name}: gold peaks at n = {peak['n']} (KL {peak['kl_nats']:.2f} nats) and falls by {peak['fall']:.3f} "
-            f"[{low:.3f}, {high:.3f}] to n = {result['ns'][-1]}"
+            f"[{low:.3f}, {high:.3f}] to n = {result.ns[-1]}"
         )
     print(f"{arguments.output}/result.html")

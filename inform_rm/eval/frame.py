@@ -135,7 +135,7 @@ class RowSettings:
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
-Settings = TypeVar("Settings", bound=RowSettings)
+Settings = TypeVar("Settings")
 
 
 def settings_of(kind: type[Settings], options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
@@ -144,7 +144,7 @@ def settings_of(kind: type[Settings], options: Mapping[str, Any]) -> tuple[Setti
     Raises:
         InputError: a name that neither has, or a wrong value.
     """
-    own = {each.name for each in fields(kind)}
+    own = set(inspect.signature(kind).parameters)
     of_scorer = set(inspect.signature(RewardScorer).parameters) - {"model", "tokenizer"}
     unknown = sorted(set(options) - own - of_scorer)
     if unknown:

@@ -169,7 +169,7 @@ def demo(
         num_responses=budget.responses_per_prompt,
         seed=seed,
         progress=False,
-    )
+    ).to_dict()
     detection = _detect_best_of_n(folder, scorers["inform"], seed)
     rows = {name: _read_jsonl(files[name]) for name in TEST_SETS}
     rewards = {architecture: _pair_rewards(folder / "evaluation" / architecture) for architecture in ARCHITECTURES}
@@ -241,7 +241,7 @@ def _detect_best_of_n(folder: Path, scorer: RewardScorer, seed: int) -> dict[str
         num_resamples=50,
         seed=seed,
         progress=False,
-    )
+    ).to_dict()
 
 
 class _Clock:

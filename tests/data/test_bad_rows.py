@@ -189,10 +189,10 @@ def test_a_bad_response_is_named_or_left_out_by_score_and_detect(kind, scorer, t
             score_file(scorer, faulty, tmp_path / "out.jsonl", progress=False)
         assert forwards.number == 0
     found = detect(scorer, faulty, faulty, tmp_path / "detect", on_bad_row="skip", **quick)
-    for part in (found["reference"], found["candidates"][0]):
+    for part in (found.reference, found.candidates[0]):
         assert part["num_responses"] == 40 and part["bad_rows"] == 1
         assert f"faulty.jsonl, row {BAD + 1}" in part["bad_row_reasons"][0]
-    assert found["candidates"][0]["csi"] == detect(scorer, fine, fine, **quick)["candidates"][0]["csi"]
+    assert found.candidates[0]["csi"] == detect(scorer, fine, fine, **quick).candidates[0]["csi"]
     assert "Bad rows left out: 1 of reference" in (tmp_path / "detect" / "result.html").read_text()
     assert score_file(scorer, faulty, tmp_path / "out.jsonl", progress=False, on_bad_row="skip")["bad_rows"] == 1
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
