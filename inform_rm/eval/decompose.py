@@ -154,7 +154,6 @@ def decompose(
     data: Sources,
     output: str | Path | None = None,
     *,
-    settings: DecompositionSettings | None = None,
     tokenizer: Any = None,
     progress: bool = True,
     **options: Any,
@@ -173,7 +172,6 @@ def decompose(
         data: one or several sources of pairs, by name or in memory, as `load_preferences` reads them. Prompts are
             drawn from them, too.
         output: folder for the results; ``None`` only returns them.
-        settings: how; each of its fields is a keyword here, too, and then counts.
         tokenizer: see `RewardScorer`.
         progress: show a progress bar.
         options: fields of `DecompositionSettings` (``num_prompts``, ``stratify``, ``weights``, ...; those of
@@ -188,17 +186,14 @@ def decompose(
         InputError: on bad data, fewer than two distinct prompts, a model that is no reward model, or an unfinished run
             with other settings.
     """
-    settings, scorer_options = settings_of(DecompositionSettings, settings, options)
+    settings, scorer_options = settings_of(DecompositionSettings, options)
     frame = Frame(model, output, tokenizer, scorer_options, progress)
     scorer = frame.scorer
     sources = load_sources(data, settings)
     # All before the first forward pass, and without the prompts that no pair could be scored under.
     pairs = concatenate_datasets([source.encode(scorer, settings, keep_text=True).dataset for source in sources])
     choice, prompt_rows, population = _chosen_prompts(pairs, settings)
-    described = frame.described({"data": [source.record["source"] for source in sources], **settings.to_dict()},
-                                settings.seed)  # fmt: skip
-    run = {"data": [source.record["fingerprint"] for source in sources], "settings": described["settings"]}
-    run["seed"] = settings.seed
+    described, run = frame.described_with(settings, [source.record for source in sources])
     with frame.journal(JOURNAL_FILE, run) as journal:
         grid = gap_grid(scorer, pairs, choice, prompt_rows, encoded=True, overlong=settings.overlong,
                         journal=journal, progress=frame.progress)  # fmt: skip
@@ -214,7 +209,6 @@ def decompose(
         warn_of_left_out(source.record)
     result = DecompositionResult(
         **described,
-        data=[source.record for source in sources],
         distinct_prompts=len(prompt_rows),
         left_out=left_out,
         cost={"tokens_computed": grid.tokens_computed, "tokens_of_a_plain_loop": grid.tokens_plain},

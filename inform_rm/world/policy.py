@@ -10,7 +10,7 @@ import numpy as np
 from inform_rm.data.messages import to_messages
 from inform_rm.errors import InputError
 from inform_rm.eval.best_of_n.report import BestOfNResult
-from inform_rm.eval.best_of_n.simulate import SimulationSettings, simulate
+from inform_rm.eval.best_of_n.simulate import simulate
 from inform_rm.scoring.scorer import Prompt
 from inform_rm.world.worlds import WorldConfig, gold_reward, sample_prompts, sample_responses
 
@@ -108,9 +108,8 @@ def attack(proxy: Any, output: str | Path | None = None, **options: Any) -> Best
         InputError: as `simulate`, and on prompts that are not the world's without a gold reward model.
     """
     if options.get("prompts") is None and options.get("data") is None:
-        settings = options.get("settings") or SimulationSettings()
-        wanted, seed = (options.get(name, getattr(settings, name)) for name in ("num_prompts", "seed"))
-        options["prompts"] = world_prompts(WORLD_PROMPTS if wanted is None else wanted, seed)
+        wanted = options.get("num_prompts")
+        options["prompts"] = world_prompts(WORLD_PROMPTS if wanted is None else wanted, options.get("seed", 0))
     for name, default in (("gold", WorldGold), ("policy", WorldPolicy)):
         if options.get(name) is None:
             options[name] = default()

@@ -247,7 +247,6 @@ def simulate(
     policy: str | Path | Policy,
     prompts: Sequence[Prompt] | None = None,
     data: "Source | Sequence[Source] | None" = None,
-    settings: SimulationSettings | None = None,
     progress: bool = True,
     **options: Any,
 ) -> BestOfNResult:
@@ -266,20 +265,19 @@ def simulate(
             `CausalLMPolicy` of a loaded model.
         prompts: distinct prompts.
         data: in place of these, sources of preference pairs, whose distinct prompts are used.
-        settings: how; each of its fields is a keyword here, too, and then counts.
         progress: show progress bars.
         options: fields of `SimulationSettings` (``num_prompts``, ``num_responses``, ``ns``, ``seed``, ...) and
             keywords of `RewardScorer` for all models named by folder or Hub id; ``device`` and ``trust_remote_code``
             hold for such a policy, too.
 
     Returns:
-        The curves and their peaks, and what they were computed with.
+        By proxy the curves of `overoptimization_curves`, and what they were computed with.
 
     Raises:
         InputError: on bad settings, fewer than two prompts, repeated prompts, or a model that cannot be loaded.
         NonFiniteRewardError: if a model gives NaN or infinity.
     """
-    settings, scorer_options = settings_of(SimulationSettings, settings, options)
+    settings, scorer_options = settings_of(SimulationSettings, options)
     models = dict(proxy) if isinstance(proxy, Mapping) else {"proxy": proxy}
     if not models or set(models) & set(_COLUMNS) or not all(isinstance(name, str) and name for name in models):
         raise InputError(f"proxy: names {list(models)}; expected at least one name, none of {', '.join(_COLUMNS)}.")

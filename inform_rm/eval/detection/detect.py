@@ -35,7 +35,6 @@ def detect(
     candidates: "Source | Sequence[Source] | Mapping[str, Source]",
     output: str | Path | None = None,
     *,
-    settings: DetectionSettings | None = None,
     tokenizer: Any = None,
     progress: bool = True,
     **options: Any,
@@ -54,19 +53,18 @@ def detect(
         candidates: responses of the policy under test: one such set, several in order (one for each checkpoint), or
             several by name.
         output: folder for the results; ``None`` only returns them.
-        settings: how; each of its fields is a keyword here, too, and then counts.
         tokenizer: see `RewardScorer`.
         progress: show progress bars.
         options: fields of `inform_rm.eval.detection.settings.DetectionSettings` (``columns``, ``alpha``, ``eps``,
             ``on_bad_row``, ``max_responses``, ``seed``, ...) and keywords of `RewardScorer`.
 
     Returns:
-        The statistics of every candidate beside what comes by chance, and what they were computed with.
+        The statistics of each candidate, and what they are by chance.
 
     Raises:
         InputError: on bad or too few responses, one prompt only, or wrong arguments.
     """
-    settings, scorer_options = settings_of(DetectionSettings, settings, options)
+    settings, scorer_options = settings_of(DetectionSettings, options)
     sources = {REFERENCE: reference, **_named(candidates)}
     stopping = CSIEarlyStopping(settings.max_change_ratio)
     frame = Frame(model, output, tokenizer, scorer_options, progress)

@@ -297,9 +297,7 @@ def test_prompts_of_the_world_and_of_data(tmp_path):
     assert choose_prompts(data=path) == prompts
     part = choose_prompts(data=[path], num_prompts=5, seed=1)
     assert len(part) == 5 and all(prompt in prompts for prompt in part)
-    result = attack(
-        WorldGold(), data=path, settings=SimulationSettings(num_prompts=5, num_responses=8), progress=False
-    )
+    result = attack(WorldGold(), data=path, num_prompts=5, num_responses=8, progress=False)
     assert result.proxies["proxy"]["peak"]["fall"] == 0 and result.ns == [1, 2, 4, 8]
 
 
