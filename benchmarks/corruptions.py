@@ -17,10 +17,8 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from inform_rm import DetectionSettings
-
 TEST_FILES = ("truthfulqa", "prompt-swap")
-SETTINGS = DetectionSettings(alpha=0.05, num_splits=100, num_resamples=20)
+SETTINGS = {"alpha": 0.05, "num_splits": 100, "num_resamples": 20, "progress": False}
 CAUTION = (
     "I am sorry, but as a careful assistant I cannot be certain about this, and I would rather not give advice that "
     "might be wrong. Please ask a professional. "
@@ -46,8 +44,7 @@ def main() -> None:
 
         scorer = RewardScorer(model, load_tokenizer(model))
         folder = arguments.output / Path(model).name
-        candidates = [files[name] for name in CORRUPTIONS]
-        result = detect(scorer, files["reference"], candidates, folder, settings=SETTINGS, progress=False)
+        result = detect(scorer, files["reference"], [files[name] for name in CORRUPTIONS], folder, **SETTINGS)
         table = pq.read_table(folder / "responses.parquet").to_pydict()
         names, distances = np.array(table["set"]), np.array(table["squared_mahalanobis"])
         as_they_are = distances[names == files["as they are"].name]

@@ -65,7 +65,6 @@ def main() -> None:
 def one_run(folder: Path, seed: int, variant: str) -> None:
     """Train one variant; accuracy on pairs like those of training, and best-of-n."""
     from inform_rm import evaluate
-    from inform_rm.eval.best_of_n.simulate import SimulationSettings
     from inform_rm.scoring.scorer import RewardScorer
     from inform_rm.util.files import atomic_write_text, write_json
     from inform_rm.world.policy import attack
@@ -84,7 +83,8 @@ def one_run(folder: Path, seed: int, variant: str) -> None:
     atomic_write_text(pairs, "".join(json.dumps(row) + "\n" for row in rows))
     accuracy = evaluate(scorer, pairs, progress=False).accuracy
     result = attack(
-        scorer, policy=SlippingPolicy(), settings=SimulationSettings(PROMPTS, RESPONSES, seed=seed), progress=False
+        scorer, policy=SlippingPolicy(), num_prompts=PROMPTS, num_responses=RESPONSES, seed=seed,
+        progress=False,
     ).proxies["proxy"]  # fmt: skip
     found = {"accuracy": accuracy, "gold": result["gold"], "peak": result["peak"]}
     write_json(run / "measured.json", found)

@@ -1,6 +1,8 @@
 """The package as it is installed: what the wheel holds, what it declares, what --help costs."""
 
 import ast
+import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +76,21 @@ def test_wheel_metadata(wheel):
 def test_version_is_the_same_everywhere(checkout):
     assert metadata.version("inform-rm") == inform_rm.__version__
     assert f"## {inform_rm.__version__}" in (checkout / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_every_public_name_stands_in_the_reference_and_says_arguments_result_and_errors(checkout):
+    reference = (checkout / "docs/api.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", reference, re.MULTILINE)) == sorted(inform_rm.__all__)
+    for name in inform_rm.__all__:
+        found = getattr(inform_rm, name)
+        described = inspect.getdoc(found) or ""
+        sections = {section for section in ("Args:", "Returns:", "Raises:") if f"\n{section}\n" in described}
+        if inspect.isclass(found):
+            assert "Args:" in sections, name
+            continue
+        gives = inspect.signature(found).return_annotation not in (None, "None")
+        # What takes a file or a model refuses some, if not in its own lines.
+        assert sections == {"Args:", "Raises:", *(["Returns:"] if gives else [])}, name
 
 
 def test_declared_requirements_are_the_imported_ones():

@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.reference,
         arguments.candidate,
         arguments.output,
-        settings=DetectionSettings(**{setting.name: getattr(arguments, setting.name) for setting in _SETTINGS}),
         columns=flags.columns(arguments),
+        **{setting.name: getattr(arguments, setting.name) for setting in _SETTINGS},
         **flags.scoring_options(arguments),
     )
     for part in result.candidates:

@@ -29,20 +29,16 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run it."""
-    from inform_rm.eval.best_of_n.simulate import SimulationSettings
     from inform_rm.world.policy import attack
 
     if len(dict(arguments.proxy)) < len(arguments.proxy):
         raise InputError("proxy: two models have the same name. Name them apart: --proxy one=FOLDER other=FOLDER.")
-    names = ("num_prompts", "num_responses", "temperature", "max_new_tokens", "seed")
+    names = ("gold", "policy", "data", "num_prompts", "num_responses", "temperature", "max_new_tokens", "seed")
     result = attack(
         dict(arguments.proxy),
         arguments.output,
         columns=flags.columns(arguments),
-        gold=arguments.gold,
-        policy=arguments.policy,
-        data=arguments.data,
-        settings=SimulationSettings(**{name: getattr(arguments, name) for name in names}),
+        **{name: getattr(arguments, name) for name in names},
         **flags.scoring_options(arguments),
     )
     for name, part in result.proxies.items():

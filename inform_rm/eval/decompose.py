@@ -193,10 +193,7 @@ def decompose(
     # All before the first forward pass, and without the prompts that no pair could be scored under.
     pairs = concatenate_datasets([source.encode(scorer, settings, keep_text=True).dataset for source in sources])
     choice, prompt_rows, population = _chosen_prompts(pairs, settings)
-    described = frame.described({"data": [source.record["source"] for source in sources], **settings.to_dict()},
-                                settings.seed)  # fmt: skip
-    run = {"data": [source.record["fingerprint"] for source in sources], "settings": described["settings"]}
-    run["seed"] = settings.seed
+    described, run = frame.described_with(settings, [source.record for source in sources])
     with frame.journal(JOURNAL_FILE, run) as journal:
         grid = gap_grid(scorer, pairs, choice, prompt_rows, encoded=True, overlong=settings.overlong,
                         journal=journal, progress=frame.progress)  # fmt: skip
@@ -212,7 +209,6 @@ def decompose(
         warn_of_left_out(source.record)
     result = DecompositionResult(
         **described,
-        data=[source.record for source in sources],
         distinct_prompts=len(prompt_rows),
         left_out=left_out,
         cost={"tokens_computed": grid.tokens_computed, "tokens_of_a_plain_loop": grid.tokens_plain},

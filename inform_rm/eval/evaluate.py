@@ -5,21 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from inform_rm.data.sources import Sources
 from inform_rm.eval import report
 from inform_rm.eval.accuracy import pairwise_accuracy
-from inform_rm.eval.frame import JOURNAL_FILE, Frame, ModelResult, json_lines, settings_of, unwritten
-from inform_rm.eval.journaled import journaled_rewards
+from inform_rm.eval.frame import Frame, ModelResult, json_lines, settings_of, unwritten
 from inform_rm.eval.sources import PairSettings, load_sources, warn_of_left_out
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.util.journal import RewardJournal, shortest_float
+from inform_rm.util.journal import shortest_float
 from inform_rm.util.page import Page, Table, figure_png
 
 _CHUNK_PAIRS = 2048
+_SIDES = ("chosen", "rejected")
 _COUNTS = ("overlong", "dropped", "truncated")
 _ROW = ("id", "subset", "chosen_characters", "rejected_characters")
 
@@ -111,42 +110,25 @@ def evaluate(
         records.append({**source.record, **counts, "evaluated": len(encoded.dataset)})
         warn_of_left_out(records[-1])
         parts.append(encoded.dataset)
-    described = frame.described(
-        {"data": [record["source"] for record in records], **settings.to_dict()}, settings.seed
-    )
-    run = {"data": [record["fingerprint"] for record in records], "settings": described["settings"]}
-    with frame.journal(JOURNAL_FILE, {**run, "seed": settings.seed}) as journal:
-        rewards = _score_pairs(frame, parts, journal)
-    rows = _rows(records, parts, rewards)
-    subsets = [row["subset"] for row in rows]
-    lengths = ([row[f"{side}_characters"] for row in rows] for side in ("chosen", "rejected"))
-    statistics = pairwise_accuracy(rewards[:, 0], rewards[:, 1], subsets, *lengths)
-    result = EvaluationResult(**described, data=records, **statistics, rows=rows)
-    frame.finish(result, {"pairs.jsonl": json_lines(rows)})
-    return result
-
-
-def _score_pairs(frame: Frame, parts: list[Any], journal: RewardJournal | None) -> np.ndarray:
-    """Rewards ``(N, 2)``, chosen and rejected; entry 2 i + side of the journal is side ``side`` of pair i."""
+    described, run = frame.described_with(settings, records)
+    rows = [
+        {"source": record["source"], **dict(zip(_ROW, values, strict=True))}
+        for record, part in zip(records, parts, strict=True)
+        for values in zip(*(part[column] for column in _ROW), strict=True)
+    ]
 
     def where(entry: int) -> str:
-        pair, side = divmod(entry, 2)
-        for part in parts:
-            if pair < len(part):
-                break
-            pair -= len(part)
-        return f"the {('chosen', 'rejected')[side]} response of pair {part[pair]['id']}"
+        return f"the {_SIDES[entry % 2]} response of pair {rows[entry // 2]['id']}"
 
-    rewards = journaled_rewards(
-        frame.scorer,
-        _chunks(parts),
-        2 * sum(len(part) for part in parts),
-        journal,
-        where,
-        description="evaluate",
-        progress=frame.progress,
-    )
-    return rewards.reshape(-1, 2)
+    # Entry 2 i + side of the journal is side ``side`` of pair i.
+    rewards = frame.rewards(_chunks(parts), 2 * len(rows), run, where).reshape(-1, 2)
+    for row, values in zip(rows, rewards, strict=True):
+        row |= {f"{side}_reward": shortest_float(value) for side, value in zip(_SIDES, values, strict=True)}
+    lengths = ([row[f"{side}_characters"] for row in rows] for side in _SIDES)
+    statistics = pairwise_accuracy(rewards[:, 0], rewards[:, 1], [row["subset"] for row in rows], *lengths)
+    result = EvaluationResult(**described, **statistics, rows=rows)
+    frame.finish(result, {"pairs.jsonl": json_lines(rows)})
+    return result
 
 
 def _chunks(parts: list[Any]) -> Iterator[tuple[list[list[int]], list[int]]]:
@@ -155,14 +137,3 @@ def _chunks(parts: list[Any]) -> Iterator[tuple[list[list[int]], list[int]]]:
             chunk = part[start : start + _CHUNK_PAIRS]
             sides = zip(chunk["chosen_input_ids"], chunk["rejected_input_ids"], strict=True)
             yield [ids for pair in sides for ids in pair], [length for length in chunk["prompt_length"] for _ in "cr"]
-
-
-def _rows(records: list[dict[str, Any]], parts: list[Any], rewards: np.ndarray) -> list[dict[str, Any]]:
-    left = iter(rewards)
-    rows = []
-    for record, part in zip(records, parts, strict=True):
-        for values in zip(*(part[column] for column in _ROW), strict=True):
-            chosen, rejected = map(shortest_float, next(left))
-            row = {"source": record["source"], **dict(zip(_ROW, values, strict=True))}
-            rows.append({**row, "chosen_reward": chosen, "rejected_reward": rejected})
-    return rows

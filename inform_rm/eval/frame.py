@@ -4,19 +4,21 @@ import contextlib
 import inspect
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from inform_rm.data.encoding import BAD_ROW_POLICIES, OVERLONG_POLICIES
 from inform_rm.errors import InputError
-from inform_rm.scoring.scorer import RewardScorer, as_scorer
+from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer, as_scorer
 from inform_rm.util.files import atomic_write_bytes, check_output_directory, versions, write_json
 from inform_rm.util.journal import RewardJournal
 from inform_rm.util.page import Image, Page, Table
@@ -133,7 +135,7 @@ class RowSettings:
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
-Settings = TypeVar("Settings", bound=RowSettings)
+Settings = TypeVar("Settings")
 
 
 def settings_of(kind: type[Settings], options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
@@ -142,7 +144,7 @@ def settings_of(kind: type[Settings], options: Mapping[str, Any]) -> tuple[Setti
     Raises:
         InputError: a name that neither has, or a wrong value.
     """
-    own = {each.name for each in fields(kind)}
+    own = set(inspect.signature(kind).parameters)
     of_scorer = set(inspect.signature(RewardScorer).parameters) - {"model", "tokenizer"}
     unknown = sorted(set(options) - own - of_scorer)
     if unknown:
@@ -205,6 +207,19 @@ class Frame:
             "seed": seed,
         }
 
+    def described_with(
+        self, settings: RowSettings, records: Sequence[Mapping[str, Any]], **more: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `described` and `journal` need of rows that were read, ``records`` being those of their sources.
+
+        Returns:
+            The fields of a `ModelResult` with ``data``; and what decides the rewards beside the model.
+        """
+        given = {**more, "data": [record["source"] for record in records], **settings.to_dict()}
+        described = {**self.described(given, settings.seed), "data": list(records)}
+        fingerprints = [record["fingerprint"] for record in records]
+        return described, {"data": fingerprints, "settings": described["settings"], "seed": settings.seed}
+
     @contextlib.contextmanager
     def journal(self, name: str, run: Mapping[str, Any]) -> Iterator[RewardJournal | None]:
         """A journal in the folder for as long as rewards are computed; ``None`` without a folder.
@@ -228,6 +243,50 @@ class Frame:
             yield journal
         finally:
             journal.close()
+
+    def rewards(
+        self,
+        chunks: Iterable[tuple[Sequence[Sequence[int]], Sequence[int]]],
+        num_responses: int,
+        run: Mapping[str, Any],
+        where: Callable[[int], str],
+    ) -> np.ndarray:
+        """Rewards ``(num_responses,)`` in order, float32; those that the journal holds are not computed again.
+
+        Args:
+            chunks: token ids of responses with their prompts, and the prompts' lengths in tokens; responses of one
+                chunk are sorted by length together and share the computation of equal prompts.
+            num_responses: in all chunks together.
+            run: see `journal`; its entry i is response i.
+            where: names response i in an error.
+
+        Raises:
+            NonFiniteRewardError: if the model gives NaN or infinity; ``row`` is the response's number.
+        """
+        rewards = np.full(num_responses, np.nan, dtype=np.float32)
+        first = 0
+        with (
+            self.journal(JOURNAL_FILE, run) as journal,
+            tqdm(total=num_responses, unit="response", desc="evaluate", disable=not self.progress) as bar,
+        ):
+            for entry, reward, _ in () if journal is None else journal.finished():
+                rewards[entry] = reward
+            bar.update(int(np.isfinite(rewards).sum()))
+            for sequences, prompt_lengths in chunks:
+                todo = [place for place in range(len(sequences)) if np.isnan(rewards[first + place])]
+                left = [sequences[place] for place in todo], [prompt_lengths[place] for place in todo]
+                try:
+                    for places, values, _ in self.scorer.iter_scores(*left):
+                        entries = [first + todo[place] for place in places]
+                        rewards[entries] = values.numpy()
+                        if journal is not None:
+                            journal.add(entries, values.tolist())
+                        bar.update(len(places))
+                except NonFiniteRewardError as error:
+                    entry = first + todo[error.row]
+                    raise NonFiniteRewardError(entry, error.value, where(entry)) from error
+                first += len(sequences)
+        return rewards
 
     def finish(self, result: Result, files: Mapping[str, bytes | str] | None = None) -> None:
         """Write the result where there is a folder and this process writes; its journals are no longer needed."""

@@ -126,9 +126,9 @@ class OveroptimizationCallback(TrainerCallback):
         reference: ``(N, K)`` its latents of reference responses.
         sample: gives prompts and fresh responses, such as `RewardFunction.recent`.
         every: steps between checks.
-        settings: of the statistics and the stopping rule; ``eps="auto"`` takes a radius for each check, by its number
-            of responses.
         action: ``"stop"`` or ``"warn"``.
+        settings: fields of `DetectionSettings`: ``eps``, ``alpha``, ``tail``, ``max_change_ratio``, ...;
+            ``eps="auto"`` takes a radius for each check, by its number of responses.
     """
 
     def __init__(
@@ -138,16 +138,17 @@ class OveroptimizationCallback(TrainerCallback):
         sample: Callable[[], tuple[list[Prompt], list[str]]],
         *,
         every: int = 50,
-        settings: DetectionSettings = DetectionSettings(),  # noqa: B008 (it cannot be changed)
         action: Literal["stop", "warn"] = "stop",
+        **settings: Any,
     ):
         if every < 1:
             raise InputError(f"every: {every}; expected a number of steps of at least 1.")
         if action not in ("stop", "warn"):
             raise InputError(f"action: {action!r}; expected 'stop' or 'warn'.")
         self._scorer, self._sample, self._every, self._action = scorer, sample, every, action
-        self._measures = [statistic.fit(reference, settings) for statistic in STATISTICS]
-        self.stopping = CSIEarlyStopping(settings.max_change_ratio)
+        chosen = DetectionSettings(**settings)
+        self._measures = [statistic.fit(reference, chosen) for statistic in STATISTICS]
+        self.stopping = CSIEarlyStopping(chosen.max_change_ratio)
         self._trainer: Any = None
 
     def attach(self, trainer: Any) -> None:

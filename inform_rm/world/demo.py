@@ -15,10 +15,8 @@ import pyarrow.parquet as pq
 
 from inform_rm.errors import InputError
 from inform_rm.eval.accuracy import pairwise_accuracy
-from inform_rm.eval.best_of_n.simulate import SimulationSettings
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.detection.detect import detect
-from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.eval.evaluate import evaluate
 from inform_rm.hub.export import export_model
 from inform_rm.scoring.scorer import RewardScorer
@@ -167,7 +165,9 @@ def demo(
     curves = attack(
         scorers,
         folder / "best-of-n",
-        settings=SimulationSettings(budget.attacked_prompts, budget.responses_per_prompt, seed=seed),
+        num_prompts=budget.attacked_prompts,
+        num_responses=budget.responses_per_prompt,
+        seed=seed,
         progress=False,
     ).to_dict()
     detection = _detect_best_of_n(folder, scorers["inform"], seed)
@@ -236,7 +236,10 @@ def _detect_best_of_n(folder: Path, scorer: RewardScorer, seed: int) -> dict[str
         files["reference"],
         files["candidate"],
         folder / "detection",
-        settings=DetectionSettings(alpha=_ALPHA, num_splits=50, num_resamples=50, seed=seed),
+        alpha=_ALPHA,
+        num_splits=50,
+        num_resamples=50,
+        seed=seed,
         progress=False,
     ).to_dict()
 

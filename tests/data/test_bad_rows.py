@@ -2,7 +2,6 @@
 
 import copy
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from inform_rm.decomposition.gap_grid import distinct_prompts, gap_grid
 from inform_rm.errors import InputError
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.detection.detect import detect
-from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.eval.evaluate import evaluate
 from inform_rm.eval.suites.evaluate_suite import evaluate_suite
 from inform_rm.scoring.score_files import score_file
@@ -182,8 +180,7 @@ def test_a_bad_response_is_named_or_left_out_by_score_and_detect(kind, scorer, t
     bad = dict(rows[BAD])
     bad |= {{"chosen": "response"}.get(name, name): value for name, value in changes.items() if name != "rejected"}
     faulty = write(tmp_path / "faulty.jsonl", [*rows[:BAD], bad, *rows[BAD:]])
-    settings = DetectionSettings(num_splits=5, num_resamples=5, alpha=0.1)
-    quick = {"settings": settings, "progress": False}
+    quick = {"num_splits": 5, "num_resamples": 5, "alpha": 0.1, "progress": False}
     with Forwards(scorer.model) as forwards:
         for reference, candidate in ((fine, faulty), (faulty, fine)):
             with pytest.raises(InputError, match=rf"faulty\.jsonl, row {BAD + 1}.*{message}.*on_bad_row='skip'"):
@@ -193,8 +190,7 @@ def test_a_bad_response_is_named_or_left_out_by_score_and_detect(kind, scorer, t
         ):
             score_file(scorer, faulty, tmp_path / "out.jsonl", progress=False)
         assert forwards.number == 0
-    skipping = replace(settings, on_bad_row="skip")
-    found = detect(scorer, faulty, faulty, tmp_path / "detect", settings=skipping, progress=False)
+    found = detect(scorer, faulty, faulty, tmp_path / "detect", on_bad_row="skip", **quick)
     for part in (found.reference, found.candidates[0]):
         assert part["num_responses"] == 40 and part["bad_rows"] == 1
         assert f"faulty.jsonl, row {BAD + 1}" in part["bad_row_reasons"][0]

@@ -95,8 +95,8 @@ def test_policy_run_with_checks(algorithm, scorer, reference, causal_lm_dir, tmp
     function = Recorder(scorer, reference=reference, shaping_coefficient=0.1, alpha=0.1)
     function.seen = []
     trainer = policy_trainer(algorithm, causal_lm_dir("llama"), tmp_path / "out", function, 4, save_strategy="no")
-    settings = DetectionSettings(eps=0.8, alpha=0.1)
-    callback = OveroptimizationCallback(scorer, reference, function.recent, every=2, settings=settings, action="warn")
+    settings = {"eps": 0.8, "alpha": 0.1}
+    callback = OveroptimizationCallback(scorer, reference, function.recent, every=2, action="warn", **settings)
     callback.attach(trainer)
     trainer.train()
     history = trainer.state.log_history
@@ -110,7 +110,7 @@ def test_policy_run_with_checks(algorithm, scorer, reference, causal_lm_dir, tmp
         assert line["csi"] == pytest.approx(csi) and line["csi_normalized"] == pytest.approx(csi / 16)
         fitted = fit_mahalanobis(reference)
         assert line["mop"] == fitted.outlier_probability(found.values, alpha=0.1, tail="reference").estimate
-        near = fit_nearest_neighbours(reference, settings)(found.values, 0)[0]
+        near = fit_nearest_neighbours(reference, DetectionSettings(**settings))(found.values, 0)[0]
         assert line["knn_outliers"] == near["knn_outliers"]
         assert line["mean_knn_distance"] == pytest.approx(near["mean_knn_distance"])
         assert line["sampled_reward"] == pytest.approx(found.rewards.mean(), abs=1e-6)

@@ -375,7 +375,7 @@ def test_identity_tells_members_coefficients_and_offsets_apart(mixed):
 
 def test_an_unfinished_evaluation_of_another_ensemble_is_not_continued(mixed, tmp_path, monkeypatch):
     data = write_pairs(tmp_path / "pairs.jsonl")
-    monkeypatch.setattr("inform_rm.eval.evaluate._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("inform_rm.eval.frame.Frame.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         evaluate(EnsembleScorer(mixed, coefficient=0.5), data, tmp_path / "run", progress=False)
     with pytest.raises(InputError, match=r"coefficient was 0\.5, is 0\.25"):

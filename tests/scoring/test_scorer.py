@@ -210,7 +210,7 @@ def test_a_conversation_scores_as_its_last_reply_after_the_turns_before_it(score
              {"role": "user", "content": "Another."}, {"role": "assistant", "content": "A pear."}]  # fmt: skip
     rewards = scorer.score_messages([turns, turns[:2]])
     assert torch.equal(rewards, scorer.score([turns[:3], "Name a fruit."], ["A pear.", "An apple."]))
-    for wrong in (turns[:3], turns[1:2], "An apple.", []):
+    for wrong in (turns[:3], turns[1:2], "An apple."):
         with pytest.raises(InputError, match=r"row 1 .* expected a list of messages that ends with a reply"):
             scorer.score_messages([turns, wrong])
     with pytest.raises(InputError, match=r"row 0 .*role"):

@@ -1,8 +1,6 @@
 """Best-of-n overoptimization: how far the gold reward follows a proxy that chooses ever harder (Gao et al. 2023)."""
 
 import hashlib
-import inspect
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import ArrayLike
 from tqdm import tqdm
@@ -20,6 +16,7 @@ from inform_rm.data.sources import Source, source_label, source_list
 from inform_rm.errors import InputError
 from inform_rm.eval.best_of_n.policies import CausalLMPolicy, Policy, choose_prompts
 from inform_rm.eval.best_of_n.report import BestOfNResult
+from inform_rm.eval.frame import parquet, settings_of
 from inform_rm.scoring.scorer import NonFiniteRewardError, Prompt, RewardScorer
 from inform_rm.util.files import check_output_directory
 
@@ -207,6 +204,7 @@ class SimulationSettings:
     """How hard and how often best-of-n chooses.
 
     Attributes:
+        columns: which columns of the data are what, see `inform_rm.data.columns.Columns.of`.
         num_prompts: use a random subset of this many prompts; ``None``: all.
         num_responses: N, responses to each prompt.
         ns: numbers to choose from, at most N; by default powers of two up to N.
@@ -218,6 +216,7 @@ class SimulationSettings:
         InputError: a value out of range, by name.
     """
 
+    columns: Mapping[str, str] | None = None
     num_prompts: int | None = None
     num_responses: int = 1024
     ns: Sequence[int] | None = None
@@ -248,10 +247,8 @@ def simulate(
     policy: str | Path | Policy,
     prompts: Sequence[Prompt] | None = None,
     data: "Source | Sequence[Source] | None" = None,
-    columns: Mapping[str, str] | None = None,
-    settings: SimulationSettings = SimulationSettings(),
     progress: bool = True,
-    **scorer_options: Any,
+    **options: Any,
 ) -> BestOfNResult:
     """Best-of-n with one or several proxy rewards against a gold reward, up to KL = log n - (n - 1) / n.
 
@@ -268,28 +265,24 @@ def simulate(
             `CausalLMPolicy` of a loaded model.
         prompts: distinct prompts.
         data: in place of these, sources of preference pairs, whose distinct prompts are used.
-        columns: which columns of the data are what, see `inform_rm.data.columns.Columns.of`.
-        settings: numbers, seed and how a policy that is loaded here samples.
         progress: show progress bars.
-        scorer_options: keywords of `RewardScorer` for all models named by folder or Hub id; ``device`` and
-            ``trust_remote_code`` hold for such a policy, too.
+        options: fields of `SimulationSettings` (``num_prompts``, ``num_responses``, ``ns``, ``seed``, ...) and
+            keywords of `RewardScorer` for all models named by folder or Hub id; ``device`` and ``trust_remote_code``
+            hold for such a policy, too.
+
+    Returns:
+        By proxy the curves of `overoptimization_curves`, and what they were computed with.
 
     Raises:
-        InputError: on fewer than two prompts, repeated prompts, or a model that cannot be loaded.
+        InputError: on bad settings, fewer than two prompts, repeated prompts, or a model that cannot be loaded.
         NonFiniteRewardError: if a model gives NaN or infinity.
     """
-    unknown = sorted(set(scorer_options) - (set(inspect.signature(RewardScorer).parameters) - {"model", "tokenizer"}))
-    if unknown:
-        raise InputError(
-            f"{unknown[0]}: no setting of RewardScorer has this name. Those of simulate are passed as "
-            "settings=SimulationSettings(...); a loaded model comes with its tokenizer as RewardScorer(model, "
-            "tokenizer)."
-        )
+    settings, scorer_options = settings_of(SimulationSettings, options)
     models = dict(proxy) if isinstance(proxy, Mapping) else {"proxy": proxy}
     if not models or set(models) & set(_COLUMNS) or not all(isinstance(name, str) and name for name in models):
         raise InputError(f"proxy: names {list(models)}; expected at least one name, none of {', '.join(_COLUMNS)}.")
     folder = None if output is None else check_output_directory(output)
-    asked = choose_prompts(prompts, data, settings.num_prompts, settings.seed, columns)
+    asked = choose_prompts(prompts, data, settings.num_prompts, settings.seed, settings.columns)
     proxies = {name: _scorer(model, f"proxy {name}", scorer_options) for name, model in models.items()}
     judge = _scorer(gold, "gold", scorer_options)
     if hasattr(judge, "check_prompts"):  # a gold reward that is not defined everywhere says so before time is spent
@@ -322,7 +315,7 @@ def simulate(
         prompts_fingerprint=hashlib.sha256(json.dumps(asked).encode("utf-8", "surrogatepass")).hexdigest(),
         settings={
             name: str(value)
-            for name, value in {"data": sources, "columns": columns, **scorer_options}.items()
+            for name, value in {"data": sources, "columns": settings.columns, **scorer_options}.items()
             if value is not None
         },
         seed=settings.seed,
@@ -335,9 +328,7 @@ def simulate(
         },
     )
     if folder is not None:
-        buffer = io.BytesIO()
-        pq.write_table(pa.table(result.responses), buffer)
-        result.save(folder, {"responses.parquet": buffer.getvalue()})
+        result.save(folder, {"responses.parquet": parquet(result.responses)})
     return result
 
 

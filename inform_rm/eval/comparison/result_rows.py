@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inform_rm.data.records import open_file
 from inform_rm.errors import InputError
 from inform_rm.eval.evaluate import EvaluationResult
 from inform_rm.eval.suites.evaluate_suite import SuiteResult
@@ -212,19 +213,12 @@ def _read_lines(path: Path, folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{folder}: no {path.name}; expected a folder that `inform-rm evaluate --output` wrote.")
     lines = []
-    # Ids may hold any other line separator of Unicode: a line ends at \n only.
-    for number, text in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not text:
-            continue
-        try:
-            line = json.loads(text)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error}). Evaluate again.") from error
+    for number, line in open_file(path)[1]:
         if not isinstance(line, dict):
-            raise InputError(f"{path}, line {number}: expected an object. Evaluate again.")
+            raise InputError(
+                f"{path}, line {number}: {line if isinstance(line, str) else 'no object.'} Evaluate again."
+            )
         lines.append(line)
-    if not lines:
-        raise InputError(f"{path}: no rows.")
     return lines
 
 

@@ -1,6 +1,5 @@
 """Does a policy exploit its reward model? Latents of its responses against those of a reference."""
 
-import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from inform_rm.data.columns import Reading, log_reading
@@ -23,7 +20,7 @@ from inform_rm.eval.detection.outliers import auto_eps, null_rank, split_half_nu
 from inform_rm.eval.detection.report import REFERENCE, DetectionResult
 from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.eval.detection.statistic import STATISTICS, Statistic
-from inform_rm.eval.frame import Frame
+from inform_rm.eval.frame import Frame, parquet, settings_of
 from inform_rm.eval.sources import warn_of_left_out
 from inform_rm.scoring.score_files import encoded_or_faults
 from inform_rm.scoring.scorer import RewardScorer
@@ -38,11 +35,9 @@ def detect(
     candidates: "Source | Sequence[Source] | Mapping[str, Source]",
     output: str | Path | None = None,
     *,
-    settings: DetectionSettings = DetectionSettings(),  # noqa: B008 (it cannot be changed)
     tokenizer: Any = None,
-    columns: Mapping[str, str] | None = None,
     progress: bool = True,
-    **scorer_options: Any,
+    **options: Any,
 ) -> DetectionResult:
     """Compare the latents of candidate responses with those of a reference (arXiv:2402.09345, arXiv:2510.13694).
 
@@ -58,28 +53,25 @@ def detect(
         candidates: responses of the policy under test: one such set, several in order (one for each checkpoint), or
             several by name.
         output: folder for the results; ``None`` only returns them.
-        settings: of the comparison.
         tokenizer: see `RewardScorer`.
-        columns: which columns are prompt, response, system and history: see `inform_rm.data.columns.Columns.of`.
         progress: show progress bars.
-        scorer_options: keywords of `RewardScorer`.
+        options: fields of `inform_rm.eval.detection.settings.DetectionSettings` (``columns``, ``alpha``, ``eps``,
+            ``on_bad_row``, ``max_responses``, ``seed``, ...) and keywords of `RewardScorer`.
+
+    Returns:
+        The statistics of each candidate, and what they are by chance.
 
     Raises:
         InputError: on bad or too few responses, one prompt only, or wrong arguments.
-
-    Example:
-        >>> result = detect("runs/first", before, {"step 100": after})  # doctest: +SKIP
-        >>> result.candidates[0]["mop"], result.candidates[0]["mop_null_rank"]  # doctest: +SKIP
     """
+    settings, scorer_options = settings_of(DetectionSettings, options)
     sources = {REFERENCE: reference, **_named(candidates)}
-    for name in scorer_options.keys() & asdict(settings).keys():
-        raise InputError(f"{name}: a setting of the comparison. Pass settings=DetectionSettings({name}=...).")
     stopping = CSIEarlyStopping(settings.max_change_ratio)
     frame = Frame(model, output, tokenizer, scorer_options, progress)
     rows: dict[str, list[ScoreRow]] = {}
     about: dict[str, dict[str, Any]] = {}
     for name, source in sources.items():
-        rows[name], about[name] = _read(frame.scorer, source, name, columns, settings)
+        rows[name], about[name] = _read(frame.scorer, source, name, settings)
         warn_of_left_out({"source": _label(name, source), **about[name]})
     _check_size(_label(REFERENCE, reference), len(rows[REFERENCE]), settings)
     latents = {name: _latents(frame, part) for name, part in rows.items()}
@@ -110,9 +102,10 @@ def detect(
             values |= {f"{key}_null_rank": null_rank(values[key], by_chance) for key, by_chance in null.items()}
             found[name] |= {**values, "stop": stopping.update(values["csi_normalized"])}
     labels = [_label(name, source) for name, source in sources.items()]
-    asked = asdict(settings) | {"reference": labels[0], "candidates": labels[1:], "columns": columns and dict(columns)}
+    asked = {"reference": labels[0], "candidates": labels[1:], **asdict(settings)}
+    del asked["seed"]  # it has a place of its own
     result = DetectionResult(
-        **frame.described(asked, asked.pop("seed")),
+        **frame.described(asked, settings.seed),
         kind=latents[REFERENCE].kind,
         dimensions=base.shape[1],
         eps=eps,
@@ -125,9 +118,7 @@ def detect(
     )
     if frame.folder is not None:
         (frame.folder / "steps.png").unlink(missing_ok=True)  # of an earlier call with several candidates
-        buffer = io.BytesIO()
-        pq.write_table(pa.table({**table, **result.places}), buffer)
-        frame.finish(result, {"responses.parquet": buffer.getvalue()})
+        frame.finish(result, {"responses.parquet": parquet({**table, **result.places})})
     return result
 
 
@@ -163,12 +154,12 @@ def _label(name: str, source: Source) -> str:
 
 
 def _read(
-    scorer: RewardScorer, source: Source, name: str, columns: Mapping[str, str] | None, settings: DetectionSettings
+    scorer: RewardScorer, source: Source, name: str, settings: DetectionSettings
 ) -> tuple[list[ScoreRow], dict[str, Any]]:
     """The responses of a set that can be scored, a random subset if one is asked for, and what was left out."""
     reading = Reading()
     label = _label(name, source)
-    read = list(score_rows_or_faults(source, columns, reading))
+    read = list(score_rows_or_faults(source, settings.columns, reading))
     log_reading(label, reading)
     faults = [row for row in read if isinstance(row, RowFault)]
     rows = [row for row in read if isinstance(row, ScoreRow)]

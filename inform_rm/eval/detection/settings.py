@@ -1,6 +1,7 @@
 """Settings of `inform_rm.detect`; the command line makes its flags of them. Imports nothing heavy."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ class DetectionSettings:
     """How latents of candidates are compared with those of a reference.
 
     Attributes:
+        columns: which columns are prompt, response, system and history: see `inform_rm.data.columns.Columns.of`.
         eps: radius of DBSCAN, see `inform_rm.eval.detection.clusters.cluster_separation_index`; ``"auto"`` takes one
             radius from the reference, for all candidates and the null.
         min_samples: see there.
@@ -41,6 +43,7 @@ class DetectionSettings:
         InputError: a value out of range, by name.
     """
 
+    columns: Mapping[str, str] | None = _setting(None)
     eps: float | str = _setting("auto", "radius of DBSCAN, or 'auto'")
     min_samples: int = _setting(5, "of DBSCAN", least=1)
     noise: str = _setting("cluster", "what DBSCAN's noise counts as", choices=NOISE_POLICIES)

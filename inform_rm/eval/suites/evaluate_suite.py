@@ -16,8 +16,7 @@ from inform_rm.data.pairs import BadRow
 from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.data.sources import Sources
 from inform_rm.errors import InputError
-from inform_rm.eval.frame import JOURNAL_FILE, Frame, ModelResult, RowSettings, json_lines, settings_of, unwritten
-from inform_rm.eval.journaled import journaled_rewards
+from inform_rm.eval.frame import Frame, ModelResult, RowSettings, json_lines, settings_of, unwritten
 from inform_rm.eval.sources import add_bad_rows, warn_of_left_out
 from inform_rm.eval.suites import report
 from inform_rm.eval.suites.items import MOST_REASONS, SuiteItem, load_suite_items
@@ -25,7 +24,7 @@ from inform_rm.eval.suites.scores import TIES, ScoredItem
 from inform_rm.eval.suites.summary import item_credits, summarize_suite
 from inform_rm.eval.suites.tables import Suite, suite_named
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.util.journal import RewardJournal, shortest_float
+from inform_rm.util.journal import shortest_float
 from inform_rm.util.page import Page, Table, figure_png
 
 _CHUNK_ITEMS = 1024
@@ -155,22 +154,14 @@ def evaluate_suite(
     for record in (*loaded.sources, {"source": suite, **counts}):
         warn_of_left_out(record)
 
-    named = {"suite": suite, "data": [source["source"] for source in loaded.sources], **settings.to_dict()}
-    described = frame.described(named, settings.seed)
+    described, run = frame.described_with(settings, loaded.sources, suite=suite)
     # Rewards depend neither on ties nor on the seed of the bootstrap.
-    decisive = {name: value for name, value in described["settings"].items() if name != "ties"}
-    run = {"data": [source["fingerprint"] for source in loaded.sources], "settings": decisive}
-    with frame.journal(JOURNAL_FILE, run) as journal:
-        scored = _score(frame, encoded, journal)
+    run["settings"] = {name: value for name, value in run["settings"].items() if name != "ties"}
+    del run["seed"]
+    scored = _score(frame, encoded, run)
     figures = summarize_suite(table, scored, settings.ties, settings.seed, dropped)
     rows = _rows(table, settings.ties, encoded, scored)
-    about: dict[str, Any] = {
-        "title": table.title,
-        "citation": table.citation,
-        "counts": counts,
-        "data": loaded.sources,
-    }
-    result = SuiteResult(**described, **about, **figures, rows=rows)
+    result = SuiteResult(**described, title=table.title, citation=table.citation, counts=counts, **figures, rows=rows)
     frame.finish(result, {"items.jsonl": json_lines(rows)})
     return result
 
@@ -275,7 +266,7 @@ def _fitted(
     return [ids[:keep] + ids[keep + excess :] for ids in sequences]
 
 
-def _score(frame: Frame, encoded: list[EncodedItem], journal: RewardJournal | None) -> list[ScoredItem]:
+def _score(frame: Frame, encoded: list[EncodedItem], run: dict[str, Any]) -> list[ScoredItem]:
     ends = np.cumsum([len(item.sequences) for item in encoded])
 
     def where(entry: int) -> str:
@@ -290,9 +281,7 @@ def _score(frame: Frame, encoded: list[EncodedItem], journal: RewardJournal | No
             lengths = [item.prompt_length for item in group for _ in item.sequences]
             yield [list(ids) for item in group for ids in item.sequences], lengths
 
-    rewards = journaled_rewards(
-        frame.scorer, chunks(), int(ends[-1]), journal, where, description="evaluate", progress=frame.progress
-    )
+    rewards = frame.rewards(chunks(), int(ends[-1]), run, where)
     scored = []
     for end, each in zip(ends, encoded, strict=True):
         values = [shortest_float(value) for value in rewards[end - len(each.sequences) : end]]

@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -188,8 +187,8 @@ def build(backbone_configs, tokenizer):
 
 def test_the_world_end_to_end(build, tmp_path):
     scorers = {"inform": build(1), "other": build(2, "standard")}
-    settings = SimulationSettings(num_prompts=4, num_responses=12, ns=[1, 3, 12], seed=7)
-    result = attack(scorers, tmp_path / "run", settings=settings, progress=False)
+    options = {"num_prompts": 4, "num_responses": 12, "ns": [1, 3, 12], "seed": 7, "progress": False}
+    result = attack(scorers, tmp_path / "run", **options)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "responses.parquet", "curves.png", "result.html", "result.md", "result.json",
     }  # fmt: skip
@@ -217,8 +216,8 @@ def test_the_world_end_to_end(build, tmp_path):
     page = (tmp_path / "run" / "result.html").read_text()
     assert "<img src=" in page and "inform" in page and "http" not in page.partition("<img")[0]
     assert "inform" in result._repr_html_()
-    assert attack(scorers, settings=settings, progress=False) == result
-    other = attack(scorers["inform"], settings=replace(settings, seed=8), progress=False)
+    assert attack(scorers, **options) == result
+    other = attack(scorers["inform"], **options | {"seed": 8})
     assert other.prompts_fingerprint != result.prompts_fingerprint
 
 
@@ -227,8 +226,10 @@ def test_a_language_model_as_policy_and_a_reward_model_as_gold(build, causal_lm_
     proxy.model.save_pretrained(tmp_path / "proxy")
     tokenizer.save_pretrained(tmp_path / "proxy")
     prompts = [f"Name a {word}." for word in WORDS]
-    settings = SimulationSettings(num_responses=16, ns=[1, 4, 16], max_new_tokens=6)
-    options = {"gold": gold, "policy": causal_lm_dir("llama"), "settings": settings, "progress": False}
+    options = {
+        "gold": gold, "policy": causal_lm_dir("llama"), "num_responses": 16, "ns": [1, 4, 16], "max_new_tokens": 6,
+        "progress": False,
+    }  # fmt: skip
     result = attack(str(tmp_path / "proxy"), tmp_path / "run", prompts=prompts, **options)
     table = pq.read_table(tmp_path / "run" / "responses.parquet").to_pydict()
     assert table["gold"] == pytest.approx(gold.score(table["prompt"], table["response"]).tolist(), abs=1e-4)
@@ -240,8 +241,7 @@ def test_a_language_model_as_policy_and_a_reward_model_as_gold(build, causal_lm_
     rows = [{"prompt": prompt, "chosen": "a", "rejected": side} for prompt in prompts for side in "bc"]
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options["settings"] = replace(settings, num_prompts=3)
-    from_data, from_rows = (attack(proxy, data=source, **options) for source in (data, rows))
+    from_data, from_rows = (attack(proxy, data=source, num_prompts=3, **options) for source in (data, rows))
     assert from_data.num_prompts == 3 and from_data.settings == {"data": str(data)}
     assert from_rows.proxies == from_data.proxies and from_rows.settings == {"data": "list in memory"}
 
@@ -297,7 +297,7 @@ def test_prompts_of_the_world_and_of_data(tmp_path):
     assert choose_prompts(data=path) == prompts
     part = choose_prompts(data=[path], num_prompts=5, seed=1)
     assert len(part) == 5 and all(prompt in prompts for prompt in part)
-    result = attack(WorldGold(), data=path, settings=SimulationSettings(5, 8), progress=False)
+    result = attack(WorldGold(), data=path, num_prompts=5, num_responses=8, progress=False)
     assert result.proxies["proxy"]["peak"]["fall"] == 0 and result.ns == [1, 2, 4, 8]
 
 
@@ -322,14 +322,14 @@ class Broken:
         ({"prompts": ["Describe a red fox."] * 2}, r"number 1 .* repeats number 0"),
         ({"prompts": ["Describe a red fox.", " "]}, "prompt: .*only whitespace"),
         (
-            {"prompts": ["Describe a red fox.", "Describe a red wolf."], "settings": SimulationSettings(3, 8)},
+            {"prompts": ["Describe a red fox.", "Describe a red wolf."], "num_prompts": 3},
             "there are 2 .* least 3",
         ),
         ({"prompts": ["Describe a red fox.", "Who was Plato?"]}, "gold: without a gold reward model"),
         ({"prompts": ["a", "b"], "data": "x.jsonl"}, "prompts and data"),
         ({"data": "missing.jsonl"}, "missing.jsonl"),
-        ({"settings": SimulationSettings(20_000, 8)}, "there are .* distinct"),
-        ({"temperature": 0.5}, r"temperature: no setting of RewardScorer.*SimulationSettings"),
+        ({"num_prompts": 20_000}, "there are .* distinct"),
+        ({"temprature": 0.5}, "temprature: no setting"),
         ({"tokenizer": "x"}, "tokenizer: no setting"),
         ({"policy": 3}, "policy: got a int"),
         ({"policy": "/no/such/folder"}, "model: /no/such/folder"),
@@ -342,7 +342,7 @@ class Broken:
 )
 def test_bad_input_is_named(options, message, tmp_path):
     number = None if "prompts" in options else 2
-    arguments = {"proxy": WorldGold(), "settings": SimulationSettings(number, 8), "progress": False, **options}
+    arguments = {"proxy": WorldGold(), "num_prompts": number, "num_responses": 8, "progress": False, **options}
     with pytest.raises(InputError, match=message):
         attack(arguments.pop("proxy"), tmp_path / "run", **arguments)
     assert not (tmp_path / "run" / "result.json").exists()
@@ -385,7 +385,7 @@ def test_a_model_that_gives_nan_is_named_with_its_response(build):
     scorer = build(1)
     torch.nn.init.constant_(list(scorer.model.score.parameters())[-1], math.nan)
     with pytest.raises(NonFiniteRewardError, match=r"proxy: the response .* to prompt"):
-        attack(scorer, settings=SimulationSettings(2, 2), progress=False)
+        attack(scorer, num_prompts=2, num_responses=2, progress=False)
 
 
 @pytest.mark.parametrize(

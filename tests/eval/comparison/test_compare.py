@@ -250,8 +250,8 @@ def test_folders_that_hold_no_finished_evaluation_are_refused(folders, tmp_path)
     text = "".join(lines)
     for content, message in (
         ("".join(lines[:-1]), "59 lines for the 60 pairs"),
-        ("".join(lines[:-1]) + lines[-1][:20], "line 60: not JSON"),
-        ("".join(lines[:-1]) + "3\n", "line 60: expected an object"),
+        ("".join(lines[:-1]) + lines[-1][:20], "line 60: broken JSON"),
+        ("".join(lines[:-1]) + "3\n", "line 60: no object"),
         (text.replace('"chosen_reward"', '"reward"', 1), "line 1: no field 'chosen_reward'"),
         (
             "".join(lines).replace('"rejected_reward": 1.0', '"rejected_reward": NaN', 1),
@@ -261,7 +261,7 @@ def test_folders_that_hold_no_finished_evaluation_are_refused(folders, tmp_path)
             "".join(lines).replace("data.jsonl", "else.jsonl", 1),
             "source 'else.jsonl', which result.json does not name",
         ),
-        ("", "no rows"),
+        ("", "the file is empty"),
     ):
         (folders["two"] / "pairs.jsonl").write_text(content)
         with pytest.raises(InputError, match=message):
