@@ -265,13 +265,14 @@ class Frame:
         """
         rewards = np.full(num_responses, np.nan, dtype=np.float32)
         first = 0
-        with (
-            self.journal(JOURNAL_FILE, run) as journal,
-            tqdm(total=num_responses, unit="response", desc="evaluate", disable=not self.progress) as bar,
-        ):
+        with contextlib.ExitStack() as stack:
+            journal = stack.enter_context(self.journal(JOURNAL_FILE, run))
             for entry, reward, _ in () if journal is None else journal.finished():
                 rewards[entry] = reward
-            bar.update(int(np.isfinite(rewards).sum()))
+            done = int(np.isfinite(rewards).sum())
+            bar = stack.enter_context(
+                tqdm(total=num_responses, initial=done, unit="response", desc="evaluate", disable=not self.progress)
+            )
             for sequences, prompt_lengths in chunks:
                 todo = [place for place in range(len(sequences)) if np.isnan(rewards[first + place])]
                 left = [sequences[place] for place in todo], [prompt_lengths[place] for place in todo]

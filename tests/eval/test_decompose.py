@@ -88,7 +88,8 @@ def test_gaps_and_shares_follow_from_rewards_computed_one_by_one(scorer, data, t
     assert {path.name for path in output.iterdir()} == {
         "pairs.parquet", "spread.png", "plane.png", "result.md", "result.html", "result.json"
     }  # fmt: skip
-    assert json.loads((output / "result.json").read_text())["response_decides"] == result.response_decides
+    assert json.loads((output / "result.json").read_text()) == result.to_dict()
+    assert "Prompt-free" in result._repr_html_() and len(result.figure().axes) == 2
 
 
 def test_a_model_that_does_not_see_the_prompt(model, tokenizer, data):

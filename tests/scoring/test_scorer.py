@@ -583,10 +583,10 @@ def test_every_format_gives_the_same_rewards(scorer, tmp_path):
         tmp_path / "d.parquet",
     )
     rewards = []
-    for name in ("a.jsonl", "b.jsonl.gz", "c.csv", "d.parquet"):
-        score_file(scorer, tmp_path / name, tmp_path / "out.jsonl", progress=False)
+    for source in (*(tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.csv", "d.parquet")), rows):
+        score_file(scorer, source, tmp_path / "out.jsonl", progress=False)
         rewards.append([item["reward"] for item in read_jsonl(tmp_path / "out.jsonl")])
-    assert rewards[0] == rewards[1] == rewards[2] == rewards[3]
+    assert all(part == rewards[0] for part in rewards[1:])
     assert len(set(rewards[0])) == 5
 
 

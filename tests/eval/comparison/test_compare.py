@@ -170,6 +170,7 @@ def test_a_suite_gives_published_scores_sections_and_length_control_of_pairs_onl
     result = compare([one, two], tmp_path / "out", num_resamples=50)
     groups = {(group["level"], group["name"]): group["models"] for group in result.groups}
     # Each section has one subset: a table of the subsets would say the same again.
+    assert "one and two on rewardbench" in result._repr_html_()
     assert list(groups) == [("all", "all"), ("section", "Chat"), ("section", "Safety"), ("section", "Ties")]
     assert result.models["one"]["score"] == 0.75 and result.models["two"]["score"] is None
     assert result.models["two"]["sections"] == {"Chat": 0.5, "Ties": 0.7}

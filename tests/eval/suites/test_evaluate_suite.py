@@ -155,6 +155,9 @@ def test_files_hold_the_result_and_say_what_is_missing(scorer, pairs_file, tmp_p
         assert "Reasoning: hep-go 6 of 164 items" in text and "math-prm" in text
     assert "<img" in (folder / "result.html").read_text() and "http" not in (folder / "result.html").read_text()
     assert (folder / "sections.png").read_bytes().startswith(b"\x89PNG")
+    assert "RewardBench" in result._repr_html_() and "math-prm" in result._repr_html_()
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    assert evaluate_suite(scorer, "rewardbench", rows, progress=False).subsets == result.subsets
 
 
 def test_a_whole_suite_has_a_score_everywhere(scorer, tmp_path):
