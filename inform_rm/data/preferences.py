@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from datasets import Dataset, Features, Value
 
 from inform_rm.data.columns import Columns, Reading
 from inform_rm.data.pairs import LOOKED_AT_ROWS, BadRow, PreferencePair, pair_or_fault, with_layout
+from inform_rm.data.records import Records
 from inform_rm.data.sources import open_parts, parse_source, source_name
 from inform_rm.errors import InputError
 
@@ -79,13 +80,37 @@ def load_preferences(
         BadRow: The first bad row, under ``"error"``.
         InputError: Missing, unreadable or empty source, unknown format, a wrong mapping of columns, or no usable row.
     """
+    parts = open_parts(source, revision=revision)
+    name = source_name(parse_source(source).name)
+    return read_preferences(parts, str(source), name, columns=columns, on_bad_row=on_bad_row)
+
+
+def read_preferences(
+    parts: Sequence[tuple[str, Records]],
+    source: str,
+    name: str,
+    *,
+    columns: Columns | Mapping[str, str] | None = None,
+    on_bad_row: str = "error",
+) -> PreferenceData:
+    """Read and check rows of whatever origin, as `load_preferences` does.
+
+    Args:
+        parts: name for messages and numbered rows of each part, see `inform_rm.data.sources.open_parts`.
+        source: what all of them are called in messages.
+        name: stands for rows without ``subset`` and in the ids of rows without ``id``.
+        columns: see `load_preferences`.
+        on_bad_row: see `load_preferences`.
+
+    Raises:
+        BadRow: The first bad row, under ``"error"``.
+        InputError: a wrong mapping of columns, or no usable row.
+    """
     if on_bad_row not in ("error", "skip"):
         raise InputError(f"on_bad_row: got {on_bad_row!r}; expected 'error' or 'skip'.")
-    parts = open_parts(source, revision=revision)
     head = list(itertools.islice(parts[0][1], LOOKED_AT_ROWS))
     columns = with_layout(Columns.of(columns), head)
     first = parts[0][0], itertools.chain(head, parts[0][1])
-    name = source_name(parse_source(source).name)
     bad_rows: list[BadRow] = []
     digest = hashlib.sha256()
     reading = Reading()
@@ -103,7 +128,7 @@ def load_preferences(
                     yield pair
 
     dataset = _write_arrow(pairs(), digest)
-    reading.check_given(columns, str(source))
+    reading.check_given(columns, source)
     if not len(dataset):
         if bad_rows:
             first_of = {bad.reason: bad for bad in reversed(bad_rows)}  # one line for what all rows have in common
