@@ -32,6 +32,7 @@ class InfoRMConfig(PretrainedConfig):
             authors' released code, which averages mean and log variance over dimensions first. A ``beta`` tuned for
             one does not suit the other.
         architecture: ``"inform"``, or ``"standard"`` for one linear reward head and no bottleneck (the baseline).
+        loss_type: the pair loss that the model was trained with, a name of `inform_rm.training.losses.PAIR_LOSSES`.
         head_bias: whether the head of ``"standard"`` adds a constant, as the value heads of TRL and LLaMA-Factory do.
 
     Raises:
@@ -57,6 +58,7 @@ class InfoRMConfig(PretrainedConfig):
         kl_reduction: str = "sum",
         architecture: str = "inform",
         head_bias: bool = False,
+        loss_type: str = "bradley_terry",
         **kwargs: Any,
     ):
         self.latent_dim = latent_dim
@@ -65,6 +67,7 @@ class InfoRMConfig(PretrainedConfig):
         self.kl_reduction = kl_reduction
         self.architecture = architecture
         self.head_bias = head_bias
+        self.loss_type = loss_type
         self._check_settings()
         if text_config is None:
             text_config = {}

@@ -8,6 +8,7 @@ import copy
 import inspect
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,19 +81,31 @@ def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin:
         >>> bradley_terry_loss(torch.tensor([1.0]), torch.tensor([1.0]))
         tensor(0.6931)
     """
+    return -functional.logsigmoid(pair_gaps(chosen_rewards, rejected_rewards, margin)).mean()
+
+
+def pair_gaps(chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor | None = None) -> Tensor:
+    """``r_w - r_l - margin`` of each pair, ``(B,)``, at least float32: what every loss on pairs is a function of.
+
+    Args:
+        chosen_rewards: ``(B,)`` or ``(B, 1)`` rewards of the preferred responses.
+        rejected_rewards: rewards of the other responses, same shape.
+        margin: by how much the chosen reward should win, one number per pair; ``None`` means 0.
+
+    Raises:
+        ValueError: if the numbers of rewards (or margins) differ.
+    """
     if chosen_rewards.shape != rejected_rewards.shape:
         raise ValueError(
             f"chosen_rewards has shape {tuple(chosen_rewards.shape)} and rejected_rewards "
             f"{tuple(rejected_rewards.shape)}; expected the same shape, one reward per response of each pair."
         )
-    difference = _at_least_float32(chosen_rewards).flatten() - _at_least_float32(rejected_rewards).flatten()
-    if margin is not None:
-        if margin.numel() != difference.numel():
-            raise ValueError(
-                f"margin has {margin.numel()} values for {difference.numel()} pairs; expected one a pair."
-            )
-        difference = difference - margin.to(difference).flatten()
-    return -functional.logsigmoid(difference).mean()
+    gaps = _at_least_float32(chosen_rewards).flatten() - _at_least_float32(rejected_rewards).flatten()
+    if margin is None:
+        return gaps
+    if margin.numel() != gaps.numel():
+        raise ValueError(f"margin has {margin.numel()} values for {gaps.numel()} pairs; expected one a pair.")
+    return gaps - margin.to(gaps).flatten()
 
 
 class RewardLinear(nn.Linear):
@@ -219,6 +232,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
     config_class = InfoRMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _loss_function: "Callable[..., Tensor] | None" = None
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -385,7 +399,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
             inputs_embeds: ``(B, T, H)`` in place of ``input_ids``.
             margin: ``(B / 2,)``, used with ``return_loss``.
             return_loss: rows are chosen responses (first half) and rejected ones (second half, same order); compute
-                ``-log sigmoid(r_w - r_l - margin) + beta * (kl_w + kl_l)``, mean over pairs (eq. 25).
+                `loss_function` ``+ beta * (kl_w + kl_l)``, mean over pairs (eq. 25).
             reward_samples: at least 2; ``logits`` becomes the mean over that many draws of the latent and
                 ``reward_std`` their standard deviation.
             packed_segments: handed to the backbone's attention, for rows that hold several sequences
@@ -451,7 +465,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                     f"return_loss needs chosen and rejected rows in equal number, got {len(rewards)} rows."
                 )
             chosen, rejected = rewards.chunk(2)
-            loss = bradley_terry_loss(chosen, rejected, margin)
+            loss = self.loss_function(chosen, rejected, margin)
             if kl is not None:
                 loss = loss + self.config.beta * 2.0 * kl.mean()  # the mean over pairs of kl_w + kl_l
         output = InfoRMOutput(
@@ -463,6 +477,27 @@ class InfoRMForSequenceClassification(PreTrainedModel):
             reward_std=reward_std,
         )
         return output.to_tuple() if return_dict is False else output
+
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """The pair loss of ``return_loss``: Bradley-Terry, or what was assigned.
+
+        A model that was trained with another one (``config.loss_type``) does not know its function: assign it
+        (``inform_rm.training.losses.PAIR_LOSSES``).
+
+        Raises:
+            ValueError: the config names another loss and none was assigned.
+        """
+        if self._loss_function is None and self.config.loss_type != "bradley_terry":
+            raise ValueError(
+                f"return_loss: the model was trained with loss_type={self.config.loss_type!r}, whose function is not "
+                "part of it. Assign it: model.loss_function = inform_rm.training.losses.PAIR_LOSSES[...]."
+            )
+        return self._loss_function or bradley_terry_loss
+
+    @loss_function.setter
+    def loss_function(self, function: Callable[..., Tensor]) -> None:
+        self._loss_function = function
 
     def _kl(self, mean: Tensor, log_variance: Tensor) -> Tensor:
         if self.config.kl_reduction == "averaged_moments":

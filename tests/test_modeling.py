@@ -21,6 +21,7 @@ from transformers import (
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.modeling_inform import InfoRMHead, RewardLinear, bradley_terry_loss, kl_to_standard_normal
+from inform_rm.training.losses import hinge_loss
 
 ARCHITECTURES = ["llama", "llama_tied", "mistral", "qwen2", "gpt_neox", "gpt2"]
 
@@ -123,6 +124,18 @@ def test_training_and_loss_refuse_unequal_numbers():
         bradley_terry_loss(torch.zeros(2), torch.zeros(3))
     with pytest.raises(ValueError, match="margin has 3 values for 2 pairs"):
         bradley_terry_loss(torch.zeros(2), torch.zeros(2), torch.zeros(3))
+
+
+def test_the_models_own_loss_is_the_one_it_was_trained_with_or_refused(model):
+    batch = padded(rows()[:2], "right")
+    plain = model(**batch, return_loss=True)
+    kl = 2 * model.config.beta * plain.kl.mean()
+    model.config.loss_type = "hinge"
+    with pytest.raises(ValueError, match=r"loss_type='hinge'.*model\.loss_function"):
+        model(**batch, return_loss=True)
+    model.loss_function = hinge_loss
+    expected = hinge_loss(*plain.logits.chunk(2)) + kl
+    torch.testing.assert_close(model(**batch, return_loss=True).loss, expected)
 
 
 def test_score_module_maps_every_position(model):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
+from inform_rm.training.losses import PAIR_LOSSES
 from inform_rm.util.intervals import expected_calibration_error
 
 
@@ -53,12 +54,13 @@ def metrics_from_sums(sums: Tensor, has_kl: bool) -> dict[str, float]:
     return metrics
 
 
-def compute_eval_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def compute_eval_metrics(prediction: EvalPrediction, loss_type: str = "bradley_terry") -> dict[str, float]:
     """Metrics of an evaluation's gathered rows.
 
-    The loss is the Bradley-Terry part alone, so that it compares models with and without a bottleneck.
+    The loss, ``{loss_type}_loss``, is the pair loss alone, so that it compares models with and without a bottleneck.
 
     Args:
+        loss_type: a name of `inform_rm.training.losses.PAIR_LOSSES`.
         prediction: ``predictions`` ``(N, 3)``: chosen reward, rejected reward and ``KL_w + KL_l`` (NaN in every row
             of a standard reward model); ``label_ids`` ``(N,)``: margin targets.
     """
@@ -67,7 +69,7 @@ def compute_eval_metrics(prediction: EvalPrediction) -> dict[str, float]:
     has_kl = not bool(kl.isnan().all())
     margins = (chosen - rejected).numpy()
     return {
-        "bradley_terry_loss": float(np.logaddexp(0.0, np.asarray(prediction.label_ids, np.float64) - margins).mean()),
+        f"{loss_type}_loss": float(PAIR_LOSSES[loss_type](chosen, rejected, torch.as_tensor(prediction.label_ids))),
         **metrics_from_sums(pair_sums(chosen, rejected, kl if has_kl else None), has_kl),
         "calibration_error": expected_calibration_error(margins),
         "num_pairs": len(rows),

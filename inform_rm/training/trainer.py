@@ -167,7 +167,7 @@ class RewardTrainer(Trainer):
         self.can_return_loss = True
         self.label_names: list[str] = []
         self._beta, self._kl_warmup_steps = beta, kl_warmup_steps
-        self._loss_settings = {
+        self._loss_settings: dict[str, Any] = {
             "label_smoothing": label_smoothing,
             "center_rewards_coefficient": center_rewards_coefficient,
         }

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from inform_rm.training.losses import bradley_terry_loss, kl_weight, reward_centering_loss, reward_model_loss
+from inform_rm.training.losses import (
+    PAIR_LOSSES,
+    bradley_terry_loss,
+    kl_weight,
+    reward_centering_loss,
+    reward_model_loss,
+    scaled_bradley_terry_loss,
+)
 
 
 @pytest.fixture
@@ -58,3 +65,39 @@ def test_kl_weight_is_beta_without_warm_up_and_never_falls():
         weights = [kl_weight(step, 10, 0.1, warmup) for step in range(10)]
         assert weights[0] == 0 and weights == sorted(weights) and max(weights) <= 0.1
     assert kl_weight(5, 10, 0.1, 0.25) == 0.1  # 2.5 steps without, 2.5 steps of rise
+
+
+# Of the gap less the margin, d; and of the gap and the margin where that is a weight.
+BY_HAND = {
+    "bradley_terry": lambda gap, margin: np.log1p(np.exp(margin - gap)),
+    "hinge": lambda gap, margin: np.maximum(0, 1 + margin - gap),
+    "margin_exponential": lambda gap, margin: np.exp(margin - gap),
+    "scaled_bradley_terry": lambda gap, margin: margin * np.log1p(np.exp(-gap)),
+}
+
+
+def test_every_pair_loss_has_its_formula_here():
+    assert set(BY_HAND) == set(PAIR_LOSSES)
+
+
+@pytest.mark.parametrize("loss_type", PAIR_LOSSES)
+def test_a_pair_loss_is_its_formula_smoothed_and_with_kl(loss_type, rewards):
+    chosen, rejected = rewards
+    margin, kl = torch.rand(2, 16, generator=torch.Generator().manual_seed(1)).unbind()
+    gap, by_hand = (chosen - rejected).double().numpy(), BY_HAND[loss_type]
+    expected = by_hand(gap, margin.double().numpy())
+    torch.testing.assert_close(
+        PAIR_LOSSES[loss_type](chosen, rejected, margin).item(), expected.mean(), rtol=1e-5, atol=0
+    )
+    # Swapped labels: the gap less the margin, or the gap that the margin weighs, changes its sign.
+    weighs = loss_type == "scaled_bradley_terry"
+    swapped = by_hand(-gap, margin.double().numpy() if weighs else -margin.double().numpy())
+    whole = reward_model_loss(
+        chosen, rejected, kl, kl, loss=PAIR_LOSSES[loss_type], beta=0.5, margin=margin, label_smoothing=0.2
+    )
+    total = 0.8 * expected.mean() + 0.2 * swapped.mean() + kl.mean().item()
+    assert whole.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_without_margins_the_weighted_loss_is_bradley_terry(rewards):
+    torch.testing.assert_close(scaled_bradley_terry_loss(*rewards), bradley_terry_loss(*rewards))

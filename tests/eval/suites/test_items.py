@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from inform_rm.data.pairs import BadRow
 from inform_rm.errors import InputError
+from inform_rm.eval.suites import items as suite_items
 from inform_rm.eval.suites.items import load_suite_items
 from inform_rm.eval.suites.tables import SUITES
-from inform_rm.eval.suites.tables import items as suite_items
 
 USER = [{"role": "user", "content": "Why?"}]
 
