@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from inform_rm.data.columns import log_reading
 from inform_rm.data.encoding import encode_pairs
@@ -34,8 +34,12 @@ _DECIDING_FILES = (
 )  # fmt: skip
 
 
-# How rows that were passed as an object are called, in place of a file.
-IN_MEMORY = {"data": "train_dataset (in memory)", "eval_data": "eval_dataset (in memory)"}
+ARGUMENTS = {"data": "train_dataset", "eval_data": "eval_dataset"}  # setting -> argument of the trainer
+
+
+def in_memory(setting: str) -> str:
+    """How rows that were passed as an object are called, in place of a file; no Hub dataset can be called so."""
+    return f"{ARGUMENTS[setting]} (in memory)"
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,8 @@ def _encode(
         if isinstance(source, str):
             name, loaded = source, load_preferences(source, **reading)
         else:
-            name = IN_MEMORY[argument]
-            loaded = read_preferences([(name, enumerate(source, start=1))], name, name.split()[0], **reading)
+            name = in_memory(argument)
+            loaded = read_preferences([(name, enumerate(source, start=1))], name, ARGUMENTS[argument], **reading)
         log_reading(name, loaded.reading)
         readings[name] = loaded.reading.to_dict()
         bad_rows += [str(row) for row in loaded.bad_rows]

@@ -146,8 +146,8 @@ def choose_batching(model: Any, args: RewardTrainingArguments) -> str:
         reason = "one process drives several GPUs; start it with accelerate launch"
     elif args.neftune_noise_alpha:
         reason = "the noise of neftune_noise_alpha depends on a row's length"
-    elif args.torch_compile:
-        reason = "torch_compile would compile each row's shape anew"
+    elif model.config.model_type != "inform":
+        reason = f"the model is a {type(model).__name__}, whose forward takes no packed rows"
     else:
         reason = why_not_packed(model)
     if reason is not None:

@@ -6,7 +6,7 @@ import enum
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -129,7 +129,7 @@ def arguments_from_mapping(
             accepted[key] = _convert(value, hints[key])
         except ValueError as error:
             faults.append(f"{key}: {error}")
-    faults += [f"missing setting {name!r} ({text})" for name, text in _REQUIRED.items() if name not in named]
+    faults += missing_settings(named)
     if "data" in accepted and not accepted["data"]:
         faults.append("data is empty: name at least one file, dataset folder or Hub id")
     if faults:
@@ -140,6 +140,11 @@ def arguments_from_mapping(
         return RewardTrainingArguments(**accepted)
     except InputError as error:
         raise InputError(f"{origin}: {error}") from None
+
+
+def missing_settings(given: Collection[str]) -> list[str]:
+    """What a run from settings needs and is not there, in words."""
+    return [f"missing setting {name!r} ({text})" for name, text in _REQUIRED.items() if name not in given]
 
 
 def read_arguments(path: str | Path | None, overrides: Mapping[str, Any]) -> RewardTrainingArguments:
