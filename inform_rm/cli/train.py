@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from inform_rm.cli.flags import accuracy_line, print_once
 from inform_rm.errors import InputError
 from inform_rm.training.arguments import GROUPS, OFTEN_USED, our_settings
 
@@ -35,15 +36,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     args = read_arguments(config, flags)
     from inform_rm import train
-    from inform_rm.util.processes import is_main_process
 
     result = train(args)
-    if is_main_process():
-        if (found := result["evaluation"]) is not None:
-            low, high = found["accuracy_interval"]
-            interval = f"95 % interval {low:.4f} to {high:.4f}"
-            print(f"accuracy {found['accuracy']:.4f} on {found['num_pairs']} pairs ({interval})")
-        print(f"model: {args.output_dir}")
+    measured = [] if result["evaluation"] is None else [accuracy_line(result["evaluation"])]
+    print_once(*measured, f"model: {args.output_dir}")
 
 
 def read_flags(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:

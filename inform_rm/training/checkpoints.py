@@ -116,7 +116,7 @@ def check_resume(
 ) -> None:
     """Refuse to continue a run under what would change its result; write down what a new run has.
 
-    Settings that decide nothing (see `inform_rm.training.config`) may change, and so may the spelling of a path. Other
+    Settings that decide nothing (see `inform_rm.training.arguments`) may change, and so may the spelling of a path. Other
     versions of the libraries are named in a warning: whether they change the result cannot be known here.
 
     Args:
