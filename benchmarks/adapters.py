@@ -30,13 +30,13 @@ def measure(model_folder: str, mode: str, steps: int, output: Path) -> dict[str,
     from transformers import set_seed
 
     from inform_rm.data.tokenizer import load_tokenizer
-    from inform_rm.training.config import TrainingConfig
+    from inform_rm.training.reward_arguments import RewardTrainingArguments
     from inform_rm.training.models import add_adapters, load_model
     from inform_rm.training.run import _training_arguments
     from inform_rm.training.trainer import PairCollator, RewardTrainer
 
-    config = TrainingConfig(
-        model=model_folder, data=("generated",), output=str(output), max_steps=steps, save_steps=steps,
+    config = RewardTrainingArguments(
+        model=model_folder, data=("generated",), output_dir=str(output), max_steps=steps, save_steps=steps,
         per_device_train_batch_size=4, gradient_accumulation_steps=1, logging_steps=1, use_cpu=True,
         learning_rate=1e-4, batching="padded", **MODES[mode],
     )  # fmt: skip

@@ -28,13 +28,13 @@ import itertools, json, resource, sys, time
 start = time.perf_counter()
 from torch.utils.data import DataLoader
 from inform_rm.data.tokenizer import load_tokenizer
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.stream_sources import open_stream
 from inform_rm.training.streaming import PairStream
 from inform_rm.training.trainer import PackedPairCollator
 model, data, template = sys.argv[1:4]
 pairs, workers, skipped, processes = map(int, sys.argv[4:])
-config = TrainingConfig(model=model, data=(data,), output="unused", max_length=1024, streaming=True, max_steps=1,
+config = RewardTrainingArguments(model=model, data=(data,), output_dir="unused", max_length=1024, streaming=True, max_steps=1,
                         dataloader_num_workers=workers)
 tokenizer = load_tokenizer(model, chat_template=template)
 loaded = time.perf_counter()

@@ -25,6 +25,7 @@ from inform_rm.training.reward_arguments import (
     RewardTrainingArguments,
     deciding_settings,
     settings_of,
+    usual_settings,
     with_our_names,
 )
 from inform_rm.util.checkpoints import checkpoint_step, complete_checkpoints, is_complete
@@ -171,7 +172,7 @@ def _changed(args: RewardTrainingArguments, before: dict[str, Any], now: dict[st
     """What decides the result and is not as it was, in words."""
     changed = []
     contents, contents_before = now["contents"], before.get("contents") or {}
-    usual = RewardTrainingArguments().to_dict()
+    usual = usual_settings()
     for name in deciding_settings(args):
         was, value = before.get(name, usual[name]), now.get(name, usual[name])
         if name in contents:

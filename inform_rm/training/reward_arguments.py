@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
 from inform_rm.errors import InputError, shown
@@ -33,6 +34,10 @@ _OTHER_NAMES = {
     "model_name_or_path": "model", "model_revision": "revision", "torch_dtype": "dtype", "dataset_name": "data",
     "dataset_streaming": "streaming", "output": "output_dir",
 }  # fmt: skip
+
+
+# What TrainingArguments finds out itself, and a secret.
+_OF_THIS_PLACE = ("disable_tqdm", "dataloader_pin_memory", "do_eval", "local_rank", "_n_gpu", "hub_token")
 
 
 @dataclass(repr=False)
@@ -77,12 +82,30 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):
 
 def settings_of(args: RewardTrainingArguments) -> dict[str, Any]:
     """What a run records, ready for JSON and YAML: our settings, and those of TrainingArguments that were set."""
-    now, usual = args.to_dict(), RewardTrainingArguments().to_dict()
+    now, usual = args.to_dict(), usual_settings()
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in now.items()
-        if name in our_settings() or name in _REQUIRED or (value != usual[name] and not name.startswith("_"))
+        if name in our_settings() or name in _REQUIRED or (value != usual[name] and name not in _OF_THIS_PLACE)
     }
+
+
+def usual_settings() -> dict[str, Any]:
+    """The defaults, as `RewardTrainingArguments.to_dict` gives them.
+
+    Not read from new arguments: making some resets the state that Accelerate keeps of a training under way.
+    """
+    defaults = {
+        spec.name: spec.default_factory() if callable(spec.default_factory) else spec.default
+        for spec in dataclasses.fields(RewardTrainingArguments)
+    }
+    accelerator = AcceleratorConfig().to_dict()
+    del accelerator["use_configured_state"]  # as TrainingArguments does
+    plain = {name: getattr(value, "value", value) for name, value in defaults.items()}
+    return plain | {
+        "report_to": [], "debug": [], "activation_checkpointing": False, "gradient_checkpointing": False,
+        "accelerator_config": accelerator, "adam_beta2": 0.999,
+    }  # fmt: skip
 
 
 def deciding_settings(args: RewardTrainingArguments) -> list[str]:

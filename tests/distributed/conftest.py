@@ -86,12 +86,12 @@ torch.randn_like = torch.zeros_like
 TRAIN_ALL = """
 import json, os, sys
 from inform_rm.errors import InputError
-from inform_rm.training.config import config_from_mapping
+from inform_rm.training.reward_arguments import arguments_from_mapping
 from inform_rm.training.run import train
 
 for settings in json.load(open(sys.argv[1])):
     try:
-        train(config_from_mapping(settings, "test"))
+        train(arguments_from_mapping(settings, "test"))
     except InputError as error:
         os.write(1, f"REFUSED {error}\\n".encode())
 """

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inform_rm.training.config import config_from_mapping
+from inform_rm.training.reward_arguments import arguments_from_mapping
 from inform_rm.training.run import train
 
 pytestmark = pytest.mark.distributed
@@ -67,7 +67,7 @@ def test_two_processes_share_a_pass_of_uneven_files_and_train_as_one(settings, t
 
     # Batches of eight in one process are those of four in both.
     alone = made | {"gradient_accumulation_steps": 2, "output": str(tmp_path / "one")}
-    one = train(config_from_mapping(alone, "test"))
+    one = train(arguments_from_mapping(alone, "test"))
     for name in ("loss", "accuracy", "grad_norm"):
         here, there = ([line[name] for line in r["log_history"] if "loss" in line] for r in (one, two))
         assert there == pytest.approx(here, abs=1e-4), name

@@ -17,7 +17,7 @@ from inform_rm.errors import InputError
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.detection.detect import detect
 from inform_rm.hub.run_report import curves_figure
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 NASTY = "<script>document.title='taken'</script><img src=x onerror=alert(1)>&amp;\"'"
@@ -45,9 +45,9 @@ def pairs_file(folder):
 
 @pytest.fixture(scope="module")
 def config(folder, pairs_file, causal_lm_dir):
-    return TrainingConfig(
+    return RewardTrainingArguments(
         model=str(causal_lm_dir("llama")), data=(str(pairs_file),), eval_data=(str(pairs_file),),
-        output=str(folder / "run"), latent_dim=4, max_steps=4, eval_steps=2, logging_steps=1, save_steps=2,
+        output_dir=str(folder / "run"), latent_dim=4, max_steps=4, eval_steps=2, logging_steps=1, save_steps=2,
         use_cpu=True, per_device_train_batch_size=4, gradient_accumulation_steps=1,
     )  # fmt: skip
 
@@ -55,7 +55,7 @@ def config(folder, pairs_file, causal_lm_dir):
 @pytest.fixture(scope="module")
 def run(config):
     train(config)
-    return config.output
+    return config.output_dir
 
 
 @pytest.fixture(scope="module")

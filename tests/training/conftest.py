@@ -1,15 +1,16 @@
 """Runs that are killed, for tests that continue them."""
 
-import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
 
+from inform_rm.training.reward_arguments import settings_of
+
 KILLED = """
 import json, os, signal, sys
-from inform_rm.training.config import config_from_mapping
+from inform_rm.training.reward_arguments import arguments_from_mapping
 from inform_rm.training.run import train
 from inform_rm.training.trainer import RewardTrainer
 
@@ -21,7 +22,7 @@ def save_then_die(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
 
 RewardTrainer._save_checkpoint = save_then_die
-train(config_from_mapping(json.loads(sys.argv[1]), "test"))
+train(arguments_from_mapping(json.loads(sys.argv[1]), "test"))
 """
 
 
@@ -30,7 +31,7 @@ def train_and_kill(tmp_path):
     """Train in a process of its own, which dies as soon as the checkpoint of the given step is whole."""
 
     def run(config, step):
-        command = [sys.executable, "-c", KILLED, json.dumps(dataclasses.asdict(config)), str(step)]
+        command = [sys.executable, "-c", KILLED, json.dumps(settings_of(config)), str(step)]
         # Workers outlive a killed parent for some seconds and would hold a pipe open.
         with (tmp_path / "log").open("w") as log:
             killed = subprocess.run(command, stdout=log, stderr=log, check=False)

@@ -10,7 +10,7 @@ import pytest
 
 from inform_rm.errors import InputError
 from inform_rm.training import data as training_data
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.data import load_training_pairs
 
 
@@ -28,7 +28,7 @@ def pairs_file(tmp_path):
 
 @pytest.fixture
 def settings(pairs_file):
-    return TrainingConfig(model="unused", data=(str(pairs_file),), output="unused")
+    return RewardTrainingArguments(model="unused", data=(str(pairs_file),), output_dir="unused")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def encodings(cache, monkeypatch):
 
 
 def load(config, tokenizer, max_pairs=None):
-    return load_training_pairs(config, config.data, max_pairs, tokenizer, "data")
+    return load_training_pairs(config, config.data, max_pairs, tokenizer, "data", config.max_length)
 
 
 def test_a_second_run_reads_what_the_first_encoded(settings, tokenizer, pairs_file, encodings):

@@ -13,7 +13,7 @@ from inform_rm.decomposition.prompt_free_gap import decompose_gaps, tempered_wei
 from inform_rm.errors import InputError
 from inform_rm.scoring.scorer import NonFiniteRewardError
 from inform_rm.training import prioritized
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.prioritized import PrioritizedRewardTrainer
 from inform_rm.training.run import train
 
@@ -37,8 +37,8 @@ def pairs_file(tmp_path_factory):
 
 @pytest.fixture
 def settings(causal_lm_dir, pairs_file, tmp_path):
-    return TrainingConfig(
-        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output=str(tmp_path / "run"), latent_dim=8,
+    return RewardTrainingArguments(
+        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output_dir=str(tmp_path / "run"), latent_dim=8,
         objective="prioritized", num_prompts=4, warmup_fraction=0.25, learning_rate=1e-3, max_steps=4,
         per_device_train_batch_size=4, gradient_accumulation_steps=1, logging_steps=1, save_steps=2, use_cpu=True,
     )  # fmt: skip
@@ -115,7 +115,7 @@ def test_gaps_are_those_of_single_forward_passes(settings, seen, tokenizer, weig
     trainer, positions = call["trainer"], call["positions"]
     from inform_rm import InfoRMForSequenceClassification
 
-    model = InfoRMForSequenceClassification.from_pretrained(settings.output)
+    model = InfoRMForSequenceClassification.from_pretrained(settings.output_dir)
     model.load_state_dict(call["weights"])
     dataset = trainer.train_dataset
     generator = prioritized.np.random.default_rng([settings.seed, 0, *positions.tolist()])
@@ -151,7 +151,7 @@ def test_gaps_are_those_of_single_forward_passes(settings, seen, tokenizer, weig
 def test_a_pool_of_one_batch_is_ordinary_training(settings, tmp_path):
     plain = train(dataclasses.replace(settings, objective="bradley_terry", architecture="standard"))
     pooled = train(
-        dataclasses.replace(settings, pool_factor=1, architecture="standard", output=str(tmp_path / "pooled"))
+        dataclasses.replace(settings, pool_factor=1, architecture="standard", output_dir=str(tmp_path / "pooled"))
     )
     losses = [[line["loss"] for line in result["log_history"] if "loss" in line] for result in (plain, pooled)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
@@ -166,7 +166,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, selectio
         pool_factor=2, warmup_fraction=0.1,
     )  # fmt: skip
     whole = train(config)
-    cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
+    cut = dataclasses.replace(config, output_dir=str(tmp_path / "cut"))
     original = PrioritizedRewardTrainer._select
 
     def stops(self, *args):

@@ -14,12 +14,13 @@ from transformers import TrainerState
 
 from inform_rm.errors import InputError
 from inform_rm.training.checkpoints import check_resume
-from inform_rm.training.config import TrainingConfig, deciding_settings, field_types, settings_by_content
+from inform_rm.training.arguments import settings_by_content
+from inform_rm.training.reward_arguments import RewardTrainingArguments, deciding_settings, field_types
 from inform_rm.training.run import train
 from inform_rm.training.stream_sources import open_stream
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
-DECIDES = {spec.name: spec.metadata["decides"] for spec in dataclasses.fields(TrainingConfig)}
+DECIDES = {spec.name: spec.metadata["decides"] for spec in dataclasses.fields(RewardTrainingArguments)}
 ALWAYS_DECIDE = [name for name, decides in DECIDES.items() if decides is True]
 NEVER_DECIDE = [name for name, decides in DECIDES.items() if decides is False]
 DECIDE_WITH = [(name, other) for name, other in DECIDES.items() if isinstance(other, str)]
@@ -43,8 +44,8 @@ def pairs_file(tmp_path_factory):
 @pytest.fixture
 def settings(causal_lm_dir, pairs_file, tmp_path):
     """A run with latent noise that evaluates and saves twice."""
-    return TrainingConfig(
-        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output=str(tmp_path / "run"), latent_dim=8,
+    return RewardTrainingArguments(
+        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output_dir=str(tmp_path / "run"), latent_dim=8,
         learning_rate=1e-3, max_steps=8, per_device_train_batch_size=4, gradient_accumulation_steps=2,
         logging_steps=1, save_steps=3, use_cpu=True, eval_data=(str(pairs_file),), eval_steps=3, overwrite=True,
         save_total_limit=None,
@@ -54,7 +55,7 @@ def settings(causal_lm_dir, pairs_file, tmp_path):
 def train_and_cut(config, folder):
     """Train, and make a copy of the run as a kill after its first checkpoint would have left it."""
     train(config)
-    shutil.copytree(config.output, folder)
+    shutil.copytree(config.output_dir, folder)
     for name in ("checkpoints/checkpoint-6", "checkpoints/checkpoint-8"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("train_result.json", "model.safetensors"):
@@ -82,7 +83,7 @@ def test_settings_that_decide_nothing_may_change_and_change_nothing(settings, tm
     expected = json.loads((tmp_path / "run" / "train_result.json").read_text())
     resumed = train(dataclasses.replace(settings, **changes))
     assert resumed["resumed_from_step"] == 3
-    first, second = weights(settings.output), weights(changes["output"])
+    first, second = weights(settings.output_dir), weights(changes["output"])
     assert all(torch.equal(first[name], second[name]) for name in first)
     # The new intervals are those of the rest of the run, and not the checkpoint's.
     assert sorted(lines(expected, "loss")) == [*range(1, 9)] and sorted(lines(resumed, "loss")) == [1, 2, 3, 4, 6, 8]
@@ -95,18 +96,18 @@ def test_a_batch_may_be_split_otherwise_after_an_interruption(settings, tmp_path
     """Each pair keeps its latent noise, whatever forward pass it is part of."""
     cut = train_and_cut(settings, tmp_path / "cut")
     expected = json.loads((tmp_path / "run" / "train_result.json").read_text())
-    resumed = train(dataclasses.replace(settings, output=str(cut), overwrite=False, tokens_per_batch=40))
+    resumed = train(dataclasses.replace(settings, output_dir=str(cut), overwrite=False, tokens_per_batch=40))
     assert resumed["resumed_from_step"] == 3
     assert lines(resumed, "loss") == pytest.approx(lines(expected, "loss"), abs=1e-5)
-    first, second = weights(settings.output), weights(cut)
+    first, second = weights(settings.output_dir), weights(cut)
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, atol=1e-4, rtol=0)
 
 
 def test_evaluation_leaves_the_latent_noise_of_training_alone(settings, tmp_path):
     train(settings)
-    train(dataclasses.replace(settings, output=str(tmp_path / "without"), eval_data=()))
-    first, second = weights(settings.output), weights(tmp_path / "without")
+    train(dataclasses.replace(settings, output_dir=str(tmp_path / "without"), eval_data=()))
+    first, second = weights(settings.output_dir), weights(tmp_path / "without")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -125,7 +126,7 @@ def test_paths_may_be_spelt_otherwise(settings, pairs_file, tmp_path, monkeypatc
     }  # fmt: skip
     resumed = train(dataclasses.replace(settings, overwrite=False, **respelt))
     assert resumed["resumed_from_step"] == 3
-    first, second = weights(settings.output), weights(cut)
+    first, second = weights(settings.output_dir), weights(cut)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
