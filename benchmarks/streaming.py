@@ -31,7 +31,7 @@ from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.stream_sources import open_stream
 from inform_rm.training.streaming import PairStream
-from inform_rm.training.trainer import PackedPairCollator
+from inform_rm.training.collators import PackedPairCollator
 model, data, template = sys.argv[1:4]
 pairs, workers, skipped, processes = map(int, sys.argv[4:])
 config = RewardTrainingArguments(model=model, data=(data,), output_dir="unused", max_length=1024, streaming=True, max_steps=1,

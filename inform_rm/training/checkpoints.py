@@ -199,8 +199,7 @@ def _contents(
 
     contents: dict[str, Any] = {
         "data": [
-            fingerprints[source] if args.streaming else content(source, fingerprints[source])
-            for source in args.data
+            fingerprints[source] if args.streaming else content(source, fingerprints[source]) for source in args.data
         ],
         "eval_data": [content(source, eval_fingerprints[source]) for source in args.eval_data],
         "readers": fingerprints.get("streamed to"),

@@ -83,7 +83,11 @@ def _split(argument: str, splits: dict[str, Any], names: tuple[str, ...]) -> Any
 
 
 def load_training_pairs(
-    args: RewardTrainingArguments, sources: Sequence[Any], max_pairs: int | None, tokenizer: Any, argument: str,
+    args: RewardTrainingArguments,
+    sources: Sequence[Any],
+    max_pairs: int | None,
+    tokenizer: Any,
+    argument: str,
     max_length: int | None,
 ) -> TrainingPairs:
     """Read, check and encode all sources, or take the result of an earlier call from the cache.
@@ -122,8 +126,13 @@ def load_training_pairs(
 
 
 def _encode(
-    args: RewardTrainingArguments, sources: Sequence[Any], max_pairs: int | None, tokenizer: Any, augment: bool,
-    max_length: int | None, argument: str,
+    args: RewardTrainingArguments,
+    sources: Sequence[Any],
+    max_pairs: int | None,
+    tokenizer: Any,
+    augment: bool,
+    max_length: int | None,
+    argument: str,
 ) -> TrainingPairs:
     parts: list[Dataset] = []
     fingerprints: dict[str, str] = {}
@@ -161,7 +170,11 @@ def _keeps_text(args: RewardTrainingArguments) -> bool:
 
 
 def _cache_folder(
-    args: RewardTrainingArguments, sources: Sequence[Any], max_pairs: int | None, tokenizer: Any, augment: bool,
+    args: RewardTrainingArguments,
+    sources: Sequence[Any],
+    max_pairs: int | None,
+    tokenizer: Any,
+    augment: bool,
     max_length: int | None,
 ) -> Path | None:
     """Where the pairs of these settings are cached; ``None`` where they must not be, or a source cannot be read."""

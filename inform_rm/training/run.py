@@ -71,9 +71,7 @@ def _leave_quantized_base(trainer: RewardTrainer, output: Path) -> dict[str, Any
     trainer.save_model(str(staging), _internal_call=True)
     trainer.accelerator.wait_for_everyone()
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model: Any = load_adapter_model(
-        staging, dtype=dtype, device=args.device, trust_remote_code=args.trust_remote_code
-    )
+    model: Any = load_adapter_model(staging, dtype=dtype, device=args.device, trust_remote_code=args.trust_remote_code)
     after = sample_rewards(model, pairs, tokenizer, batching)
     if batching == "packed":
         use_packed_attention(model)

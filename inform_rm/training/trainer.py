@@ -39,8 +39,14 @@ from inform_rm.training.half_precision import LostUpdates
 from inform_rm.training.interruption import StopOnSignal
 from inform_rm.training.losses import PAIR_LOSSES, kl_weight, reward_model_loss
 from inform_rm.training.metrics import compute_eval_metrics, metrics_from_sums, pair_sums
-from inform_rm.training.models import add_adapters, check_max_length, check_model, choose_batching, load_model
-from inform_rm.training.models import longest_input
+from inform_rm.training.models import (
+    add_adapters,
+    check_max_length,
+    check_model,
+    choose_batching,
+    load_model,
+    longest_input,
+)
 from inform_rm.training.prioritized import PoolCollator, PoolSelector, pool_selector
 from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
 from inform_rm.training.streaming import EncodedStream, StepsAreTheEpoch, StreamSource, open_stream, stream_of
@@ -96,6 +102,7 @@ class RewardTrainer(Trainer):
         InputError: bad data, a model that is no backbone, settings that contradict each other.
     """
 
+    args: RewardTrainingArguments  # type: ignore[assignment]
     # The loss is a mean over the pairs of a batch, so accumulated batches are averaged.
     loss_is_scaled_for_ga = False
 
@@ -134,7 +141,10 @@ class RewardTrainer(Trainer):
         check_max_length(whole, self.max_length)
         check_vocabulary(tokenizer, whole.config.get_text_config().vocab_size)
         whole.config.pad_token_id = tokenizer.pad_token_id
-        self.batching = choose_batching(whole, args)
+        if data_collator is None:
+            self.batching = choose_batching(whole, args)
+        else:
+            self.batching = "packed" if isinstance(data_collator, PackedPairCollator) else "padded"
         self.peft_config = peft_config
         trained = add_adapters(whole, args, peft_config) if args.lora_r or peft_config is not None else whole
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
@@ -512,11 +522,13 @@ class RewardTrainer(Trainer):
         config = self.accelerator.unwrap_model(self.model).config
         return model_card(config, settings, result)
 
-    def init_hf_repo(self, token: str | None = None) -> None:
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Nothing yet: `push_to_hub` makes the repository, private, when there is something to upload."""
 
-    def push_to_hub(self, commit_message: str | None = "Upload reward model", **kwargs: Any) -> None:
+    def push_to_hub(self, *args: Any, token: str | None = None, **kwargs: Any) -> Any:
         """Upload the model, its tokenizer, code and card as one commit to ``args.hub_model_id``, after a scan of them.
+
+        The commit's message and that a new repository is private are fixed (`inform_rm.hub.export.push_folder`).
 
         Raises:
             InputError: before anything is uploaded: no id, or what must not be uploaded.
@@ -530,7 +542,7 @@ class RewardTrainer(Trainer):
             card = self.card(self.result())
             if self.is_world_process_zero():
                 atomic_write_text(folder / "README.md", card)
-                push_folder(folder, self.args.hub_model_id, token=kwargs.get("token") or self.args.hub_token)
+                push_folder(folder, self.args.hub_model_id, token=token or self.args.hub_token)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)

@@ -22,8 +22,8 @@ from inform_rm.data.preferences import load_preferences
 from inform_rm.errors import InputError
 from inform_rm.scoring.reward_models import checked_max_length, table_length, trained_length
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.models import check_max_length
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 LIMIT = 40

@@ -26,8 +26,8 @@ from inform_rm.eval.detection.latents import collect_latents
 from inform_rm.hub.export import export_model
 from inform_rm.scoring.reward_models import load_reward_model
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.models import load_model
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 ROWS = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 20, 21], [30, 31, 2], [40]]
@@ -118,7 +118,9 @@ def test_a_base_model_with_a_head_and_no_prefix_is_recognised(folder, causal_lm_
 @pytest.mark.parametrize("kind", KINDS)
 def test_standard_training_goes_on_from_the_head(kind, folder, causal_lm_dir, caplog, tmp_path):
     KINDS[kind](folder)
-    config = RewardTrainingArguments(model=str(folder), data=["-"], output_dir="-", architecture="standard", use_cpu=True)
+    config = RewardTrainingArguments(
+        model=str(folder), data=["-"], output_dir="-", architecture="standard", use_cpu=True
+    )
     with caplog.at_level(logging.WARNING):
         model = load_model(config).eval()
     bias = kind in ("TRL", "LLaMA-Factory")

@@ -19,8 +19,8 @@ from inform_rm.hub.export import export_model
 from inform_rm.scoring.adapters import load_adapter_model
 from inform_rm.scoring.packing import why_not_packed
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.models import add_adapters, load_model
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 pytest.importorskip("peft", reason="peft is not installed")
@@ -171,7 +171,9 @@ def test_packed_and_padded_batches_train_alike_with_adapters(settings, tmp_path)
 def test_recomputed_activations_give_the_same_training(settings, tmp_path):
     config = dataclasses.replace(settings, architecture="standard", max_steps=4)
     stored = train(config)
-    recomputed = train(dataclasses.replace(config, gradient_checkpointing=True, output_dir=str(tmp_path / "recomputed")))
+    recomputed = train(
+        dataclasses.replace(config, gradient_checkpointing=True, output_dir=str(tmp_path / "recomputed"))
+    )
     assert losses(recomputed) == pytest.approx(losses(stored), abs=1e-6)
 
 

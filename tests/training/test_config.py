@@ -1,26 +1,29 @@
 """Training settings from YAML and flags: types, faults, round trip."""
 
-import dataclasses
-
 import pytest
 import yaml
 
 from inform_rm.errors import InputError
-from inform_rm.training.reward_arguments import RewardTrainingArguments, arguments_from_mapping, read_arguments
+from inform_rm.training.reward_arguments import (
+    RewardTrainingArguments,
+    arguments_from_mapping,
+    read_arguments,
+    settings_of,
+)
 
-REQUIRED = {"model": "m", "data": ["d.jsonl"], "output": "o"}
+REQUIRED = {"model": "m", "data": ["d.jsonl"], "output_dir": "o"}
 
 
 def test_yaml_and_flags_give_the_same_settings(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("model: m\ndata: d.jsonl\noutput: o\nlearning_rate: 1e-4\nlatent_dim: 64\nbf16: true\n")
+    path.write_text("model: m\ndata: d.jsonl\noutput: o\nlearning_rate: 1e-4\nlatent_dim: 64\nuse_cpu: true\n")
     flags = {
         "model": "m",
         "data": ["d.jsonl"],
-        "output": "o",
+        "output_dir": "o",
         "learning_rate": "1e-4",
         "latent_dim": "64",
-        "bf16": "true",
+        "use-cpu": "true",
     }
     assert read_arguments(path, {}) == read_arguments(None, REQUIRED | flags)
     assert read_arguments(path, {}).learning_rate == 1e-4  # YAML itself reads 1e-4 as text
@@ -33,10 +36,11 @@ def test_flags_win_over_the_file(tmp_path):
 
 
 def test_every_setting_survives_yaml(tmp_path):
-    config = RewardTrainingArguments(**REQUIRED | {"data": ("a", "b")}, max_length=7, beta=0.5, lora_r=4, eval_data=("e",))
+    config = RewardTrainingArguments(
+        **REQUIRED | {"data": ("a", "b")}, max_length=7, beta=0.5, lora_r=4, eval_data=("e",)
+    )
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({key: list(value) if isinstance(value, tuple) else value
-                                    for key, value in dataclasses.asdict(config).items()}))  # fmt: skip
+    path.write_text(yaml.safe_dump(settings_of(config)))
     assert read_arguments(path, {}) == config
 
 
@@ -71,7 +75,7 @@ def test_wrong_setting_is_refused_with_its_name(settings, message):
 
 def test_missing_and_wrong_settings_come_in_one_message():
     with pytest.raises(
-        InputError, match=r"unknown setting 'x'.*latent_dim.*missing setting 'data'.*missing setting 'output'"
+        InputError, match=r"unknown setting 'x'.*latent_dim.*missing setting 'data'.*missing setting 'output_dir'"
     ):
         arguments_from_mapping({"model": "m", "x": 1, "latent_dim": "y"}, "test")
 

@@ -10,8 +10,8 @@ import pytest
 
 from inform_rm.errors import InputError
 from inform_rm.training import data as training_data
-from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.data import load_training_pairs
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 
 
 def pair(number, **fields):

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from inform_rm.errors import InputError
-from inform_rm.training.reward_arguments import RewardTrainingArguments
+from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
 from inform_rm.training.run import train
 from inform_rm.training.trainer import NonFiniteLossError
 from inform_rm.util.checkpoints import complete_checkpoints, is_complete
@@ -184,7 +184,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(settings, tmp_path, fault):
             pytest.skip("root writes into read-only folders, and there is no setpriv to take that away")
         command = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-all", *command]
     run = subprocess.run(
-        [*command, json.dumps(dataclasses.asdict(cut))], capture_output=True, text=True, check=False, timeout=300
+        [*command, json.dumps(settings_of(cut))], capture_output=True, text=True, check=False, timeout=300
     )
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
@@ -200,7 +200,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(settings, tmp_path):
     train(whole)
     cut = dataclasses.replace(whole, output_dir=str(tmp_path / "cut"))
     config = tmp_path / "settings.json"  # JSON is YAML
-    config.write_text(json.dumps(dataclasses.asdict(cut)))
+    config.write_text(json.dumps(settings_of(cut)))
     script = (
         "import os, signal, sys\n"
         "from inform_rm.cli import main\n"

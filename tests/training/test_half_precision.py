@@ -15,8 +15,8 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from inform_rm import InfoRMForSequenceClassification
 from inform_rm.errors import InputError
 from inform_rm.training import half_precision
-from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.half_precision import LostUpdates
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]

@@ -13,8 +13,8 @@ from inform_rm.decomposition.prompt_free_gap import decompose_gaps, tempered_wei
 from inform_rm.errors import InputError
 from inform_rm.scoring.scorer import NonFiniteRewardError
 from inform_rm.training import prioritized
+from inform_rm.training.prioritized import PoolSelector
 from inform_rm.training.reward_arguments import RewardTrainingArguments
-from inform_rm.training.prioritized import PrioritizedRewardTrainer
 from inform_rm.training.run import train
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
@@ -48,7 +48,7 @@ def settings(causal_lm_dir, pairs_file, tmp_path):
 def seen(monkeypatch):
     """Each selection: positions of the pool, gaps as they were estimated, places selected, and the model's weights."""
     calls = []
-    original = PrioritizedRewardTrainer._select
+    original = PoolSelector._select
 
     def record(self, positions, wanted):
         weights = {name: value.clone() for name, value in self._scorer.model.state_dict().items()}
@@ -58,11 +58,11 @@ def seen(monkeypatch):
         selected = original(self, positions, wanted)
         del self._estimate
         calls.append(
-            {"positions": positions, "gaps": estimates, "selected": selected, "weights": weights, "trainer": self}
+            {"positions": positions, "gaps": estimates, "selected": selected, "weights": weights, "selector": self}
         )
         return selected
 
-    monkeypatch.setattr(PrioritizedRewardTrainer, "_select", record)
+    monkeypatch.setattr(PoolSelector, "_select", record)
     return calls
 
 
@@ -70,13 +70,13 @@ def seen(monkeypatch):
 def learnt(monkeypatch):
     """Ids of the pairs of every forward pass with gradient."""
     batches = []
-    original = prioritized.RewardTrainer.training_step
+    original = PoolSelector.batch
 
-    def record(self, model, inputs, *args):
-        batches.append(inputs)
-        return original(self, model, inputs, *args)
+    def record(self, *args):
+        batches.append(original(self, *args))
+        return {**batches[-1]}
 
-    monkeypatch.setattr(prioritized.RewardTrainer, "training_step", record)
+    monkeypatch.setattr(PoolSelector, "batch", record)
     return batches
 
 
@@ -89,7 +89,9 @@ def test_the_smallest_gaps_are_selected_and_only_they_are_learnt(settings, seen,
         (gaps,) = call["gaps"]
         assert len(gaps) == 8 and len(call["selected"]) == 4
         assert call["selected"].tolist() == sorted(gaps.argsort()[:4].tolist())
-        assert not call["trainer"].model.training or call["trainer"].model.score.training  # modes are put back
+        assert (
+            not call["selector"]._scorer.model.training or call["selector"]._scorer.model.score.training
+        )  # modes are put back
     assert len(learnt) == 4
     assert all(len(batch["margin"]) == 4 for batch in learnt)
     for call, line in zip(seen, result["log_history"][1:4], strict=True):
@@ -167,17 +169,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, selectio
     )  # fmt: skip
     whole = train(config)
     cut = dataclasses.replace(config, output_dir=str(tmp_path / "cut"))
-    original = PrioritizedRewardTrainer._select
+    original = PoolSelector._select
 
     def stops(self, *args):
-        if self.state.global_step == 6:
+        if self._step == 6:
             raise KeyboardInterrupt
         return original(self, *args)
 
-    monkeypatch.setattr(PrioritizedRewardTrainer, "_select", stops)
+    monkeypatch.setattr(PoolSelector, "_select", stops)
     with pytest.raises(KeyboardInterrupt):
         train(cut)
-    monkeypatch.setattr(PrioritizedRewardTrainer, "_select", original)
+    monkeypatch.setattr(PoolSelector, "_select", original)
     resumed = train(cut)
     assert resumed["resumed_from_step"] == 5
     for name in ("loss", "prompt_free_gap_selected"):
@@ -200,10 +202,10 @@ def test_gaps_are_used_again_while_they_are_fresh(settings, seen, refresh):
 
 def test_soft_selection_prefers_small_gaps(settings, seen):
     train(dataclasses.replace(settings, selection="soft", max_steps=2, warmup_fraction=0.0))
-    trainer, positions = seen[0]["trainer"], torch.arange(40)
+    selector, positions = seen[0]["selector"], torch.arange(40)
     gaps = torch.linspace(-8, 8, 40, dtype=torch.float64)
-    trainer._prompt_free_gaps = lambda rows: gaps
-    chosen = [prioritized.PrioritizedRewardTrainer._select(trainer, positions + 40 * draw, 10) for draw in range(30)]
+    selector._prompt_free_gaps = lambda rows: gaps
+    chosen = [PoolSelector._select(selector, positions + 40 * draw, 10) for draw in range(30)]
     mean = torch.stack([gaps[places] for places in chosen]).mean().item()
     assert -5.5 < mean < -2  # the ten smallest would give -6.2, any ten 0
     assert len({tuple(places.tolist()) for places in chosen}) > 20

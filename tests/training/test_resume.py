@@ -9,15 +9,15 @@ import typing
 
 import pytest
 import torch
+from inform_rm.training.stream_sources import open_stream
 from safetensors.torch import load_file
 from transformers import TrainerState
 
 from inform_rm.errors import InputError
-from inform_rm.training.checkpoints import check_resume
 from inform_rm.training.arguments import settings_by_content
+from inform_rm.training.checkpoints import check_resume
 from inform_rm.training.reward_arguments import RewardTrainingArguments, deciding_settings, field_types
 from inform_rm.training.run import train
-from inform_rm.training.stream_sources import open_stream
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
 DECIDES = {spec.name: spec.metadata["decides"] for spec in dataclasses.fields(RewardTrainingArguments)}

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from inform_rm.training.stream_sources import hub_shards, open_stream
 from transformers import AutoModelForSequenceClassification
 
 from inform_rm.data.encoding import encode_pairs
@@ -19,7 +20,6 @@ from inform_rm.data.preferences import load_preferences
 from inform_rm.errors import InputError
 from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
-from inform_rm.training.stream_sources import hub_shards, open_stream
 from inform_rm.training.streaming import PairStream, StreamCounts
 
 

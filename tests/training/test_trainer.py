@@ -12,12 +12,12 @@ from transformers import AutoModelForSequenceClassification
 
 from inform_rm.errors import InputError
 from inform_rm.safety.uploads import scan_folder
-from inform_rm.training.reward_arguments import RewardTrainingArguments
+from inform_rm.training.collators import EpochSeededLengthSampler, PackedPairCollator, PairCollator
 from inform_rm.training.data import load_training_pairs
 from inform_rm.training.losses import reward_model_loss
 from inform_rm.training.models import load_model
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
-from inform_rm.training.trainer import EpochSeededLengthSampler, PackedPairCollator, PairCollator
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
 
