@@ -50,7 +50,7 @@ def longest_input(args: RewardTrainingArguments, model: PreTrainedModel | None =
         return args.max_length  # `load_model` says what to do with adapters
     try:
         found = model.config if model is not None else AutoConfig.from_pretrained(
-            args.model, revision=args.revision, trust_remote_code=args.trust_remote_code
+            str(args.model), revision=args.revision, trust_remote_code=args.trust_remote_code
         )  # fmt: skip
         limit = trained_length(found)
     except Exception as error:  # transformers and the Hub raise many types for a bad config
@@ -83,6 +83,7 @@ def load_model(args: RewardTrainingArguments) -> PreTrainedModel:
     Raises:
         InputError: if the model cannot be loaded, is an InfoRM model of another architecture, or cannot be quantised.
     """
+    assert args.model is not None
     hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     loading: dict[str, Any] = {
         **hub,

@@ -41,7 +41,7 @@ _OF_THIS_PLACE = ("disable_tqdm", "dataloader_pin_memory", "do_eval", "local_ran
 
 
 @dataclass(repr=False)
-class RewardTrainingArguments(RewardArguments, TrainingArguments):
+class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: ignore[misc]  # None is resolved
     """Everything that decides a training run: `RewardArguments`, and all of `transformers.TrainingArguments`.
 
     ``output_dir`` gets the trained, Hub-ready model; checkpoints go to its subfolder ``checkpoints``.

@@ -102,7 +102,7 @@ class RewardTrainer(Trainer):
         InputError: bad data, a model that is no backbone, settings that contradict each other.
     """
 
-    args: RewardTrainingArguments  # type: ignore[assignment]
+    args: RewardTrainingArguments
     # The loss is a mean over the pairs of a batch, so accumulated batches are averaged.
     loss_is_scaled_for_ga = False
 
@@ -127,7 +127,7 @@ class RewardTrainer(Trainer):
             if args.model is None:
                 raise InputError("model: none given. Pass a name, a folder or a loaded model.")
             check_model(args)
-        tokenizer = with_plain_template(processing_class or _tokenizer(args), args.model)
+        tokenizer = with_plain_template(processing_class or _tokenizer(args), str(args.model))
         self.max_length = longest_input(args, loaded)
         train_dataset, eval_dataset = choose_splits(train_dataset, eval_dataset)
         self._args_of_pairs, self._tokenizer = args, tokenizer
@@ -217,13 +217,14 @@ class RewardTrainer(Trainer):
         most = args.max_pairs_per_source if setting == "data" else args.max_eval_pairs_per_source
         return load_training_pairs(args, sources, most, self._tokenizer, setting, self.max_length)
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on with a run that was cut off; its loss curve is that of an uninterrupted run.
 
         Args:
             resume_from_checkpoint: ``True``: go on from the last complete checkpoint, if there is one; a folder: from
                 that one. Else a new run, for which there must be none, unless ``args.overwrite`` discards it.
-            kwargs: as of `transformers.Trainer.train`.
+            args: further arguments of `transformers.Trainer.train`; so ``kwargs``.
+            kwargs: see ``args``.
 
         Raises:
             InputError: the output folder holds another run, or what decides the result has changed.
@@ -244,7 +245,7 @@ class RewardTrainer(Trainer):
         # Trainer seeds all processes alike: without this, every process would draw the same noise.
         set_seed(self.args.seed, device_specific=True)
         with StopOnSignal(self) as stop:
-            outcome = super().train(None if checkpoint is None else str(checkpoint), **kwargs)
+            outcome = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         if stop.received is not None:
             raise Interrupted(stop.received, f"saved {output}/checkpoints/checkpoint-{self.state.global_step}")
         self.train_seconds = outcome.metrics["train_runtime"]

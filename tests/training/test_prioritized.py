@@ -114,7 +114,7 @@ def test_gaps_are_those_of_single_forward_passes(settings, seen, tokenizer, weig
     changes = {"weights": weights, "behavior_model": behavior_model, "ess_target": 0.6}
     train(dataclasses.replace(settings, architecture="standard", **changes))
     call = seen[-1]
-    trainer, positions = call["trainer"], call["positions"]
+    trainer, positions = call["selector"], call["positions"]
     from inform_rm import InfoRMForSequenceClassification
 
     model = InfoRMForSequenceClassification.from_pretrained(settings.output_dir)
