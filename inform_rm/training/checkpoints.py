@@ -123,7 +123,7 @@ def check_resume(
     Args:
         output: the run's folder.
         args: all settings.
-        fingerprints: per source of ``data``, and who reads it in a streaming run.
+        fingerprints: per source of ``data``.
         eval_fingerprints: per source of ``eval_data``.
         resume_from: the checkpoint to go on from; ``None`` starts a new run.
         adapters: what a ``peft_config`` that the caller passed holds.
@@ -183,8 +183,6 @@ def _changed(args: RewardTrainingArguments, before: dict[str, Any], now: dict[st
             changed.append(f"{name}: {was!r} -> {value!r}")
     if contents_before.get("peft_config") != contents["peft_config"]:
         changed.append("peft_config")
-    if contents_before.get("readers") != contents["readers"]:
-        changed.append(f"readers of the stream: {contents_before.get('readers')!r} -> {contents['readers']!r}")
     return changed
 
 
@@ -199,10 +197,9 @@ def _contents(
 
     contents: dict[str, Any] = {
         "data": [
-            fingerprints[source] if args.streaming else content(source, fingerprints[source]) for source in args.data
+            fingerprints.get(source) if args.streaming else content(source, fingerprints[source]) for source in args.data
         ],
         "eval_data": [content(source, eval_fingerprints[source]) for source in args.eval_data],
-        "readers": fingerprints.get("streamed to"),
     }
     for name in settings_by_content():
         value = getattr(args, name)

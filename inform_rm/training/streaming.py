@@ -1,6 +1,6 @@
 """Training pairs read and encoded while training runs, in memory that does not grow with their number.
 
-`open_stream` makes a `datasets.IterableDataset` of files, folders and Hub ids; `EncodedStream` trains on that or on any
+`open_stream` makes a `datasets.IterableDataset` of files, folders and Hub ids; `EncodedStream` trains on that, or any
 other one whose rows `inform_rm.data.pairs` reads, for as many epochs as the steps need, without a gap between them.
 
 All readers (each worker of each process) go through the same rows in the same order, which the dataset's `shuffle` and
@@ -425,7 +425,7 @@ class EncodedStream:
             },
         )  # fmt: skip
         encoder = replace(self._encoder, counts=StreamCounts())
-        return rows.map(encoder, batched=True, batch_size=args.train_batch_size, remove_columns=["row"])
+        return rows.map(encoder, batched=True, batch_size=args.train_batch_size, remove_columns=["row", "place"])
 
     def loader(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> DataLoader:
         """Batches, full whatever is left out, each to be given to `take` first."""
@@ -488,13 +488,13 @@ class EncodedStream:
         return folder / f"stream_{self.args.process_index}.json"
 
     def total_counts(self) -> dict[str, Any]:
-        """The counts of all processes, all of which must call it; said once where rows were not used as they are."""
+        """Counts of all processes, which all must call it, and the readings; a log line where rows were left out."""
         total = StreamCounts()
         for counts in gather_object([self.counts]):
             total.add(counts)
         if total.num_bad_rows or total.overlong or total.num_partly_rendered:
             logger.warning("data: %s", asdict(total))
-        return asdict(total)
+        return {**asdict(total), "reading": self.source.readings}
 
 
 def _collated(collate: Callable[[list[dict[str, Any]]], dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -511,4 +511,5 @@ class StepsAreTheEpoch(TrainerCallback):
     """The Trainer's epoch is the share of steps done; a resumed run of which it skips no batch would begin at 0."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set it."""
         state.epoch = state.global_step / state.max_steps

@@ -492,9 +492,7 @@ class RewardTrainer(Trainer):
 
     def result(self) -> dict[str, Any]:
         """What is known of the run, as ``train_result.json`` holds it; every process must call it."""
-        counts = None if self.train_pairs is None else getattr(self.train_pairs, "counts", None)
-        if self.stream is not None and isinstance(self.train_pairs, StreamSource):
-            counts = {**self.stream.total_counts(), "reading": self.train_pairs.readings}
+        counts = getattr(self.train_pairs, "counts", None) if self.stream is None else self.stream.total_counts()
         return {
             "settings": settings_of(self.args),
             "versions": versions(),
