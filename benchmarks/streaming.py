@@ -24,34 +24,28 @@ TEMPLATE = Path(__file__).parent / "chatml.jinja"
 BACKBONE = "models/smollm2-135m-first6-v16k"
 FILES = 20
 ITERATE = """
-import itertools, json, resource, sys, time
+import itertools, json, resource, sys, time, types
 start = time.perf_counter()
-from torch.utils.data import DataLoader
 from inform_rm.data.tokenizer import load_tokenizer
-from inform_rm.training.reward_arguments import RewardTrainingArguments
-from inform_rm.training.stream_sources import open_stream
-from inform_rm.training.streaming import PairStream
 from inform_rm.training.collators import PackedPairCollator
+from inform_rm.training.streaming import EncodedStream, Place, open_stream
 model, data, template = sys.argv[1:4]
 pairs, workers, skipped, processes = map(int, sys.argv[4:])
-config = RewardTrainingArguments(model=model, data=(data,), output_dir="unused", max_length=1024, streaming=True, max_steps=1,
-                        dataloader_num_workers=workers)
+args = types.SimpleNamespace(process_index=0, world_size=processes, train_batch_size=8, dataloader_num_workers=workers,
+                             dataloader_pin_memory=False, dataloader_prefetch_factor=None)
 tokenizer = load_tokenizer(model, chat_template=template)
 loaded = time.perf_counter()
-source = open_stream(config)
+source = open_stream([data], seed=0, shuffle_buffer=10_000)
 opened = time.perf_counter()
-stream = PairStream(source.shards, config, tokenizer, batch_size=8, collate=PackedPairCollator(2048),
-                    num_processes=processes)
-stream.skip_batches = skipped // 8
-loader = iter(DataLoader(stream, batch_size=None, collate_fn=lambda batch: batch, num_workers=workers))
-for batch in itertools.islice(loader, skipped // 8):
-    assert not batch
+stream = EncodedStream(source, tokenizer, args, max_length=1024)
+stream._places = [Place(position=skipped - 1)] * max(1, workers)  # as `load` takes them from a checkpoint
+loader = iter(stream.loader(PackedPairCollator(2048)))
 batch, tokens, count, first = {}, 0, 0, None
 for batch in itertools.islice(loader, max(1, pairs // 8 // processes)):
     if "error" in batch:
         raise batch["error"]
     first = first or time.perf_counter()
-    count += batch["stream_counts"].pairs
+    count += batch["read"][1].pairs
     tokens += batch["input_ids"].shape[1]
 end = time.perf_counter()
 del loader  # ends the workers, whose time counts then
@@ -59,7 +53,7 @@ cpu = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, res
 print("MEASURED", json.dumps({"pairs": count, "import_and_tokenizer_seconds": loaded - start,
       "open_seconds": opened - loaded, "first_batch_seconds": first - opened,
       "pairs_per_second": (count - 8) / (end - first) if count > 8 else None, "tokens_per_pair": tokens / count,
-      "cpu_seconds": cpu, "passes": batch["stream_counts"].passes}))
+      "cpu_seconds": cpu, "passes": batch["read"][1].passes}))
 """
 
 

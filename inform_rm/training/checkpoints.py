@@ -117,8 +117,8 @@ def check_resume(
 ) -> None:
     """Refuse to continue a run under what would change its result; write down what a new run has.
 
-    Settings that decide nothing (see `inform_rm.training.arguments`) may change, and so may the spelling of a path. Other
-    versions of the libraries are named in a warning: whether they change the result cannot be known here.
+    Settings that decide nothing (`inform_rm.training.arguments.decides`) may change, and so may the spelling of a
+    path. Other versions of the libraries are named in a warning: whether they change the result cannot be known here.
 
     Args:
         output: the run's folder.
@@ -197,7 +197,8 @@ def _contents(
 
     contents: dict[str, Any] = {
         "data": [
-            fingerprints.get(source) if args.streaming else content(source, fingerprints[source]) for source in args.data
+            fingerprints.get(source) if args.streaming else content(source, fingerprints[source])
+            for source in args.data
         ],
         "eval_data": [content(source, eval_fingerprints[source]) for source in args.eval_data],
     }

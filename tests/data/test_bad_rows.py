@@ -95,7 +95,8 @@ def pairs_with(changes):
 
 def run_train(scorer, backbone, path, overlong, on_bad_row, output, **more):
     config = RewardTrainingArguments(
-        model=str(backbone), data=(str(path),), output_dir=str(output), latent_dim=4, max_length=LENGTH, overlong=overlong,
+        model=str(backbone), data=(str(path),),
+        output_dir=str(output), latent_dim=4, max_length=LENGTH, overlong=overlong,
         on_bad_row=on_bad_row, per_device_train_batch_size=8, gradient_accumulation_steps=1, max_steps=1, use_cpu=True,
         **more,
     )  # fmt: skip

@@ -131,7 +131,8 @@ def test_local_paths_are_shortened_and_hub_ids_stay(causal_lm_dir, tmp_path):
     for name in ("pairs.jsonl", "template.jinja"):
         (home / name).write_text("x")
     settings = RewardTrainingArguments(
-        model=str(causal_lm_dir("llama")), data=("org/pairs", str(home / "pairs.jsonl")), output_dir=str(home / "my-rm"),
+        model=str(causal_lm_dir("llama")), data=("org/pairs", str(home / "pairs.jsonl")),
+        output_dir=str(home / "my-rm"),
         chat_template=str(home / "template.jinja"),
     )  # fmt: skip
     config = SimpleNamespace(architecture="inform", text_config=SimpleNamespace(model_type="llama"))

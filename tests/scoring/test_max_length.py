@@ -98,7 +98,8 @@ def settings(request, tokenizer, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return RewardTrainingArguments(
-        model=str(tmp_path / "model"), data=(write_pairs(tmp_path / "pairs.jsonl", 3),), output_dir=str(tmp_path / "run"),
+        model=str(tmp_path / "model"), data=(write_pairs(tmp_path / "pairs.jsonl", 3),),
+        output_dir=str(tmp_path / "run"),
         latent_dim=4, max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=1, use_cpu=True,
     )  # fmt: skip
 

@@ -31,7 +31,8 @@ def cut_off(causal_lm_dir, tmp_path_factory):
     pairs = folder / "pairs.jsonl"
     pairs.write_text('{"prompt": "Say sun.", "chosen": "sun", "rejected": "moon"}\n' * 8)
     config = RewardTrainingArguments(
-        model=str(causal_lm_dir("llama")), data=(str(pairs),), output_dir=str(folder / "run"), latent_dim=4, max_steps=2,
+        model=str(causal_lm_dir("llama")), data=(str(pairs),),
+        output_dir=str(folder / "run"), latent_dim=4, max_steps=2,
         save_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=1, use_cpu=True,
     )  # fmt: skip
     train(config)

@@ -19,9 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from inform_rm.errors import InputError
+from inform_rm.training.loop import NonFiniteLossError
 from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
 from inform_rm.training.run import train
-from inform_rm.training.trainer import NonFiniteLossError
 from inform_rm.util.checkpoints import complete_checkpoints, is_complete
 from inform_rm.util.files import file_digest
 

@@ -9,21 +9,33 @@ import typing
 
 import pytest
 import torch
-from inform_rm.training.stream_sources import open_stream
 from safetensors.torch import load_file
 from transformers import TrainerState
 
 from inform_rm.errors import InputError
-from inform_rm.training.arguments import settings_by_content
+from inform_rm.training.arguments import decides, our_settings, settings_by_content
 from inform_rm.training.checkpoints import check_resume
 from inform_rm.training.reward_arguments import RewardTrainingArguments, deciding_settings, field_types
 from inform_rm.training.run import train
 from inform_rm.training.streaming import open_stream
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
-DECIDES = {spec.name: spec.metadata["decides"] for spec in dataclasses.fields(RewardTrainingArguments)}
-ALWAYS_DECIDE = [name for name, decides in DECIDES.items() if decides is True]
-NEVER_DECIDE = [name for name, decides in DECIDES.items() if decides is False]
+# Ours, and of TrainingArguments' own some of each kind.
+OF_TRAINER = (
+    *(
+        "adam_beta1",
+        "weight_decay",
+        "max_steps",
+        "data_seed",
+        "bf16",
+        "train_sampling_strategy",
+        "neftune_noise_alpha",
+    ),
+    *("output_dir", "run_name", "dataloader_num_workers", "gradient_checkpointing", "torch_empty_cache_steps"),
+)
+DECIDES = {name: decides(name) for name in (*our_settings(), *OF_TRAINER)}
+ALWAYS_DECIDE = [name for name, found in DECIDES.items() if found is True]
+NEVER_DECIDE = [name for name, found in DECIDES.items() if found is False]
 DECIDE_WITH = [(name, other) for name, other in DECIDES.items() if isinstance(other, str)]
 
 
@@ -75,16 +87,18 @@ def weights(folder):
 def test_settings_that_decide_nothing_may_change_and_change_nothing(settings, tmp_path):
     """All at once. `tokens_per_batch` has a test of its own, because sums of other parts are rounded otherwise."""
     changes = {
-        "output": str(train_and_cut(settings, tmp_path / "cut")), "eval_data": (settings.data[0], settings.data[0]),
+        "output_dir": str(train_and_cut(settings, tmp_path / "cut")), "eval_data": settings.data * 2,
         "max_eval_pairs_per_source": 10, "per_device_eval_batch_size": 3, "gradient_checkpointing": True,
         "dataloader_num_workers": 1, "logging_steps": 2, "eval_steps": 0.125, "save_steps": 7, "save_total_limit": 1,
-        "report_to": "tensorboard", "overwrite": False,
+        "report_to": "tensorboard", "run_name": "again", "overwrite": False, "torch_empty_cache_steps": 2,
     }  # fmt: skip
-    assert {*changes, "tokens_per_batch"} == {*NEVER_DECIDE, *dict(DECIDE_WITH)}
+    elsewhere = {"tokens_per_batch", "eval_strategy", "metric_for_best_model", "hub_strategy"}
+    assert {*NEVER_DECIDE, *dict(DECIDE_WITH)} - {*changes} == elsewhere
+    assert not {*changes} & {*ALWAYS_DECIDE}
     expected = json.loads((tmp_path / "run" / "train_result.json").read_text())
     resumed = train(dataclasses.replace(settings, **changes))
     assert resumed["resumed_from_step"] == 3
-    first, second = weights(settings.output_dir), weights(changes["output"])
+    first, second = weights(settings.output_dir), weights(changes["output_dir"])
     assert all(torch.equal(first[name], second[name]) for name in first)
     # The new intervals are those of the rest of the run, and not the checkpoint's.
     assert sorted(lines(expected, "loss")) == [*range(1, 9)] and sorted(lines(resumed, "loss")) == [1, 2, 3, 4, 6, 8]
@@ -123,7 +137,7 @@ def test_paths_may_be_spelt_otherwise(settings, pairs_file, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     respelt = {
         "model": "./linked/", "data": ("other-name.jsonl",), "eval_data": (os.path.relpath(pairs_file),),
-        "chat_template": "copy.jinja", "output": "cut",
+        "chat_template": "copy.jinja", "output_dir": "cut",
     }  # fmt: skip
     resumed = train(dataclasses.replace(settings, overwrite=False, **respelt))
     assert resumed["resumed_from_step"] == 3
@@ -173,7 +187,7 @@ def other_value(name, value):
         return options[0]
     if isinstance(value, bool):
         return not value
-    kind = options[0] if value is None else type(value)
+    kind = options[0] if value is None else next(kind for kind in (int, float, str, tuple) if isinstance(value, kind))
     return {int: 7, float: 1.5, str: "other", tuple: ("other",), dict[str, str]: {"prompt": "other"}}[kind]
 
 

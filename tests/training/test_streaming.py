@@ -360,7 +360,7 @@ def test_hub_dataset_is_streamed_and_its_rows_are_named_by_shard(workers, tmp_pa
 
 
 def settings(*data, **changes):
-    values = {"model": "unused", "output": "unused", "streaming": True, "max_steps": 8, "shuffle_buffer": 6}
+    values = {"model": "unused", "output_dir": "unused", "streaming": True, "max_steps": 8, "shuffle_buffer": 6}
     return RewardTrainingArguments(**values | {"data": tuple(map(str, data))} | changes)
 
 
@@ -370,7 +370,7 @@ def settings(*data, **changes):
         ({"max_steps": -1}, "streaming needs max_steps, because the number of pairs is not known"),
         ({"objective": "prioritized"}, "objective 'prioritized' does not go with streaming: it draws prompts"),
         ({"augmentation": "rrm"}, "augmentation 'rrm' does not go with streaming"),
-        ({"group_by_length": True}, "group_by_length does not go with streaming"),
+        ({"train_sampling_strategy": "group_by_length"}, "group_by_length does not go with streaming"),
         ({"max_pairs_per_source": 5}, "max_pairs_per_source does not go with streaming"),
         ({"shuffle_buffer": 0}, "shuffle_buffer must be a finite number of at least 1"),
     ],
@@ -438,7 +438,7 @@ def test_resumed_run_equals_the_uninterrupted_one(run_settings, workers, on_bad_
     assert resumed["log_history"][:-1] == expected["log_history"][:-1]  # the last line has run times
     assert resumed["train_pairs"] == expected["train_pairs"] and expected["train_pairs"]["passes"] == 2
     assert bool(expected["train_pairs"]["bad_rows"]) == (on_bad_row == "skip")
-    first, second = weights(whole.output), weights(cut.output)
+    first, second = weights(whole.output_dir), weights(cut.output_dir)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
