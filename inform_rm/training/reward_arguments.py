@@ -20,6 +20,7 @@ from inform_rm.errors import InputError, shown
 from inform_rm.safety.settings_yaml import read_settings_yaml
 from inform_rm.training.arguments import RewardArguments, decides, our_settings, read_columns
 from inform_rm.training.half_precision import COMPENSATED_BETA2, COMPENSATED_OPTIM, check_optimizer
+from inform_rm.training.losses import PAIR_LOSSES
 
 _LARGEST_NUMBER = 2**63 - 1  # what torch and numpy can hold
 _MOST_DIGITS = 100
@@ -61,6 +62,10 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
             choices, value = [choice.value for choice in names], getattr(self, name)
             if getattr(value, "value", value) not in choices:
                 faults.append(f"{name}: {value!r} is unknown. Choose one of {', '.join(choices)}")
+        if self.loss_type not in PAIR_LOSSES:
+            faults.append(f"loss_type: {self.loss_type!r} is unknown. Choose one of {', '.join(PAIR_LOSSES)}")
+        if self.push_to_hub and self.hub_model_id is None:
+            faults.append("push_to_hub needs hub_model_id, name/model")
         if faults:
             raise InputError("Training settings: " + "; ".join(faults) + ".")
         check_optimizer(getattr(self.optim, "value", self.optim))

@@ -25,7 +25,7 @@ plain_step, plain_trainer_init = trainer.RewardTrainer.training_step, trainer.Re
 stopped = []
 
 def step(self, *args):
-    name = self.args.output_dir.split("/")[-2].split()[-1]
+    name = self.args.output_dir.split("/")[-1].split()[-1]
     if self.state.global_step == 4 and name in ("cut", "left") and (name == "left" or not stopped):
         stopped.append(name)
         raise InputError(f"stopped {name}")
@@ -73,7 +73,7 @@ def test_folders_and_resuming(kind, settings, launcher, tmp_path):
         assert len(one) == 6 and other == pytest.approx(one, abs=1e-6), quantity
 
     # The folder of one process: the same files, settings, names, shapes and types.
-    train(arguments_from_mapping(settings(**common, output="one", per_device_train_batch_size=8), "test"))
+    train(arguments_from_mapping(settings(**common, output_dir="one", per_device_train_batch_size=8), "test"))
     folders = [tmp_path / f"{kind} whole"] + [tmp_path / f"{kind} lora"] * (kind == "fsdp2")
     expected = load_file(tmp_path / "one" / "model.safetensors")
     for folder in folders:

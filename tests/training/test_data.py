@@ -123,7 +123,7 @@ def test_the_choice_of_pairs_and_its_seed_are_part_of_the_key(settings, tokenize
 
 def test_settings_that_do_not_change_the_tokens_share_the_cache(settings, tokenizer, encodings):
     load(settings, tokenizer)
-    load(dataclasses.replace(settings, learning_rate=1.0, output="elsewhere", beta=0.5), tokenizer)
+    load(dataclasses.replace(settings, learning_rate=1.0, output_dir="elsewhere", beta=0.5), tokenizer)
     assert len(encodings) == 1
 
 
