@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from inform_rm.training.reward_arguments import settings_of
+from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
 
 KILLED = """
 import json, os, signal, sys
@@ -38,3 +38,18 @@ def train_and_kill(tmp_path):
         assert killed.returncode == -9, (tmp_path / "log").read_text()
 
     return run
+
+
+@pytest.fixture
+def base_settings(causal_lm_dir, pairs_file, tmp_path):
+    """Settings of a short run on the module's own pairs; keywords change them."""
+
+    def make(**changes):
+        base = {
+            "model": str(causal_lm_dir("llama")), "data": (str(pairs_file),), "output_dir": str(tmp_path / "run"),
+            "latent_dim": 8, "learning_rate": 1e-3, "max_steps": 6, "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2, "logging_steps": 1, "save_steps": 3, "use_cpu": True,
+        }  # fmt: skip
+        return RewardTrainingArguments(**{**base, **changes})
+
+    return make

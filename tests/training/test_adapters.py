@@ -20,7 +20,6 @@ from inform_rm.scoring.adapters import load_adapter_model
 from inform_rm.scoring.packing import why_not_packed
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.training.models import add_adapters, load_model
-from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 pytest.importorskip("peft", reason="peft is not installed")
@@ -61,12 +60,8 @@ def wider_model(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture
-def settings(causal_lm_dir, pairs_file, tmp_path):
-    return RewardTrainingArguments(
-        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output_dir=str(tmp_path / "run"), latent_dim=8,
-        learning_rate=5e-3, max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        logging_steps=1, save_steps=3, use_cpu=True, lr_scheduler_type="linear", lora_r=4,
-    )  # fmt: skip
+def settings(base_settings):
+    return base_settings(learning_rate=5e-3, lr_scheduler_type="linear", lora_r=4)
 
 
 def losses(result):

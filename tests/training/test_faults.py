@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from inform_rm.errors import InputError
 from inform_rm.training.loop import NonFiniteLossError
-from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
+from inform_rm.training.reward_arguments import settings_of
 from inform_rm.training.run import train
 from inform_rm.util.checkpoints import complete_checkpoints, is_complete
 from inform_rm.util.files import file_digest
@@ -41,12 +41,8 @@ def pairs_file(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(causal_lm_dir, pairs_file, tmp_path):
-    return RewardTrainingArguments(
-        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output_dir=str(tmp_path / "run"), latent_dim=8,
-        learning_rate=1e-3, max_steps=8, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        logging_steps=1, save_steps=2, use_cpu=True, lr_scheduler_type="linear",
-    )  # fmt: skip
+def settings(base_settings):
+    return base_settings(max_steps=8, save_steps=2, lr_scheduler_type="linear")
 
 
 def steps(folder):

@@ -16,7 +16,6 @@ from inform_rm import InfoRMForSequenceClassification
 from inform_rm.errors import InputError
 from inform_rm.training import half_precision
 from inform_rm.training.half_precision import LostUpdates
-from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
@@ -38,13 +37,9 @@ def pairs_file(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(causal_lm_dir, pairs_file, tmp_path):
+def settings(base_settings):
     """The default learning rate, for which bfloat16 is too coarse."""
-    return RewardTrainingArguments(
-        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output_dir=str(tmp_path / "run"), latent_dim=8,
-        max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=1, logging_steps=1, save_steps=3,
-        use_cpu=True, dtype="bfloat16",
-    )  # fmt: skip
+    return base_settings(gradient_accumulation_steps=1, learning_rate=5e-6, dtype="bfloat16")
 
 
 @pytest.fixture

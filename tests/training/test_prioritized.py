@@ -14,7 +14,6 @@ from inform_rm.errors import InputError
 from inform_rm.scoring.scorer import NonFiniteRewardError
 from inform_rm.training import prioritized
 from inform_rm.training.prioritized import PoolSelector
-from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
@@ -36,11 +35,10 @@ def pairs_file(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(causal_lm_dir, pairs_file, tmp_path):
-    return RewardTrainingArguments(
-        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output_dir=str(tmp_path / "run"), latent_dim=8,
-        objective="prioritized", num_prompts=4, warmup_fraction=0.25, learning_rate=1e-3, max_steps=4,
-        per_device_train_batch_size=4, gradient_accumulation_steps=1, logging_steps=1, save_steps=2, use_cpu=True,
+def settings(base_settings):
+    return base_settings(
+        objective="prioritized", num_prompts=4, warmup_fraction=0.25, max_steps=4, gradient_accumulation_steps=1,
+        save_steps=2,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from transformers import TrainerState
 from inform_rm.errors import InputError
 from inform_rm.training.arguments import decides, our_settings, settings_by_content
 from inform_rm.training.checkpoints import check_resume
-from inform_rm.training.reward_arguments import RewardTrainingArguments, deciding_settings, field_types
+from inform_rm.training.reward_arguments import deciding_settings, field_types
 from inform_rm.training.run import train
 from inform_rm.training.streaming import open_stream
 
@@ -55,14 +55,11 @@ def pairs_file(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(causal_lm_dir, pairs_file, tmp_path):
+def settings(base_settings, pairs_file):
     """A run with latent noise that evaluates and saves twice."""
-    return RewardTrainingArguments(
-        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output_dir=str(tmp_path / "run"), latent_dim=8,
-        learning_rate=1e-3, max_steps=8, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        logging_steps=1, save_steps=3, use_cpu=True, eval_data=(str(pairs_file),), eval_steps=3, overwrite=True,
-        save_total_limit=None,
-    )  # fmt: skip
+    return base_settings(
+        max_steps=8, eval_data=(str(pairs_file),), eval_steps=3, overwrite=True, save_total_limit=None
+    )
 
 
 def train_and_cut(config, folder):

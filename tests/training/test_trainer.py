@@ -16,7 +16,6 @@ from inform_rm.training.collators import EpochSeededLengthSampler, PackedPairCol
 from inform_rm.training.data import load_training_pairs
 from inform_rm.training.losses import reward_model_loss
 from inform_rm.training.models import load_model
-from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
@@ -41,12 +40,8 @@ def pairs_file(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(causal_lm_dir, pairs_file, tmp_path):
-    return RewardTrainingArguments(
-        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output_dir=str(tmp_path / "run"), latent_dim=8,
-        learning_rate=1e-3, max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        logging_steps=1, save_steps=3, use_cpu=True, lr_scheduler_type="linear",
-    )  # fmt: skip
+def settings(base_settings):
+    return base_settings(lr_scheduler_type="linear")
 
 
 def losses(result):
