@@ -24,13 +24,13 @@ ENCODE = """
 import sys, time
 from accelerate import PartialState
 from inform_rm.data.tokenizer import load_tokenizer
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.data import load_training_pairs
 state = PartialState(cpu=True)
-config = TrainingConfig(model=sys.argv[1], data=(sys.argv[2],), output="unused", max_length=512)
+config = RewardTrainingArguments(model=sys.argv[1], data=(sys.argv[2],), output_dir="unused", max_length=512)
 tokenizer = load_tokenizer(sys.argv[1], chat_template=sys.argv[3])
 start = time.perf_counter()
-pairs = load_training_pairs(config, config.data, None, tokenizer, "data")
+pairs = load_training_pairs(config, config.data, None, tokenizer, "data", config.max_length)
 print("SECONDS", time.perf_counter() - start, len(pairs.dataset))
 """
 

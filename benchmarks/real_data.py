@@ -73,7 +73,7 @@ def one_run(shared: Path, output: Path, run: str) -> None:
     from inform_rm import InfoRMForSequenceClassification, evaluate, train
     from inform_rm.data.tokenizer import load_tokenizer
     from inform_rm.scoring.scorer import RewardScorer
-    from inform_rm.training.config import config_from_mapping
+    from inform_rm.training.reward_arguments import arguments_from_mapping
 
     kind, seed = run.split("-")
     folder = output / run
@@ -99,7 +99,7 @@ def one_run(shared: Path, output: Path, run: str) -> None:
                 "architecture": kind,
                 "seed": int(seed),
             }
-            train(config_from_mapping(settings, "real_data.py"))
+            train(arguments_from_mapping(settings, "real_data.py"))
         scorer = RewardScorer(folder)
     for name in missing:
         test = shared / "data" / name / "test.jsonl.gz"

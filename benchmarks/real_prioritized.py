@@ -61,7 +61,7 @@ def one_run(shared: Path, output: Path, seed: int, name: str, method: str) -> No
     from inform_rm import decompose, evaluate, train
     from inform_rm.data.preferences import load_preferences
     from inform_rm.scoring.scorer import RewardScorer
-    from inform_rm.training.config import config_from_mapping
+    from inform_rm.training.reward_arguments import arguments_from_mapping
     from inform_rm.util.files import atomic_write_text, write_json
 
     run = output / str(seed) / name / method
@@ -81,7 +81,7 @@ def one_run(shared: Path, output: Path, seed: int, name: str, method: str) -> No
         "data": [str(path) for path in data], "max_steps": times * UPDATES, "seed": seed, "output": str(run),
         "overwrite": True,
     }  # fmt: skip
-    trained = train(config_from_mapping(settings, "real_prioritized.py"))
+    trained = train(arguments_from_mapping(settings, "real_prioritized.py"))
     measured: dict[str, Any] = {
         "seconds": trained["train_runtime_seconds"],
         "train_pairs": trained["train_pairs"],

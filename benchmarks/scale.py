@@ -70,13 +70,13 @@ def main() -> None:
 def checkpoint_bytes(shared: Path) -> dict[str, float]:
     """Bytes a trainable parameter of weights and optimizer state, from a checkpoint of one real training step."""
     from inform_rm import train
-    from inform_rm.training.config import TrainingConfig
+    from inform_rm.training.reward_arguments import RewardTrainingArguments
 
     with tempfile.TemporaryDirectory() as folder:
         train(
-            TrainingConfig(
+            RewardTrainingArguments(
                 model=str(shared / "models" / "smollm2-135m-first6-v16k"),
-                output=f"{folder}/run",
+                output_dir=f"{folder}/run",
                 max_steps=1,
                 data=(str(shared / "data" / "truthfulqa" / "train.jsonl.gz"),),
                 max_pairs_per_source=8,

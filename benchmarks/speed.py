@@ -169,10 +169,10 @@ def ours(
     architecture: str = "standard",
     tokens_per_batch: int = 2048,
 ) -> Contestant:
-    from transformers import TrainingArguments
-
     from inform_rm.scoring.packing import use_packed_attention
-    from inform_rm.training.trainer import PackedPairCollator, PairCollator, RewardTrainer
+    from inform_rm.training.collators import PackedPairCollator, PairCollator
+    from inform_rm.training.reward_arguments import RewardTrainingArguments
+    from inform_rm.training.trainer import RewardTrainer
 
     tokenizer = tokenizer_of(shared)
     holder: dict[str, Any] = {}
@@ -182,8 +182,7 @@ def ours(
         if batching == "packed":
             use_packed_attention(model)
         holder["trainer"] = RewardTrainer(
-            beta=0.1, kl_warmup_steps=0, label_smoothing=0.0, center_rewards_coefficient=0.0, model=model,
-            args=TrainingArguments(scratch(), remove_unused_columns=False, **common_arguments()),
+            model=model, args=RewardTrainingArguments(scratch(), kl_warmup_steps=0, **common_arguments()),
             train_dataset=pairs, processing_class=tokenizer,
             data_collator=PackedPairCollator(tokens_per_batch) if batching == "packed" else PairCollator(tokenizer),
         )  # fmt: skip

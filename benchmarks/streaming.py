@@ -31,7 +31,7 @@ from types import SimpleNamespace
 start = time.perf_counter()
 from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.training.streaming import EncodedStream, open_stream
-from inform_rm.training.trainer import PackedPairCollator
+from inform_rm.training.collators import PackedPairCollator
 from inform_rm.util.files import write_json
 model, data, template = sys.argv[1:4]
 pairs, workers, skipped, processes = map(int, sys.argv[4:])

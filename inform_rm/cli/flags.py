@@ -6,7 +6,7 @@ from typing import Any
 
 from inform_rm.cli.parsing import SPLITS
 from inform_rm.errors import InputError
-from inform_rm.training.config import read_columns
+from inform_rm.training.arguments import read_columns
 
 SOURCES = "files, folders or Hub ids, NAME[SPLIT] for one split"
 PAIR_FIELDS = "prompt, chosen, rejected, system, history, margin, subset, id"

@@ -63,7 +63,7 @@ def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | N
     card = card_text(metadata, _card_body(config=config, result=result, **values))
     if result is None or result["evaluation"] is None:
         return card
-    return _with_results(card, [_evaluation_of_run(result)], Path(settings["output"]).resolve().name)
+    return _with_results(card, [_evaluation_of_run(result)], Path(settings["output_dir"]).resolve().name)
 
 
 def average_card(inform_config: Any, number: int, result_file: str) -> str:
@@ -89,7 +89,7 @@ def _training_values(settings: dict[str, Any], result: dict[str, Any]) -> dict[s
     shown = [
         (name, list(map(public_name, value)) if isinstance(value, list | tuple) else public_name(value))
         for name, value in settings.items()
-        if name != "output"
+        if name != "output_dir"
     ]
     values = {
         "settings_table": markdown_table(words_table(("setting", "value"), shown)),

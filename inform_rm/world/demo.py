@@ -20,7 +20,7 @@ from inform_rm.eval.detection.detect import detect
 from inform_rm.eval.evaluate import evaluate
 from inform_rm.hub.export import export_model
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 from inform_rm.util.files import atomic_write_text, check_output_directory, versions, write_json
 from inform_rm.world.demo_report import TEST_SETS, console_table, write_demo_report
@@ -119,11 +119,11 @@ def demo(
     for architecture in ARCHITECTURES:
         clock.start(f"train {architecture}")
         runs[architecture] = train(
-            TrainingConfig(
+            RewardTrainingArguments(
                 model=backbone_name,
                 data=(str(files["train"]),),
                 eval_data=(str(files["validation"]),),
-                output=str(folder / architecture),
+                output_dir=str(folder / architecture),
                 architecture=architecture,  # type: ignore[arg-type]
                 latent_dim=budget.latent_dim,
                 beta=budget.beta,

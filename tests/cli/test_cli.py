@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from inform_rm.cli import main
+from inform_rm.cli.train import read_flags
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,26 @@ def test_wrong_use_exits_with_2_and_one_line(tmp_path, capsys):
     assert message.startswith("error: ") and "beta must be a finite number of at least 0" in message
     assert len(message.splitlines()) == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_flags_of_train_may_be_dashed_bare_and_named_as_in_trl():
+    words = ["a.yaml", "--model_name_or_path", "m", "--per-device-train-batch-size=4", "--bf16", "--data", "a", "b"]
+    assert read_flags(words) == (
+        "a.yaml",
+        {"model_name_or_path": "m", "per_device_train_batch_size": "4", "bf16": True, "data": ["a", "b"]},
+    )
+
+
+def test_flags_of_train_that_are_unknown_misplaced_or_doubled_are_refused(tmp_path, capsys):
+    required = ["--model", "m", "--data", "d", "--output", str(tmp_path / "o")]
+    for words, message in (
+        (["--learnin-rate", "1", *required], "unknown setting 'learnin_rate' (did you mean 'learning_rate'?)"),
+        (["--bf16", *required, "--bf16"], "--bf16 is given twice"),
+        (["one.yaml", "two.yaml"], "'two.yaml': expected one file of settings"),
+        ([*required, "--output_dir", "p"], "output_dir is given twice"),
+    ):
+        assert main(["train", *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_failure_while_running_exits_with_1(trained, pairs_file, tmp_path, monkeypatch, capsys):

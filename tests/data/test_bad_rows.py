@@ -17,7 +17,7 @@ from inform_rm.eval.evaluate import evaluate
 from inform_rm.eval.suites.evaluate_suite import evaluate_suite
 from inform_rm.scoring.score_files import score_file
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 BAD = 4  # place of the bad row, from 0
@@ -94,8 +94,9 @@ def pairs_with(changes):
 
 
 def run_train(scorer, backbone, path, overlong, on_bad_row, output, **more):
-    config = TrainingConfig(
-        model=str(backbone), data=(str(path),), output=str(output), latent_dim=4, max_length=LENGTH, overlong=overlong,
+    config = RewardTrainingArguments(
+        model=str(backbone), data=(str(path),),
+        output_dir=str(output), latent_dim=4, max_length=LENGTH, overlong=overlong,
         on_bad_row=on_bad_row, per_device_train_batch_size=8, gradient_accumulation_steps=1, max_steps=1, use_cpu=True,
         **more,
     )  # fmt: skip

@@ -344,13 +344,13 @@ def test_adapters_are_merged(causal_lm_dir, tokenizer, tmp_path):
     pytest.importorskip("peft", reason="peft is not installed")
     import dataclasses
 
-    from inform_rm.training.config import TrainingConfig
+    from inform_rm.training.reward_arguments import RewardTrainingArguments
     from inform_rm.training.run import train
 
     rows = [{"prompt": f"Say {word}.", "chosen": word, "rejected": word + "!"} for word in ("sun", "sea", "sky", "ox")]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = TrainingConfig(
-        model=str(causal_lm_dir("llama")), data=(str(tmp_path / "pairs.jsonl"),), output=str(tmp_path / "run"),
+    config = RewardTrainingArguments(
+        model=str(causal_lm_dir("llama")), data=(str(tmp_path / "pairs.jsonl"),), output_dir=str(tmp_path / "run"),
         latent_dim=8, decoder="linear", learning_rate=5e-2, max_steps=3, save_steps=3, use_cpu=True, lora_r=4,
         per_device_train_batch_size=2, gradient_accumulation_steps=1,
     )  # fmt: skip

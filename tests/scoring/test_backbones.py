@@ -50,7 +50,7 @@ from inform_rm.errors import InputError
 from inform_rm.scoring.packing import why_not_packed
 from inform_rm.scoring.reward_models import load_reward_model
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "architectures.py"
@@ -182,9 +182,9 @@ def pairs_file(folder):
 
 
 def run_settings(model, folder, **changes):
-    return TrainingConfig(
+    return RewardTrainingArguments(
         **{
-            "model": str(model), "data": [pairs_file(folder)], "output": str(folder / "run"), "use_cpu": True,
+            "model": str(model), "data": [pairs_file(folder)], "output_dir": str(folder / "run"), "use_cpu": True,
             "latent_dim": 4, "max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
             "report_to": "none", **changes,
         }

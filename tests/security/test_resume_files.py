@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from inform_rm.errors import InputError
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 from inform_rm.util.checkpoints import COMPLETE_FILE, complete_checkpoints, mark_complete
 
@@ -30,8 +30,9 @@ def cut_off(causal_lm_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cut-off")
     pairs = folder / "pairs.jsonl"
     pairs.write_text('{"prompt": "Say sun.", "chosen": "sun", "rejected": "moon"}\n' * 8)
-    config = TrainingConfig(
-        model=str(causal_lm_dir("llama")), data=(str(pairs),), output=str(folder / "run"), latent_dim=4, max_steps=2,
+    config = RewardTrainingArguments(
+        model=str(causal_lm_dir("llama")), data=(str(pairs),),
+        output_dir=str(folder / "run"), latent_dim=4, max_steps=2,
         save_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=1, use_cpu=True,
     )  # fmt: skip
     train(config)
@@ -46,7 +47,7 @@ def resumed(cut_off, tmp_path):
     config, folder = cut_off
     shutil.copytree(folder, tmp_path / "run")
     (checkpoint,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
-    return dataclasses.replace(config, output=str(tmp_path / "run")), checkpoint
+    return dataclasses.replace(config, output_dir=str(tmp_path / "run")), checkpoint
 
 
 def declare_complete(checkpoint):

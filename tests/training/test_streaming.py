@@ -22,7 +22,7 @@ from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import load_preferences
 from inform_rm.errors import InputError
 from inform_rm.training import streaming
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 from inform_rm.training.streaming import EncodedStream, StreamSource, open_stream, stream_of
 
@@ -351,8 +351,8 @@ def test_hub_dataset_is_streamed_and_its_rows_are_named_by_shard(workers, tmp_pa
 
 
 def settings(*data, **changes):
-    values = {"model": "unused", "output": "unused", "streaming": True, "max_steps": 8, "shuffle_buffer": 6}
-    return TrainingConfig(**values | {"data": tuple(map(str, data))} | changes)
+    values = {"model": "unused", "output_dir": "unused", "streaming": True, "max_steps": 8, "shuffle_buffer": 6}
+    return RewardTrainingArguments(**values | {"data": tuple(map(str, data))} | changes)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def settings(*data, **changes):
         ({"max_steps": -1}, "streaming needs max_steps, because the number of pairs is not known"),
         ({"objective": "prioritized"}, "objective 'prioritized' does not go with streaming: it draws prompts"),
         ({"augmentation": "rrm"}, "augmentation 'rrm' does not go with streaming"),
-        ({"group_by_length": True}, "group_by_length does not go with streaming"),
+        ({"train_sampling_strategy": "group_by_length"}, "group_by_length does not go with streaming"),
         ({"max_pairs_per_source": 5}, "max_pairs_per_source does not go with streaming"),
         ({"shuffle_buffer": 0}, "shuffle_buffer must be a finite number of at least 1"),
     ],
@@ -375,7 +375,7 @@ def test_what_needs_all_the_data_is_refused(changes, message):
 def run_settings(causal_lm_dir, tmp_path):
     write_parquet(tmp_path / "data", (17, 0, 5, 9))
     return settings(
-        tmp_path / "data", model=str(causal_lm_dir("llama")), output=str(tmp_path / "run"), latent_dim=8,
+        tmp_path / "data", model=str(causal_lm_dir("llama")), output_dir=str(tmp_path / "run"), latent_dim=8,
         learning_rate=1e-3, max_steps=8, per_device_train_batch_size=3, gradient_accumulation_steps=2,
         logging_steps=1, save_steps=3, use_cpu=True, lr_scheduler_type="linear",
     )  # fmt: skip
@@ -400,7 +400,7 @@ def test_a_streamed_run_learns_what_a_run_in_memory_learns(run_settings, tmp_pat
     )
     streamed = train(config)
     files = tuple(str(path) for path in sorted((tmp_path / "data").iterdir()) if "part-1" not in path.name)
-    memory = train(dataclasses.replace(config, streaming=False, data=files, output=str(tmp_path / "memory")))
+    memory = train(dataclasses.replace(config, streaming=False, data=files, output_dir=str(tmp_path / "memory")))
     assert losses(streamed) == pytest.approx(losses(memory), abs=1e-5)
     assert streamed["train_pairs"] == {
         "pairs": 62, "overlong": 0, "dropped": 0, "truncated": 0, "num_bad_rows": 0, "passes": 2, "bad_rows": [],
@@ -422,14 +422,14 @@ def test_resumed_run_equals_the_uninterrupted_one(run_settings, workers, on_bad_
         )
     whole = dataclasses.replace(run_settings, dataloader_num_workers=workers, on_bad_row=on_bad_row)
     expected = train(whole)
-    cut = dataclasses.replace(whole, output=str(tmp_path / "cut"))
+    cut = dataclasses.replace(whole, output_dir=str(tmp_path / "cut"))
     train_and_kill(cut, step=6)
     resumed = train(cut)
     assert resumed["resumed_from_step"] == 6
     assert resumed["log_history"][:-1] == expected["log_history"][:-1]  # the last line has run times
     assert resumed["train_pairs"] == expected["train_pairs"] and expected["train_pairs"]["passes"] == 2
     assert bool(expected["train_pairs"]["bad_rows"]) == (on_bad_row == "skip")
-    first, second = weights(whole.output), weights(cut.output)
+    first, second = weights(whole.output_dir), weights(cut.output_dir)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
