@@ -452,7 +452,7 @@ CASES = {
         template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}a"), "scorer",
         "template.*loop"),
     "template of 10**10 letters": (template("{{ 'a' * 10**10 }}"), "scorer", "template"),
-    "template of a huge number": (template("{{ 10**10**10 }}"), "scorer", "template"),
+    "template of a huge number": (template("{{ 10**(10**10) }}"), "scorer", "template"),
     "template of 10**9 letters by a variable": (
         template("{% set n = 1000000000 %}{{ 'a' * n }}"), "scorer", "template"),
     "template of 4 million letters by doubling": (
@@ -485,7 +485,7 @@ CASES = {
                  "{{ 'a'.ljust(x.a) }}"), "scorer", "template"),
     "template of 10**10 letters by width": (template("{{ 'a'.ljust(10000000000) }}"), "scorer", "template"),
     "template of 10**10 letters by a filter": (template("{{ 'a'|center(10000000000) }}"), "scorer", "template"),
-    "template of 10**8 letters": (template("{{ 'a'|center(100000000) }}"), "scorer", "template holds a number"),
+    "template of 10**8 letters": (template("{{ 'a'|center(100000000) }}"), "scorer", "template makes a text"),
     "template that calls itself": (
         template("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"), "scorer", "template"),
     "template nested 5,000 deep": (template("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"), "scorer", "template"),
