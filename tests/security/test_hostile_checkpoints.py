@@ -10,10 +10,6 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModel
-from transformers.initialization import no_init_weights
-
-from inform_rm.safety.checkpoints import _estimated_numbers
 
 MOST_MEBIBYTES = 700  # the tiny model itself takes some 30
 READ = "read"
@@ -529,15 +525,6 @@ def test_hostile_folder_is_refused_or_harmless(name, reports):
     assert report["mebibytes"] < MOST_MEBIBYTES, report
     written = [path.read_bytes() for path in (report["place"] / "out").rglob("*") if path.is_file()]
     assert not any(b"the secret key" in content for content in written)
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "mistral", "gpt2", "phi3", "opt", "gpt_neox"])
-def test_estimated_size_is_close_above_the_real_one(kind):
-    """Below it a hostile config would pass; at twice the real one, an honest model is made only to be counted."""
-    published = CONFIG_MAPPING[kind]()
-    with torch.device("meta"), no_init_weights():
-        real = sum(weight.numel() for weight in AutoModel.from_config(published).parameters())
-    assert real <= _estimated_numbers(published) <= 2 * real
 
 
 def test_payloads_would_run_elsewhere(tmp_path):
