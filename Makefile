@@ -13,7 +13,7 @@ DEMO_OUTPUT ?= demo-output
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
-# One thread per process: two test processes with two threads each run slower on two cores than one (PLATFORM facts).
+# One thread per process: two test processes with two threads each run slower on two cores than one.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 
 .PHONY: install demo test test-slow fuzz mutants lint format clean

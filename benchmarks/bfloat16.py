@@ -1,6 +1,6 @@
 """Which way of using bfloat16 trains: the loss of four runs on the same batches, for docs/training.md.
 
-    python benchmarks/bfloat16.py --model ../shared/models/smollm2-135m-first6-v16k --data ../shared/data/blimp \
+    python benchmarks/bfloat16.py --model DIR/models/smollm2-135m-first6-v16k --data DIR/data/blimp \
         --output runs/bfloat16
 
 Float32; float32 weights under autocast; bfloat16 weights with torch's AdamW; bfloat16 weights with ``stable_adamw``,

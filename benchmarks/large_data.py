@@ -1,6 +1,6 @@
 """`check-data`, encoding and the start of a training run on many generated pairs: rows a second, memory, seconds.
 
-    python benchmarks/large_data.py --shared ../shared --output runs/large-data
+    python benchmarks/large_data.py --shared DIR --output runs/large-data
 
 Pairs are drawn from the demo's world (`inform_rm.world.worlds`), so they are short: about 50 tokens a side. Each
 number comes from a process of its own; the pairs are made once and kept in the output folder.
@@ -37,7 +37,7 @@ print("SECONDS", time.perf_counter() - start, len(pairs.dataset))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with models/")
+    parser.add_argument("--shared", type=Path, required=True, help="folder of real models/")
     parser.add_argument("--output", type=Path, default=Path("runs/large-data"))
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--start-pairs", type=int, default=100_000, help="pairs of the run whose start is timed")

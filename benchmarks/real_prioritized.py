@@ -1,6 +1,6 @@
 """Bradley-Terry, RRM and prioritized training on real pairs with a real small Llama: accuracy and audits.
 
-    python benchmarks/real_prioritized.py --shared ../shared --output runs/real-prioritized
+    python benchmarks/real_prioritized.py --shared DIR --output runs/real-prioritized
 
 Two training sets: ``debates`` (ukp-convarg1, whose longer argument wins more often) and ``swap`` (prompt-swap mixed
 into hh-rlhf). Two runs at a time, one thread each. Started again, it goes on where it was stopped. Writes ``table.md``
@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/ and models/")
+    parser.add_argument("--shared", type=Path, required=True, help="folder of real data/ and models/")
     parser.add_argument("--output", type=Path, default=Path("runs/real-prioritized"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 1 2")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # one run of the table, in a process of its own

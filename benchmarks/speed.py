@@ -1,7 +1,7 @@
 """Speed of packed batches against TRL, transformers' pipeline and padded loops, on real text and a real small Llama.
 
-    python benchmarks/speed.py --shared ../shared --output runs/speed               # everything, about 75 minutes
-    python benchmarks/speed.py --shared ../shared --output runs/speed --only train score
+    python benchmarks/speed.py --shared DIR --output runs/speed               # everything, about 75 minutes
+    python benchmarks/speed.py --shared DIR --output runs/speed --only train score
 
 Each measurement writes a table (NAME.md, NAME.json) with the median of the repeats and their range, the tokens that
 went through the model, the ratio to the first contestant, and the peak memory of a process of its own.
@@ -29,7 +29,7 @@ PAIRS_A_STEP = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/ and models/")
+    parser.add_argument("--shared", type=Path, required=True, help="folder of real data/ and models/")
     parser.add_argument("--output", type=Path, default=Path("runs/speed"))
     names = [*MEASUREMENTS, "profile"]
     parser.add_argument("--only", nargs="+", choices=names, default=names)

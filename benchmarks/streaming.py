@@ -1,6 +1,6 @@
 """Streaming of many pairs: memory over time, pairs a second, seconds to the first batch and past a resume position.
 
-    python benchmarks/streaming.py --shared ../shared --output runs/streaming
+    python benchmarks/streaming.py --shared DIR --output runs/streaming
 
 Pairs are drawn from the demo's world (`inform_rm.world.worlds`), several prompts and responses joined to a realistic
 length, and lie in a folder of 20 Parquet files. Each measurement has a process of its own, which iterates and encodes
@@ -65,7 +65,7 @@ print("MEASURED", json.dumps({"pairs": count, "import_and_tokenizer_seconds": lo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with models/")
+    parser.add_argument("--shared", type=Path, required=True, help="folder of real models/")
     parser.add_argument("--output", type=Path, default=Path("runs/streaming"))
     parser.add_argument("--pairs", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])

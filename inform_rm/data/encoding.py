@@ -334,6 +334,12 @@ def _columns_with_faults(batch: dict[str, list], **options: Any) -> dict[str, li
     return columns
 
 
+def check_max_length(max_length: Any) -> None:
+    """Raise `InputError` unless a limit is None or a whole number of tokens."""
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise InputError(f"max_length: got {max_length!r}; expected a whole number of tokens, at least 1, or None.")
+
+
 def encode_pairs(
     dataset: Dataset,
     tokenizer: Any,
@@ -363,8 +369,7 @@ def encode_pairs(
         BadRow: The first bad row, under ``"error"``.
         InputError: A wrong argument, or no pair is left.
     """
-    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
-        raise InputError(f"max_length: got {max_length!r}; expected a whole number of tokens, at least 1, or None.")
+    check_max_length(max_length)
     for name, value, choices in (
         ("overlong", overlong, OVERLONG_POLICIES),
         ("on_bad_row", on_bad_row, BAD_ROW_POLICIES),

@@ -33,7 +33,7 @@ _AUDIT_KEYS = (
 )  # fmt: skip
 _DETECTION_KEYS = ("csi_normalized", "csi_normalized_null_rank", "mop", "mop_null_rank", "num_responses")
 _ALPHA = 0.05  # with the demo's few reference responses a smaller tail would hold no rank of theirs
-ROUND_TRIP_TOLERANCE = 1e-5  # reward units, float32; DESIGN section 4
+ROUND_TRIP_TOLERANCE = 1e-5  # reward units, float32
 
 
 @dataclass(frozen=True)

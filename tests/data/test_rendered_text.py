@@ -177,6 +177,16 @@ def test_check_data_shows_what_is_lost_and_what_is_refused(tokenizer, cut_rows, 
     assert refused["unusable_rows"] == 6 and "not encodable 6" in format_report(refused)
 
 
+def test_check_data_counts_a_pair_once_that_is_over_long_and_equal_in_tokens(tokenizer, tmp_path):
+    sides = [("<think>a</think>Yes", "<think>b</think>Yes"), ("Yes", "No"), ("Yes", "No, it is not so.")]
+    rows = [{"prompt": "1 + 1?", "chosen": chosen, "rejected": rejected} for chosen, rejected in sides]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    report = check_data(path, with_template(tokenizer, CUTTING_TEMPLATE), max_length=1)
+    (source,) = report["sources"]
+    assert source["template"]["identical_tokens"] == 1 and source["max_length"]["overlong"] == 3
+    assert report["unusable_rows"] == 3
+
+
 @pytest.fixture
 def cutting_scorer(reward_dir, tokenizer):
     """A scorer whose template cuts reasoning."""

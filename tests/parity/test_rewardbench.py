@@ -19,7 +19,7 @@ from inform_rm.eval.suites.scores import ScoredItem, ties_score, weighted_mean
 from inform_rm.eval.suites.tables import SUITES
 from inform_rm.scoring.scorer import RewardScorer
 
-TOLERANCE = 1e-5  # DESIGN's "one score"
+TOLERANCE = 1e-5
 
 
 def rewardbench_scores(model, tokenizer, texts: list[str]) -> torch.Tensor:

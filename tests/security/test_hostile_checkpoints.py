@@ -10,10 +10,6 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModel
-from transformers.initialization import no_init_weights
-
-from inform_rm.safety.checkpoints import _estimated_numbers
 
 MOST_MEBIBYTES = 700  # the tiny model itself takes some 30
 READ = "read"
@@ -452,7 +448,7 @@ CASES = {
         template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}a"), "scorer",
         "template.*loop"),
     "template of 10**10 letters": (template("{{ 'a' * 10**10 }}"), "scorer", "template"),
-    "template of a huge number": (template("{{ 10**10**10 }}"), "scorer", "template"),
+    "template of a huge number": (template("{{ 10**(10**10) }}"), "scorer", "template"),
     "template of 10**9 letters by a variable": (
         template("{% set n = 1000000000 %}{{ 'a' * n }}"), "scorer", "template"),
     "template of 4 million letters by doubling": (
@@ -485,7 +481,7 @@ CASES = {
                  "{{ 'a'.ljust(x.a) }}"), "scorer", "template"),
     "template of 10**10 letters by width": (template("{{ 'a'.ljust(10000000000) }}"), "scorer", "template"),
     "template of 10**10 letters by a filter": (template("{{ 'a'|center(10000000000) }}"), "scorer", "template"),
-    "template of 10**8 letters": (template("{{ 'a'|center(100000000) }}"), "scorer", "template holds a number"),
+    "template of 10**8 letters": (template("{{ 'a'|center(100000000) }}"), "scorer", "template makes a text"),
     "template that calls itself": (
         template("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"), "scorer", "template"),
     "template nested 5,000 deep": (template("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"), "scorer", "template"),
@@ -529,15 +525,6 @@ def test_hostile_folder_is_refused_or_harmless(name, reports):
     assert report["mebibytes"] < MOST_MEBIBYTES, report
     written = [path.read_bytes() for path in (report["place"] / "out").rglob("*") if path.is_file()]
     assert not any(b"the secret key" in content for content in written)
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "mistral", "gpt2", "phi3", "opt", "gpt_neox"])
-def test_estimated_size_is_close_above_the_real_one(kind):
-    """Below it a hostile config would pass; at twice the real one, an honest model is made only to be counted."""
-    published = CONFIG_MAPPING[kind]()
-    with torch.device("meta"), no_init_weights():
-        real = sum(weight.numel() for weight in AutoModel.from_config(published).parameters())
-    assert real <= _estimated_numbers(published) <= 2 * real
 
 
 def test_payloads_would_run_elsewhere(tmp_path):
