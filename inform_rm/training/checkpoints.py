@@ -114,7 +114,7 @@ def check_resume(
     Args:
         output: the run's folder.
         config: all settings.
-        fingerprints: per source of ``data``, and who reads it in a streaming run.
+        fingerprints: per source of ``data``.
         eval_fingerprints: per source of ``eval_data``.
         resume_from: the checkpoint to go on from; ``None`` starts a new run.
 
@@ -169,8 +169,6 @@ def _changed(config: TrainingConfig, before: dict[str, Any], now: dict[str, Any]
                 changed.append(f"the content of {name}{renamed}")
         elif before.get(name) != now[name]:
             changed.append(f"{name}: {before.get(name)!r} -> {now[name]!r}")
-    if contents_before.get("readers") != contents["readers"]:
-        changed.append(f"readers of the stream: {contents_before.get('readers')!r} -> {contents['readers']!r}")
     return changed
 
 
@@ -189,7 +187,6 @@ def _contents(
             for source in config.data
         ],
         "eval_data": [content(source, eval_fingerprints[source]) for source in config.eval_data],
-        "readers": fingerprints.get("streamed to"),
     }
     for name in settings_by_content():
         value = getattr(config, name)

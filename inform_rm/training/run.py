@@ -23,7 +23,7 @@ from inform_rm.scoring.packing import CPU_TOKENS_PER_BATCH, use_packed_attention
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.training.checkpoints import STAGING, check_resume, discard, discard_incomplete, discard_run
 from inform_rm.training.config import TrainingConfig
-from inform_rm.training.data import TrainingPairs, load_training_pairs
+from inform_rm.training.data import load_training_pairs
 from inform_rm.training.half_precision import COMPENSATED_BETA2, COMPENSATED_OPTIM, LostUpdates, check_optimizer
 from inform_rm.training.interruption import StopOnSignal
 from inform_rm.training.models import (
@@ -36,8 +36,7 @@ from inform_rm.training.models import (
     with_max_length,
 )
 from inform_rm.training.prioritized import PoolCollator, PrioritizedRewardTrainer, Selection
-from inform_rm.training.stream_sources import StreamSource, open_stream
-from inform_rm.training.streaming import PairStream, stream_counts, streaming_trainer
+from inform_rm.training.streaming import EncodedStream, open_stream
 from inform_rm.training.trainer import PackedPairCollator, PairCollator, RewardTrainer
 from inform_rm.util.checkpoints import checkpoint_step, last_complete
 from inform_rm.util.files import atomic_write_text, check_output_directory, versions, write_json
@@ -88,9 +87,9 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     )
     tokenizer = with_plain_template(tokenizer, config.model)
     limited = with_max_length(config)
-    train_pairs: TrainingPairs | StreamSource
+    train_pairs: Any
     if config.streaming:
-        train_pairs = open_stream(config)
+        train_pairs = open_stream(config.data, config.columns, seed=config.seed, shuffle_buffer=config.shuffle_buffer)
     else:
         train_pairs = load_training_pairs(limited, config.data, config.max_pairs_per_source, tokenizer, "data")
     eval_pairs, eval_fingerprints = None, {}
@@ -113,15 +112,19 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         "model": trainable,
         "args": arguments,
         "data_collator": PackedPairCollator(tokens_per_batch) if batching == "packed" else PairCollator(tokenizer),
-        "train_dataset": train_pairs.dataset if isinstance(train_pairs, TrainingPairs) else None,
+        "train_dataset": train_pairs.dataset,
         "eval_dataset": None if eval_pairs is None else eval_pairs.dataset,
         "processing_class": tokenizer,
         "callbacks": [LostUpdates()],
         **{name: getattr(config, name) for name in
            ("beta", "kl_warmup_steps", "label_smoothing", "center_rewards_coefficient")},
     }  # fmt: skip
-    if isinstance(train_pairs, StreamSource):
-        trainer: RewardTrainer = streaming_trainer(train_pairs, limited, tokenizer, options)
+    if config.streaming:
+        stream = EncodedStream(
+            train_pairs, tokenizer, arguments, max_length=limited.max_length, overlong=config.overlong,
+            on_bad_row=config.on_bad_row,
+        )  # fmt: skip
+        trainer = RewardTrainer(**options, stream=stream)
     elif config.objective == "prioritized":
         scorer = RewardScorer(
             trainable, tokenizer, max_length=limited.max_length, batching=batching, split_over_processes=True
@@ -137,11 +140,12 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     if is_quantized(config):
         quantization = _leave_quantized_base(trainer, config, tokenizer, output, batching)
     evaluation = _final_evaluation(trainer) if eval_pairs is not None else None
+    counts = trainer.stream.total_counts() if trainer.stream is not None else train_pairs.counts
     result = {
         "settings": dataclasses.asdict(config),
         "versions": versions(),
         "data_fingerprints": train_pairs.fingerprints | eval_fingerprints,
-        "train_pairs": _pair_counts(train_pairs, trainer),
+        "train_pairs": counts,
         "eval_pairs": None if eval_pairs is None else eval_pairs.counts,
         "max_length": limited.max_length,
         "batching": batching,
@@ -156,12 +160,6 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     }
     _save_final(trainer, tokenizer, output, config, result)
     return result
-
-
-def _pair_counts(pairs: TrainingPairs | StreamSource, trainer: RewardTrainer) -> dict[str, Any]:
-    if isinstance(pairs, TrainingPairs):
-        return pairs.counts
-    return {**stream_counts(trainer), "reading": pairs.readings}
 
 
 def _check_model(config: TrainingConfig) -> None:
@@ -271,7 +269,7 @@ def _leave_quantized_base(
     what follows, the evaluation too, is about the model that people get. Both models are in memory for a moment.
     """
     dataset: Any = trainer.train_dataset
-    pairs = dataset.first_pairs(16) if isinstance(dataset, PairStream) else list(islice(dataset, 16))
+    pairs = list(islice(dataset, 16))
     before = sample_rewards(trainer.accelerator.unwrap_model(trainer.model), pairs, tokenizer, batching)
     staging = output / STAGING
     trainer.save_model(str(staging))

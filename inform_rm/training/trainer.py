@@ -19,6 +19,7 @@ from inform_rm.scoring.packing import pack_sequences, packed_batches
 from inform_rm.training.checkpoints import discard, discard_beyond, reading_checkpoint
 from inform_rm.training.losses import kl_weight, reward_model_loss
 from inform_rm.training.metrics import compute_eval_metrics, metrics_from_sums, pair_sums
+from inform_rm.training.streaming import EncodedStream, StepsAreTheEpoch
 from inform_rm.util.checkpoints import last_complete, mark_complete
 from inform_rm.util.files import write_json
 
@@ -147,6 +148,7 @@ class RewardTrainer(Trainer):
         kl_warmup_steps: see `kl_weight`.
         label_smoothing: assumed share of wrong labels.
         center_rewards_coefficient: weight of the centring term.
+        stream: the training pairs, in place of ``train_dataset``.
         kwargs: arguments of `transformers.Trainer`.
     """
 
@@ -160,10 +162,17 @@ class RewardTrainer(Trainer):
         kl_warmup_steps: float,
         label_smoothing: float,
         center_rewards_coefficient: float,
+        stream: EncodedStream | None = None,
         **kwargs: Any,
     ):
+        self.stream = stream
+        if stream is not None:
+            kwargs["train_dataset"] = stream.dataset()
+            kwargs["args"].ignore_data_skip = True  # a resumed stream begins where it is to go on
         super().__init__(compute_metrics=compute_eval_metrics, **kwargs)
         self.add_callback(_OwnSteps())
+        if stream is not None:
+            self.add_callback(StepsAreTheEpoch())
         self.can_return_loss = True
         self.label_names: list[str] = []
         self._beta, self._kl_warmup_steps = beta, kl_warmup_steps
@@ -179,11 +188,17 @@ class RewardTrainer(Trainer):
         self._save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._keep_fsdp_output_in_float32()
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `transformers.Trainer` does, with latent noise of its own on every process."""
+        if self.stream is not None and resume_from_checkpoint is not None:
+            self.stream.load(Path(resume_from_checkpoint))
         # Trainer seeds all processes alike: without this, every process would draw the same noise.
         set_seed(self.args.seed, device_specific=True)
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """The batches of this process."""
+        return super().get_train_dataloader() if self.stream is None else self.stream.loader(self.data_collator)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The batches of one update; the last one of an epoch says how many pairs it has on all processes together.
@@ -200,6 +215,8 @@ class RewardTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass of a batch; row by row where it has several: the gradients add up."""
+        if self.stream is not None:
+            self.stream.take(inputs)
         ids = inputs.pop("ids")
         if pairs_left := inputs.pop("pairs_left", 0):
             size = len(inputs["margin"])
@@ -347,6 +364,8 @@ class RewardTrainer(Trainer):
 
     def _add_to_checkpoint(self, folder: Path) -> None:
         """Called on every process before a checkpoint is declared complete."""
+        if self.stream is not None:
+            self.stream.save(folder)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":

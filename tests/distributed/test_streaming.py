@@ -16,16 +16,16 @@ pytestmark = pytest.mark.distributed
 PATCH = """
 import itertools
 import json
-from inform_rm.training import streaming
+from inform_rm.training.trainer import RewardTrainer
 
-step = streaming.StreamingRewardTrainer.training_step
+step = RewardTrainer.training_step
 
 def told(self, model, inputs, *args):
     with open(f"{self.args.output_dir}/batches-{self.args.process_index}.jsonl", "a") as file:
         print(json.dumps([inputs["input_ids"].tolist(), inputs["attention_mask"].sum(1).tolist()]), file=file)
     return step(self, model, inputs, *args)
 
-streaming.StreamingRewardTrainer.training_step = told
+RewardTrainer.training_step = told
 """
 
 
@@ -62,8 +62,8 @@ def test_two_processes_share_a_pass_of_uneven_files_and_train_as_one(settings, t
     first, second = (rows_of(tmp_path / "two" / "checkpoints" / f"batches-{rank}.jsonl") for rank in (0, 1))
     one_pass = [pair for batch in first[:4] + second[:4] for pair in batch]
     assert len(first) == len(second) == 5 and len(one_pass) == len(set(one_pass)) == 32
-    counts = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("two/checkpoints/*-5/stream_counts_*"))]
-    assert [count["pairs"] for count in counts] == [20, 20]
+    states = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("two/checkpoints/*-5/stream_*"))]
+    assert [state["counts"]["pairs"] for state in states] == [20, 20]
 
     # Batches of eight in one process are those of four in both.
     alone = made | {"gradient_accumulation_steps": 2, "output": str(tmp_path / "one")}

@@ -16,7 +16,7 @@ from inform_rm.errors import InputError
 from inform_rm.training.checkpoints import check_resume
 from inform_rm.training.config import TrainingConfig, deciding_settings, field_types, settings_by_content
 from inform_rm.training.run import train
-from inform_rm.training.stream_sources import open_stream
+from inform_rm.training.streaming import open_stream
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
 DECIDES = {spec.name: spec.metadata["decides"] for spec in dataclasses.fields(TrainingConfig)}
@@ -129,16 +129,13 @@ def test_paths_may_be_spelt_otherwise(settings, pairs_file, tmp_path, monkeypatc
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_streamed_file_is_known_by_its_content(settings, pairs_file, tmp_path):
+def test_streamed_file_is_known_by_its_content(pairs_file, tmp_path):
     link = tmp_path / "other-name.jsonl"
     link.symlink_to(pairs_file)
     changed = tmp_path / "changed.jsonl"
     changed.write_text(pairs_file.read_text().replace("Indeed", "Truly!"))
-    streaming = dataclasses.replace(settings, streaming=True)
-    digests = [
-        open_stream(dataclasses.replace(streaming, data=(str(path),))).fingerprints[str(path)]
-        for path in (pairs_file, link, changed)
-    ]
+    paths = pairs_file, link, changed
+    digests = [open_stream([path], seed=0, shuffle_buffer=1).fingerprints[str(path)] for path in paths]
     assert digests[0] == digests[1] != digests[2]
 
 
