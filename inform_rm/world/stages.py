@@ -71,8 +71,8 @@ class Stages(TrainerCallback):
     def advance(self, fraction: float) -> None:
         """So much of the current stage is done, from 0 to 1."""
         if self._bar is not None and not self._bar.disable:
-            self._bar.set_postfix_str(self._time_left(fraction).removeprefix(", "), refresh=False)
-            self._bar.update(fraction - self._bar.n)
+            self._bar.n = fraction
+            self._bar.set_postfix_str(self._time_left(fraction).removeprefix(", "))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer."""
@@ -95,7 +95,6 @@ class Stages(TrainerCallback):
 
     def _end_line(self, is_finished: bool) -> None:
         if self._bar is not None:
+            self._bar.n = 1.0 if is_finished else self._bar.n
             self._bar.set_postfix_str("", refresh=False)
-            if is_finished:
-                self._bar.update(1.0 - self._bar.n)
             self._bar.close()
