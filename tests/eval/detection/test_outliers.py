@@ -427,6 +427,13 @@ NAN_ROW = np.where(np.arange(30)[:, None] == 4, math.nan, GOOD)
         mahalanobis_outlier_probability,
     ),
 )  # fmt: skip
+def test_every_statistic_checks_its_latents(call):
+    with pytest.raises(InputError, match="candidate: row 4 holds NaN or infinity"):
+        call(NAN_ROW, GOOD)
+    with pytest.raises(InputError, match="reference: row 4 holds NaN or infinity"):
+        call(GOOD, NAN_ROW)
+
+
 @pytest.mark.parametrize(
     ("candidate", "reference", "message"),
     (
@@ -443,9 +450,9 @@ NAN_ROW = np.where(np.arange(30)[:, None] == 4, math.nan, GOOD)
         (GOOD.astype(complex), GOOD, "candidate: .*expected real numbers"),
     ),
 )
-def test_bad_latents_are_named(call, candidate, reference, message):
+def test_bad_latents_are_named(candidate, reference, message):
     with pytest.raises(InputError, match=message):
-        call(candidate, reference)
+        cluster_separation_index(candidate, reference)
 
 
 @pytest.mark.parametrize(
