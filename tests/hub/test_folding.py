@@ -152,6 +152,7 @@ def test_token_classifiers_give_the_reward_at_the_last_token(saved, tokenizer):
     assert model(ids).logits[0, -1].item() + offset_of(folded) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_folder_loads_in_a_process_without_the_package(saved, tokenizer):
     original, folded = saved("llama")
     assert sorted(path.name for path in folded.iterdir()) == [

@@ -1,14 +1,9 @@
-"""Run as a script: reads hostile inputs, each in a fork of this process with little memory and time, and tells how.
-
-Standard input: JSON list of ``[name, operation, arguments]``. Standard output: JSON object, name to ``{"outcome",
-"message", "mebibytes", "seconds"}``; the outcome is ``"read"``, the name of an exception type, or of a signal.
-"""
+"""Reads hostile inputs, each in a fork of this process with little memory and time, and tells how."""
 
 import json
 import os
 import resource
 import signal
-import sys
 import traceback
 from pathlib import Path
 
@@ -74,14 +69,8 @@ OPERATIONS = {
 }
 
 
-def main():
-    reports = {}
-    for name, operation, arguments in json.load(sys.stdin):
-        reports[name] = run_forked(operation, arguments)
-    print(json.dumps(reports))
-
-
 def run_forked(operation, arguments):
+    """``{"outcome", "message", "mebibytes", "seconds"}``: "read", or the name of an exception type or of a signal."""
     report_read, report_write = os.pipe()
     base = resident_bytes()
     child = os.fork()
@@ -121,7 +110,3 @@ def resident_bytes():
 
 def address_space_bytes():
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-if __name__ == "__main__":
-    main()

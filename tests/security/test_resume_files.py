@@ -61,15 +61,15 @@ def test_a_sound_checkpoint_is_continued(resumed):
     assert train(config)["resumed_from_step"] == 1
 
 
-@pytest.mark.parametrize("saved_by", ["torch", "pickle"])
 @pytest.mark.parametrize(
-    ("name", "named"),
+    ("name", "named", "saved_by"),
     [
-        ("optimizer.pt", "optimizer.pt"),
-        ("scheduler.pt", "scheduler.pt"),
-        ("rng_state.pth", "rng_state"),
-        ("pytorch_model.bin", "the weights"),
-        ("model.safetensors", "the weights"),
+        ("optimizer.pt", "optimizer.pt", "torch"),
+        ("optimizer.pt", "optimizer.pt", "pickle"),
+        ("scheduler.pt", "scheduler.pt", "torch"),
+        ("rng_state.pth", "rng_state", "torch"),
+        ("pytorch_model.bin", "the weights", "torch"),
+        ("model.safetensors", "the weights", "torch"),
     ],
 )
 def test_a_pickle_is_refused_and_its_code_is_not_run(name, named, saved_by, resumed, tmp_path):
@@ -101,15 +101,12 @@ def test_training_args_are_not_read(resumed, tmp_path):
     ("name", "content"),
     [
         ("trainer_state.json", b"not JSON"),
-        ("trainer_state.json", b"[1]"),
         ("trainer_state.json", b'{"global_step": 7}'),
         ("trainer_state.json", b'{"global_step": 1, "unknown": 1}'),
         ("trainer_state.json", b"[" * 100_000),
         ("optimizer.pt", b""),
-        ("optimizer.pt", b"garbage"),
         ("rng_state.pth", b"PK\x03\x04" + b"\0" * 100),
         ("../run.json", b"[" * 100_000),
-        ("../run.json", b"[1]"),
     ],
 )
 def test_garbage_is_refused_by_name(name, content, resumed):

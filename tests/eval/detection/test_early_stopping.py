@@ -34,6 +34,8 @@ def test_written_out_sequence():
     rule = CSIEarlyStopping(max_change_ratio=2.0)
     decisions = [rule.update(csi) for csi in (10, 12, 11, 14, 9, 9, 14, 20, 21)]
     assert decisions == [False, False, False, False, True, False, True, True, False]
+    rule = CSIEarlyStopping(max_change_ratio=2.0)  # a power of 2 as unit changes nothing, to the last bit
+    assert [rule.update(csi / 2**20) for csi in (10, 12, 11, 14, 9, 9, 14, 20, 21)] == decisions
 
 
 @settings(deadline=None)
