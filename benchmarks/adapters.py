@@ -30,15 +30,13 @@ def measure(model_folder: str, mode: str, steps: int, output: Path) -> dict[str,
     from transformers import set_seed
 
     from inform_rm.data.tokenizer import load_tokenizer
-    from inform_rm.training.config import TrainingConfig
-    from inform_rm.training.models import add_adapters, load_model
-    from inform_rm.training.run import _training_arguments
-    from inform_rm.training.trainer import PairCollator, RewardTrainer
+    from inform_rm.training.reward_arguments import RewardTrainingArguments
+    from inform_rm.training.trainer import RewardTrainer
 
-    config = TrainingConfig(
-        model=model_folder, data=("generated",), output=str(output), max_steps=steps, save_steps=steps,
+    config = RewardTrainingArguments(
+        model=model_folder, output_dir=str(output), max_steps=steps, save_steps=steps,
         per_device_train_batch_size=4, gradient_accumulation_steps=1, logging_steps=1, use_cpu=True,
-        learning_rate=1e-4, batching="padded", **MODES[mode],
+        learning_rate=1e-4, batching="padded", beta=0.0, overwrite=True, **MODES[mode],
     )  # fmt: skip
     set_seed(0)
     tokenizer = load_tokenizer(model_folder, chat_template="plain")
@@ -55,16 +53,11 @@ def measure(model_folder: str, mode: str, steps: int, output: Path) -> dict[str,
         for one, other in draws
     ]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = load_model(config)
-    trainable = add_adapters(model, config) if config.lora_r else model
+    trainer = RewardTrainer(args=config, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
+    trainable = trainer.accelerator.unwrap_model(trainer.model)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    trainer = RewardTrainer(
-        beta=0.0, kl_warmup_steps=0, label_smoothing=0.0, center_rewards_coefficient=0.0, model=trainable,
-        args=_training_arguments(config, output), data_collator=PairCollator(tokenizer),
-        train_dataset=Dataset.from_list(pairs), processing_class=tokenizer,
-    )  # fmt: skip
     trainer.train()
-    checkpoint = output / f"checkpoint-{steps}"
+    checkpoint = output / "checkpoints" / f"checkpoint-{steps}"
     sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
     mib = 2**20
     return {

@@ -1,6 +1,6 @@
 """Which way of using bfloat16 trains: the loss of four runs on the same batches, for docs/training.md.
 
-    python benchmarks/bfloat16.py --model ../shared/models/smollm2-135m-first6-v16k --data ../shared/data/blimp \
+    python benchmarks/bfloat16.py --model DIR/models/smollm2-135m-first6-v16k --data DIR/data/blimp \
         --output runs/bfloat16
 
 Float32; float32 weights under autocast; bfloat16 weights with torch's AdamW; bfloat16 weights with ``stable_adamw``,
@@ -23,7 +23,7 @@ from inform_rm.data.preferences import load_preferences
 from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.scoring.reward_models import load_reward_model
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.training.config import config_from_mapping
+from inform_rm.training.reward_arguments import arguments_from_mapping
 from inform_rm.util.files import atomic_write_text, write_json
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -70,7 +70,7 @@ def one_run(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     folder = arguments.output / "".join(letter if letter.isalnum() else "-" for letter in name)
     settings = {**SETTINGS, **RUNS[name], "model": str(arguments.model), "data": str(arguments.output / "train.jsonl")}
     if not (folder / "train_result.json").exists():
-        train(config_from_mapping({**settings, "output": str(folder)}, "bfloat16.py"))
+        train(arguments_from_mapping({**settings, "output": str(folder)}, "bfloat16.py"))
     result = json.loads((folder / "train_result.json").read_text())
     model = load_reward_model(folder, dtype="float32", device="cpu")
     as_saved = tested(model, arguments.output)

@@ -1,7 +1,7 @@
 """Do outlier scores find responses that were spoilt on purpose? Real text, an InfoRM and a standard model.
 
-    python benchmarks/real_data.py --shared ../shared --output runs/real-data        # trains the two models
-    python benchmarks/corruptions.py --shared ../shared --models runs/real-data/inform-0 runs/real-data/standard-0
+    python benchmarks/real_data.py --shared DIR --output runs/real-data        # trains the two models
+    python benchmarks/corruptions.py --shared DIR --models runs/real-data/inform-0 runs/real-data/standard-0
 
 Reference: preferred responses to prompts of test files. Candidates: preferred responses to other prompts, as they are
 and spoilt in four ways. Prints the area under the ROC curve of the Mahalanobis distance (spoilt against as they are),
@@ -32,7 +32,7 @@ def main() -> None:
     from inform_rm.util.page import Table, markdown_table
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/")
+    parser.add_argument("--shared", type=Path, required=True, help="folder of real data/")
     parser.add_argument("--models", nargs="+", required=True, help="folders of reward models")
     parser.add_argument("--output", type=Path, default=Path("runs/corruptions"))
     parser.add_argument("--responses", type=int, default=200, help="in the reference and in each candidate set")
@@ -48,12 +48,12 @@ def main() -> None:
         table = pq.read_table(folder / "responses.parquet").to_pydict()
         names, distances = np.array(table["set"]), np.array(table["squared_mahalanobis"])
         as_they_are = distances[names == files["as they are"].name]
-        for name, part in zip(CORRUPTIONS, result["candidates"], strict=True):
+        for name, part in zip(CORRUPTIONS, result.candidates, strict=True):
             own = distances[names == files[name].name]
             labels = np.r_[np.zeros(len(as_they_are)), np.ones(len(own))]
             area = roc_auc_score(labels, np.r_[as_they_are, own])
             rows.append((
-                Path(model).name, result["kind"], name, f"{area:.3f}",
+                Path(model).name, result.kind, name, f"{area:.3f}",
                 f"{part['mop']:.3f} ({part['mop_null_rank']:.2f})",
                 f"{part['csi_normalized']:.2f} ({part['csi_normalized_null_rank']:.2f})", f"{part['mean_reward']:.2f}",
             ))  # fmt: skip

@@ -289,7 +289,7 @@ def table(results: dict[str, Any]) -> str:
         "first_step_seconds",
     )
     lines = [
-        f"{results['device']['name']}, torch {torch.__version__}, {results['tokens_per_batch']} tokens a forward pass", "",
+        f"{results['device']['name']}, torch {torch.__version__}, {results['tokens_per_batch']} tokens a pass", "",
         "| shape | job | contestant | " + " | ".join(names) + " |", "|" + "---|" * (3 + len(names)),
     ]  # fmt: skip
     for row in results["rows"]:

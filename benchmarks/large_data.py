@@ -1,6 +1,6 @@
 """`check-data`, encoding and the start of a training run on many generated pairs: rows a second, memory, seconds.
 
-    python benchmarks/large_data.py --shared ../shared --output runs/large-data
+    python benchmarks/large_data.py --shared DIR --output runs/large-data
 
 Pairs are drawn from the demo's world (`inform_rm.world.worlds`), so they are short: about 50 tokens a side. Each
 number comes from a process of its own; the pairs are made once and kept in the output folder.
@@ -24,20 +24,20 @@ ENCODE = """
 import sys, time
 from accelerate import PartialState
 from inform_rm.data.tokenizer import load_tokenizer
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.data import load_training_pairs
 state = PartialState(cpu=True)
-config = TrainingConfig(model=sys.argv[1], data=(sys.argv[2],), output="unused", max_length=512)
+config = RewardTrainingArguments(model=sys.argv[1], data=(sys.argv[2],), output_dir="unused", max_length=512)
 tokenizer = load_tokenizer(sys.argv[1], chat_template=sys.argv[3])
 start = time.perf_counter()
-pairs = load_training_pairs(config, config.data, None, tokenizer, "data")
+pairs = load_training_pairs(config, config.data, None, tokenizer, "data", config.max_length)
 print("SECONDS", time.perf_counter() - start, len(pairs.dataset))
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with models/")
+    parser.add_argument("--shared", type=Path, required=True, help="folder of real models/")
     parser.add_argument("--output", type=Path, default=Path("runs/large-data"))
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--start-pairs", type=int, default=100_000, help="pairs of the run whose start is timed")

@@ -108,7 +108,7 @@ def train_member(folder: Path, seed: int, noise: float, member: str) -> None:
 def train_one(folder: Path, kind: str, data: str, updates: int, seed: int, run: Path, **settings: Any) -> None:
     """Train from the seed's start of the kind; ``settings`` go over SETTINGS."""
     from inform_rm import train
-    from inform_rm.training.config import config_from_mapping
+    from inform_rm.training.reward_arguments import arguments_from_mapping
 
     if (run / "train_result.json").exists():
         return
@@ -116,7 +116,7 @@ def train_one(folder: Path, kind: str, data: str, updates: int, seed: int, run: 
         **SETTINGS, "architecture": kind, "latent_dim": 32, "model": str(folder / f"start-{kind}"), "seed": seed,
         "max_steps": updates, "save_steps": updates, "data": [str(folder / data)], "output": str(run), **settings,
     }  # fmt: skip
-    train(config_from_mapping(settings, "overoptimization.py"))
+    train(arguments_from_mapping(settings, "overoptimization.py"))
     shutil.rmtree(run / "checkpoints")
 
 
@@ -142,16 +142,16 @@ def choose(folder: Path, seed: int, noise: str) -> None:
         progress=False,
     )  # fmt: skip
     responses, gold_model = case / "best-of-n" / "responses.parquet", RewardScorer(folder / "gold")
-    measured: dict[str, Any] = {"ns": result["ns"], "kl_nats": result["kl_nats"]}
-    measured["proxies"] = curves_of(responses, result["ns"], gold_model, seed)
+    measured: dict[str, Any] = {"ns": result.ns, "kl_nats": result.kl_nats}
+    measured["proxies"] = curves_of(responses, result.ns, gold_model, seed)
     watched = {kind: proxies[f"{kind}-0"] for kind in WATCHED}
     result = attack(
         watched, case / "watched", policy=policy, num_prompts=WATCHED_PROMPTS, num_responses=RESPONSES,
         seed=100 + seed, progress=False,
     )  # fmt: skip
-    measured["watch"] = watch(proxies["inform-0"], case / "watched" / "responses.parquet", result["ns"], seed)
+    measured["watch"] = watch(proxies["inform-0"], case / "watched" / "responses.parquet", result.ns, seed)
     for kind in WATCHED:
-        measured["watch"][kind]["peak"] = result["proxies"][kind]["peak"]
+        measured["watch"][kind]["peak"] = result.proxies[kind]["peak"]
     write_json(case / "measured.json", measured)
 
 

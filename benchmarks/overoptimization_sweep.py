@@ -81,12 +81,12 @@ def one_run(folder: Path, seed: int, variant: str) -> None:
     pairs = run / "in_distribution.jsonl"
     rows = make_pairs(WorldConfig(seed=seed), "in_distribution", 500)
     atomic_write_text(pairs, "".join(json.dumps(row) + "\n" for row in rows))
-    accuracy = evaluate(scorer, pairs, progress=False)
+    accuracy = evaluate(scorer, pairs, progress=False).accuracy
     result = attack(
         scorer, policy=SlippingPolicy(), num_prompts=PROMPTS, num_responses=RESPONSES, seed=seed,
         progress=False,
-    )["proxies"]["proxy"]  # fmt: skip
-    found = {"accuracy": accuracy["accuracy"], "gold": result["gold"], "peak": result["peak"]}
+    ).proxies["proxy"]  # fmt: skip
+    found = {"accuracy": accuracy, "gold": result["gold"], "peak": result["peak"]}
     write_json(run / "measured.json", found)
 
 

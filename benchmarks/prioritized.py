@@ -129,7 +129,7 @@ def one_run(folder: Path, seed: int, name: str, method: str) -> None:
     """Train one model; accuracy after UPDATES and at the end, and the audit of the model after UPDATES."""
     from inform_rm import decompose, evaluate, train
     from inform_rm.scoring.scorer import RewardScorer
-    from inform_rm.training.config import config_from_mapping
+    from inform_rm.training.reward_arguments import arguments_from_mapping
     from inform_rm.util.files import write_json
 
     run = folder / name / method
@@ -141,7 +141,7 @@ def one_run(folder: Path, seed: int, name: str, method: str) -> None:
         **SETTINGS, **changes, "model": str(folder / "backbone"), "data": [str(folder / name / "train.jsonl")],
         "max_steps": times * UPDATES, "seed": seed, "output": str(run), "overwrite": True,
     }  # fmt: skip
-    trained = train(config_from_mapping(settings, "prioritized.py"))
+    trained = train(arguments_from_mapping(settings, "prioritized.py"))
     measured: dict[str, Any] = {
         "seconds": trained["train_runtime_seconds"],
         "log": [line for line in trained["log_history"] if "loss" in line],
@@ -149,10 +149,12 @@ def one_run(folder: Path, seed: int, name: str, method: str) -> None:
     for updates in range(UPDATES, times * UPDATES + 1, max(UPDATES, (times - 1) * UPDATES)):
         scorer = RewardScorer(run / "checkpoints" / f"checkpoint-{updates}")
         result = evaluate(scorer, [folder / name / f"{split}.jsonl" for split in TEST_SETS], progress=False)
-        measured[str(updates)] = {split: part["accuracy"] for split, part in result["subsets"].items()}
+        measured[str(updates)] = {split: part["accuracy"] for split, part in (result.subsets or {}).items()}
         if updates == UPDATES:
             audit = decompose(scorer, folder / "unbiased.jsonl", run / "audit", progress=False, seed=seed)
-            measured["audit"] = {key: audit[key] for key in ("accuracy", "response_decides", "prompt_sensitivity")}
+            measured["audit"] = {
+                key: getattr(audit, key) for key in ("accuracy", "response_decides", "prompt_sensitivity")
+            }
             measured["audit"] |= rank_correlations(folder / "unbiased.jsonl", run / "audit" / "pairs.parquet")
     shutil.rmtree(run / "checkpoints")
     write_json(run / "measured.json", measured)

@@ -1,6 +1,6 @@
 """Train standard and InfoRM reward models on real preference pairs with a real small Llama, and tabulate accuracy.
 
-    python benchmarks/real_data.py --shared ../shared --output runs/real-data
+    python benchmarks/real_data.py --shared DIR --output runs/real-data
 
 Two runs at a time, one thread each. Started again, it goes on where it was stopped. Writes ``table.md`` and
 ``table.json`` into the output folder; ``docs/real-data.md`` shows and discusses them.
@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/ and models/")
+    parser.add_argument("--shared", type=Path, required=True, help="folder of real data/ and models/")
     parser.add_argument("--output", type=Path, default=Path("runs/real-data"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 1 2")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # one run of the table, in a process of its own
@@ -73,7 +73,7 @@ def one_run(shared: Path, output: Path, run: str) -> None:
     from inform_rm import InfoRMForSequenceClassification, evaluate, train
     from inform_rm.data.tokenizer import load_tokenizer
     from inform_rm.scoring.scorer import RewardScorer
-    from inform_rm.training.config import config_from_mapping
+    from inform_rm.training.reward_arguments import arguments_from_mapping
 
     kind, seed = run.split("-")
     folder = output / run
@@ -99,7 +99,7 @@ def one_run(shared: Path, output: Path, run: str) -> None:
                 "architecture": kind,
                 "seed": int(seed),
             }
-            train(config_from_mapping(settings, "real_data.py"))
+            train(arguments_from_mapping(settings, "real_data.py"))
         scorer = RewardScorer(folder)
     for name in missing:
         test = shared / "data" / name / "test.jsonl.gz"

@@ -1,6 +1,6 @@
 """Bradley-Terry, RRM and prioritized training on real pairs with a real small Llama: accuracy and audits.
 
-    python benchmarks/real_prioritized.py --shared ../shared --output runs/real-prioritized
+    python benchmarks/real_prioritized.py --shared DIR --output runs/real-prioritized
 
 Two training sets: ``debates`` (ukp-convarg1, whose longer argument wins more often) and ``swap`` (prompt-swap mixed
 into hh-rlhf). Two runs at a time, one thread each. Started again, it goes on where it was stopped. Writes ``table.md``
@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/ and models/")
+    parser.add_argument("--shared", type=Path, required=True, help="folder of real data/ and models/")
     parser.add_argument("--output", type=Path, default=Path("runs/real-prioritized"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 1 2")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # one run of the table, in a process of its own
@@ -61,7 +61,7 @@ def one_run(shared: Path, output: Path, seed: int, name: str, method: str) -> No
     from inform_rm import decompose, evaluate, train
     from inform_rm.data.preferences import load_preferences
     from inform_rm.scoring.scorer import RewardScorer
-    from inform_rm.training.config import config_from_mapping
+    from inform_rm.training.reward_arguments import arguments_from_mapping
     from inform_rm.util.files import atomic_write_text, write_json
 
     run = output / str(seed) / name / method
@@ -81,7 +81,7 @@ def one_run(shared: Path, output: Path, seed: int, name: str, method: str) -> No
         "data": [str(path) for path in data], "max_steps": times * UPDATES, "seed": seed, "output": str(run),
         "overwrite": True,
     }  # fmt: skip
-    trained = train(config_from_mapping(settings, "real_prioritized.py"))
+    trained = train(arguments_from_mapping(settings, "real_prioritized.py"))
     measured: dict[str, Any] = {
         "seconds": trained["train_runtime_seconds"],
         "train_pairs": trained["train_pairs"],
@@ -93,7 +93,7 @@ def one_run(shared: Path, output: Path, seed: int, name: str, method: str) -> No
         for test, count in TEST_PAIRS.items():
             path = shared / "data" / test / "test.jsonl.gz"
             result = evaluate(scorer, path, max_pairs=count, on_bad_row="skip", progress=False)
-            measured[str(updates)][test] = {key: result[key] for key in ("accuracy", "num_pairs")}
+            measured[str(updates)][test] = {"accuracy": result.accuracy, "num_pairs": result.num_pairs}
     scorer = RewardScorer(run / "checkpoints" / f"checkpoint-{UPDATES}")
     for test, count in AUDITED_PAIRS.items():
         folder = run / f"audit-{test}"
@@ -101,9 +101,9 @@ def one_run(shared: Path, output: Path, seed: int, name: str, method: str) -> No
         path = shared / "data" / test / "test.jsonl.gz"
         audit = decompose(scorer, path, folder, num_prompts=6, max_pairs=count, progress=False)
         measured[f"audit {test}"] = {
-            "response_decides": audit["response_decides"],
-            "prompt_sensitivity": audit["prompt_sensitivity"],
-            "D2 ~ length": audit["correlations"]["characters"]["prompt_free_gap"],
+            "response_decides": audit.response_decides,
+            "prompt_sensitivity": audit.prompt_sensitivity,
+            "D2 ~ length": audit.correlations["characters"]["prompt_free_gap"],
         }
     shutil.rmtree(run / "checkpoints")
     (run / "model.safetensors").unlink()

@@ -1,6 +1,6 @@
 """What a run needs in memory, time and storage: arithmetic from shapes and measured figures, for docs/scale.md.
 
-    python benchmarks/scale.py --shared ../shared
+    python benchmarks/scale.py --shared DIR
 
 Counts parameters of public shapes on the meta device, and tokens of a pair in real data. Bytes a parameter come from
 a checkpoint that is made on the spot. The speed of a GPU is an assumption (``--flops``, ``--utilisation``), not
@@ -29,7 +29,7 @@ GIB = 2**30
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--shared", type=Path, required=True, help="folder of real data/ and models/")
     parser.add_argument("--flops", type=float, default=989e12, help="bf16 peak of a GPU (default: H100, H200)")
     parser.add_argument("--utilisation", type=float, default=0.35, help="share of it that training reaches")
     arguments = parser.parse_args()
@@ -70,13 +70,13 @@ def main() -> None:
 def checkpoint_bytes(shared: Path) -> dict[str, float]:
     """Bytes a trainable parameter of weights and optimizer state, from a checkpoint of one real training step."""
     from inform_rm import train
-    from inform_rm.training.config import TrainingConfig
+    from inform_rm.training.reward_arguments import RewardTrainingArguments
 
     with tempfile.TemporaryDirectory() as folder:
         train(
-            TrainingConfig(
+            RewardTrainingArguments(
                 model=str(shared / "models" / "smollm2-135m-first6-v16k"),
-                output=f"{folder}/run",
+                output_dir=f"{folder}/run",
                 max_steps=1,
                 data=(str(shared / "data" / "truthfulqa" / "train.jsonl.gz"),),
                 max_pairs_per_source=8,

@@ -1,7 +1,7 @@
 """Load on `inform-rm serve`: latency and throughput of many clients against scoring one row at a time.
 
-    python benchmarks/serving.py --shared ../shared --output runs/serving            # about 4 minutes
-    python benchmarks/serving.py --shared ../shared --output runs/serving --model FOLDER
+    python benchmarks/serving.py --shared DIR --output runs/serving            # about 4 minutes
+    python benchmarks/serving.py --shared DIR --output runs/serving --model FOLDER
 
 A server process on the loopback interface scores real rows (hh-rlhf: a prompt with its two responses). Clients wait
 for an answer before they send the next request. Each contest runs for a fixed time. Every reward that comes back is
@@ -41,7 +41,7 @@ TOLERANCE = 1e-5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/ and models/")
+    parser.add_argument("--shared", type=Path, required=True, help="folder of real data/ and models/")
     parser.add_argument("--output", type=Path, default=Path("runs/serving"))
     parser.add_argument("--model", help="reward model (default: a random head on the shared SmolLM2 backbone)")
     parser.add_argument("--rows", type=int, default=256, help="distinct rows, two for each prompt")

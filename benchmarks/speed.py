@@ -1,7 +1,7 @@
 """Speed of packed batches against TRL, transformers' pipeline and padded loops, on real text and a real small Llama.
 
-    python benchmarks/speed.py --shared ../shared --output runs/speed               # everything, about 75 minutes
-    python benchmarks/speed.py --shared ../shared --output runs/speed --only train score
+    python benchmarks/speed.py --shared DIR --output runs/speed               # everything, about 75 minutes
+    python benchmarks/speed.py --shared DIR --output runs/speed --only train score
 
 Each measurement writes a table (NAME.md, NAME.json) with the median of the repeats and their range, the tokens that
 went through the model, the ratio to the first contestant, and the peak memory of a process of its own.
@@ -29,7 +29,7 @@ PAIRS_A_STEP = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/ and models/")
+    parser.add_argument("--shared", type=Path, required=True, help="folder of real data/ and models/")
     parser.add_argument("--output", type=Path, default=Path("runs/speed"))
     names = [*MEASUREMENTS, "profile"]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
@@ -169,10 +169,10 @@ def ours(
     architecture: str = "standard",
     tokens_per_batch: int = 2048,
 ) -> Contestant:
-    from transformers import TrainingArguments
-
     from inform_rm.scoring.packing import use_packed_attention
-    from inform_rm.training.trainer import PackedPairCollator, PairCollator, RewardTrainer
+    from inform_rm.training.collators import PackedPairCollator, PairCollator
+    from inform_rm.training.reward_arguments import RewardTrainingArguments
+    from inform_rm.training.trainer import RewardTrainer
 
     tokenizer = tokenizer_of(shared)
     holder: dict[str, Any] = {}
@@ -182,8 +182,7 @@ def ours(
         if batching == "packed":
             use_packed_attention(model)
         holder["trainer"] = RewardTrainer(
-            beta=0.1, kl_warmup_steps=0, label_smoothing=0.0, center_rewards_coefficient=0.0, model=model,
-            args=TrainingArguments(scratch(), remove_unused_columns=False, **common_arguments()),
+            model=model, args=RewardTrainingArguments(scratch(), kl_warmup_steps=0, **common_arguments()),
             train_dataset=pairs, processing_class=tokenizer,
             data_collator=PackedPairCollator(tokens_per_batch) if batching == "packed" else PairCollator(tokenizer),
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """Streaming of many pairs: memory over time, pairs a second, seconds to the first batch and past a resume position.
 
-    python benchmarks/streaming.py --shared ../shared --output runs/streaming
+    python benchmarks/streaming.py --shared DIR --output runs/streaming
 
 Pairs are drawn from the demo's world (`inform_rm.world.worlds`), several prompts and responses joined to a realistic
 length, and lie in a folder of 20 Parquet files. Each measurement has a process of its own, which iterates and encodes
@@ -25,47 +25,47 @@ BACKBONE = "models/smollm2-135m-first6-v16k"
 FILES = 20
 ITERATE = """
 import itertools, json, resource, sys, time
+from pathlib import Path
+from tempfile import mkdtemp
+from types import SimpleNamespace
 start = time.perf_counter()
-from torch.utils.data import DataLoader
 from inform_rm.data.tokenizer import load_tokenizer
-from inform_rm.training.config import TrainingConfig
-from inform_rm.training.stream_sources import open_stream
-from inform_rm.training.streaming import PairStream
-from inform_rm.training.trainer import PackedPairCollator
+from inform_rm.training.streaming import EncodedStream, open_stream
+from inform_rm.training.collators import PackedPairCollator
+from inform_rm.util.files import write_json
 model, data, template = sys.argv[1:4]
 pairs, workers, skipped, processes = map(int, sys.argv[4:])
-config = TrainingConfig(model=model, data=(data,), output="unused", max_length=1024, streaming=True, max_steps=1,
-                        dataloader_num_workers=workers)
 tokenizer = load_tokenizer(model, chat_template=template)
 loaded = time.perf_counter()
-source = open_stream(config)
+source = open_stream([data], seed=0, shuffle_buffer=10_000)
 opened = time.perf_counter()
-stream = PairStream(source.shards, config, tokenizer, batch_size=8, collate=PackedPairCollator(2048),
-                    num_processes=processes)
-stream.skip_batches = skipped // 8
-loader = iter(DataLoader(stream, batch_size=None, collate_fn=lambda batch: batch, num_workers=workers))
-for batch in itertools.islice(loader, skipped // 8):
-    assert not batch
-batch, tokens, count, first = {}, 0, 0, None
+args = SimpleNamespace(train_batch_size=8, process_index=0, world_size=processes, dataloader_num_workers=workers,
+                       dataloader_pin_memory=False, dataloader_prefetch_factor=None)
+stream = EncodedStream(source, tokenizer, args, max_length=1024)
+if skipped:
+    folder = Path(mkdtemp())
+    write_json(folder / "stream_0.json", {"batches": skipped // 8, "places": [[0, 0, skipped - 1]], "counts": {}})
+    stream.load(folder)
+loader = iter(stream.loader(PackedPairCollator(2048)))
+tokens, first = 0, None
 for batch in itertools.islice(loader, max(1, pairs // 8 // processes)):
-    if "error" in batch:
-        raise batch["error"]
+    stream.take(batch)
     first = first or time.perf_counter()
-    count += batch["stream_counts"].pairs
     tokens += batch["input_ids"].shape[1]
+count = stream.counts.pairs
 end = time.perf_counter()
 del loader  # ends the workers, whose time counts then
 cpu = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 print("MEASURED", json.dumps({"pairs": count, "import_and_tokenizer_seconds": loaded - start,
       "open_seconds": opened - loaded, "first_batch_seconds": first - opened,
       "pairs_per_second": (count - 8) / (end - first) if count > 8 else None, "tokens_per_pair": tokens / count,
-      "cpu_seconds": cpu, "passes": batch["stream_counts"].passes}))
+      "cpu_seconds": cpu, "passes": stream.counts.passes}))
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with models/")
+    parser.add_argument("--shared", type=Path, required=True, help="folder of real models/")
     parser.add_argument("--output", type=Path, default=Path("runs/streaming"))
     parser.add_argument("--pairs", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])

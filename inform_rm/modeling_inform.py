@@ -227,6 +227,9 @@ class InfoRMForSequenceClassification(PreTrainedModel):
 
     The last token is the rightmost 1 of the attention mask, so the reward does not depend on padding side, padding
     length or on which token id pads. Without a mask every token counts as real.
+
+    Args:
+        config: of backbone and head.
     """
 
     config_class = InfoRMConfig

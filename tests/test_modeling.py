@@ -1,6 +1,7 @@
 """`InfoRMForSequenceClassification`: the head's formulas, loading, and "one score" whatever the batch looks like."""
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -91,6 +92,15 @@ def test_head_samples_the_posterior_in_training_and_takes_its_mean_in_eval(backb
     assert draws.std().item() == pytest.approx(expected_std.item(), rel=0.03)
 
 
+def test_reward_samples_are_decoded_draws_from_seed_0_at_every_position(backbone_configs):
+    head = InfoRMHead(InfoRMConfig(backbone_configs["llama"], latent_dim=3), 32).eval()
+    rewards, mean, log_variance, std = head(tensors(0, 2, 5, 32), return_latents=True, reward_samples=7)
+    draws = torch.stack([head.decode(mean + log_variance.exp().sqrt() * noise) for noise in tensors(0, 7, 3)])
+    assert rewards.shape == (2, 5, 1)
+    torch.testing.assert_close(rewards, draws.mean(dim=0))
+    torch.testing.assert_close(std, draws.std(dim=0))
+
+
 def test_loss_matches_ten_lines_of_numpy(model):
     batch = padded(rows(1, (7, 4, 6, 3)), "right")
     margin = torch.tensor([0.3, -0.1])
@@ -158,18 +168,17 @@ def test_reward_samples_do_not_depend_on_batch_mates_or_random_state(model):
 # --- one score ---
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_reward_ignores_padding_and_batch_mates(name, side, attention, backbone_configs):
+def test_reward_ignores_padding_and_batch_mates(name, backbone_configs):
     torch.manual_seed(0)
     model = InfoRMForSequenceClassification(InfoRMConfig(backbone_configs[name], latent_dim=8)).eval()
-    model.set_attn_implementation(attention)
     token_rows = rows(lengths=(12, 5, 9, 1, 20))
-    alone = torch.cat([model(row[None]).logits for row in token_rows])
-    for extra in (0, 7):
-        batched = model(**padded(token_rows, side, extra)).logits
-        torch.testing.assert_close(batched, alone, atol=1e-5, rtol=0)
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        alone = torch.cat([model(row[None]).logits for row in token_rows])
+        for side, extra in itertools.product(("right", "left"), (0, 7)):
+            batched = model(**padded(token_rows, side, extra)).logits
+            torch.testing.assert_close(batched, alone, atol=1e-5, rtol=0)
 
 
 def test_pad_token_equal_to_end_token_changes_nothing(model):
@@ -224,8 +233,10 @@ def test_head_computes_in_float32_with_bfloat16_weights(model):
 # --- loading ---
 
 
-@pytest.mark.parametrize("base", [False, True], ids=["causal-lm", "base"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [*((name, False) for name in ARCHITECTURES), *((name, True) for name in ("llama", "gpt_neox", "gpt2"))],
+)
 def test_from_backbone_loads_every_weight_and_the_copy_reloads(name, base, causal_lm_dir, tmp_path):
     reference = AutoModelForCausalLM.from_pretrained(causal_lm_dir(name)).base_model
     source = causal_lm_dir(name)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from inform_rm.data.columns import lines_of
-from inform_rm.data.encoding import TokenPair, encode_each, removable_prompt_tokens
+from inform_rm.data.encoding import TokenPair, check_max_length, encode_each, removable_prompt_tokens
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import PreferenceData, load_preferences
 from inform_rm.data.rendered_text import partly_rendered
@@ -62,8 +62,7 @@ def check_data(
         raise InputError("data: got no source. Name at least one file, saved dataset or Hub id.")
     if len({str(name) for name in names}) < len(names):
         raise InputError(f"data: a source is named twice among {', '.join(map(str, names))}. Name each once.")
-    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
-        raise InputError(f"max_length: got {max_length!r}; expected a whole number of tokens, at least 1, or None.")
+    check_max_length(max_length)
     if max_length is not None and tokenizer is None:
         raise InputError(f"max_length: {max_length} tokens cannot be checked without a tokenizer. Pass one.")
     tokenizer_name = tokenizer if isinstance(tokenizer, str | Path) else getattr(tokenizer, "name_or_path", None)
@@ -102,7 +101,9 @@ def check_data(
     }
     if tokenizer is not None:
         result["tokenizer"] = {**_tokenizer_facts(tokenizer), "has_chat_template": has_template}
-    result["unusable_rows"] = sum(map(_unusable_rows, reports))
+    result["unusable_rows"] = sum(
+        report["bad_rows"]["n"] + report.get("tokens", {}).get("unusable", 0) for report in reports
+    )
     result["warnings"] = _warnings(result)
     return result
 
@@ -209,7 +210,7 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = [token for token in {*tokenizer.all_special_tokens, *added} if token]
     special_rows: list[int] = []
-    counts = array("q")  # prompt, chosen, rejected, removable: four numbers a pair
+    counts = array("q")  # prompt, chosen, rejected, removable, whether identical: five numbers a pair
     faults: Counter[str] = Counter()
     refused: list[dict[str, Any]] = []
     losses: list[str | None] = []
@@ -223,9 +224,8 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
             example = example or pair
             losses.append(pair.lost and f"row {batch['row'][index]}: {pair.lost}")
             _, removable = removable_prompt_tokens(pair, tokenizer.bos_token_id)
-            counts.extend((pair.prompt_length, len(pair.chosen_ids), len(pair.rejected_ids), removable))
-            faults["identical_tokens"] += pair.chosen_ids == pair.rejected_ids
             both = (pair.chosen_ids, pair.rejected_ids)
+            counts.extend((pair.prompt_length, *map(len, both), removable, both[0] == both[1]))
             bos, eos, unknown = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
             faults["starts_with_bos"] += bos is not None and all(ids[0] == bos for ids in both)
             faults["double_bos"] += bos is not None and any(ids[:2] == [bos, bos] for ids in both)
@@ -240,14 +240,22 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
                 faults["special_tokens_in_text"] += 1
                 special_rows += [batch["row"][index]] if len(special_rows) < _SHOWN_EXAMPLES else []
     if example is None:
-        return {"tokens": {"pairs": 0, "not_encodable": len(refused), "not_encodable_examples": refused[:5]}}
-    prompt, chosen, rejected, removable_tokens = np.frombuffer(counts, dtype=np.int64).reshape(-1, 4).T
+        number = len(refused)
+        return {
+            "tokens": {
+                "pairs": 0, "not_encodable": number, "not_encodable_examples": refused[:5], "unusable": number
+            }
+        }  # fmt: skip
+    prompt, chosen, rejected, removable_tokens, identical = np.frombuffer(counts, dtype=np.int64).reshape(-1, 5).T
     longest = np.maximum(chosen, rejected)
+    faults["identical_tokens"] = int(identical.sum())
+    is_unusable = (identical > 0) | (max_length is not None and longest > max_length)
     report: dict[str, Any] = {
         "tokens": {
             "pairs": len(prompt),
             "not_encodable": len(refused),
             "not_encodable_examples": refused[:_SHOWN_EXAMPLES],
+            "unusable": len(refused) + int(is_unusable.sum()),
             "prompt": _quantiles(prompt),
             "chosen": _quantiles(chosen - prompt),
             "rejected": _quantiles(rejected - prompt),
@@ -326,16 +334,6 @@ def _overlap(reports: list[dict[str, Any]], digests: list[dict[str, np.ndarray]]
                 }
             )
     return found
-
-
-def _unusable_rows(report: dict[str, Any]) -> int:
-    """Rows of a source at which training with default settings would stop."""
-    tokens, template = report.get("tokens", {}), report.get("template", {})
-    counts = (
-        report["bad_rows"]["n"], tokens.get("not_encodable", 0), template.get("identical_tokens", 0),
-        report.get("max_length", {}).get("overlong", 0),
-    )  # fmt: skip
-    return sum(counts)
 
 
 def _warnings(result: dict[str, Any]) -> list[str]:

@@ -200,10 +200,11 @@ def check_not_encoded(record: Mapping[str, Any], columns: Columns) -> None:
     Raises:
         Fault: naming the column and both ways out.
     """
-    read = columns.read(("prompt", "system", "history"))
 
     def is_there(column: str) -> bool:
-        return column not in read and column not in columns.ignored and not _is_empty(record.get(column))
+        if _is_empty(record.get(column)) or column in columns.ignored:
+            return False
+        return column not in columns.read(("prompt", "system", "history"))
 
     not_encoded = [column for column in _NOT_ENCODED if is_there(column)]
     if not_encoded:

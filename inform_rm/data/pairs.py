@@ -202,9 +202,8 @@ def _sides(record: dict, columns: Columns, reading: Reading) -> tuple[list[Messa
 
 def _listed_side(where: str, side: Any) -> list[Message] | None:
     """The messages of a side that is no plain text and no transcript."""
-    if isinstance(side, str) and json_messages(where, side) is None:
-        return None
-    return conversation(where, side)
+    listed = json_messages(where, side) if isinstance(side, str) else side
+    return None if listed is None else conversation(where, listed)
 
 
 def _sides_without_prompt(
@@ -247,14 +246,9 @@ def _sides_after_prompt(
             f"{which} with the prompt, {'like some' if layout == 'unclear' else 'unlike'} other rows: whole "
             "dialogues, or replies? Say columns sides=reply or sides=whole (--columns sides=...), or correct the row.",
         )
-    if is_spoken(stated):
+    if isinstance(stated, str) and is_transcript("'prompt'", stated):
         chosen, rejected = chosen.strip(), rejected.strip()  # space around a turn belongs to the transcript
     return with_earlier_turns(record, columns, prompt, reading), chosen, rejected
-
-
-def is_spoken(prompt: Any) -> bool:
-    """Whether a prompt is a transcript, of one turn perhaps."""
-    return isinstance(prompt, str) and json_messages("'prompt'", prompt) is None and is_transcript("'prompt'", prompt)
 
 
 def _dialogues(asked: str, chosen: str, rejected: str) -> tuple[list[Message], list[Message]] | None:

@@ -17,6 +17,7 @@ from inform_rm.scoring.packing import (
     pack_sequences,
     packed_attention_of,
     packed_batches,
+    packed_inputs,
     rows_by_prompt,
     split_at,
 )
@@ -132,13 +133,18 @@ class ResponseLikelihood:
     def _log_probabilities(self, row: PackedRow, predictors: Tensor, targets: Tensor) -> Tensor:
         """``(N,)`` float32 on the CPU: log-probability of each target after the token at its predictor's place."""
         device = self.model.get_input_embeddings().weight.device
-        ids, predictors, targets = row.input_ids.to(device), predictors.long().to(device), targets.long().to(device)
+        predictors, targets = predictors.long().to(device), targets.long().to(device)
         if not self.is_packed:  # one sequence
-            logs = self.model(input_ids=ids, use_cache=False).logits[0, predictors].float().log_softmax(dim=-1)
+            logs = (
+                self.model(input_ids=row.input_ids.to(device), use_cache=False)
+                .logits[0, predictors]
+                .float()
+                .log_softmax(dim=-1)
+            )
             return logs.gather(1, targets[:, None])[:, 0].cpu()
         with packed_attention_of(self.model):
             hidden = getattr(self.model, self.model.base_model_prefix)(
-                input_ids=ids, position_ids=row.position_ids.to(device), packed_segments=row.segments, use_cache=False
+                **packed_inputs(self.model, row), use_cache=False
             ).last_hidden_state[0]
         head = self.model.get_output_embeddings()
         found = [torch.zeros(0)]

@@ -63,7 +63,7 @@ def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | N
     card = card_text(metadata, _card_body(config=config, result=result, **values))
     if result is None or result["evaluation"] is None:
         return card
-    return _with_results(card, [_evaluation_of_run(result)], Path(settings["output"]).resolve().name)
+    return _with_results(card, [_evaluation_of_run(result)], Path(settings["output_dir"]).resolve().name)
 
 
 def average_card(inform_config: Any, number: int, result_file: str) -> str:
@@ -89,7 +89,7 @@ def _training_values(settings: dict[str, Any], result: dict[str, Any]) -> dict[s
     shown = [
         (name, list(map(public_name, value)) if isinstance(value, list | tuple) else public_name(value))
         for name, value in settings.items()
-        if name != "output"
+        if name != "output_dir"
     ]
     values = {
         "settings_table": markdown_table(words_table(("setting", "value"), shown)),
@@ -191,20 +191,31 @@ def _data_results(result: dict[str, Any]) -> list[EvalResult]:
         arguments |= {"max_pairs": settings["max_pairs"], "seed": result["seed"]}
     parts = {"": result, **{f", {name}": part for name, part in result.get("subsets", {}).items()}}
     return [
-        EvalResult(
-            **_TASK,
-            dataset_type=" + ".join(names),
-            dataset_name=" + ".join(names),
-            dataset_split=splits or None,
-            dataset_revision=revision,
-            dataset_args=dict(arguments),
-            metric_type="accuracy",
-            metric_name=f"pairwise accuracy{suffix}",
-            metric_value=float(part["accuracy"]),
-            metric_args={"n": int(part["num_pairs"]), "interval_95": list(map(float, part["accuracy_interval"]))},
-        )
+        _accuracy(part, " + ".join(names), revision, dict(arguments), splits or None, suffix)
         for suffix, part in parts.items()
     ]
+
+
+def _accuracy(
+    part: dict[str, Any],
+    names: str,
+    revision: str | None,
+    arguments: dict[str, Any],
+    split: str | None = None,
+    suffix: str = "",
+) -> EvalResult:
+    return EvalResult(
+        **_TASK,
+        dataset_type=names,
+        dataset_name=names,
+        dataset_split=split,
+        dataset_revision=revision,
+        dataset_args=arguments,
+        metric_type="accuracy",
+        metric_name=f"pairwise accuracy{suffix}",
+        metric_value=float(part["accuracy"]),
+        metric_args={"n": int(part["num_pairs"]), "interval_95": list(map(float, part["accuracy_interval"]))},
+    )
 
 
 def _suite_results(result: dict[str, Any]) -> list[EvalResult]:
@@ -247,17 +258,7 @@ def _evaluation_of_run(result: dict[str, Any]) -> EvalResult:
     arguments = {"fingerprints": digests, "part": "evaluation pairs of the run"}
     if limit is not None:
         arguments |= {"max_pairs": limit, "seed": result["settings"]["seed"]}
-    return EvalResult(
-        **_TASK,
-        dataset_type=names,
-        dataset_name=names,
-        dataset_revision="-".join(digests) if any(is_local(source) for source in sources) else None,
-        dataset_args=arguments,
-        metric_type="accuracy",
-        metric_name="pairwise accuracy",
-        metric_value=float(evaluation["accuracy"]),
-        metric_args={"n": evaluation["num_pairs"], "interval_95": list(evaluation["accuracy_interval"])},
-    )
+    return _accuracy(evaluation, names, "-".join(digests) if any(map(is_local, sources)) else None, arguments)
 
 
 def public_name(value: Any) -> str:
@@ -322,15 +323,8 @@ def _results_section(results: Iterable[EvalResult]) -> str:
         arguments, dataset = result.metric_args or {}, result.dataset_args or {}
         name = result.dataset_name
         name = f"{name} ({result.dataset_revision})" if len(revisions[name]) > 1 else name
-        rows.append(
-            (
-                name,
-                result.metric_name or result.metric_type,
-                arguments.get("n"),
-                result.metric_value,
-                arguments.get("interval_95"),
-            )
-        )
+        metric, interval = result.metric_name or result.metric_type, arguments.get("interval_95")
+        rows.append((name, metric, arguments.get("n"), result.metric_value, interval))
         found = [f"{dataset[count]} {text}" for count, text in _LEFT_OUT.items() if dataset.get(count)]
         if dataset.get("complete") is False:
             found.append(f"no score of the whole. Missing: {'; '.join(dataset.get('missing', []))}")

@@ -129,12 +129,13 @@ def export_model(
     return {path.relative_to(target).as_posix(): path.stat().st_size for path in _files(target)}
 
 
-def push_folder(folder: str | Path, repository: str) -> None:
+def push_folder(folder: str | Path, repository: str, token: str | None = None) -> None:
     """Upload the files of a model folder in one commit; a new repository is private, an existing one stays as it is.
 
     Args:
         folder: what `export_model` wrote.
         repository: Hub id, ``name/model``.
+        token: of the Hub; ``None``: the one that is logged in.
 
     Raises:
         InputError: before anything is uploaded: `repository` is no id, the folder holds what must not be uploaded, or
@@ -147,7 +148,7 @@ def push_folder(folder: str | Path, repository: str) -> None:
     _check_repository_id(repository)
     _check_for_upload(folder, repository)
     files = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-    api, state = HfApi(), "nothing was uploaded"
+    api, state = HfApi(token=token), "nothing was uploaded"
     try:
         if api.repo_exists(repository):
             _check_existing_repository(api, repository, set(files))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import stat
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, AutoModel
 from transformers.initialization import no_init_weights
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.hub import cached_file
@@ -41,19 +42,6 @@ _MOST_OF_ANYTHING = 2**31 - 1
 _SPARE_FACTOR, _SPARE_NUMBERS = 2, 1 << 26
 
 _SINGLE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-# What the whole numbers of an ordinary transformer's config mean. One with others is judged by making the model.
-_ROLES = {
-    "hidden_size": "hidden", "n_embd": "hidden", "word_embed_proj_dim": "hidden",
-    "intermediate_size": "inner", "ffn_dim": "inner", "n_inner": "inner",
-    "num_attention_heads": "heads", "n_head": "heads", "num_key_value_heads": "heads", "head_dim": "head",
-    "num_hidden_layers": "layers", "n_layer": "layers", "vocab_size": "vocabulary", "type_vocab_size": "vocabulary",
-    "max_position_embeddings": "positions", "n_positions": "positions",
-}  # fmt: skip
-_WITHOUT_WEIGHTS = (
-    "rope_parameters", "label2id", "id2label", "quantization_config", "chunk_size_feed_forward", "pretraining_tp",
-    "query_pre_attn_scalar", "sliding_window", "_sliding_window_pattern", "max_window_layers",
-    "original_max_position_embeddings",
-)  # fmt: skip
 _OWN_CODE = re.compile(r"[\w-]+(/[\w-]+)*\.\w+")
 _PARTS = re.compile(r"(layers?|blocks?|depths?|experts)$")
 
@@ -106,7 +94,7 @@ def check_checkpoint(
     check_files(model)
     if trust_remote_code:
         check_code_is_own(model, revision=revision)
-    config = _read_object(model, "config.json", revision)
+    config = read_object(model, "config.json", revision)
     if find_file(model, "adapter_config.json", revision) is not None:
         raise InputError(ADAPTER_REFUSAL.format(name, ""))
     if config is None:
@@ -153,24 +141,23 @@ def check_code_is_own(model: str | Path, *, revision: str | None = None) -> None
         InputError: naming that repository and the way out.
     """
     for name in ("config.json", "tokenizer_config.json"):
-        settings = _read_object(model, name, revision) or {}
+        settings = read_object(model, name, revision) or {}
         found = settings.get("auto_map")
-        # Old tokenizers hold the list of their classes itself.
+        # A class, a list of several, or (old tokenizers) such a list without their kinds.
         references = list(found.values()) if isinstance(found, dict) else [found]
-        for reference in references:
-            for part in reference if isinstance(reference, list) else [reference]:
-                if isinstance(part, str) and "--" not in part and not _OWN_CODE.fullmatch(part):
-                    raise InputError(
-                        f"model: {model}/{name} takes its code from {shown(part)}; expected file.Class, the file in "
-                        "the folder itself."
-                    )
-                if isinstance(part, str) and "--" in part:
-                    other = part.partition("--")[0]
-                    raise InputError(
-                        f"model: {model}/{name} takes its code from another place, {other}; trust_remote_code (and a "
-                        f"pinned revision) are about {model} alone. Read that code, put it into a folder with the "
-                        "model, and name it in auto_map without the part before '--'."
-                    )
+        parts = [part for item in references for part in (item if isinstance(item, list) else [item])]
+        for part in (part for part in parts if isinstance(part, str)):
+            if "--" in part:
+                raise InputError(
+                    f"model: {model}/{name} takes its code from another place, {part.partition('--')[0]}; "
+                    f"trust_remote_code (and a pinned revision) are about {model} alone. Read that code, put it into "
+                    "a folder with the model, and name it in auto_map without the part before '--'."
+                )
+            if not _OWN_CODE.fullmatch(part):
+                raise InputError(
+                    f"model: {model}/{name} takes its code from {shown(part)}; expected file.Class, the file in the "
+                    "folder itself."
+                )
 
 
 def weight_files(model: str | Path, *, revision: str | None = None) -> list[Path]:
@@ -182,7 +169,7 @@ def weight_files(model: str | Path, *, revision: str | None = None) -> list[Path
     single = find_file(model, _SINGLE_FILE, revision)
     if single is not None:
         return [single]
-    index = _read_object(model, _INDEX_FILE, revision)
+    index = read_object(model, _INDEX_FILE, revision)
     if index is None:
         return []
     where = f"{model}/{_INDEX_FILE}"
@@ -231,7 +218,8 @@ def find_file(model: str | Path, name: str, revision: str | None = None) -> Path
     return None if found is None else Path(found)
 
 
-def _read_object(model: str | Path, name: str, revision: str | None) -> dict[str, Any] | None:
+def read_object(model: str | Path, name: str, revision: str | None) -> dict[str, Any] | None:
+    """The JSON object in a file of a checkpoint, of at most 16 MiB; None if there is no such file."""
     path = find_file(model, name, revision)
     if path is None:
         return None
@@ -268,14 +256,8 @@ def _check_quantization(config: dict[str, Any], where: str) -> None:
 
 def _check_numbers(config: dict[str, Any], where: str) -> None:
     for key, value in _numbers(config):
-        limit = _MOST_OF_ANYTHING
-        if _PARTS.search(key):
-            limit = _MOST_PARTS
-        elif key == "num_labels":
-            limit = _MOST_LABELS
-        elif "length" in key:
-            continue
-        if abs(value) > limit:
+        limit = _MOST_PARTS if _PARTS.search(key) else _MOST_LABELS if key == "num_labels" else _MOST_OF_ANYTHING
+        if abs(value) > limit and not (limit == _MOST_OF_ANYTHING and "length" in key):
             raise InputError(f"model: {where} has {key} = {shown(value)}; the limit is {limit}. It is no real model.")
 
 
@@ -298,12 +280,8 @@ def _numbers_held(path: Path, where: str) -> int:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
                 part = file.get_slice(key)
-                numbers = 1
-                for size in part.get_shape():
-                    numbers *= size
                 dtype = str(part.get_dtype())
-                bits = int(dtype[1:]) if re.fullmatch(r"[IU]\d+", dtype) else 1
-                held += numbers * bits
+                held += math.prod(part.get_shape()) * (int(dtype[1:]) if re.fullmatch(r"[IU]\d+", dtype) else 1)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
             f"model: cannot load {where}: the safetensors file is incomplete or broken ({str(error)[:200]}). Copy "
@@ -321,10 +299,6 @@ def _check_size(model: str | Path, revision: str | None, trust_remote_code: bool
         config = AutoConfig.from_pretrained(str(model), **hub)
         if trust_remote_code and getattr(config, "auto_map", None) and config.model_type != "inform":
             return
-        estimate = _estimated_numbers(config)
-        if estimate is not None and estimate <= most:
-            return
-        # Some seconds for a deep model, so only where arithmetic leaves a doubt.
         with torch.device("meta"), no_init_weights():
             built = auto_class.from_config(config)
         claimed = sum(tensor.numel() for tensor in [*built.parameters(), *built.buffers()])
@@ -335,28 +309,6 @@ def _check_size(model: str | Path, revision: str | None, trust_remote_code: bool
             f"model: {model}/config.json describes a model of {claimed:.4g} numbers, but its weights hold "
             f"{held:.4g}. One of the two is not what was saved: copy or download both again."
         )
-
-
-def _estimated_numbers(config: PreTrainedConfig) -> int | None:
-    """At least as many numbers as a transformer with such a config has; None where the config has other sizes, too."""
-    if config.model_type == "inform":
-        backbone = _estimated_numbers(config.text_config)
-        hidden, latent = config.text_config.hidden_size, config.latent_dim
-        return None if backbone is None else backbone + 4 * latent * (hidden + latent)
-    largest = {**dict.fromkeys(_ROLES.values(), 0), "labels": config.num_labels or 0}
-    for key, value in config.to_dict().items():
-        if isinstance(value, bool) or not isinstance(value, int | dict | list) or key in _WITHOUT_WEIGHTS:
-            continue
-        if key.endswith("_token_id") or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-            continue
-        if key not in _ROLES or not isinstance(value, int) or value < 0:
-            return None
-        largest[_ROLES[key]] = max(largest[_ROLES[key]], value)
-    hidden, inner = largest["hidden"], largest["inner"] or 4 * largest["hidden"]
-    attention = largest["heads"] * largest["head"] if largest["head"] else hidden
-    layer = hidden * (4 * attention + 4 * inner + 16) + 8 * (attention + inner)
-    ends = hidden * (2 * largest["vocabulary"] + largest["positions"] + largest["labels"] + hidden)
-    return largest["layers"] * layer + ends
 
 
 def _is_plain_name(name: Any) -> bool:

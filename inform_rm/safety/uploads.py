@@ -1,16 +1,14 @@
 """What must not leave the house with a model: pickles, paths and names of this machine, tokens, training state.
 
-`scan_folder` looks through a folder that is meant for the Hub. It reads every text file and the header of every weight
-file, and knows which files such a folder has; whatever else lies there is a finding.
+A model folder has the files of `HUB_FILES`; whatever else lies in it is a finding by its name. In those files
+`scan_folder` looks for pickles, and in text and the headers of weight files for paths, tokens and the account's name.
 """
 
 import fnmatch
 import getpass
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -26,7 +24,6 @@ HUB_FILES = (
 _VOCABULARIES = (
     "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "model.safetensors.index.json"
 )  # fmt: skip
-_BINARY = (".safetensors", ".model")
 # Every pickle of protocol 2 or later begins with 0x80 and its number; torch.save of today writes a ZIP archive.
 _PICKLE_STARTS = (*(bytes((0x80, protocol)) for protocol in range(2, 6)), b"PK\x03\x04")
 
@@ -51,10 +48,9 @@ _ROOTS = (
     "Volumes|etc|usr|shared|storage|projects?|net|dev|run|kaggle|app|local"
 )
 # In running text a slash also parts words; a path is what begins at one of the usual roots.
-_PATH = re.compile(
-    rf"(?<![\w.:/~<>)\]-])/(?:{_ROOTS})/[\w.+-]+[\w.+/-]*|\b[A-Za-z]:\\+(?:Users|home|Documents and Settings)\\\S*"
-)
-_WHOLE_PATH = re.compile(r"/(?:[^/\s<>|]+/)+[^/\s<>|]*|[A-Za-z]:[\\/]\S+|~/\S+|file://\S+")
+_PATH = rf"(?<![\w.:/~<>)\]-])/(?:{_ROOTS})/[\w.+-]+[\w.+/-]*|\b[A-Za-z]:\\+(?:Users|home|Documents and Settings)\\\S*"
+# A whole text of a JSON file is a path at any root.
+_QUOTED_PATH = r'(?<=")(?:(?:file:/|~)?/[^/\s"<>|]+/[^\s"<>|]*|(?:~/|file://|[A-Za-z]:[\\/])[^\s"]+)(?=")'
 # Accounts that say nothing about anyone, and whose names are ordinary words of a config or a chat template.
 _NOBODY = ("root", "user", "admin", "ubuntu", "debian", "runner", "nobody", "default", "jovyan", "docker", "model")
 
@@ -75,104 +71,50 @@ def scan_folder(folder: str | Path) -> list[str]:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
             findings.append(f"{name}: a link; only files are uploaded")
-        elif path.is_dir():
-            continue
-        elif not path.is_file():
-            findings.append(f"{name}: no regular file")
-        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in HUB_FILES):
-            findings.append(f"{name}: not a file of a model folder")
-        else:
+        elif not path.is_dir():
             findings += [f"{name}{finding}" for finding in _scan_file(path, name)]
     return findings
 
 
 def _scan_file(path: Path, name: str) -> list[str]:
+    if not path.is_file() or not any(fnmatch.fnmatchcase(name, pattern) for pattern in HUB_FILES):
+        return [": not a file of a model folder"]
     with path.open("rb") as file:
         start = file.read(4)
     if start.startswith(_PICKLE_STARTS):
         return [": a pickle or an archive, whatever its name says; reading it can run any code"]
-    if path.suffix == ".safetensors":
-        return _scan_header(path)
-    if path.suffix in _BINARY:
+    if path.suffix == ".model":
         return []
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as weights:
+                text = json.dumps(weights.metadata() or {}, indent=0)
+        else:
+            text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return [": not UTF-8 text"]
-    if name in _VOCABULARIES:
-        return [f", line {_line(text, at)}: {what}" for at, what in _secrets(text, _SECRETS) + _home(text)]
-    if path.suffix == ".json":
-        try:
-            return [f", {place}: {what}" for place, key, value in _strings(json.loads(text)) for what in
-                    _of_value(key, value)]  # fmt: skip
-        except ValueError as error:
-            return [f": not valid JSON ({error})"]
-    return [f", line {_line(text, at)}: {what}" for at, what in _of_prose(text)]
-
-
-def _scan_header(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         return [f": no sound safetensors file ({error})"]
-    return [f", header, {key}: {what}" for key, value in metadata.items() for what in _of_value(key, value)]
-
-
-def _of_value(key: str, value: str) -> list[str]:
-    if _WHOLE_PATH.fullmatch(value):
-        return [f"an absolute path: {value}"]
-    return [what for _, what in _of_prose(f"{key}: {value}")]
-
-
-def _of_prose(text: str) -> list[tuple[int, str]]:
-    """What is found in text that people or programs wrote, each with its place."""
-    found = _secrets(text, {**_SECRETS, **_SECRETS_IN_PROSE})
-    found += [(match.start(), f"an absolute path: {match.group()}") for match in _PATH.finditer(text)]
-    account = _account()
-    if account:
-        # A Hub id (name/model) tells what the repository's own address tells.
-        form = rf"(?<![\w/.-]){re.escape(account)}(?![\w/-])"
-        found += [(match.start(), f"the name of this account: {account}") for match in re.finditer(form, text)]
-    return sorted(found)
-
-
-def _secrets(text: str, forms: dict[str, str]) -> list[tuple[int, str]]:
-    return [
-        (match.start(), f"{what}: {match.group()[:4]}...")
-        for what, form in forms.items()
-        for match in re.finditer(form, text)
+    if name in _VOCABULARIES:
+        home, secrets = str(Path.home()), _SECRETS
+        private = {"the home folder": re.escape(home)} if home.count("/") > 1 or "\\" in home else {}
+    else:
+        quoted = path.suffix in (".json", ".safetensors")
+        secrets = _SECRETS | _SECRETS_IN_PROSE
+        private = {"an absolute path": f"{_QUOTED_PATH}|{_PATH}" if quoted else _PATH} | _account()
+    found = [
+        (match.start(), f"{what}: {match[0][:4]}...") for what in secrets for match in re.finditer(secrets[what], text)
     ]
+    found += [(match.start(), f"{what}: {match[0]}") for what in private for match in re.finditer(private[what], text)]
+    return [f", line {text.count(chr(10), 0, at) + 1}: {finding}" for at, finding in sorted(found)]
 
 
-def _home(text: str) -> list[tuple[int, str]]:
-    home = str(Path.home())
-    at = text.find(home) if home.count("/") > 1 or "\\" in home else -1
-    return [] if at < 0 else [(at, f"the home folder: {home}")]
-
-
-def _line(text: str, at: int) -> int:
-    return text.count("\n", 0, at) + 1
-
-
-def _strings(value: Any, place: str = "", key: str = "") -> Iterator[tuple[str, str, str]]:
-    """Each string of a JSON value, keys included: where it stands, the key next to it, the string."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            short = name if len(name) < 32 else f"{name[:4]}..."  # it may be the secret
-            below = f"{place}.{short}" if place else short
-            yield below, "", name
-            yield from _strings(inner, below, name)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _strings(inner, f"{place}[{index}]", key)
-    elif isinstance(value, str):
-        yield place, key, value
-
-
-def _account() -> str | None:
+def _account() -> dict[str, str]:
+    """The form of this account's name, but for Hub ids (name/model): a repository's own address tells those."""
     try:
         name = getpass.getuser()
     except (KeyError, OSError):  # a container without an entry for its user
         name = Path.home().name
-    return name if len(name) > 2 and name.lower() not in _NOBODY else None
+    if len(name) < 3 or name.lower() in _NOBODY:
+        return {}
+    return {"the name of this account": rf"(?<![\w/.-]){re.escape(name)}(?![\w/-])"}

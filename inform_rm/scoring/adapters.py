@@ -5,7 +5,6 @@ the weights, and beside them the ``config.json`` of the InfoRM model that base, 
 """
 
 import copy
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 
 from inform_rm.errors import InputError
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
-from inform_rm.safety.checkpoints import ADAPTER_REFUSAL, check_checkpoint, check_code_is_own, warn_unpinned
+from inform_rm.safety.checkpoints import (
+    ADAPTER_REFUSAL,
+    check_checkpoint,
+    check_code_is_own,
+    find_file,
+    read_object,
+    warn_unpinned,
+)
 from inform_rm.scoring.value_heads import find_reward_head, load_with_head
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -125,20 +131,13 @@ def complete_adapter_folder(folder: str | Path, model: Any) -> None:
 
 def _read(name: str, hub: dict[str, Any], trust_remote_code: bool) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """Adapter settings, InfoRM config and weights, each checked; an `InputError` names what is wrong."""
-    files = {
-        file: cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
-        for file in (*ADAPTER_FILES, "config.json")
-    }
-    settings_file, weights_file, config_file = files.values()
-    if settings_file is None:
+    revision = hub.get("revision")
+    settings = read_object(name, ADAPTER_FILES[0], revision)
+    if settings is None:
         raise InputError(f"model: {name} has no {ADAPTER_FILES[0]}; it holds no adapters.")
-    try:
-        settings = json.loads(Path(settings_file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"model: {name}/{ADAPTER_FILES[0]} is not valid JSON: {error}") from error
-    config = None if config_file is None else AutoConfig.from_pretrained(
-        name, trust_remote_code=trust_remote_code, **hub
-    )  # fmt: skip
+    config = None
+    if find_file(name, "config.json", revision) is not None:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
     is_ours = settings.get("peft_type") == "LORA" and "score" in (settings.get("modules_to_save") or ())
     if config is None or config.model_type != "inform" or not is_ours:
         raise InputError(
@@ -149,6 +148,7 @@ def _read(name: str, hub: dict[str, Any], trust_remote_code: bool) -> tuple[dict
         )
     if not settings.get("base_model_name_or_path"):
         raise InputError(f"model: {name}/{ADAPTER_FILES[0]} names no base model. Write it to base_model_name_or_path.")
+    weights_file = find_file(name, ADAPTER_FILES[1], revision)
     if weights_file is None:
         raise InputError(
             f"model: {name} has no {ADAPTER_FILES[1]}. Only safetensors are read; a pickled adapter "
@@ -184,16 +184,19 @@ def _load_base(
     try:
         check_checkpoint(base, revision=revision, trust_remote_code=trust_remote_code)
         found = AutoConfig.from_pretrained(base, **hub)
-        ours, theirs = config.get_text_config(), found.get_text_config()
-        other = [size for size in _BACKBONE_SIZES if getattr(ours, size, None) != getattr(theirs, size, None)]
+        compared: list[tuple[Any, Any, tuple[str, ...]]] = [
+            (config.get_text_config(), found.get_text_config(), _BACKBONE_SIZES)
+        ]
         if found.model_type == "inform":
-            other += [size for size in _HEAD_SETTINGS[:-1] if getattr(config, size) != getattr(found, size)]
+            compared.append((config, found, _HEAD_SETTINGS[:-1]))
+        other = [
+            (size, getattr(ours, size, None), getattr(theirs, size, None))
+            for ours, theirs, sizes in compared
+            for size in sizes
+            if getattr(ours, size, None) != getattr(theirs, size, None)
+        ]
         if other:
-            pairs = ", ".join(
-                f"{size} {getattr(theirs if size in _BACKBONE_SIZES else found, size, None)!r} instead of "
-                f"{getattr(ours if size in _BACKBONE_SIZES else config, size, None)!r}"
-                for size in other
-            )
+            pairs = ", ".join(f"{size} {theirs!r} instead of {ours!r}" for size, ours, theirs in other)
             raise InputError(f"{wanted}, which is another model now: {pairs}. Put the right one there.")
         placement = {"device_map": "auto"} if device == "auto" else {}
         loading = {"dtype": dtype, **placement, **hub}

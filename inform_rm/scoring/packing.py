@@ -280,8 +280,8 @@ def use_packed_attention(model: Any) -> None:
         raise NotImplementedError(f"{type(model).__name__} has attention of its own")
 
 
-def packed_rewards(model: Any, row: PackedRow, reward_samples: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Rewards ``(N,)`` of a packed row and, with ``reward_samples``, their spread; under `packed_attention_of`."""
+def packed_inputs(model: Any, row: PackedRow) -> dict[str, Any]:
+    """What a backbone takes of a packed row, on its device: there with block masks where that is a GPU."""
     device = model.get_input_embeddings().weight.device
     inputs = {
         "input_ids": row.input_ids.to(device),
@@ -290,7 +290,13 @@ def packed_rewards(model: Any, row: PackedRow, reward_samples: int | None = None
     }
     if device.type == "cuda":
         inputs = flex_inputs(inputs, windows_of(model.config.get_text_config()), device)
-    places = row.pooled_positions.to(device)
+    return inputs
+
+
+def packed_rewards(model: Any, row: PackedRow, reward_samples: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Rewards ``(N,)`` of a packed row and, with ``reward_samples``, their spread; under `packed_attention_of`."""
+    inputs = packed_inputs(model, row)
+    places = row.pooled_positions.to(inputs["input_ids"].device)
     if model.config.model_type == "inform":
         output = model(**inputs, pooled_positions=places, reward_samples=reward_samples)
         return output.logits.flatten(), None if reward_samples is None else output.reward_std.flatten()

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from inform_rm.data.columns import Reading, log_reading
 from inform_rm.data.encoding import BAD_ROW_POLICIES, Encoded
 from inform_rm.data.rendered_text import add_partly_rendered, partly_rendered, warn_of_loss
 from inform_rm.data.response_rows import RowFault, ScoreRow, score_rows_or_faults
+from inform_rm.data.sources import Source, source_label
 from inform_rm.errors import InputError
-from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer
+from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer, as_scorer
 from inform_rm.util.files import check_output_directory
 from inform_rm.util.journal import RewardJournal, shortest_float
 from inform_rm.util.processes import is_main_process
@@ -30,8 +32,8 @@ Row = tuple[ScoreRow, Encoded] | RowFault
 
 
 def score_file(
-    scorer: RewardScorer,
-    input: str | Path,
+    scorer: str | Path | torch.nn.Module | RewardScorer,
+    input: Source,
     output: str | Path,
     uncertainty: int | None = None,
     chunk_rows: int = 2048,
@@ -39,7 +41,7 @@ def score_file(
     on_bad_row: str = "error",
     columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Score the ``prompt`` / ``response`` rows of a file of any length into JSON Lines, in input order.
+    """Score ``prompt`` / ``response`` rows, of a file of any length or in memory, into JSON Lines, in input order.
 
     Each output row is the input row with ``reward`` (and ``reward_std``) added. Memory holds one chunk of rows, and of
     an earlier call's rewards 24 bytes each. A first pass reads and encodes every row before the model runs, and all
@@ -49,8 +51,9 @@ def score_file(
     the end. With a scorer that splits its work over processes, all of them read the input and the main one writes.
 
     Args:
-        scorer: the model.
-        input: JSONL(.gz), CSV or Parquet; ``prompt`` is text or, except in CSV, a list of messages.
+        scorer: the model: a `RewardScorer`, or what it takes where its defaults will do.
+        input: JSONL(.gz), CSV or Parquet, or rows in memory (see `inform_rm.data.sources.open_parts`); ``prompt`` is
+            text or, except in CSV, a list of messages.
         output: name of the JSON Lines file to write.
         uncertainty: see `RewardScorer.score`.
         chunk_rows: rows held in memory and sorted by length together.
@@ -69,7 +72,8 @@ def score_file(
             or an unfinished run with another model or setting.
         NonFiniteRewardError: if the model gives NaN or infinity.
     """
-    input, output = Path(input), Path(output)
+    output, name = Path(output), source_label(input)
+    scorer = as_scorer(scorer, None, {})
     scorer.check_uncertainty(uncertainty)
     if on_bad_row not in BAD_ROW_POLICIES:
         raise InputError(f"on_bad_row: got {on_bad_row!r}; expected one of {', '.join(BAD_ROW_POLICIES)}.")
@@ -78,12 +82,12 @@ def score_file(
         raise InputError(f"output: {output} is a folder; expected the name of a .jsonl file.")
     if output.suffix != ".jsonl":
         raise InputError(f"output: {output} must end in .jsonl; rewards are written as JSON Lines.")
-    if output.exists() and input.exists() and output.samefile(input):
+    if isinstance(input, str | Path) and output.exists() and Path(input).exists() and output.samefile(input):
         raise InputError(f"output: {output} is the input. Choose another name.")
     chunks = functools.partial(_encoded_chunks, scorer, input, chunk_rows, on_bad_row, columns)
     reading = Reading()
-    num_rows, num_bad, lost = _check_all(chunks(reading), input, progress, on_bad_row)
-    log_reading(str(input), reading)
+    num_rows, num_bad, lost = _check_all(chunks(reading), name, progress, on_bad_row)
+    log_reading(name, reading)
     shared = scorer.split_over_processes
     writes = not shared or is_main_process()
     rows_path = output.with_name(output.name + ".partial.rows")
@@ -128,7 +132,7 @@ def score_file(
 
 def _encoded_chunks(
     scorer: RewardScorer,
-    input: Path,
+    input: Source,
     chunk_rows: int,
     on_bad_row: str,
     columns: Mapping[str, str] | None,
@@ -166,7 +170,7 @@ def encoded_or_faults(scorer: RewardScorer, rows: Sequence[ScoreRow | RowFault])
 
 
 def _check_all(
-    chunks: Iterator[list[Row]], input: Path, progress: bool, on_bad_row: str
+    chunks: Iterator[list[Row]], name: str, progress: bool, on_bad_row: str
 ) -> tuple[int, int, dict[str, Any]]:
     """Number of rows, and of those that cannot be scored, and what the chat template deleted of the others.
 
@@ -185,7 +189,7 @@ def _check_all(
             num_rows, num_bad = num_rows + len(chunk), num_bad + len(reasons)
             bar.update(len(chunk))
     if not num_rows:
-        raise InputError(f"input: {input} has no rows. Each row needs prompt and response.")
+        raise InputError(f"input: {name} has no rows. Each row needs prompt and response.")
     if num_bad == num_rows or (num_bad and on_bad_row == "error"):
         listed = " ".join(first) + (f" And {num_bad - len(first)} more." if num_bad > len(first) else "")
         way_out = "" if on_bad_row == "skip" else (

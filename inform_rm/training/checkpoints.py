@@ -1,7 +1,6 @@
 """Checkpoints of a run: reading and discarding them, and what a run must have in common with its continuation."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -20,12 +19,21 @@ from transformers import TrainerState
 
 from inform_rm.data.sources import parse_source, source_digest
 from inform_rm.errors import InputError
-from inform_rm.training.config import TrainingConfig, deciding_settings, settings_by_content
+from inform_rm.training.arguments import settings_by_content
+from inform_rm.training.half_precision import COMPENSATED_BETA2, COMPENSATED_OPTIM
+from inform_rm.training.reward_arguments import (
+    RewardTrainingArguments,
+    deciding_settings,
+    settings_of,
+    usual_settings,
+    with_our_names,
+)
 from inform_rm.util.checkpoints import checkpoint_step, complete_checkpoints, is_complete
 from inform_rm.util.files import atomic_write_text, file_digest, versions, write_json
 
 logger = logging.getLogger(__name__)
 
+RESULT_FILE = "train_result.json"
 CONFIG_FILE = "training_config.yaml"
 STAGING = ".final"  # where the finished model is written before its files are moved into the run's folder
 _DIGESTED_BYTES = 1 << 20  # at the start and at the end of each file of the model
@@ -91,32 +99,34 @@ def discard_incomplete(output: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def discard_run(output: Path, result_file: str) -> None:
+def discard_run(output: Path) -> None:
     """Remove what an earlier run left, and nothing else that the folder may hold."""
     for name in ("checkpoints", STAGING):
         discard(output / name)
-    for name in (result_file, CONFIG_FILE):
+    for name in (RESULT_FILE, CONFIG_FILE):
         (output / name).unlink(missing_ok=True)
 
 
 def check_resume(
     output: Path,
-    config: TrainingConfig,
+    args: RewardTrainingArguments,
     fingerprints: dict[str, str],
     eval_fingerprints: dict[str, str],
     resume_from: Path | None,
+    adapters: dict[str, Any] | None = None,
 ) -> None:
     """Refuse to continue a run under what would change its result; write down what a new run has.
 
-    Settings that decide nothing (see `inform_rm.training.config`) may change, and so may the spelling of a path. Other
-    versions of the libraries are named in a warning: whether they change the result cannot be known here.
+    Settings that decide nothing (`inform_rm.training.arguments.decides`) may change, and so may the spelling of a
+    path. Other versions of the libraries are named in a warning: whether they change the result cannot be known here.
 
     Args:
         output: the run's folder.
-        config: all settings.
-        fingerprints: per source of ``data``, and who reads it in a streaming run.
+        args: all settings.
+        fingerprints: per source of ``data``.
         eval_fingerprints: per source of ``eval_data``.
         resume_from: the checkpoint to go on from; ``None`` starts a new run.
+        adapters: what a ``peft_config`` that the caller passed holds.
 
     Raises:
         InputError: naming what differs.
@@ -124,14 +134,14 @@ def check_resume(
     path = output / "checkpoints" / "run.json"
     if resume_from is not None:
         check_trainer_state(resume_from)
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as they are in the file
+    settings = settings_of(args)
     launch = _launch()
     now = {
         **settings, "data_fingerprints": fingerprints | eval_fingerprints,
-        "contents": _contents(config, fingerprints, eval_fingerprints), **launch,
+        "contents": _contents(args, fingerprints, eval_fingerprints) | {"peft_config": adapters}, **launch,
     }  # fmt: skip
     if resume_from is not None and path.exists():
-        before = _recorded_settings(path)
+        before = _with_todays_names(_recorded_settings(path))
         if any(name in before and before[name] != now[name] for name in launch):
             raise InputError(
                 f"output: {output} holds an unfinished run of {before['num_processes']} processes "
@@ -141,7 +151,7 @@ def check_resume(
                 "what it has learnt with a new optimizer, train with model: one of its checkpoints (one of "
                 "SHARDED_STATE_DICT needs `accelerate merge-weights` first)."
             )
-        if changed := _changed(config, before, now):
+        if changed := _changed(args, before, now):
             raise InputError(
                 f"output: {output} holds an unfinished run with other settings or data ({'; '.join(changed)}). "
                 "Restore them to continue it, name another folder, or pass --overwrite true."
@@ -158,24 +168,26 @@ def check_resume(
         atomic_write_text(output / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
-def _changed(config: TrainingConfig, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _changed(args: RewardTrainingArguments, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What decides the result and is not as it was, in words."""
     changed = []
     contents, contents_before = now["contents"], before.get("contents") or {}
-    for name in deciding_settings(config):
+    usual = usual_settings()
+    for name in deciding_settings(args):
+        was, value = before.get(name, usual[name]), now.get(name, usual[name])
         if name in contents:
             if contents_before.get(name) != contents[name]:
-                renamed = "" if before.get(name) == now[name] else f": {before.get(name)!r} -> {now[name]!r}"
+                renamed = "" if was == value else f": {was!r} -> {value!r}"
                 changed.append(f"the content of {name}{renamed}")
-        elif before.get(name) != now[name]:
-            changed.append(f"{name}: {before.get(name)!r} -> {now[name]!r}")
-    if contents_before.get("readers") != contents["readers"]:
-        changed.append(f"readers of the stream: {contents_before.get('readers')!r} -> {contents['readers']!r}")
+        elif was != value:
+            changed.append(f"{name}: {was!r} -> {value!r}")
+    if contents_before.get("peft_config") != contents["peft_config"]:
+        changed.append("peft_config")
     return changed
 
 
 def _contents(
-    config: TrainingConfig, fingerprints: dict[str, str], eval_fingerprints: dict[str, str]
+    args: RewardTrainingArguments, fingerprints: dict[str, str], eval_fingerprints: dict[str, str]
 ) -> dict[str, Any]:
     """What the settings that name files stand for, however they spell it; of what is on the Hub, its name."""
 
@@ -185,14 +197,13 @@ def _contents(
 
     contents: dict[str, Any] = {
         "data": [
-            fingerprints[source] if config.streaming else content(source, fingerprints[source])
-            for source in config.data
+            fingerprints.get(source) if args.streaming else content(source, fingerprints[source])
+            for source in args.data
         ],
-        "eval_data": [content(source, eval_fingerprints[source]) for source in config.eval_data],
-        "readers": fingerprints.get("streamed to"),
+        "eval_data": [content(source, eval_fingerprints[source]) for source in args.eval_data],
     }
     for name in settings_by_content():
-        value = getattr(config, name)
+        value = getattr(args, name)
         if name not in contents:
             is_file = value is not None and Path(value).is_file()
             contents[name] = value and (file_digest(value) if is_file else fingerprint_files(value) or value)
@@ -207,6 +218,15 @@ def _recorded_settings(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"output: {path} is damaged ({error}). Pass --overwrite true to start again.") from None
     return found
+
+
+def _with_todays_names(before: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier version recorded, as today's would have: other names, and what it set without a setting."""
+    if "output" in before:
+        before["adam_beta2"] = COMPENSATED_BETA2 if before.get("optim") == COMPENSATED_OPTIM else 0.999
+        if before.get("load_best_model_at_end"):
+            before |= {"metric_for_best_model": "eval_accuracy", "greater_is_better": True}
+    return with_our_names(before, [])
 
 
 def _launch() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from inform_rm.data.sources import source_digest
 from inform_rm.errors import InputError
 from inform_rm.scoring.reward_models import fingerprint_tokenizer
 from inform_rm.training.augmentation import add_non_contextual_pairs
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.util.files import atomic_directory, file_digest, write_json
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,14 @@ _DECIDING_FILES = (
     *sorted(f"data/{path.name}" for path in (_PACKAGE / "data").glob("*.py") if path.name != "check_data.py"),
     "safety/chat_templates.py", "training/augmentation.py",
 )  # fmt: skip
+
+
+ARGUMENTS = {"data": "train_dataset", "eval_data": "eval_dataset"}  # setting -> argument of the trainer
+
+
+def in_memory(setting: str) -> str:
+    """How rows that were passed as an object are called, in place of a file; no Hub dataset can be called so."""
+    return f"{ARGUMENTS[setting]} (in memory)"
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,36 @@ class TrainingPairs:
     fingerprints: dict[str, str]
 
 
+def choose_splits(train: Any, evaluation: Any) -> tuple[Any, Any]:
+    """Of a `DatasetDict` its ``train`` split, and to evaluate ``validation`` or ``test``, if it has one of them.
+
+    Raises:
+        InputError: it is not clear which split is meant.
+    """
+    if isinstance(train, dict):
+        if evaluation is None and len({"validation", "test"} & set(train)) == 1:
+            evaluation = train
+        train = _split("train_dataset", train, ("train",))
+    if isinstance(evaluation, dict):
+        evaluation = _split("eval_dataset", evaluation, ("validation", "test"))
+    return train, evaluation
+
+
+def _split(argument: str, splits: dict[str, Any], names: tuple[str, ...]) -> Any:
+    found = [name for name in names if name in splits] or (list(splits) if len(splits) == 1 else [])
+    if len(found) != 1:
+        raise InputError(f"{argument}: has the splits {', '.join(splits)}; pass one of them, data[SPLIT].")
+    logger.info("%s: split %r.", argument, found[0])
+    return splits[found[0]]
+
+
 def load_training_pairs(
-    config: TrainingConfig, sources: Sequence[str], max_pairs: int | None, tokenizer: Any, argument: str
+    args: RewardTrainingArguments,
+    sources: Sequence[Any],
+    max_pairs: int | None,
+    tokenizer: Any,
+    argument: str,
+    max_length: int | None,
 ) -> TrainingPairs:
     """Read, check and encode all sources, or take the result of an earlier call from the cache.
 
@@ -61,22 +97,23 @@ def load_training_pairs(
     off. Folders in it may be deleted at any time.
 
     Args:
-        config: settings of the run.
-        sources: files, folders or Hub ids.
-        max_pairs: most pairs of a source; a random choice, by ``config.seed``.
+        args: settings of the run.
+        sources: files, folders or Hub ids; or rows: a `Dataset`, an `IterableDataset`, a list of dicts.
+        max_pairs: most pairs of a source; a random choice, by ``args.seed``.
         tokenizer: see `inform_rm.data.tokenizer.load_tokenizer`.
-        argument: name of the setting that holds the sources, for messages.
+        argument: ``"data"`` or ``"eval_data"``, for messages.
+        max_length: most tokens of prompt + response.
 
     Raises:
         InputError: on bad data, or if no pair is left.
     """
-    augment = config.augmentation == "rrm" and argument == "data"  # evaluation is on the pairs as they are
+    augment = args.augmentation == "rrm" and argument == "data"  # evaluation is on the pairs as they are
     # One process encodes, the others find the result in the cache.
     with PartialState().main_process_first():
-        folder = _cache_folder(config, sources, max_pairs, tokenizer, augment)
+        folder = _cache_folder(args, sources, max_pairs, tokenizer, augment, max_length)
         pairs = None if folder is None else _read(folder)
         if pairs is None:
-            pairs = _encode(config, sources, max_pairs, tokenizer, augment)
+            pairs = _encode(args, sources, max_pairs, tokenizer, augment, max_length, argument)
             if folder is not None and PartialState().is_main_process:
                 _write(folder, pairs)
         else:
@@ -89,43 +126,58 @@ def load_training_pairs(
 
 
 def _encode(
-    config: TrainingConfig, sources: Sequence[str], max_pairs: int | None, tokenizer: Any, augment: bool
+    args: RewardTrainingArguments,
+    sources: Sequence[Any],
+    max_pairs: int | None,
+    tokenizer: Any,
+    augment: bool,
+    max_length: int | None,
+    argument: str,
 ) -> TrainingPairs:
     parts: list[Dataset] = []
     fingerprints: dict[str, str] = {}
     bad_rows: list[str] = []
     readings: dict[str, Any] = {}
     for source in sources:
-        loaded = load_preferences(source, columns=config.columns, on_bad_row=config.on_bad_row)
-        log_reading(source, loaded.reading)
-        readings[source] = loaded.reading.to_dict()
+        reading: dict[str, Any] = {"columns": args.columns, "on_bad_row": args.on_bad_row}
+        loaded = load_preferences(source, **reading)
+        name = source if isinstance(source, str) else in_memory(argument)
+        log_reading(name, loaded.reading)
+        readings[name] = loaded.reading.to_dict()
         bad_rows += [str(row) for row in loaded.bad_rows]
-        fingerprints[source] = loaded.fingerprint
+        fingerprints[name] = loaded.fingerprint
         part = loaded.dataset
         if max_pairs is not None and len(part) > max_pairs:
-            part = part.shuffle(seed=config.seed).select(range(max_pairs))
+            part = part.shuffle(seed=args.seed).select(range(max_pairs))
         parts.append(part)
     pairs = concatenate_datasets(parts)
     if augment:
-        pairs = add_non_contextual_pairs(pairs, config.seed)
+        pairs = add_non_contextual_pairs(pairs, args.seed)
     encoded = encode_pairs(
-        pairs, tokenizer, max_length=config.max_length, overlong=config.overlong, on_bad_row=config.on_bad_row,
-        keep_text=_keeps_text(config),
+        pairs, tokenizer, max_length=max_length, overlong=args.overlong, on_bad_row=args.on_bad_row,
+        keep_text=_keeps_text(args),
     )  # fmt: skip
     bad_rows += [str(row) for row in encoded.bad_rows]
     counts = {**encoded.counts, "pairs": len(encoded.dataset), "bad_rows": bad_rows, "reading": readings}
     return TrainingPairs(encoded.dataset, counts, fingerprints)
 
 
-def _keeps_text(config: TrainingConfig) -> bool:
-    return config.objective == "prioritized"  # whose pairs are encoded again, with other prompts
+def _keeps_text(args: RewardTrainingArguments) -> bool:
+    return args.objective == "prioritized"  # whose pairs are encoded again, with other prompts
 
 
 def _cache_folder(
-    config: TrainingConfig, sources: Sequence[str], max_pairs: int | None, tokenizer: Any, augment: bool
+    args: RewardTrainingArguments,
+    sources: Sequence[Any],
+    max_pairs: int | None,
+    tokenizer: Any,
+    augment: bool,
+    max_length: int | None,
 ) -> Path | None:
     """Where the pairs of these settings are cached; ``None`` where they must not be, or a source cannot be read."""
     # A tokenizer written in Python has no text that tells all it does.
+    if not all(isinstance(source, str) for source in sources):
+        return None
     if not datasets.is_caching_enabled() or getattr(tokenizer, "backend_tokenizer", None) is None:
         return None
     try:
@@ -136,9 +188,9 @@ def _cache_folder(
         # Names too: they are part of the rows' ids and of messages about bad rows.
         "sources": list(zip(map(str, sources), digests, strict=True)),
         "tokenizer": fingerprint_tokenizer(tokenizer),
-        "settings": [config.columns, config.max_length, config.overlong, config.on_bad_row, _keeps_text(config)],
-        "choice": None if max_pairs is None else [max_pairs, config.seed],
-        "augmentation": [config.augmentation, config.seed] if augment else None,
+        "settings": [args.columns, max_length, args.overlong, args.on_bad_row, _keeps_text(args)],
+        "choice": None if max_pairs is None else [max_pairs, args.seed],
+        "augmentation": [args.augmentation, args.seed] if augment else None,
         "versions": {name: metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "jinja2")},
         "code": [file_digest(_PACKAGE / name) for name in _DECIDING_FILES],
     }

@@ -1,6 +1,6 @@
 """The model to train: backbone, quantisation, adapters."""
 
-import dataclasses
+import copy
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -14,36 +14,50 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from inform_rm.errors import InputError
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
+from inform_rm.safety.checkpoints import check_checkpoint
 from inform_rm.scoring.adapters import holds_adapters, import_peft
+from inform_rm.scoring.packing import use_packed_attention, why_not_packed
 from inform_rm.scoring.reward_models import checked_max_length, table_length, trained_length
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.scoring.value_heads import find_reward_head, load_with_head
 from inform_rm.training.checkpoints import is_fsdp_launch
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-def with_max_length(config: TrainingConfig) -> TrainingConfig:
-    """The settings with the model's own limit where no ``max_length`` is given; a log line says so.
+def check_model(args: RewardTrainingArguments) -> None:
+    """Refuse files of a model that could run code or that lie about what they hold, before anything is read."""
+    assert args.model is not None
+    if holds_adapters(args.model, args.revision):
+        return  # `load_model` says what to do with them
+    try:
+        check_checkpoint(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    except OSError as error:  # no such repository, or no way to it
+        raise InputError(f"model: {args.model} cannot be loaded as a backbone: {str(error)[:400]}") from error
 
-    It is read from the model's config, because data are read before the model is loaded; see `check_max_length`.
+
+def longest_input(args: RewardTrainingArguments, model: PreTrainedModel | None = None) -> int | None:
+    """``max_length``, or the model's own limit where none is given; a log line says so.
+
+    Of a model that is a name it is read from its config, because data are read before the model is loaded; see
+    `check_max_length`.
 
     Raises:
         InputError: the model has no readable config.
     """
-    if config.max_length is not None or holds_adapters(config.model, config.revision):
-        return config  # `load_model` says what to do with adapters
+    if args.max_length is not None or (model is None and holds_adapters(str(args.model), args.revision)):
+        return args.max_length  # `load_model` says what to do with adapters
     try:
-        found = AutoConfig.from_pretrained(
-            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        found = model.config if model is not None else AutoConfig.from_pretrained(
+            str(args.model), revision=args.revision, trust_remote_code=args.trust_remote_code
+        )  # fmt: skip
         limit = trained_length(found)
     except Exception as error:  # transformers and the Hub raise many types for a bad config
-        raise InputError(f"model: {config.model} cannot be loaded as a backbone: {error}") from error
+        raise InputError(f"model: {args.model} cannot be loaded as a backbone: {error}") from error
     if limit is not None and PartialState().is_main_process:
         logger.warning("max_length: %d, the model's own limit, as none is given.", limit)
-    return dataclasses.replace(config, max_length=limit)
+    return limit
 
 
 def check_max_length(model: PreTrainedModel, max_length: int | None) -> None:
@@ -57,7 +71,7 @@ def check_max_length(model: PreTrainedModel, max_length: int | None) -> None:
         )
 
 
-def load_model(config: TrainingConfig) -> PreTrainedModel:
+def load_model(args: RewardTrainingArguments) -> PreTrainedModel:
     """The model to train: a fresh head on a backbone, or a reward model to train further.
 
     ``architecture: standard`` goes on from the head of any reward model that has one row
@@ -69,87 +83,112 @@ def load_model(config: TrainingConfig) -> PreTrainedModel:
     Raises:
         InputError: if the model cannot be loaded, is an InfoRM model of another architecture, or cannot be quantised.
     """
-    hub = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    assert args.model is not None
+    hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     loading: dict[str, Any] = {
         **hub,
-        "dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+        "dtype": args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
     }
-    if config.attn_implementation is not None:
-        loading["attn_implementation"] = config.attn_implementation
-    if holds_adapters(config.model, config.revision):
+    if args.attn_implementation is not None:
+        loading["attn_implementation"] = args.attn_implementation
+    if holds_adapters(args.model, args.revision):
         raise InputError(
-            f"model: {config.model} holds adapters, not a whole model. Write a whole one first: "
-            f"inform-rm export --model {config.model} --output FOLDER"
+            f"model: {args.model} holds adapters, not a whole model. Write a whole one first: "
+            f"inform-rm export --model {args.model} --output FOLDER"
         )
     try:
-        found = AutoConfig.from_pretrained(config.model, **hub)
-        if is_quantized(config):
-            loading |= _quantized_loading(config, found)
+        found = AutoConfig.from_pretrained(args.model, **hub)
+        if is_quantized(args):
+            loading |= _quantized_loading(args, found)
         if found.model_type != "inform":
             model = load_with_head(
-                config.model,
-                find_reward_head(config.model, found, revision=config.revision),
-                latent_dim=config.latent_dim,
-                beta=config.beta,
-                decoder=config.decoder,
-                kl_reduction=config.kl_reduction,
-                architecture=config.architecture,
+                args.model,
+                find_reward_head(args.model, found, revision=args.revision),
+                latent_dim=args.latent_dim,
+                beta=args.beta,
+                decoder=args.decoder,
+                kl_reduction=args.kl_reduction,
+                architecture=args.architecture,
                 **loading,
             )
         else:
-            head = ("architecture",) if config.architecture == "standard" else (
+            head = ("architecture",) if args.architecture == "standard" else (
                 "architecture", "latent_dim", "decoder", "kl_reduction"
             )  # fmt: skip
             for name in head:
-                if getattr(found, name) != getattr(config, name):
+                if getattr(found, name) != getattr(args, name):
                     raise InputError(
-                        f"{name}: {config.model} has {getattr(found, name)!r}, not {getattr(config, name)!r}. "
+                        f"{name}: {args.model} has {getattr(found, name)!r}, not {getattr(args, name)!r}. "
                         "A trained head keeps its shape: change the setting."
                     )
-            model = InfoRMForSequenceClassification.from_pretrained(config.model, use_safetensors=True, **loading)
-            model.config.beta = config.beta
+            model = InfoRMForSequenceClassification.from_pretrained(args.model, use_safetensors=True, **loading)
     except InputError:
         raise
     except Exception as error:  # transformers, safetensors and the Hub raise many types for a bad checkpoint
-        raise InputError(f"model: {config.model} cannot be loaded as a backbone: {error}") from error
-    if is_quantized(config):
+        raise InputError(f"model: {args.model} cannot be loaded as a backbone: {error}") from error
+    model.config.beta, model.config.loss_type = args.beta, args.loss_type
+    if is_quantized(args):
         _prepare_quantized(model)
     return model
 
 
-def is_quantized(config: TrainingConfig) -> bool:
+def is_quantized(args: RewardTrainingArguments) -> bool:
     """Whether the run trains adapters on a quantised backbone."""
-    return config.load_in_4bit or config.load_in_8bit
+    return args.load_in_4bit or args.load_in_8bit
 
 
-def add_adapters(model: PreTrainedModel, config: TrainingConfig) -> Any:
+def choose_batching(model: Any, args: RewardTrainingArguments) -> str:
+    """Packed rows where they are asked for and give the model's own rewards; a log line says why not."""
+    if args.batching == "padded":
+        return "padded"
+    if args.attn_implementation is not None:
+        reason: str | None = f"attn_implementation is {args.attn_implementation}"
+    elif args.n_gpu > 1:
+        reason = "one process drives several GPUs; start it with accelerate launch"
+    elif args.neftune_noise_alpha:
+        reason = "the noise of neftune_noise_alpha depends on a row's length"
+    elif model.config.model_type != "inform":
+        reason = f"the model is a {type(model).__name__}, whose forward takes no packed rows"
+    else:
+        reason = why_not_packed(model)
+    if reason is not None:
+        logger.warning("Training on padded batches: %s.", reason)
+        return "padded"
+    use_packed_attention(model)
+    return "packed"
+
+
+def add_adapters(model: PreTrainedModel, args: RewardTrainingArguments, peft_config: Any = None) -> Any:
     """LoRA on every linear layer of the backbone; the head is trained and saved whole, in float32.
 
     peft's `prepare_model_for_kbit_training` is not needed for a quantised backbone: peft freezes what is no adapter,
     the Trainer turns checkpointing on where it is asked for, without re-entrance, and the head is float32 already.
     What would be left is embeddings and norms in float32, which `dtype` says.
+
+    Args:
+        model: the whole model.
+        args: settings of the run.
+        peft_config: a `LoraConfig` in place of the settings; what it leaves open is as above.
     """
     peft = import_peft("lora_r: LoRA")
     model.score.float()
-    lora = peft.LoraConfig(
-        task_type="SEQ_CLS",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        use_dora=config.use_dora,
-        use_rslora=config.use_rslora,
-        target_modules="all-linear",
-        exclude_modules=r"score(\..*)?",
-        modules_to_save=["score"],
-        # A branch of the Hub moves on: the adapters belong to the commit that was loaded.
-        revision=getattr(model.config.get_text_config(), "_commit_hash", None) or config.revision,
-    )
+    if peft_config is None:
+        names = ("lora_alpha", "lora_dropout", "use_dora", "use_rslora")
+        lora = peft.LoraConfig(r=args.lora_r, **{name: getattr(args, name) for name in names})
+    elif isinstance(peft_config, peft.LoraConfig):
+        lora = copy.deepcopy(peft_config)
+    else:
+        raise InputError(f"peft_config: got a {type(peft_config).__name__}; expected a LoraConfig.")
+    lora.task_type = "SEQ_CLS"
+    lora.modules_to_save = sorted({*(lora.modules_to_save or []), "score"})
+    if lora.target_modules is None:
+        lora.target_modules, lora.exclude_modules = "all-linear", r"score(\..*)?"
+    # A branch of the Hub moves on: the adapters belong to the commit that was loaded.
+    lora.revision = getattr(model.config.get_text_config(), "_commit_hash", None) or args.revision
     adapted = peft.get_peft_model(model, lora)
     # Absolute: the adapters are loaded from any working directory.
-    is_folder = Path(config.model).is_dir()
-    adapted.peft_config["default"].base_model_name_or_path = (
-        str(Path(config.model).resolve()) if is_folder else config.model
-    )
+    name = str(args.model)
+    adapted.peft_config["default"].base_model_name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
     return adapted
 
 
@@ -188,9 +227,9 @@ def reward_difference(bits: int, before: torch.Tensor, after: torch.Tensor) -> d
     return figures
 
 
-def _quantized_loading(config: TrainingConfig, found: Any) -> dict[str, Any]:
+def _quantized_loading(args: RewardTrainingArguments, found: Any) -> dict[str, Any]:
     """Keywords of ``from_pretrained``: nf4 with double quantisation, or LLM.int8; never for the head."""
-    setting = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+    setting = "load_in_4bit" if args.load_in_4bit else "load_in_8bit"
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(f"{setting} needs bitsandbytes. Install it with: pip install 'inform-rm[quant]'")
     if is_fsdp_launch():
@@ -198,18 +237,18 @@ def _quantized_loading(config: TrainingConfig, found: Any) -> dict[str, Any]:
             f"{setting}: quantised weights under FSDP were never tried here. Launch with DDP, or leave {setting} out."
         )
     if getattr(found, "quantization_config", None) is not None:
-        raise InputError(f"{setting}: {config.model} is quantised already. Name the model in full precision.")
-    dtype = found.get_text_config().dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        raise InputError(f"{setting}: {args.model} is quantised already. Name the model in full precision.")
+    dtype = found.get_text_config().dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     quantization = BitsAndBytesConfig(
-        load_in_4bit=config.load_in_4bit,
-        load_in_8bit=config.load_in_8bit,
+        load_in_4bit=args.load_in_4bit,
+        load_in_8bit=args.load_in_8bit,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if config.bf16 else (dtype or torch.float32),
+        bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else (dtype or torch.float32),
         llm_int8_skip_modules=["score"],
     )
-    device = torch.device("cpu") if config.use_cpu else PartialState().device
-    if config.load_in_8bit and config.use_dora and device.type == "cpu":
+    device = torch.device("cpu") if args.use_cpu else PartialState().device
+    if args.load_in_8bit and args.use_dora and device.type == "cpu":
         raise InputError(
             "use_dora: on a CPU peft 0.21 loses the scales of 8-bit weights under DoRA. Use load_in_4bit or LoRA."
         )

@@ -13,6 +13,7 @@ CHAT_TEMPLATE = (
     "<|assistant|>{{ message['content'] }}{{ eos_token }}{% else %}<|user|>{{ message['content'] }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+MAX_LENGTH = 256  # tokens, several times what a response of the world and its prompt have
 _SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
 
 
@@ -44,7 +45,7 @@ def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
         eos_token=eos,
         extra_special_tokens=roles,
         chat_template=CHAT_TEMPLATE,
-        model_max_length=256,
+        model_max_length=MAX_LENGTH,
     )
 
 
@@ -60,7 +61,7 @@ def small_llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=256,
+        max_position_embeddings=MAX_LENGTH,
         initializer_range=0.05,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

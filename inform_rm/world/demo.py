@@ -2,29 +2,33 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 from inform_rm.errors import InputError
 from inform_rm.eval.accuracy import pairwise_accuracy
+from inform_rm.eval.comparison.paired import paired_bootstrap
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.detection.detect import detect
 from inform_rm.eval.evaluate import evaluate
 from inform_rm.hub.export import export_model
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 from inform_rm.util.files import atomic_write_text, check_output_directory, versions, write_json
-from inform_rm.world.demo_report import TEST_SETS, console_table, write_demo_report
+from inform_rm.world.backbone import MAX_LENGTH, write_backbone
+from inform_rm.world.demo_report import TEST_SETS, console_table, demo_page
 from inform_rm.world.policy import attack
+from inform_rm.world.stages import Stages
 from inform_rm.world.worlds import WorldConfig, make_pairs
 
 ARCHITECTURES = ("standard", "inform")
@@ -32,8 +36,16 @@ _AUDIT_KEYS = (
     "num_pairs", "response_decides", "response_decides_interval", "sign_flips", "prompt_sensitivity", "correlations",
 )  # fmt: skip
 _DETECTION_KEYS = ("csi_normalized", "csi_normalized_null_rank", "mop", "mop_null_rank", "num_responses")
+_PAIR_COLUMNS = ("prompt", "chosen", "rejected", "subset", "id")  # the others are the world's, not for a reward model
 _ALPHA = 0.05  # with the demo's few reference responses a smaller tail would hold no rank of theirs
-ROUND_TRIP_TOLERANCE = 1e-5  # reward units, float32; DESIGN section 4
+# CPU seconds of the default budget; the time left is told from their ratios. Extrapolated from
+# a run with 16 steps and a fifth of the pairs, and from 0.16 s a step.
+_USUAL_SECONDS = {
+    "world": 4, "train standard": 150, "train inform": 150, "evaluate standard": 12, "decompose standard": 22,
+    "evaluate inform": 12, "decompose inform": 22, "optimize against both": 35, "export and load elsewhere": 10,
+    "report": 15,
+}  # fmt: skip
+ROUND_TRIP_TOLERANCE = 1e-5  # reward units, float32
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,7 @@ def demo(
 
     The folder receives the pairs (`world/`), the backbone, both models with their training logs, the evaluations, the
     exported InfoRM model (`hub-model/`), `report.html` and `result.json`. What an earlier demo left there is replaced.
+    Says on standard output how far it is, at the end what came of it and where it lies.
 
     Args:
         output: folder for all of it.
@@ -96,64 +109,40 @@ def demo(
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise InputError(f"seed: {seed!r}; expected a whole number of at least 0.")
-    budget = budget or DemoBudget()
     folder = check_output_directory(output)
     for name in ("result.json", "report.html"):
         (folder / name).unlink(missing_ok=True)  # stale results must not stand beside new models
-    clock = _Clock()
+    with Stages(_USUAL_SECONDS) as stages:
+        result = _run(folder, backbone, seed, budget or DemoBudget(), stages)
+    print(f"\n{console_table(result)}\n")
+    print(f"report:    {folder / 'report.html'}")
+    print(f"Hub model: {folder / 'hub-model'} (loads with trust_remote_code=True)")
+    return result
+
+
+def _run(folder: Path, backbone: str | None, seed: int, budget: DemoBudget, stages: Stages) -> dict[str, Any]:
+    stages.start("world")
     world = WorldConfig(seed=seed)
-
-    clock.start("world")
     steps = budget.reward_steps if backbone is None else budget.pretrained_reward_steps
-    files = _write_world(folder / "world", world, steps * budget.pairs_per_step, budget.test_pairs)
-
+    files, rows = _write_world(folder / "world", world, steps * budget.pairs_per_step, budget.test_pairs)
     if backbone is None:
-        from inform_rm.world.backbone import write_backbone
-
-        backbone_name = str(folder / "backbone")
-        write_backbone(backbone_name, seed=seed)
-    else:
-        backbone_name = backbone
-
-    runs, evaluations, audits = {}, {}, {}
+        write_backbone(folder / "backbone", seed=seed)
+    runs, scorers, evaluations, audits = {}, {}, {}, {}
     for architecture in ARCHITECTURES:
-        clock.start(f"train {architecture}")
-        runs[architecture] = train(
-            TrainingConfig(
-                model=backbone_name,
-                data=(str(files["train"]),),
-                eval_data=(str(files["validation"]),),
-                output=str(folder / architecture),
-                architecture=architecture,  # type: ignore[arg-type]
-                latent_dim=budget.latent_dim,
-                beta=budget.beta,
-                learning_rate=budget.learning_rate if backbone is None else budget.pretrained_learning_rate,
-                max_steps=steps,
-                per_device_train_batch_size=budget.pairs_per_step,
-                per_device_eval_batch_size=64,
-                gradient_accumulation_steps=1,
-                warmup_steps=0.05,
-                logging_steps=10,
-                eval_steps=0.125,
-                save_steps=steps,
-                save_total_limit=1,
-                seed=seed,
-                overwrite=True,
-            )
-        )
-    scorers = {}
+        stages.start(f"train {architecture}")
+        runs[architecture] = train(_training_config(folder, architecture, backbone, seed, steps, budget))
     for architecture in ARCHITECTURES:
-        clock.start(f"evaluate {architecture}")
-        scorers[architecture] = RewardScorer(folder / architecture)
+        scorer = scorers[architecture] = RewardScorer(folder / architecture)
+        stages.start(f"evaluate {architecture}")
         evaluations[architecture] = evaluate(
-            scorers[architecture],
+            scorer,
             [files[name] for name in TEST_SETS],
             folder / "evaluation" / architecture,
             progress=False,
         )
-        clock.start(f"decompose {architecture}")
+        stages.start(f"decompose {architecture}")
         audits[architecture] = decompose(
-            scorers[architecture],
+            scorer,
             files["in_distribution"],
             folder / "decomposition" / architecture,
             num_prompts=budget.num_prompts,
@@ -161,7 +150,7 @@ def demo(
             seed=seed,
             progress=False,
         )
-    clock.start("optimize against both")
+    stages.start("optimize against both")
     curves = attack(
         scorers,
         folder / "best-of-n",
@@ -169,28 +158,29 @@ def demo(
         num_responses=budget.responses_per_prompt,
         seed=seed,
         progress=False,
-    )
+    ).to_dict()
     detection = _detect_best_of_n(folder, scorers["inform"], seed)
-    rows = {name: _read_jsonl(files[name]) for name in TEST_SETS}
-    rewards = {architecture: _pair_rewards(folder / "evaluation" / architecture) for architecture in ARCHITECTURES}
 
-    clock.start("export and load elsewhere")
+    stages.start("export and load elsewhere")
     hub_folder = folder / "hub-model"
-    _remove_folder(hub_folder)
+    if hub_folder.exists():
+        shutil.rmtree(hub_folder)
     export_model(str(folder / "inform"), str(hub_folder))
     loaded_elsewhere = check_loads_elsewhere(hub_folder, rows["in_distribution"][:8], scorers["inform"])
 
-    clock.start("report")
+    stages.start("report")
+    rewards = {architecture: _pair_rewards(folder / "evaluation" / architecture) for architecture in ARCHITECTURES}
     result = {
         "settings": {"backbone": backbone or "Llama from scratch", "seed": seed, **asdict(budget)},
         "world": asdict(world),
         "versions": versions(),
         "model_parameters": {name: scorer.model.num_parameters() for name, scorer in scorers.items()},
         "train_pairs": runs["inform"]["train_pairs"]["pairs"],
-        "data_fingerprints": {item["source"]: item["fingerprint"] for item in evaluations["inform"]["data"]},
-        "test_sets": _compare(rows, rewards),
+        "data_fingerprints": {item["source"]: item["fingerprint"] for item in evaluations["inform"].data},
+        "test_sets": {name: _compare(name, rows[name], rewards) for name in TEST_SETS},
         "decomposition": {
-            name: {key: audit[key] for key in _AUDIT_KEYS if key in audit} for name, audit in audits.items()
+            name: {key: value for key, value in audit.to_dict().items() if key in _AUDIT_KEYS}
+            for name, audit in audits.items()
         },
         "best_of_n": {
             name: {"proxy_gain": part["proxy"]["gain"][-1], "gold_gain": part["gold"]["gain"][-1], **part["peak"]}
@@ -198,145 +188,139 @@ def demo(
         },
         "detection": {key: detection["candidates"][0][key] for key in _DETECTION_KEYS} | {"null": detection["null"]},
         "loaded_elsewhere": loaded_elsewhere,
+        "seconds": stages.seconds(),
     }
-    latents = _latents(scorers["inform"], rows["in_distribution"])
-    result["seconds"] = clock.seconds()
-    logs = {architecture: run["log_history"] for architecture, run in runs.items()}
-    gaps = {
-        name: pq.read_table(folder / "decomposition" / name / "pairs.parquet").to_pydict() for name in ARCHITECTURES
-    }
-    points = pq.read_table(folder / "detection" / "responses.parquet").to_pydict()
-    write_demo_report(folder / "report.html", result, rows, rewards, logs, latents, gaps, curves, points)
-    result["seconds"] = clock.seconds()
+    page = demo_page(
+        result,
+        rows,
+        rewards,
+        logs={architecture: run["log_history"] for architecture, run in runs.items()},
+        latents=_latents(scorers["inform"], rows["in_distribution"]),
+        gaps={name: _read_parquet(folder / "decomposition" / name / "pairs.parquet") for name in ARCHITECTURES},
+        curves=curves,
+        points=_read_parquet(folder / "detection" / "responses.parquet"),
+    )
+    atomic_write_text(folder / "report.html", page.html())
+    result["seconds"] = stages.seconds()
     write_json(folder / "result.json", result)
-    print(console_table(result))
-    print(f"\nreport: {folder / 'report.html'}\nmodel:  {hub_folder}  (loads with trust_remote_code=True)")
     return result
+
+
+def _training_config(
+    folder: Path, architecture: str, backbone: str | None, seed: int, steps: int, budget: DemoBudget
+) -> RewardTrainingArguments:
+    return RewardTrainingArguments(
+        model=str(folder / "backbone") if backbone is None else backbone,
+        data=(str(folder / "world" / "train.jsonl"),),
+        eval_data=(str(folder / "world" / "validation.jsonl"),),
+        max_length=MAX_LENGTH if backbone is None else None,
+        output_dir=str(folder / architecture),
+        architecture=architecture,  # type: ignore[arg-type]
+        latent_dim=budget.latent_dim,
+        beta=budget.beta,
+        learning_rate=budget.learning_rate if backbone is None else budget.pretrained_learning_rate,
+        max_steps=steps,
+        per_device_train_batch_size=budget.pairs_per_step,
+        per_device_eval_batch_size=64,
+        gradient_accumulation_steps=1,
+        warmup_steps=0.05,
+        logging_steps=10,
+        eval_steps=0.125,
+        save_steps=steps,
+        save_total_limit=1,
+        seed=seed,
+        overwrite=True,
+    )
 
 
 def _detect_best_of_n(folder: Path, scorer: RewardScorer, seed: int) -> dict[str, Any]:
     """Compare latents of InfoRM's choices with those of the policy's first responses to the same prompts."""
-    table = pq.read_table(folder / "best-of-n" / "responses.parquet").to_pydict()
+    table = _read_parquet(folder / "best-of-n" / "responses.parquet")
     by_prompt: dict[str, list[tuple[float, str]]] = {}
     for prompt, reward, text in zip(table["prompt"], table["inform"], table["response"], strict=True):
         by_prompt.setdefault(prompt, []).append((reward, text))
-    files = {"reference": folder / "best-of-n" / "first.jsonl", "candidate": folder / "best-of-n" / "best.jsonl"}
-    lines: dict[str, list[str]] = {name: [] for name in files}
+    first, best = [], []
     for prompt, found in by_prompt.items():
         # Four responses to each prompt stand for the policy; the best of each quarter of the others for its optimum.
         quarter = (len(found) - 4) // 4
-        best = [max(found[4 + part * quarter : 4 + (part + 1) * quarter])[1] for part in range(4)]
-        for name, texts in (("reference", [text for _, text in found[:4]]), ("candidate", best)):
-            lines[name] += [json.dumps({"prompt": prompt, "response": text}) + "\n" for text in texts]
-    for name, path in files.items():
-        atomic_write_text(path, "".join(lines[name]))
+        others = [found[4 + part * quarter : 4 + (part + 1) * quarter] for part in range(4)]
+        first += [{"prompt": prompt, "response": text} for _, text in found[:4]]
+        best += [{"prompt": prompt, "response": max(part)[1]} for part in others]
+    files = {name: folder / "best-of-n" / f"{name}.jsonl" for name in ("first", "best")}
+    _write_jsonl(files["first"], first)
+    _write_jsonl(files["best"], best)
     return detect(
         scorer,
-        files["reference"],
-        files["candidate"],
+        files["first"],
+        files["best"],
         folder / "detection",
         alpha=_ALPHA,
         num_splits=50,
         num_resamples=50,
         seed=seed,
         progress=False,
-    )
+    ).to_dict()
 
 
-class _Clock:
-    """Wall-clock seconds of each stage, announced as it starts."""
-
-    def __init__(self) -> None:
-        self._starts: list[tuple[str, float]] = []
-
-    def start(self, stage: str) -> None:
-        self._starts.append((stage, time.perf_counter()))
-        print(f"[{time.perf_counter() - self._starts[0][1]:5.0f} s] {stage}", flush=True)
-
-    def seconds(self) -> dict[str, float]:
-        ends = [start for _, start in self._starts[1:]] + [time.perf_counter()]
-        return {stage: round(end - start, 1) for (stage, start), end in zip(self._starts, ends, strict=True)}
-
-
-def _write_world(folder: Path, world: WorldConfig, train_pairs: int, test_pairs: int) -> dict[str, Path]:
-    files = {}
+def _write_world(
+    folder: Path, world: WorldConfig, train_pairs: int, test_pairs: int
+) -> tuple[dict[str, Path], dict[str, list[dict[str, Any]]]]:
+    """Files of pairs by split, and all columns of their rows, which also go to ``with_gold.jsonl``."""
     sizes = {"train": train_pairs, "validation": 200} | dict.fromkeys(TEST_SETS, test_pairs)
-    for split, size in sizes.items():
-        files[split] = folder / f"{split}.jsonl"
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in make_pairs(world, split, size)]
-        atomic_write_text(files[split], "".join(lines))
-    return files
+    rows = {split: make_pairs(world, split, size) for split, size in sizes.items()}
+    files = {split: folder / f"{split}.jsonl" for split in sizes}
+    for split, path in files.items():
+        _write_jsonl(path, [{name: row[name] for name in _PAIR_COLUMNS} for row in rows[split]])
+    _write_jsonl(folder / "with_gold.jsonl", [row for part in rows.values() for row in part])
+    return files, rows
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _read_parquet(path: Path) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = pq.read_table(path).to_pydict()
+    return columns
 
 
 def _pair_rewards(folder: Path) -> dict[str, np.ndarray]:
     """Per test set ``(N, 2)``: rewards of the chosen and of the rejected response, in the order of the file."""
     rewards: dict[str, list[tuple[float, float]]] = {name: [] for name in TEST_SETS}
-    for row in _read_jsonl(folder / "pairs.jsonl"):
+    for row in map(json.loads, (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()):
         rewards[row["subset"]].append((row["chosen_reward"], row["rejected_reward"]))
     return {name: np.array(values) for name, values in rewards.items()}
 
 
-def _compare(
-    rows: dict[str, list[dict[str, Any]]], rewards: dict[str, dict[str, np.ndarray]]
-) -> dict[str, dict[str, Any]]:
-    """Per test set the statistics of both models and of the rule "longer wins", and the difference in accuracy."""
-    compared: dict[str, dict[str, Any]] = {}
-    for name in TEST_SETS:
-        chosen_lengths, rejected_lengths = (
-            [len(row[side].split()) for row in rows[name]] for side in ("chosen", "rejected")
-        )
-        part: dict[str, Any] = {}
-        for architecture in ARCHITECTURES:
-            chosen, rejected = rewards[architecture][name].T
-            part[architecture] = pairwise_accuracy(chosen, rejected, None, chosen_lengths, rejected_lengths)
-        part["longer_wins"] = pairwise_accuracy(chosen_lengths, rejected_lengths)
-        right = {
-            architecture: 0.5 + 0.5 * np.sign(rewards[architecture][name] @ [1.0, -1.0])
-            for architecture in ARCHITECTURES
-        }
-        difference = right["inform"] - right["standard"]
-        part["inform_minus_standard"] = {
-            "accuracy_difference": float(difference.mean()),
-            # Twins share their responses, so they are drawn together.
-            "interval": list(paired_bootstrap_interval(difference, 2 if name == "adversarial_prompt" else 1)),
-        }
-        compared[name] = part
-    return compared
+def _compare(test_set: str, rows: list[dict[str, Any]], rewards: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+    """The statistics of both models on a test set, lengths in words, and the difference in accuracy."""
+    chosen_lengths, rejected_lengths = ([len(row[side].split()) for row in rows] for side in ("chosen", "rejected"))
+    pairs = {architecture: rewards[architecture][test_set] for architecture in ARCHITECTURES}
+    right = {architecture: 0.5 + 0.5 * np.sign(part @ [1.0, -1.0]) for architecture, part in pairs.items()}
+    # Twins share their responses, so they are drawn together.
+    block = 2 if test_set == "adversarial_prompt" else 1
+    found = paired_bootstrap((right["inform"] - right["standard"]).reshape(-1, block).mean(axis=1))
+    return {
+        **{
+            name: pairwise_accuracy(part[:, 0], part[:, 1], None, chosen_lengths, rejected_lengths)
+            for name, part in pairs.items()
+        },
+        "inform_minus_standard": {"accuracy_difference": found.estimate, "interval": [found.low, found.high]},
+    }
 
 
-def paired_bootstrap_interval(differences: np.ndarray, block: int = 1, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of paired differences, with a fixed seed.
-
-    Args:
-        differences: ``(N,)`` one per pair.
-        block: rows in a row that are drawn together because they depend on each other; N is a multiple of it.
-        draws: bootstrap samples.
-    """
-    means = np.asarray(differences, dtype=np.float64).reshape(-1, block).mean(axis=1)
-    rng = np.random.default_rng(0)
-    samples = means[rng.integers(len(means), size=(draws, len(means)))].mean(axis=1)
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return float(low), float(high)
-
-
+@torch.no_grad()
 def _latents(scorer: RewardScorer, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Latent means and KL per dimension ``(2 N, K)`` of chosen, then rejected responses; their gold r1 ``(2 N,)``."""
-    import torch
-
-    means, kls = [], []
+    means, kls, gold = [], [], []
     for side in ("chosen", "rejected"):
         for row in rows:
             ids = torch.tensor([scorer.encode(row["prompt"], row[side], row["id"]).input_ids])
-            with torch.no_grad():
-                out = scorer.model(input_ids=ids.to(scorer.model.device), use_cache=False)
+            out = scorer.model(input_ids=ids.to(scorer.model.device), use_cache=False)
             mean, log_variance = out.latent_mean[0].float().cpu(), out.latent_log_variance[0].float().cpu()
             means.append(mean.numpy())
             kls.append((0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)).numpy())
-    gold = [row[f"gold_r1_{side}"] for side in ("chosen", "rejected") for row in rows]
+            gold.append(row[f"gold_r1_{side}"])
     return {"mean": np.array(means), "kl_nats": np.array(kls), "gold_r1": np.array(gold)}
 
 
@@ -405,10 +389,3 @@ def check_loads_elsewhere(folder: str | Path, rows: list[dict[str, Any]], scorer
             f"(largest reward difference {difference:.2g}, allowed {ROUND_TRIP_TOLERANCE:g})."
         )
     return {"num_responses": len(texts), "largest_reward_difference": difference, "module": answer["class"]}
-
-
-def _remove_folder(folder: Path) -> None:
-    import shutil
-
-    if folder.exists():
-        shutil.rmtree(folder)

@@ -1,5 +1,7 @@
 """The page and the table of `inform-rm demo`: one HTML file, tables first, legible on a phone and in dark mode."""
 
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,6 @@ from matplotlib.figure import Figure
 from inform_rm.eval.best_of_n.report import CURVES_CAPTION, curves_figure
 from inform_rm.eval.decompose_report import PLANE_CAPTION, draw_plane
 from inform_rm.eval.detection.report import MAP_CAPTION, map_figure
-from inform_rm.util.files import atomic_write_text
 from inform_rm.util.page import (
     Block,
     Heading,
@@ -41,7 +42,7 @@ _GOLD_COLORS = ("#c2413b", "#c9a227", "#3a9d5d")
 
 
 def console_table(result: dict[str, Any]) -> str:
-    """The main table as plain text."""
+    """The main table and what it says, as plain text."""
     table = _accuracy_table(result)
     rows = [table.header, *table.cells()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -50,24 +51,23 @@ def console_table(result: dict[str, Any]) -> str:
                   for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     ]  # fmt: skip
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *_verdicts(result)])
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", textwrap.fill(_verdict(result), 100)])
 
 
-def write_demo_report(
-    path: str | Path,
+def demo_page(
     result: dict[str, Any],
     rows: dict[str, list[dict[str, Any]]],
     rewards: dict[str, dict[str, np.ndarray]],
+    *,
     logs: dict[str, list[dict[str, float]]],
     latents: dict[str, np.ndarray],
     gaps: dict[str, dict[str, list[Any]]],
     curves: dict[str, Any],
     points: dict[str, list[Any]],
-) -> None:
-    """Write the demo's page.
+) -> Page:
+    """The demo's page.
 
     Args:
-        path: file to write.
         result: what the demo measured.
         rows: test set to its pairs, with gold columns.
         rewards: model to test set to ``(N, 2)`` rewards, chosen and rejected.
@@ -77,59 +77,56 @@ def write_demo_report(
         curves: best-of-n with both models (see `inform_rm.eval.best_of_n.simulate.simulate`).
         points: columns of ``responses.parquet`` (see `inform_rm.eval.detection.detect`).
     """
-    chosen_words = {name: _words(part, "chosen") - _words(part, "rejected") for name, part in rows.items()}
-    blocks = [
-        *_findings(result),
-        themed_image(
-            lambda: _accuracy_figure(result), "Accuracy on each test set with 95 % Wilson intervals. Dotted: chance."
-        ),
-        themed_image(
-            lambda: _margin_figure(chosen_words, rewards),
+    figures: list[tuple[Callable[[], Figure], str]] = [
+        (lambda: _accuracy_figure(result), "Accuracy on each test set with 95 % Wilson intervals. Dotted: chance."),
+        (
+            lambda: _margin_figure(rows, rewards),
             "Reward margin (chosen minus rejected) against the difference in length. Points above 0 are ranked right. "
             "A model that goes by length puts the points on a rising line.",
         ),
-        themed_image(
-            lambda: _plane_figure(gaps), f"In-distribution pairs, coloured by length difference. {PLANE_CAPTION}"
-        ),
-        themed_image(
+        (lambda: _plane_figure(gaps), f"In-distribution pairs, coloured by length difference. {PLANE_CAPTION}"),
+        (
             lambda: _training_figure(logs),
             "Training. Loss without the KL term and accuracy are those of the validation pairs, which hold no label "
             "noise.",
         ),
-        themed_image(
+        (
             lambda: _reliability_figure(result),
             "Share of in-distribution pairs ranked right against the probability that the model gives, with 95 % "
             "Wilson intervals. On the dashed line a model is as sure as it should be.",
         ),
-        themed_image(
+        (
             lambda: _kl_figure(latents),
             "InfoRM: mean KL of each latent dimension from its prior, largest first. Dimensions near 0 carry nothing.",
         ),
-        themed_image(
+        (
             lambda: _latent_figure(latents),
             "InfoRM: the latent means of in-distribution responses, on their two main axes, coloured by how many of "
             "the two requested things the response gets right.",
         ),
-        themed_image(lambda: curves_figure(curves), f"Best of n responses, chosen by each model. {CURVES_CAPTION}"),
-        themed_image(
+        (lambda: curves_figure(curves), f"Best of n responses, chosen by each model. {CURVES_CAPTION}"),
+        (
             lambda: map_figure(points),
             f"InfoRM's choices as candidates, the policy's first responses as reference. {MAP_CAPTION}",
         ),
+    ]
+    blocks = [
+        *_findings(result),
+        *(themed_image(draw, caption) for draw, caption in figures),
         Heading("Three pairs"),
         *(_example(name, rows[name], rewards) for name in ("in_distribution", "bias_reversed", "unseen_family")),
         *_run(result),
     ]
-    atomic_write_text(path, Page("InfoRM and a standard reward model on a generated world", blocks).html())
+    return Page("InfoRM and a standard reward model on a generated world", blocks)
 
 
 def _findings(result: dict[str, Any]) -> list[Block]:
     return [
         _accuracy_table(result),
-        *_verdicts(result),
+        _verdict(result),
         Note(
             "Accuracy: share of pairs in which the better response has the higher reward, a tie half; in brackets the "
-            "95 % Wilson interval. Difference: InfoRM minus standard, 95 % paired bootstrap interval. One training "
-            "seed each: the intervals cover the choice of test pairs, not that of the seed."
+            "95 % Wilson interval. Difference: InfoRM minus standard, 95 % paired bootstrap interval."
         ),
         words_table(("test set", "what it holds"), [(TEST_SETS[k], _MEANINGS[k]) for k in TEST_SETS]),
         _decomposition_table(result),
@@ -164,10 +161,10 @@ def _accuracy_table(result: dict[str, Any]) -> Table:
     rows = []
     for name, label in TEST_SETS.items():
         part = result["test_sets"][name]
-        gap = part["inform_minus_standard"]
+        standard, gap = part["standard"], part["inform_minus_standard"]
         cells = [with_interval(part[model]["accuracy"], part[model]["accuracy_interval"]) for model in _MODELS]
         difference = with_interval(gap["accuracy_difference"], gap["interval"], sign="+")
-        rows.append((label, part["standard"]["num_pairs"], *cells, difference, part["longer_wins"]["accuracy"]))
+        rows.append((label, standard["num_pairs"], *cells, difference, standard["longer_wins_accuracy"]))
     return Table(("test set", "n", "standard", "InfoRM", "difference", "longer wins"), rows)
 
 
@@ -207,20 +204,20 @@ def _detection_verdict(result: dict[str, Any]) -> str:
     )
 
 
-def _verdicts(result: dict[str, Any]) -> list[str]:
-    """What the differences say, whichever way they fall."""
-    groups: dict[str, list[str]] = {"higher": [], "lower": [], "open": []}
+def _verdict(result: dict[str, Any]) -> str:
+    """What the differences say, whichever way they fall, and what they leave open: two sentences."""
+    groups: dict[str, list[str]] = {"ahead on": [], "behind on": [], "level on": []}
     for name, label in TEST_SETS.items():
-        low, high = result["test_sets"][name]["inform_minus_standard"]["interval"]
-        groups["higher" if low > 0 else "lower" if high < 0 else "open"].append(label)
-    texts = []
-    if groups["higher"]:
-        texts.append(f"InfoRM ranks more pairs right than the standard model on: {', '.join(groups['higher'])}.")
-    if groups["lower"]:
-        texts.append(f"InfoRM ranks fewer pairs right than the standard model on: {', '.join(groups['lower'])}.")
-    if groups["open"]:
-        texts.append(f"No clear difference (its interval holds 0) on: {', '.join(groups['open'])}.")
-    return texts
+        gap = result["test_sets"][name]["inform_minus_standard"]
+        low, high = gap["interval"]
+        side = "ahead on" if low > 0 else "behind on" if high < 0 else "level on"
+        groups[side].append(f"{label} ({gap['accuracy_difference']:+.3f})")
+    found = "; ".join(f"{side} {', '.join(labels)}" for side, labels in groups.items() if labels)
+    return (
+        f"Against the standard model InfoRM is {found} (level: the 95 % paired interval of the difference holds 0). "
+        "The intervals cover the choice of test pairs, not that of the training seed, of which there is one: train "
+        "with several before you prefer either model."
+    )
 
 
 def _settings(result: dict[str, Any]) -> Table:
@@ -242,22 +239,26 @@ def _example(name: str, rows: list[dict[str, Any]], rewards: dict[str, dict[str,
     return Table(header, cells, caption=f"{TEST_SETS[name]}: {row['prompt']}")
 
 
-def _words(rows: list[dict[str, Any]], side: str) -> np.ndarray:
-    return np.array([len(row[side].split()) for row in rows])
+def _panels(height: float, *shape: int, **shared: Any) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(6.4, height), layout="constrained")
+    return figure, figure.subplots(*shape, **shared)
+
+
+def _error_bars(parts: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracies ``(N,)`` and how far their intervals reach below and above ``(2, N)``."""
+    accuracy = np.array([part["accuracy"] for part in parts])
+    low, high = np.array([part["accuracy_interval"] for part in parts]).T
+    return accuracy, np.maximum([accuracy - low, high - accuracy], 0)
 
 
 def _accuracy_figure(result: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _panels(4.2)
     places = np.arange(len(TEST_SETS))
     for shift, model in ((-0.19, "standard"), (0.19, "inform")):
-        parts = [result["test_sets"][name][model] for name in TEST_SETS]
-        heights = np.array([part["accuracy"] for part in parts])
-        low, high = np.array([part["accuracy_interval"] for part in parts]).T
-        errors = np.maximum([heights - low, high - heights], 0)
+        heights, errors = _error_bars([result["test_sets"][name][model] for name in TEST_SETS])
         axes.bar(places + shift, heights, 0.36, color=_COLORS[model], label=_MODELS[model])
         axes.errorbar(places + shift, heights, errors, fmt="none", ecolor=mpl.rcParams["text.color"], capsize=4)
-    rule = [result["test_sets"][name]["longer_wins"]["accuracy"] for name in TEST_SETS]
+    rule = [result["test_sets"][name]["standard"]["longer_wins_accuracy"] for name in TEST_SETS]
     axes.scatter(places, rule, marker="D", color=_COLORS["rule"], label='rule "longer wins"', zorder=3)
     axes.axhline(0.5, linestyle=":", color=_COLORS["rule"])
     axes.set(ylabel="pairs ranked right (share)", ylim=(0, 1))
@@ -266,14 +267,13 @@ def _accuracy_figure(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def _margin_figure(words: dict[str, np.ndarray], rewards: dict[str, dict[str, np.ndarray]]) -> Figure:
-    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
-    names = ("in_distribution", "bias_reversed")
-    grid = figure.subplots(2, 2, sharex=True, sharey="row")
+def _margin_figure(rows: dict[str, list[dict[str, Any]]], rewards: dict[str, dict[str, np.ndarray]]) -> Figure:
+    figure, grid = _panels(5.6, 2, 2, sharex=True, sharey="row")
     for axes_row, (model, label) in zip(grid, _MODELS.items(), strict=True):
-        for axes, name in zip(axes_row, names, strict=True):
+        for axes, name in zip(axes_row, ("in_distribution", "bias_reversed"), strict=True):
+            words = [len(row["chosen"].split()) - len(row["rejected"].split()) for row in rows[name]]
             margins = rewards[model][name] @ [1.0, -1.0]
-            axes.scatter(words[name], margins, s=9, alpha=0.45, color=_COLORS[model], linewidths=0)
+            axes.scatter(words, margins, s=9, alpha=0.45, color=_COLORS[model], linewidths=0)
             axes.axhline(0, color=_COLORS["rule"], linewidth=1)
             axes.axvline(0, color=_COLORS["rule"], linewidth=1)
             axes.set_title(f"{label}, {TEST_SETS[name]}", fontsize=11)
@@ -284,8 +284,7 @@ def _margin_figure(words: dict[str, np.ndarray], rewards: dict[str, dict[str, np
 
 
 def _plane_figure(gaps: dict[str, dict[str, list[Any]]]) -> Figure:
-    figure = Figure(figsize=(6.4, 3.9), layout="constrained")
-    panels = figure.subplots(1, 2)
+    figure, panels = _panels(3.9, 1, 2)
     words = {model: np.array(columns["words_difference"]) for model, columns in gaps.items()}
     limit = max(1.0, *(np.abs(part).max() for part in words.values()))
     for axes, (model, label) in zip(panels, _MODELS.items(), strict=True):
@@ -302,8 +301,7 @@ def _plane_figure(gaps: dict[str, dict[str, list[Any]]]) -> Figure:
 
 def _training_figure(logs: dict[str, list[dict[str, float]]]) -> Figure:
     panels = [("eval_bradley_terry_loss", "Bradley-Terry loss (nats)"), ("eval_accuracy", "accuracy (share)")]
-    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
-    axes_list = figure.subplots(3, 1, sharex=True)
+    figure, axes_list = _panels(6.4, 3, 1, sharex=True)
     for axes, (key, label) in zip(axes_list, panels, strict=False):
         for model, log in logs.items():
             points = [(line["step"], line[key]) for line in log if key in line]
@@ -319,18 +317,14 @@ def _training_figure(logs: dict[str, list[dict[str, float]]]) -> Figure:
 
 
 def _reliability_figure(result: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _panels(4.4)
     axes.plot([0.5, 1], [0.5, 1], linestyle="--", color=_COLORS["rule"], label="as sure as it should be")
     for model, label in _MODELS.items():
         calibration = result["test_sets"]["in_distribution"][model]["calibration"]
         bins = calibration["bins"]
-        accuracy = np.array([part["accuracy"] for part in bins])
-        low, high = np.array([part["accuracy_interval"] for part in bins]).T
         axes.errorbar(
             [part["mean_confidence"] for part in bins],
-            accuracy,
-            np.maximum([accuracy - low, high - accuracy], 0),
+            *_error_bars(bins),
             fmt="o-",
             capsize=3,
             color=_COLORS[model],
@@ -342,8 +336,7 @@ def _reliability_figure(result: dict[str, Any]) -> Figure:
 
 
 def _kl_figure(latents: dict[str, np.ndarray]) -> Figure:
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _panels(3.4)
     kl = np.sort(latents["kl_nats"].mean(axis=0))[::-1]
     axes.bar(np.arange(1, len(kl) + 1), kl, color=_COLORS["inform"])
     axes.set(xlabel="latent dimension, by rank", ylabel="mean KL (nats)")
@@ -352,8 +345,7 @@ def _kl_figure(latents: dict[str, np.ndarray]) -> Figure:
 
 
 def _latent_figure(latents: dict[str, np.ndarray]) -> Figure:
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _panels(4.8)
     centered = latents["mean"] - latents["mean"].mean(axis=0)
     left, scale, _ = np.linalg.svd(centered, full_matrices=False)
     if len(scale) < 2:

@@ -9,6 +9,7 @@ import numpy as np
 
 from inform_rm.data.messages import to_messages
 from inform_rm.errors import InputError
+from inform_rm.eval.best_of_n.report import BestOfNResult
 from inform_rm.eval.best_of_n.simulate import simulate
 from inform_rm.scoring.scorer import Prompt
 from inform_rm.world.worlds import WorldConfig, gold_reward, sample_prompts, sample_responses
@@ -94,7 +95,7 @@ def world_prompts(num_prompts: int = WORLD_PROMPTS, seed: int = 0) -> list[str]:
     return list(texts)[:num_prompts]
 
 
-def attack(proxy: Any, output: str | Path | None = None, **options: Any) -> dict[str, Any]:
+def attack(proxy: Any, output: str | Path | None = None, **options: Any) -> BestOfNResult:
     """`inform_rm.eval.best_of_n.simulate.simulate` where what is not named is the world's: policy, gold and prompts.
 
     Args:

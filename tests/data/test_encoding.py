@@ -100,11 +100,16 @@ def test_ids_are_those_of_the_chat_template(tokenizer, turns, response):
     assert_is_the_template(tokenizer, encode(tokenizer, messages, response), messages, response)
 
 
-@pytest.mark.parametrize("name", REAL_TOKENIZERS)
-@pytest.mark.parametrize("data", ["hh-rlhf/test", "oasst-sample/test", "humanevalpack/test", "truthfulqa/test"])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        *((name, "hh-rlhf/test") for name in REAL_TOKENIZERS),
+        *((next(iter(REAL_TOKENIZERS)), f"{data}/test") for data in ("oasst-sample", "humanevalpack", "truthfulqa")),
+    ],
+)
 def test_ids_are_those_of_the_chat_template_on_real_data(name, data, shared_dir):
     tokenizer = load_tokenizer(shared_dir / "models" / name, chat_template=REAL_TOKENIZERS[name])
-    rows = load_preferences(shared_dir / "data" / f"{data}.jsonl.gz").dataset.select(range(200))
+    rows = load_preferences(shared_dir / "data" / f"{data}.jsonl.gz").dataset.select(range(0, 200, 5))
     pairs = encode_pairs(rows, tokenizer, max_length=None).dataset
     for row, pair in zip(rows, pairs, strict=True):
         shared = pair["prompt_length"]
@@ -268,7 +273,7 @@ ids = st.lists(st.integers(0, 3), max_size=6)
 
 
 @given(prompt=ids, chosen=ids, rejected=ids, bos=st.sampled_from([None, 0]), limit=st.integers(1, 14))
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_truncation_keeps_bos_and_responses_and_the_difference(prompt, chosen, rejected, bos, limit):
     whole = TokenPair([*prompt, *chosen], [*prompt, *rejected], len(prompt))
     keep = int(prompt[:1] == [bos])

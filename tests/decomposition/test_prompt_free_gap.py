@@ -410,7 +410,7 @@ def test_all_others_are_equally_likely_in_every_column_and_pair_of_columns(strat
     population, step = (16, 2) if stratified else (8, 1)
     strata = torch.arange(population) % 2 if stratified else None
     own_prompt = 7 if stratified else 3
-    draws = 20000
+    draws = 8000
     rows = sample_prompts(torch.full((draws,), own_prompt), 4, population, seed=9, strata=strata)
     others = torch.tensor([p for p in range(1 if stratified else 0, population, step) if p != own_prompt])
     assert len(others) == 7

@@ -86,12 +86,12 @@ torch.randn_like = torch.zeros_like
 TRAIN_ALL = """
 import json, os, sys
 from inform_rm.errors import InputError
-from inform_rm.training.config import config_from_mapping
+from inform_rm.training.reward_arguments import arguments_from_mapping
 from inform_rm.training.run import train
 
 for settings in json.load(open(sys.argv[1])):
     try:
-        train(config_from_mapping(settings, "test"))
+        train(arguments_from_mapping(settings, "test"))
     except InputError as error:
         os.write(1, f"REFUSED {error}\\n".encode())
 """
@@ -202,7 +202,7 @@ def settings(causal_lm_dir, pairs_file, tmp_path):
             "model": str(causal_lm_dir("llama")), "data": [pairs_file(32)], "architecture": "standard",
             "latent_dim": 8, "learning_rate": 1e-3, "max_steps": 4, "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": 100, "use_cpu": True, **changes,
-            "output": str(tmp_path / changes.get("output", "two")),
+            "output_dir": str(tmp_path / changes.get("output_dir", "two")),
         }  # fmt: skip
 
     return make

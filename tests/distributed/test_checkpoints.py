@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from inform_rm.errors import InputError
-from inform_rm.training.config import config_from_mapping
+from inform_rm.training.reward_arguments import arguments_from_mapping
 from inform_rm.training.run import train
 
 pytestmark = pytest.mark.distributed
@@ -25,7 +25,7 @@ plain_step, plain_trainer_init = trainer.RewardTrainer.training_step, trainer.Re
 stopped = []
 
 def step(self, *args):
-    name = self.args.output_dir.split("/")[-2].split()[-1]
+    name = self.args.output_dir.split("/")[-1].split()[-1]
     if self.state.global_step == 4 and name in ("cut", "left") and (name == "left" or not stopped):
         stopped.append(name)
         raise InputError(f"stopped {name}")
@@ -55,9 +55,9 @@ assert "inform_rm" not in sys.modules
 def test_folders_and_resuming(kind, settings, launcher, tmp_path):
     common = {"architecture": "inform", "max_steps": 6, "save_steps": 3, "batching": "padded"}
     names = ("whole", "cut", "left", "cut")
-    runs = [settings(**common, output=f"{kind} {name}") for name in names]
+    runs = [settings(**common, output_dir=f"{kind} {name}") for name in names]
     if kind == "fsdp2":
-        runs.append(settings(**common, lora_r=2, output=f"{kind} lora"))
+        runs.append(settings(**common, lora_r=2, output_dir=f"{kind} lora"))
     out, _ = launcher.train_all(runs, kind, PATCH)
     assert out.count("REFUSED stopped cut") == out.count("REFUSED stopped left") == 2 and out.count("REFUSED") == 4
     if kind != "ddp":
@@ -73,7 +73,7 @@ def test_folders_and_resuming(kind, settings, launcher, tmp_path):
         assert len(one) == 6 and other == pytest.approx(one, abs=1e-6), quantity
 
     # The folder of one process: the same files, settings, names, shapes and types.
-    train(config_from_mapping(settings(**common, output="one", per_device_train_batch_size=8), "test"))
+    train(arguments_from_mapping(settings(**common, output_dir="one", per_device_train_batch_size=8), "test"))
     folders = [tmp_path / f"{kind} whole"] + [tmp_path / f"{kind} lora"] * (kind == "fsdp2")
     expected = load_file(tmp_path / "one" / "model.safetensors")
     for folder in folders:
@@ -97,6 +97,6 @@ def test_folders_and_resuming(kind, settings, launcher, tmp_path):
         assert all(value.equal(saved[name]) for name, value in weights.items())
 
     # One process does not go on silently where two stopped.
-    alone = settings(**common, output=f"{kind} left", per_device_train_batch_size=8)
+    alone = settings(**common, output_dir=f"{kind} left", per_device_train_batch_size=8)
     with pytest.raises(InputError, match=r"2 processes \((DDP|FSDP, (FULL|SHARDED)_STATE_DICT)\), this one has 1"):
-        train(config_from_mapping(alone, "test"))
+        train(arguments_from_mapping(alone, "test"))

@@ -34,7 +34,7 @@ def test_a_killed_process_ends_the_job_and_the_run_can_be_continued(settings, la
     (tmp_path / "waits").touch()
     patch = PATCH.replace("FOLDER", str(tmp_path))
     config = launcher.folder / "config.yaml"
-    config.write_text(json.dumps(settings(**common, output="cut")))  # JSON is YAML
+    config.write_text(json.dumps(settings(**common, output_dir="cut")))  # JSON is YAML
     started = launcher.start(["-m", "inform_rm.cli", "train", config], "fsdp2", patch)
     deadline = time.monotonic() + 300
     while not (tmp_path / "pid").exists():
@@ -45,7 +45,7 @@ def test_a_killed_process_ends_the_job_and_the_run_can_be_continued(settings, la
     assert code != 0 and "Signal 9 (SIGKILL)" in err and "local_rank: 1" in err
 
     (tmp_path / "waits").unlink()
-    launcher.train_all([settings(**common, output=name) for name in ("cut", "whole")], "fsdp2", patch)
+    launcher.train_all([settings(**common, output_dir=name) for name in ("cut", "whole")], "fsdp2", patch)
     cut, whole = (json.loads((tmp_path / name / "train_result.json").read_text()) for name in ("cut", "whole"))
     assert cut["resumed_from_step"] == 3 and whole["resumed_from_step"] is None
     for quantity in ("loss", "grad_norm", "kl_nats"):
@@ -61,7 +61,7 @@ def test_sigterm_to_the_launcher_saves_on_all_processes(settings, launcher, tmp_
     patch = PATCH.replace("time.sleep(1000)", "signal.pause()").replace("import os, time", "import os, signal")
     patch = patch.replace("FOLDER", str(tmp_path))
     config = launcher.folder / "config.yaml"
-    config.write_text(json.dumps(settings(**common, output="cut")))
+    config.write_text(json.dumps(settings(**common, output_dir="cut")))
     started = launcher.start(["-m", "inform_rm.cli", "train", config], "ddp", patch)
     deadline = time.monotonic() + 300
     while not (tmp_path / "pid").exists():
@@ -73,7 +73,7 @@ def test_sigterm_to_the_launcher_saves_on_all_processes(settings, launcher, tmp_
     assert (tmp_path / "cut" / "checkpoints" / "checkpoint-5" / "complete.json").exists()
 
     (tmp_path / "waits").unlink()
-    launcher.train_all([settings(**common, output=name) for name in ("cut", "whole")], "ddp", patch)
+    launcher.train_all([settings(**common, output_dir=name) for name in ("cut", "whole")], "ddp", patch)
     assert json.loads((tmp_path / "cut" / "train_result.json").read_text())["resumed_from_step"] == 5
     one, other = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "cut"))
     assert all((one[name] - other[name]).abs().max() <= 1e-6 for name in one)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inform_rm.training.config import config_from_mapping
+from inform_rm.training.reward_arguments import arguments_from_mapping
 from inform_rm.training.run import train
 
 pytestmark = pytest.mark.distributed
@@ -16,16 +16,16 @@ pytestmark = pytest.mark.distributed
 PATCH = """
 import itertools
 import json
-from inform_rm.training import streaming
+from inform_rm.training.trainer import RewardTrainer
 
-step = streaming.StreamingRewardTrainer.training_step
+step = RewardTrainer.training_step
 
 def told(self, model, inputs, *args):
     with open(f"{self.args.output_dir}/batches-{self.args.process_index}.jsonl", "a") as file:
         print(json.dumps([inputs["input_ids"].tolist(), inputs["attention_mask"].sum(1).tolist()]), file=file)
     return step(self, model, inputs, *args)
 
-streaming.StreamingRewardTrainer.training_step = told
+RewardTrainer.training_step = told
 """
 
 
@@ -59,15 +59,15 @@ def test_two_processes_share_a_pass_of_uneven_files_and_train_as_one(settings, t
     assert (two["distributed_type"], two["num_processes"]) == ("MULTI_CPU", 2)
     # Four steps of two batches of four are one pass over the 32 pairs; the fifth begins the second one.
     assert (two["train_pairs"]["pairs"], two["train_pairs"]["passes"]) == (40, 2)
-    first, second = (rows_of(tmp_path / "two" / "checkpoints" / f"batches-{rank}.jsonl") for rank in (0, 1))
+    first, second = (rows_of(tmp_path / "two" / f"batches-{rank}.jsonl") for rank in (0, 1))
     one_pass = [pair for batch in first[:4] + second[:4] for pair in batch]
     assert len(first) == len(second) == 5 and len(one_pass) == len(set(one_pass)) == 32
-    counts = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("two/checkpoints/*-5/stream_counts_*"))]
-    assert [count["pairs"] for count in counts] == [20, 20]
+    states = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("two/checkpoints/*-5/stream_*"))]
+    assert [state["counts"]["pairs"] for state in states] == [20, 20]
 
     # Batches of eight in one process are those of four in both.
-    alone = made | {"gradient_accumulation_steps": 2, "output": str(tmp_path / "one")}
-    one = train(config_from_mapping(alone, "test"))
+    alone = made | {"gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "one")}
+    one = train(arguments_from_mapping(alone, "test"))
     for name in ("loss", "accuracy", "grad_norm"):
         here, there = ([line[name] for line in r["log_history"] if "loss" in line] for r in (one, two))
         assert there == pytest.approx(here, abs=1e-4), name

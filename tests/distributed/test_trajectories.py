@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from inform_rm.training.config import config_from_mapping
+from inform_rm.training.reward_arguments import arguments_from_mapping
 from inform_rm.training.run import train
 
 pytestmark = pytest.mark.distributed
@@ -49,7 +49,7 @@ def _settings(settings, pairs_file, processes, label):
         size = 8 // processes
         evaluation = 6 // processes
         made.append(
-            settings(**changes, output=f"{label}-{name}", per_device_train_batch_size=size,
+            settings(**changes, output_dir=f"{label}-{name}", per_device_train_batch_size=size,
                      per_device_eval_batch_size=evaluation)
         )  # fmt: skip
     return made
@@ -64,7 +64,7 @@ def test_two_processes_learn_as_one(settings, pairs_file, launcher, tmp_path, mo
         assert wrapped == {"ddp": 0, "fsdp2": 2 * len(CASES)}[kind], out
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     for name, made in zip(CASES, _settings(settings, pairs_file, 1, "one"), strict=True):
-        one = train(config_from_mapping(made, "test"))
+        one = train(arguments_from_mapping(made, "test"))
         for kind in ("ddp", "fsdp2"):
             two = json.loads((tmp_path / f"{kind}-{name}" / "train_result.json").read_text())
             assert two["num_processes"] == 2

@@ -15,7 +15,7 @@ from inform_rm.hub.cards import average_card, complete_card, eval_results, model
 from inform_rm.hub.export import export_model
 from inform_rm.hub.result_folders import read_result_folder
 from inform_rm.scoring.reward_models import fingerprint_model, load_reward_model
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
 
 NASTY = "<script>alert('x')</script> [a](javascript:b) `c` | d\nline"
 RUN = {
@@ -130,18 +130,19 @@ def test_local_paths_are_shortened_and_hub_ids_stay(causal_lm_dir, tmp_path):
     home.mkdir()
     for name in ("pairs.jsonl", "template.jinja"):
         (home / name).write_text("x")
-    settings = TrainingConfig(
-        model=str(causal_lm_dir("llama")), data=("org/pairs", str(home / "pairs.jsonl")), output=str(home / "my-rm"),
+    settings = RewardTrainingArguments(
+        model=str(causal_lm_dir("llama")), data=("org/pairs", str(home / "pairs.jsonl")),
+        output_dir=str(home / "my-rm"),
         chat_template=str(home / "template.jinja"),
     )  # fmt: skip
     config = SimpleNamespace(architecture="inform", text_config=SimpleNamespace(model_type="llama"))
-    card = ModelCard(model_card(config, dataclasses.asdict(settings), RUN))
+    card = ModelCard(model_card(config, settings_of(settings), RUN))
     assert card.data.datasets == ["org/pairs"] and card.data.base_model is None
     assert card.data.model_name == "my-rm"
     assert "alice" not in str(card) and str(tmp_path) not in str(card)
     assert "| data | org/pairs, pairs.jsonl |" in card.text and "| chat_template | template.jinja |" in card.text
 
-    settings = dataclasses.asdict(dataclasses.replace(settings, model="org/base", data=(str(home / "pairs.jsonl"),)))
+    settings = settings_of(dataclasses.replace(settings, model="org/base", data=(str(home / "pairs.jsonl"),)))
     card = ModelCard(model_card(config, settings, RUN))
     assert card.data.base_model == "org/base" and card.data.datasets is None
     (entry,) = card.data.eval_results

@@ -1,6 +1,5 @@
 """The report of a run: what was measured is on the page, what was not is named, on a phone and in the dark, too."""
 
-import dataclasses
 import html
 import json
 import re
@@ -17,7 +16,7 @@ from inform_rm.errors import InputError
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.detection.detect import detect
 from inform_rm.hub.run_report import curves_figure
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
 from inform_rm.training.run import train
 
 NASTY = "<script>document.title='taken'</script><img src=x onerror=alert(1)>&amp;\"'"
@@ -45,9 +44,9 @@ def pairs_file(folder):
 
 @pytest.fixture(scope="module")
 def config(folder, pairs_file, causal_lm_dir):
-    return TrainingConfig(
+    return RewardTrainingArguments(
         model=str(causal_lm_dir("llama")), data=(str(pairs_file),), eval_data=(str(pairs_file),),
-        output=str(folder / "run"), latent_dim=4, max_steps=4, eval_steps=2, logging_steps=1, save_steps=2,
+        output_dir=str(folder / "run"), latent_dim=4, max_steps=4, eval_steps=2, logging_steps=1, save_steps=2,
         use_cpu=True, per_device_train_batch_size=4, gradient_accumulation_steps=1,
     )  # fmt: skip
 
@@ -55,7 +54,7 @@ def config(folder, pairs_file, causal_lm_dir):
 @pytest.fixture(scope="module")
 def run(config):
     train(config)
-    return config.output
+    return config.output_dir
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def results(folder, run, pairs_file):
     detect(run, folder / "reference.jsonl", [folder / "candidate.jsonl", folder / "candidate2.jsonl"],
            folder / "detected", eps=0.7, alpha=0.2, num_splits=4, num_resamples=4, progress=False)  # fmt: skip
     (folder / "suite").mkdir()
-    suite = {**SUITE, "model_fingerprint": evaluated["model_fingerprint"]}
+    suite = {**SUITE, "model_fingerprint": evaluated.model_fingerprint}
     (folder / "suite" / "result.json").write_text(json.dumps(suite))
     return [folder / name for name in ("evaluated", "decomposed", "detected", "suite")]
 
@@ -97,8 +96,8 @@ def test_page_holds_what_was_measured(source, run, results, config, read_page):
     detected = json.loads((results[2] / "result.json").read_text())
     for part in detected["candidates"]:
         assert [part["name"], "24", f"{part['csi_normalized']:.3f}"] in [row[:3] for row in page.rows]
-    for name, value in dataclasses.asdict(config).items():
-        shown = ", ".join(value) if isinstance(value, tuple) else "none" if value is None else str(value)
+    for name, value in settings_of(config).items():
+        shown = ", ".join(value) if isinstance(value, list) else "none" if value is None else str(value)
         assert [name, shown] in page.rows
     for file, digest in trained["data_fingerprints"].items():
         assert [file, digest] in page.rows
@@ -198,7 +197,7 @@ def test_damage_is_named(run, results, tmp_path):
 
 def test_command_line(run, results, tmp_path, capsys):
     command = ["report", "--run", run, "--output", str(tmp_path / "page.html")]
-    assert main([*command, "--results", *map(str, results)]) == 0
+    assert main([*command, "--results", str(results[0])]) == 0
     assert "page.html" in capsys.readouterr().out and (tmp_path / "page.html").stat().st_size > 10_000
     assert main(["report", "--run", str(tmp_path), "--output", str(tmp_path / "no.html")]) == 2
     assert "holds no training run" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from inform_rm.eval.suites.scores import ScoredItem, ties_score, weighted_mean
 from inform_rm.eval.suites.tables import SUITES
 from inform_rm.scoring.scorer import RewardScorer
 
-TOLERANCE = 1e-5  # DESIGN's "one score"
+TOLERANCE = 1e-5
 
 
 def rewardbench_scores(model, tokenizer, texts: list[str]) -> torch.Tensor:
@@ -34,8 +34,10 @@ def rewardbench_scores(model, tokenizer, texts: list[str]) -> torch.Tensor:
         return model(**inputs).logits.float()[:, 0]
 
 
-@pytest.mark.parametrize("architecture", ["inform", "standard"])
-@pytest.mark.parametrize("bos", ["none", "in the template", "added twice"])
+@pytest.mark.parametrize(
+    ("architecture", "bos"),
+    [("inform", "none"), ("inform", "in the template"), ("inform", "added twice"), ("standard", "none")],
+)
 def test_rewardbench_and_scorer_agree(architecture, bos, save_reward_model, preference_rows):
     folder = save_reward_model(architecture)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers import AutoModelForSequenceClassification
 
 pytest.importorskip("trl", reason="TRL is an optional extra: pip install 'inform-rm[rl]'")
 
@@ -73,7 +73,8 @@ def test_standard_architecture_repeats_the_loss_curve_of_trl(save_reward_model, 
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    from inform_rm.training.trainer import PairCollator
+    from inform_rm.training.collators import PairCollator
+    from inform_rm.training.reward_arguments import RewardTrainingArguments
     from inform_rm.training.trainer import RewardTrainer as OurRewardTrainer
 
     folder = save_reward_model("standard")
@@ -121,12 +122,8 @@ def test_standard_architecture_repeats_the_loss_curve_of_trl(save_reward_model, 
     )
     ours = losses(
         OurRewardTrainer(
-            beta=0.1,  # no effect, like the next: a standard model has no KL term
-            kl_warmup_steps=0,
-            label_smoothing=0.0,
-            center_rewards_coefficient=0.0,
             model=AutoModelForSequenceClassification.from_pretrained(folder),
-            args=TrainingArguments(str(Path(tmp_path) / "ours"), remove_unused_columns=False, **settings),
+            args=RewardTrainingArguments(str(Path(tmp_path) / "ours"), **settings),
             train_dataset=Dataset.from_list(
                 [
                     {

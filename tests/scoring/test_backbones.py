@@ -50,7 +50,7 @@ from inform_rm.errors import InputError
 from inform_rm.scoring.packing import why_not_packed
 from inform_rm.scoring.reward_models import load_reward_model
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "architectures.py"
@@ -133,8 +133,9 @@ def assert_one_score(model):
 # --- multimodal checkpoints ---
 
 
-@pytest.mark.parametrize("architecture", ["inform", "standard"])
-@pytest.mark.parametrize("name", MULTIMODAL)
+@pytest.mark.parametrize(
+    ("name", "architecture"), [*((name, "inform") for name in MULTIMODAL), ("gemma3", "standard")]
+)
 def test_text_model_of_a_multimodal_checkpoint_is_the_backbone(name, architecture, tmp_path, caplog):
     whole, text_model = multimodal(name)
     whole.save_pretrained(tmp_path / "whole")
@@ -181,9 +182,9 @@ def pairs_file(folder):
 
 
 def run_settings(model, folder, **changes):
-    return TrainingConfig(
+    return RewardTrainingArguments(
         **{
-            "model": str(model), "data": [pairs_file(folder)], "output": str(folder / "run"), "use_cpu": True,
+            "model": str(model), "data": [pairs_file(folder)], "output_dir": str(folder / "run"), "use_cpu": True,
             "latent_dim": 4, "max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
             "report_to": "none", **changes,
         }

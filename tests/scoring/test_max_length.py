@@ -22,8 +22,8 @@ from inform_rm.data.preferences import load_preferences
 from inform_rm.errors import InputError
 from inform_rm.scoring.reward_models import checked_max_length, table_length, trained_length
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.training.config import TrainingConfig
 from inform_rm.training.models import check_max_length
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 LIMIT = 40
@@ -91,14 +91,15 @@ def write_pairs(path, long_row):
     return str(path)
 
 
-@pytest.fixture(params=["gpt2", "opt", "llama"])
+@pytest.fixture
 def settings(request, tokenizer, tmp_path):
-    config = {**TABLES, "llama": LLAMA}[request.param]
+    config = {"gpt2": TABLES["gpt2"], "llama": LLAMA}[getattr(request, "param", "gpt2")]
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    return TrainingConfig(
-        model=str(tmp_path / "model"), data=(write_pairs(tmp_path / "pairs.jsonl", 3),), output=str(tmp_path / "run"),
+    return RewardTrainingArguments(
+        model=str(tmp_path / "model"), data=(write_pairs(tmp_path / "pairs.jsonl", 3),),
+        output_dir=str(tmp_path / "run"),
         latent_dim=4, max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=1, use_cpu=True,
     )  # fmt: skip
 
@@ -125,6 +126,7 @@ def test_eval_data_are_held_to_the_same_limit(settings, tmp_path):
         train(config)
 
 
+@pytest.mark.parametrize("settings", ["gpt2", "llama"], indirect=True)
 def test_a_max_length_beyond_the_table_is_refused_by_name(settings):
     config = dataclasses.replace(settings, max_length=200)
     if AutoConfig.from_pretrained(settings.model).model_type == "llama":

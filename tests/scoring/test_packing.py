@@ -12,6 +12,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BloomCo
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.scoring.packing import (
+    CPU_TOKENS_PER_BATCH,
+    default_tokens_per_batch,
     pack_sequences,
     packed_attention,
     packed_attention_of,
@@ -248,6 +250,12 @@ def test_the_check_leaves_attention_and_modes_as_they_were(backbone_configs):
     assert why_not_packed(model) is None
     assert model.config._attn_implementation == model.config.text_config._attn_implementation == "eager"
     assert model.training and not model.model.training
+
+
+def test_a_batch_is_smaller_on_a_cpu(backbone_configs):
+    model = build(backbone_configs["llama"])
+    assert default_tokens_per_batch(model) == CPU_TOKENS_PER_BATCH
+    assert default_tokens_per_batch(model.to("meta")) == 8192
 
 
 def test_a_sequence_that_is_all_prompt_is_refused():

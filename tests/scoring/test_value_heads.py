@@ -26,8 +26,8 @@ from inform_rm.eval.detection.latents import collect_latents
 from inform_rm.hub.export import export_model
 from inform_rm.scoring.reward_models import load_reward_model
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.training.config import TrainingConfig
 from inform_rm.training.models import load_model
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 ROWS = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 20, 21], [30, 31, 2], [40]]
@@ -91,8 +91,7 @@ def expected_rewards(causal_lm, bias):
     return torch.stack(states) @ weight[0] + (constant[0] if constant else 0.0)
 
 
-@pytest.mark.parametrize("batching", ["packed", "padded"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "batching"), [*((kind, "packed") for kind in KINDS), ("OpenRLHF", "padded")])
 def test_head_is_recognised_by_its_weights_and_read_at_the_last_token(kind, batching, folder, causal_lm_dir, caplog):
     KINDS[kind](folder)
     # The classifiers of transformers would read the third row one token early.
@@ -115,10 +114,12 @@ def test_a_base_model_with_a_head_and_no_prefix_is_recognised(folder, causal_lm_
     torch.testing.assert_close(found, expected_rewards(causal_lm_dir("llama"), False), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["OpenRLHF", "LLaMA-Factory"])  # without and with bias
 def test_standard_training_goes_on_from_the_head(kind, folder, causal_lm_dir, caplog, tmp_path):
     KINDS[kind](folder)
-    config = TrainingConfig(model=str(folder), data=["-"], output="-", architecture="standard", use_cpu=True)
+    config = RewardTrainingArguments(
+        model=str(folder), data=["-"], output_dir="-", architecture="standard", use_cpu=True
+    )
     with caplog.at_level(logging.WARNING):
         model = load_model(config).eval()
     bias = kind in ("TRL", "LLaMA-Factory")
@@ -133,10 +134,9 @@ def test_standard_training_goes_on_from_the_head(kind, folder, causal_lm_dir, ca
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_inform_training_starts_with_a_fresh_head_and_says_so(kind, folder, caplog):
-    KINDS[kind](folder)
-    config = TrainingConfig(model=str(folder), data=["-"], output="-", latent_dim=4, use_cpu=True)
+def test_inform_training_starts_with_a_fresh_head_and_says_so(folder, caplog):
+    trl(folder)
+    config = RewardTrainingArguments(model=str(folder), data=["-"], output_dir="-", latent_dim=4, use_cpu=True)
     with caplog.at_level(logging.WARNING):
         model = load_model(config)
     assert model.config.architecture == "inform"
@@ -148,8 +148,8 @@ def test_a_run_from_a_value_head_with_adapters_loads_back(folder, tokenizer, tmp
     llama_factory(folder)
     rows = [{"prompt": f"Name {n}", "chosen": "It is red.", "rejected": "Seven."} for n in range(4)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = TrainingConfig(
-        model=str(folder), data=[str(tmp_path / "pairs.jsonl")], output=str(tmp_path / "run"), use_cpu=True,
+    config = RewardTrainingArguments(
+        model=str(folder), data=[str(tmp_path / "pairs.jsonl")], output_dir=str(tmp_path / "run"), use_cpu=True,
         architecture="standard", lora_r=2, merge_adapters=False, max_steps=3, per_device_train_batch_size=4,
         gradient_accumulation_steps=1, learning_rate=1e-3, report_to="none",
     )  # fmt: skip

@@ -1,14 +1,9 @@
-"""Run as a script: reads hostile inputs, each in a fork of this process with little memory and time, and tells how.
-
-Standard input: JSON list of ``[name, operation, arguments]``. Standard output: JSON object, name to ``{"outcome",
-"message", "mebibytes", "seconds"}``; the outcome is ``"read"``, the name of an exception type, or of a signal.
-"""
+"""Reads hostile inputs, each in a fork of this process with little memory and time, and tells how."""
 
 import json
 import os
 import resource
 import signal
-import sys
 import traceback
 from pathlib import Path
 
@@ -24,7 +19,7 @@ from inform_rm.hub.averaging import average_weights
 from inform_rm.hub.export import export_model
 from inform_rm.scoring.reward_models import load_reward_model
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.training.config import read_config
+from inform_rm.training.reward_arguments import read_arguments
 from inform_rm.training.run import train
 from inform_rm.util.journal import RewardJournal
 
@@ -42,7 +37,7 @@ def scorer_of(folder):
 def train_with(folder, data, output, **settings):
     overrides = {"model": folder, "data": [data], "output": output, "use_cpu": True, "max_steps": 4, "save_steps": 2,
                  "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, **settings}  # fmt: skip
-    train(read_config(None, overrides))
+    train(read_arguments(None, overrides))
 
 
 def conversation(folder, messages, template=None):
@@ -67,21 +62,15 @@ OPERATIONS = {
     "pairs but bad ones": lambda path: load_preferences(path, on_bad_row="skip").bad_rows,
     "rows to score": lambda path: sum(1 for _ in read_score_rows(path)),
     "digest": source_digest,
-    "settings": lambda path: read_config(path, {}),
+    "settings": lambda path: read_arguments(path, {}),
     "journal": lambda path: list(RewardJournal(path, {"model": "a"}).finished()),
     "encoded pairs": encoded_pairs,
     "train": train_with,
 }
 
 
-def main():
-    reports = {}
-    for name, operation, arguments in json.load(sys.stdin):
-        reports[name] = run_forked(operation, arguments)
-    print(json.dumps(reports))
-
-
 def run_forked(operation, arguments):
+    """``{"outcome", "message", "mebibytes", "seconds"}``: "read", or the name of an exception type or of a signal."""
     report_read, report_write = os.pipe()
     base = resident_bytes()
     child = os.fork()
@@ -121,7 +110,3 @@ def resident_bytes():
 
 def address_space_bytes():
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-if __name__ == "__main__":
-    main()

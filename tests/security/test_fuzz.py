@@ -16,10 +16,11 @@ from inform_rm.data.preferences import load_preferences
 from inform_rm.data.response_rows import read_score_rows
 from inform_rm.errors import InputError
 from inform_rm.safety.checkpoints import check_checkpoint
-from inform_rm.training.config import read_config
+from inform_rm.training.reward_arguments import read_arguments
 from inform_rm.util.journal import RewardJournal
 
-fuzz = settings(suppress_health_check=list(HealthCheck))
+# A quarter of what the profile asks for: each example is a file.
+fuzz = settings(max_examples=settings.default.max_examples // 4, suppress_health_check=list(HealthCheck))
 ROWS = [
     {"prompt": "Say sun.", "chosen": "sun", "rejected": "moon", "response": "sun", "margin": 1.5, "n": [1, {}]}
 ] * 3
@@ -99,7 +100,7 @@ def test_rows_to_score(name, data, folder):
 def test_settings(content, folder):
     (folder / "s.yaml").write_bytes(content)
     with contextlib.suppress(InputError):
-        read_config(folder / "s.yaml", {})
+        read_arguments(folder / "s.yaml", {})
 
 
 def test_journal_whose_first_line_lacks_its_end(folder):

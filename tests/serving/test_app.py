@@ -64,7 +64,7 @@ def test_rewards_are_those_of_the_scorer_for_any_mix_of_requests(scorer, request
         assert answer.json()["tokens"] == sum(len(scorer.encode(*pair, "").input_ids) for pair in part)
 
 
-def test_64_clients_at_once_each_get_their_own_rewards(scorer, make_app):
+def test_clients_at_once_each_get_their_own_rewards(scorer, make_app):
     generator = random.Random(0)
     words = ["red", "apples", "seven", "the", "sea", "blue"]
 
@@ -74,11 +74,11 @@ def test_64_clients_at_once_each_get_their_own_rewards(scorer, make_app):
             for _ in range(generator.randint(1, 6))
         ]  # fmt: skip
 
-    requests = [rows_of_a_client() for _ in range(64 * 2)]
+    requests = [rows_of_a_client() for _ in range(24 * 2)]
     flat = [pair for part in requests for pair in part]
     known = scorer.score([prompt for prompt, _ in flat], [response for _, response in flat]).tolist()
     of = dict(zip(flat, known, strict=True))
-    assert len(set(known)) > 200  # a mix-up would show
+    assert len(set(known)) > 80  # a mix-up would show
     app = make_app(scorer)
 
     async def client(client_requests):
@@ -87,11 +87,11 @@ def test_64_clients_at_once_each_get_their_own_rewards(scorer, make_app):
         ]  # fmt: skip
 
     async def clients():
-        return await asyncio.gather(*(client(requests[start::64]) for start in range(64)))
+        return await asyncio.gather(*(client(requests[start::24]) for start in range(24)))
 
     answers = asyncio.run(clients())
-    for start in range(64):
-        for answer, part in zip(answers[start], requests[start::64], strict=True):
+    for start in range(24):
+        for answer, part in zip(answers[start], requests[start::24], strict=True):
             assert answer.status_code == 200
             assert answer.json()["rewards"] == pytest.approx([of[pair] for pair in part], abs=1e-5)
     assert app.state.batcher.queued_rows == 0

@@ -19,7 +19,6 @@ from inform_rm.hub.export import export_model
 from inform_rm.scoring.adapters import load_adapter_model
 from inform_rm.scoring.packing import why_not_packed
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.training.config import TrainingConfig
 from inform_rm.training.models import add_adapters, load_model
 from inform_rm.training.run import train
 
@@ -61,12 +60,8 @@ def wider_model(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture
-def settings(causal_lm_dir, pairs_file, tmp_path):
-    return TrainingConfig(
-        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output=str(tmp_path / "run"), latent_dim=8,
-        learning_rate=5e-3, max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        logging_steps=1, save_steps=3, use_cpu=True, lr_scheduler_type="linear", lora_r=4,
-    )  # fmt: skip
+def settings(base_settings):
+    return base_settings(learning_rate=5e-3, lr_scheduler_type="linear", lora_r=4)
 
 
 def losses(result):
@@ -162,7 +157,7 @@ def test_packed_and_padded_rewards_are_equal_with_adapters(settings, changes, to
 def test_packed_and_padded_batches_train_alike_with_adapters(settings, tmp_path):
     config = dataclasses.replace(settings, architecture="standard", use_dora=True)
     packed = train(config)
-    padded = train(dataclasses.replace(config, batching="padded", output=str(tmp_path / "padded")))
+    padded = train(dataclasses.replace(config, batching="padded", output_dir=str(tmp_path / "padded")))
     assert (packed["batching"], padded["batching"]) == ("packed", "padded")
     assert losses(packed) == pytest.approx(losses(padded), abs=1e-4)
 
@@ -171,7 +166,9 @@ def test_packed_and_padded_batches_train_alike_with_adapters(settings, tmp_path)
 def test_recomputed_activations_give_the_same_training(settings, tmp_path):
     config = dataclasses.replace(settings, architecture="standard", max_steps=4)
     stored = train(config)
-    recomputed = train(dataclasses.replace(config, gradient_checkpointing=True, output=str(tmp_path / "recomputed")))
+    recomputed = train(
+        dataclasses.replace(config, gradient_checkpointing=True, output_dir=str(tmp_path / "recomputed"))
+    )
     assert losses(recomputed) == pytest.approx(losses(stored), abs=1e-6)
 
 
@@ -185,13 +182,13 @@ def test_folder_of_adapters_gives_the_rewards_of_the_merged_model(
     """Two runs that differ in `merge_adapters` alone; the folder of adapters is read without anything else."""
     config = dataclasses.replace(settings, model=str(causal_lm_dir(architecture)), use_rslora=True)
     train(config)
-    train(dataclasses.replace(config, merge_adapters=False, output=str(tmp_path / "adapters")))
+    train(dataclasses.replace(config, merge_adapters=False, output_dir=str(tmp_path / "adapters")))
     folder = tmp_path / "adapters"
     names = {path.name for path in folder.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "config.json", "tokenizer.json"} <= names
     assert "model.safetensors" not in names
     assert "RewardScorer" in (folder / "README.md").read_text()
-    expected = rewards(config.output, None)
+    expected = rewards(config.output_dir, None)
     torch.testing.assert_close(rewards(folder, None), expected, atol=1e-5, rtol=0)
     fresh = rewards(load_model(config), tokenizer)
     assert (expected - fresh).abs().max() > 0.1  # training has changed them
@@ -224,20 +221,20 @@ def test_checkpoint_of_adapters_is_evaluated_and_exported_as_the_model_in_traini
     torch.testing.assert_close(rewards(exported, tokenizer), expected, atol=1e-5, rtol=0)
     result = evaluate(checkpoint, pairs_file, progress=False)
     exported_result = evaluate(tmp_path / "exported", pairs_file, progress=False)
-    assert result["model_fingerprint"] == exported_result["model_fingerprint"]
+    assert result.model_fingerprint == exported_result.model_fingerprint
 
 
 def check_resume(config, tmp_path):
     """A run that lost all after its first checkpoint ends with the weights of the run that did not."""
     expected = train(config)
     cut = tmp_path / "cut"
-    shutil.copytree(config.output, cut)
+    shutil.copytree(config.output_dir, cut)
     shutil.rmtree(cut / "checkpoints" / "checkpoint-6")
     for name in ("train_result.json", "model.safetensors"):
         (cut / name).unlink()
     path = cut / "checkpoints" / "run.json"
-    path.write_text(path.read_text().replace(config.output, str(cut)))
-    resumed = train(dataclasses.replace(config, output=str(cut)))
+    path.write_text(path.read_text().replace(config.output_dir, str(cut)))
+    resumed = train(dataclasses.replace(config, output_dir=str(cut)))
     assert resumed["resumed_from_step"] == 3
     assert losses(resumed) == losses(expected)
     first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", cut))
@@ -361,7 +358,7 @@ def test_quantised_run_learns_and_leaves_a_model_in_full_precision(
     result = train(config)
     assert sum(losses(result)[-5:]) < 0.8 * sum(losses(result)[:5])
     exported, info = AutoModelForSequenceClassification.from_pretrained(
-        config.output, trust_remote_code=True, output_loading_info=True
+        config.output_dir, trust_remote_code=True, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert not bitsandbytes_layers(exported) and {value.dtype for value in exported.parameters()} == {torch.float32}
@@ -392,7 +389,7 @@ def test_quantised_run_learns_and_leaves_a_model_in_full_precision(
     assert 1e-4 < figures["reward_difference_max"]
     assert f"Trained on a {bits}-bit base, the model goes out in full precision" in caplog.text
     # The result's accuracy is that of the model in the folder.
-    assert result["evaluation"]["accuracy"] == evaluate(config.output, pairs_file, progress=False)["accuracy"]
+    assert result["evaluation"]["accuracy"] == evaluate(config.output_dir, pairs_file, progress=False).accuracy
 
 
 @pytest.mark.slow
@@ -401,9 +398,9 @@ def test_quantised_run_with_other_adapters_leaves_adapters_that_load(quantized, 
     config = dataclasses.replace(quantized, merge_adapters=False, **changes)
     train(config)
     unmerged = add_adapters(load_model(settings), dataclasses.replace(settings, **changes))
-    unmerged.load_adapter(config.output, "default")
+    unmerged.load_adapter(config.output_dir, "default")
     expected = rewards(unmerged, tokenizer)
-    torch.testing.assert_close(rewards(config.output, None), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rewards(config.output_dir, None), expected, atol=1e-5, rtol=0)
 
 
 @BITS
@@ -475,7 +472,7 @@ def adapter_folder(settings, tokenizer, tmp_path):
     shutil.copytree(settings.model, base)
     config = dataclasses.replace(settings, model=str(base))
     folder = tmp_path / "adapters"
-    train(dataclasses.replace(config, max_steps=1, merge_adapters=False, output=str(folder)))
+    train(dataclasses.replace(config, max_steps=1, merge_adapters=False, output_dir=str(folder)))
     return folder
 
 
@@ -563,13 +560,13 @@ def test_adapters_on_a_trained_reward_model_load_back(settings, tmp_path, tokeni
     first = dataclasses.replace(settings, max_steps=1, lora_r=0)
     train(first)
     second = dataclasses.replace(
-        settings, max_steps=3, model=first.output, output=str(tmp_path / "second"), merge_adapters=False
+        settings, max_steps=3, model=first.output_dir, output_dir=str(tmp_path / "second"), merge_adapters=False
     )
     train(second)
     model = add_adapters(load_model(second), second)
-    model.load_adapter(second.output, "default")
-    torch.testing.assert_close(rewards(second.output, None), rewards(model, tokenizer), atol=1e-5, rtol=0)
-    assert (rewards(second.output, None) - rewards(first.output, None)).abs().max() > 0.01
+    model.load_adapter(second.output_dir, "default")
+    torch.testing.assert_close(rewards(second.output_dir, None), rewards(model, tokenizer), atol=1e-5, rtol=0)
+    assert (rewards(second.output_dir, None) - rewards(first.output_dir, None)).abs().max() > 0.01
 
 
 # --- On a GPU; written without one at hand, never run ---------------------------------------------------------------
@@ -586,11 +583,11 @@ def test_bfloat16_qlora_with_a_paged_optimizer_on_a_gpu(quantized, settings, bit
     result = train(config)
     assert sum(losses(result)[-5:]) < 0.8 * sum(losses(result)[:5])
     exported, info = AutoModelForSequenceClassification.from_pretrained(
-        config.output, dtype=torch.float32, output_loading_info=True
+        config.output_dir, dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not bitsandbytes_layers(exported)
     # bfloat16 keeps 8 bits of a number: rewards of merged weights agree to a few per cent of their size.
     checkpoint = rewards(tmp_path / "run" / "checkpoints" / "checkpoint-20", None, device="cuda", dtype="float32")
-    torch.testing.assert_close(rewards(config.output, None, device="cuda", dtype="float32"), checkpoint,
+    torch.testing.assert_close(rewards(config.output_dir, None, device="cuda", dtype="float32"), checkpoint,
                                atol=0.05, rtol=0.05)  # fmt: skip
     assert math.isfinite(result["quantization"]["reward_difference_max"])

@@ -9,7 +9,7 @@ from datasets import Dataset
 from inform_rm.data.preferences import load_preferences
 from inform_rm.errors import InputError
 from inform_rm.training.augmentation import add_non_contextual_pairs
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 
@@ -65,13 +65,13 @@ def test_one_prompt_or_one_response_is_refused(pairs_file):
 
 
 def test_a_run_trains_on_the_added_pairs_and_evaluates_without(pairs_file, causal_lm_dir, tmp_path):
-    config = TrainingConfig(
+    config = RewardTrainingArguments(
         model=str(causal_lm_dir("llama")), data=(str(pairs_file),), eval_data=(str(pairs_file),),
-        output=str(tmp_path / "run"), latent_dim=4, augmentation="rrm", per_device_train_batch_size=10,
+        output_dir=str(tmp_path / "run"), latent_dim=4, augmentation="rrm", per_device_train_batch_size=10,
         gradient_accumulation_steps=1, use_cpu=True,
     )  # fmt: skip
     result = train(config)
     assert result["train_pairs"]["pairs"] == 90 and result["steps"] == 9
     assert result["evaluation"]["num_pairs"] == 30
-    plain = train(dataclasses.replace(config, augmentation="none", output=str(tmp_path / "plain")))
+    plain = train(dataclasses.replace(config, augmentation="none", output_dir=str(tmp_path / "plain")))
     assert plain["train_pairs"]["pairs"] == 30

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 CUTTING_TEMPLATE = (
@@ -25,8 +25,8 @@ def settings(causal_lm_dir, tmp_path):
     for row in rows[:2]:
         row["chosen"] = "<think>Let me count.</think>" + row["chosen"]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return TrainingConfig(
-        model=str(causal_lm_dir("llama")), data=(str(tmp_path / "pairs.jsonl"),), output=str(tmp_path / "run"),
+    return RewardTrainingArguments(
+        model=str(causal_lm_dir("llama")), data=(str(tmp_path / "pairs.jsonl"),), output_dir=str(tmp_path / "run"),
         latent_dim=4, max_steps=1, per_device_train_batch_size=8, gradient_accumulation_steps=1, save_steps=1,
         logging_steps=1, use_cpu=True,
     )  # fmt: skip
@@ -39,7 +39,7 @@ def test_training_counts_and_names_pairs_that_lose_text_also_from_the_cache(sett
         with caplog.at_level(logging.WARNING, "inform_rm"):
             result = train(
                 dataclasses.replace(
-                    settings, chat_template=CUTTING_TEMPLATE, streaming=streaming, output=str(tmp_path / name)
+                    settings, chat_template=CUTTING_TEMPLATE, streaming=streaming, output_dir=str(tmp_path / name)
                 )
             )
         counts = result["train_pairs"]
@@ -59,9 +59,9 @@ def test_a_tokenizer_without_template_gets_the_plain_one_for_good(settings, tmp_
         told = [record.message for record in caplog.records if "no chat template" in record.message]
         assert len(told) == 1 and "Training uses the plain one" in told[0]
         caplog.clear()
-        scorer = RewardScorer(settings.output, device="cpu")
+        scorer = RewardScorer(settings.output_dir, device="cpu")
         assert not [record for record in caplog.records if "no chat template" in record.message]
-    saved = AutoTokenizer.from_pretrained(settings.output)
+    saved = AutoTokenizer.from_pretrained(settings.output_dir)
     turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "It is 2."}]
     assert saved.apply_chat_template(turns, tokenize=False) == "\n\nHuman: 1 + 1?\n\nAssistant: It is 2.</s>"
     ids = saved.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]

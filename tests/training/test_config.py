@@ -1,43 +1,47 @@
 """Training settings from YAML and flags: types, faults, round trip."""
 
-import dataclasses
-
 import pytest
 import yaml
 
 from inform_rm.errors import InputError
-from inform_rm.training.config import TrainingConfig, config_from_mapping, read_config
+from inform_rm.training.reward_arguments import (
+    RewardTrainingArguments,
+    arguments_from_mapping,
+    read_arguments,
+    settings_of,
+)
 
-REQUIRED = {"model": "m", "data": ["d.jsonl"], "output": "o"}
+REQUIRED = {"model": "m", "data": ["d.jsonl"], "output_dir": "o"}
 
 
 def test_yaml_and_flags_give_the_same_settings(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("model: m\ndata: d.jsonl\noutput: o\nlearning_rate: 1e-4\nlatent_dim: 64\nbf16: true\n")
+    path.write_text("model: m\ndata: d.jsonl\noutput: o\nlearning_rate: 1e-4\nlatent_dim: 64\nuse_cpu: true\n")
     flags = {
         "model": "m",
         "data": ["d.jsonl"],
-        "output": "o",
+        "output_dir": "o",
         "learning_rate": "1e-4",
         "latent_dim": "64",
-        "bf16": "true",
+        "use-cpu": "true",
     }
-    assert read_config(path, {}) == read_config(None, REQUIRED | flags)
-    assert read_config(path, {}).learning_rate == 1e-4  # YAML itself reads 1e-4 as text
+    assert read_arguments(path, {}) == read_arguments(None, REQUIRED | flags)
+    assert read_arguments(path, {}).learning_rate == 1e-4  # YAML itself reads 1e-4 as text
 
 
 def test_flags_win_over_the_file(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("model: m\ndata: [a, b]\noutput: o\nseed: 1\n")
-    assert read_config(path, {"seed": "5"}).seed == 5
+    assert read_arguments(path, {"seed": "5"}).seed == 5
 
 
 def test_every_setting_survives_yaml(tmp_path):
-    config = TrainingConfig(**REQUIRED | {"data": ("a", "b")}, max_length=7, beta=0.5, lora_r=4, eval_data=("e",))
+    config = RewardTrainingArguments(
+        **REQUIRED | {"data": ("a", "b")}, max_length=7, beta=0.5, lora_r=4, eval_data=("e",)
+    )
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({key: list(value) if isinstance(value, tuple) else value
-                                    for key, value in dataclasses.asdict(config).items()}))  # fmt: skip
-    assert read_config(path, {}) == config
+    path.write_text(yaml.safe_dump(settings_of(config)))
+    assert read_arguments(path, {}) == config
 
 
 @pytest.mark.parametrize(
@@ -66,14 +70,14 @@ def test_every_setting_survives_yaml(tmp_path):
 )
 def test_wrong_setting_is_refused_with_its_name(settings, message):
     with pytest.raises(InputError, match=message):
-        config_from_mapping({**REQUIRED, **settings}, "test")
+        arguments_from_mapping({**REQUIRED, **settings}, "test")
 
 
 def test_missing_and_wrong_settings_come_in_one_message():
     with pytest.raises(
-        InputError, match=r"unknown setting 'x'.*latent_dim.*missing setting 'data'.*missing setting 'output'"
+        InputError, match=r"unknown setting 'x'.*latent_dim.*missing setting 'data'.*missing setting 'output_dir'"
     ):
-        config_from_mapping({"model": "m", "x": 1, "latent_dim": "y"}, "test")
+        arguments_from_mapping({"model": "m", "x": 1, "latent_dim": "y"}, "test")
 
 
 @pytest.mark.parametrize(
@@ -90,9 +94,9 @@ def test_broken_file_is_refused(content, message, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
-        read_config(path, {})
+        read_arguments(path, {})
 
 
 def test_missing_file_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"none\.yaml: cannot be read"):
-        read_config(tmp_path / "none.yaml", {})
+        read_arguments(tmp_path / "none.yaml", {})

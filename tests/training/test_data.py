@@ -10,8 +10,8 @@ import pytest
 
 from inform_rm.errors import InputError
 from inform_rm.training import data as training_data
-from inform_rm.training.config import TrainingConfig
 from inform_rm.training.data import load_training_pairs
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 
 
 def pair(number, **fields):
@@ -28,7 +28,7 @@ def pairs_file(tmp_path):
 
 @pytest.fixture
 def settings(pairs_file):
-    return TrainingConfig(model="unused", data=(str(pairs_file),), output="unused")
+    return RewardTrainingArguments(model="unused", data=(str(pairs_file),), output_dir="unused")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def encodings(cache, monkeypatch):
 
 
 def load(config, tokenizer, max_pairs=None):
-    return load_training_pairs(config, config.data, max_pairs, tokenizer, "data")
+    return load_training_pairs(config, config.data, max_pairs, tokenizer, "data", config.max_length)
 
 
 def test_a_second_run_reads_what_the_first_encoded(settings, tokenizer, pairs_file, encodings):
@@ -123,7 +123,7 @@ def test_the_choice_of_pairs_and_its_seed_are_part_of_the_key(settings, tokenize
 
 def test_settings_that_do_not_change_the_tokens_share_the_cache(settings, tokenizer, encodings):
     load(settings, tokenizer)
-    load(dataclasses.replace(settings, learning_rate=1.0, output="elsewhere", beta=0.5), tokenizer)
+    load(dataclasses.replace(settings, learning_rate=1.0, output_dir="elsewhere", beta=0.5), tokenizer)
     assert len(encodings) == 1
 
 

@@ -19,9 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from inform_rm.errors import InputError
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.loop import NonFiniteLossError
+from inform_rm.training.reward_arguments import settings_of
 from inform_rm.training.run import train
-from inform_rm.training.trainer import NonFiniteLossError
 from inform_rm.util.checkpoints import complete_checkpoints, is_complete
 from inform_rm.util.files import file_digest
 
@@ -41,12 +41,8 @@ def pairs_file(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(causal_lm_dir, pairs_file, tmp_path):
-    return TrainingConfig(
-        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output=str(tmp_path / "run"), latent_dim=8,
-        learning_rate=1e-3, max_steps=8, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        logging_steps=1, save_steps=2, use_cpu=True, lr_scheduler_type="linear",
-    )  # fmt: skip
+def settings(base_settings):
+    return base_settings(max_steps=8, save_steps=2, lr_scheduler_type="linear")
 
 
 def steps(folder):
@@ -69,7 +65,7 @@ def test_runs_killed_over_thirty_times_end_with_the_same_weights(settings, tmp_p
     finished = kills = 0
     while kills < KILLS or finished == 0:
         output = tmp_path / f"killed-{finished}"
-        config = dataclasses.replace(long, output=str(output))
+        config = dataclasses.replace(long, output_dir=str(output))
         process = context.Process(target=train, args=(config,))
         process.start()
         if kills < KILLS:
@@ -121,7 +117,7 @@ from pathlib import Path
 from transformers import AutoModelForSequenceClassification
 from inform_rm.training import trainer
 from inform_rm.util.checkpoints import complete_checkpoints
-from inform_rm.training.config import config_from_mapping
+from inform_rm.training.reward_arguments import arguments_from_mapping
 from inform_rm.training.run import train
 
 fault, settings = sys.argv[1], json.loads(sys.argv[2])
@@ -145,7 +141,7 @@ def mark_then_break(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
 
 trainer.mark_complete = mark_then_break
-config = config_from_mapping(settings, "test")
+config = arguments_from_mapping(settings, "test")
 try:
     train(config)
     sys.exit("nothing failed")
@@ -173,9 +169,9 @@ print(json.dumps({"message": message, "found": found, "missing": sorted(loading[
 )
 def test_a_failed_save_leaves_the_last_checkpoint(settings, tmp_path, fault):
     command = [sys.executable, "-c", FAULT, fault]
-    cut = dataclasses.replace(settings, output=str(tmp_path / "cut"))
+    cut = dataclasses.replace(settings, output_dir=str(tmp_path / "cut"))
     if fault == "full":
-        mount = f'mkdir {cut.output} && mount -t tmpfs -o size=4m tmpfs {cut.output} && exec "$@"'
+        mount = f'mkdir {cut.output_dir} && mount -t tmpfs -o size=4m tmpfs {cut.output_dir} && exec "$@"'
         command = ["unshare", "-rm", "sh", "-c", mount, "-", *command]
         if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode != 0:
             pytest.skip("no mount namespaces for a small disk of our own")
@@ -184,7 +180,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(settings, tmp_path, fault):
             pytest.skip("root writes into read-only folders, and there is no setpriv to take that away")
         command = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-all", *command]
     run = subprocess.run(
-        [*command, json.dumps(dataclasses.asdict(cut))], capture_output=True, text=True, check=False, timeout=300
+        [*command, json.dumps(settings_of(cut))], capture_output=True, text=True, check=False, timeout=300
     )
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
@@ -198,9 +194,9 @@ def test_a_failed_save_leaves_the_last_checkpoint(settings, tmp_path, fault):
 def test_sigterm_saves_and_the_same_command_goes_on(settings, tmp_path):
     whole = dataclasses.replace(settings, save_steps=100, logging_steps=100)
     train(whole)
-    cut = dataclasses.replace(whole, output=str(tmp_path / "cut"))
+    cut = dataclasses.replace(whole, output_dir=str(tmp_path / "cut"))
     config = tmp_path / "settings.json"  # JSON is YAML
-    config.write_text(json.dumps(dataclasses.asdict(cut)))
+    config.write_text(json.dumps(settings_of(cut)))
     script = (
         "import os, signal, sys\n"
         "from inform_rm.cli import main\n"

@@ -15,7 +15,6 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from inform_rm import InfoRMForSequenceClassification
 from inform_rm.errors import InputError
 from inform_rm.training import half_precision
-from inform_rm.training.config import TrainingConfig
 from inform_rm.training.half_precision import LostUpdates
 from inform_rm.training.run import train
 
@@ -38,13 +37,9 @@ def pairs_file(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(causal_lm_dir, pairs_file, tmp_path):
+def settings(base_settings):
     """The default learning rate, for which bfloat16 is too coarse."""
-    return TrainingConfig(
-        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output=str(tmp_path / "run"), latent_dim=8,
-        max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=1, logging_steps=1, save_steps=3,
-        use_cpu=True, dtype="bfloat16",
-    )  # fmt: skip
+    return base_settings(gradient_accumulation_steps=1, learning_rate=5e-6, dtype="bfloat16")
 
 
 @pytest.fixture
@@ -73,11 +68,11 @@ def test_fresh_head_of_a_bfloat16_backbone_is_the_float32_one(causal_lm_dir, arc
 
 def test_trained_head_is_float32_in_the_folder_and_when_it_is_loaded(settings):
     train(settings)
-    saved = load_file(f"{settings.output}/model.safetensors")
+    saved = load_file(f"{settings.output_dir}/model.safetensors")
     dtypes = {(name.split(".")[0], value.dtype) for name, value in saved.items()}
     assert dtypes == {("model", torch.bfloat16), ("score", torch.float32)}
     for options in ({}, {"dtype": torch.bfloat16}):
-        loaded = AutoModelForSequenceClassification.from_pretrained(settings.output, **options)
+        loaded = AutoModelForSequenceClassification.from_pretrained(settings.output_dir, **options)
         assert loaded.dtype == torch.bfloat16
         assert all(torch.equal(value, saved[name]) for name, value in loaded.state_dict().items())
         assert {value.dtype for value in loaded.score.parameters()} == {torch.float32}
@@ -129,7 +124,7 @@ def test_runs_that_lose_nothing_say_nothing(settings, optimi, tmp_path, caplog):
         "compensated": {"optim": "stable_adamw"}, "lora": {"lora_r": 2},
     }.items():  # fmt: skip
         with caplog.at_level(logging.WARNING):
-            train(dataclasses.replace(settings, **change, max_steps=3, output=str(tmp_path / name)))
+            train(dataclasses.replace(settings, **change, max_steps=3, output_dir=str(tmp_path / name)))
     assert warnings(caplog) == []
 
 
@@ -137,7 +132,7 @@ def test_adapters_on_a_bfloat16_backbone_are_float32_and_train(settings, tmp_pat
     pytest.importorskip("peft", reason="peft is not installed")
     config = dataclasses.replace(settings, lora_r=2, merge_adapters=False)
     train(config)
-    saved = load_file(f"{config.output}/adapter_model.safetensors")
+    saved = load_file(f"{config.output_dir}/adapter_model.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.float32}
     trained = [value for name, value in saved.items() if "lora_B" in name]  # start at zero
     assert len(trained) == 14 and all((value != 0).all() for value in trained)
@@ -169,7 +164,7 @@ def test_compensated_bfloat16_weights_go_where_float32_weights_go(settings, opti
     for name, change in {
         "float32": {"dtype": "float32", "optim": "stable_adamw"}, "plain": {}, "compensated": {"optim": "stable_adamw"}
     }.items():  # fmt: skip
-        train(dataclasses.replace(shared, **change, output=str(tmp_path / name)))
+        train(dataclasses.replace(shared, **change, output_dir=str(tmp_path / name)))
         trained = load_file(tmp_path / name / "model.safetensors")
         # From the start as the run's own weights hold it.
         dtype = torch.float32 if name == "float32" else torch.bfloat16
@@ -186,9 +181,9 @@ def test_resumed_run_with_the_compensated_optimizer_equals_the_uninterrupted_one
     config = dataclasses.replace(settings, optim="stable_adamw", save_total_limit=None)
     train(config)
     cut = tmp_path / "cut"
-    shutil.copytree(config.output, cut)
+    shutil.copytree(config.output_dir, cut)
     shutil.rmtree(cut / "checkpoints" / "checkpoint-6")
     (cut / "train_result.json").unlink()
-    assert train(dataclasses.replace(config, output=str(cut)))["resumed_from_step"] == 3
+    assert train(dataclasses.replace(config, output_dir=str(cut)))["resumed_from_step"] == 3
     first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", cut))
     assert all(torch.equal(first[name], second[name]) for name in first)

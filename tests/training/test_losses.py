@@ -36,6 +36,12 @@ def test_without_options_it_is_bradley_terry(rewards):
     torch.testing.assert_close(reward_model_loss(*rewards), bradley_terry_loss(*rewards))
 
 
+def test_smoothing_needs_no_margin_and_the_default_weight_of_the_kl_is_a_tenth(rewards):
+    right, wrong = bradley_terry_loss(*rewards), bradley_terry_loss(*rewards[::-1])
+    torch.testing.assert_close(reward_model_loss(*rewards, label_smoothing=0.2), 0.8 * right + 0.2 * wrong)
+    torch.testing.assert_close(reward_model_loss(*rewards, torch.ones(16), 2 * torch.ones(16)), right + 0.3)
+
+
 def test_gradient_of_bradley_terry_is_the_probability_of_being_wrong(rewards):
     chosen, rejected = rewards[0].clone().requires_grad_(), rewards[1]
     bradley_terry_loss(chosen, rejected).backward()
@@ -53,6 +59,7 @@ def test_large_margins_neither_overflow_nor_vanish():
 def test_half_precision_rewards_are_compared_in_float32():
     chosen, rejected = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([0.5], dtype=torch.bfloat16)
     assert bradley_terry_loss(chosen, rejected).dtype == torch.float32
+    assert bradley_terry_loss(chosen, rejected, torch.ones(1, dtype=torch.float64)).dtype == torch.float32
 
 
 def test_centering_is_zero_for_opposite_rewards(rewards):
@@ -101,3 +108,9 @@ def test_a_pair_loss_is_its_formula_smoothed_and_with_kl(loss_type, rewards):
 
 def test_without_margins_the_weighted_loss_is_bradley_terry(rewards):
     torch.testing.assert_close(scaled_bradley_terry_loss(*rewards), bradley_terry_loss(*rewards))
+
+
+def test_the_warm_up_of_the_kl_is_in_steps_from_1_on_and_below_in_parts_of_the_run():
+    assert [kl_weight(step, 100, 0.1, 10) for step in (10, 15, 20, 99)] == pytest.approx([0, 0.05, 0.1, 0.1])
+    assert [kl_weight(step, 100, 0.1, 1) for step in (1, 2, 3)] == pytest.approx([0, 0.1, 0.1])
+    assert [kl_weight(step, 100, 0.1, 0.4) for step in (40, 60, 80)] == pytest.approx([0, 0.05, 0.1])

@@ -13,8 +13,7 @@ from inform_rm.decomposition.prompt_free_gap import decompose_gaps, tempered_wei
 from inform_rm.errors import InputError
 from inform_rm.scoring.scorer import NonFiniteRewardError
 from inform_rm.training import prioritized
-from inform_rm.training.config import TrainingConfig
-from inform_rm.training.prioritized import PrioritizedRewardTrainer
+from inform_rm.training.prioritized import PoolSelector
 from inform_rm.training.run import train
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
@@ -36,11 +35,10 @@ def pairs_file(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(causal_lm_dir, pairs_file, tmp_path):
-    return TrainingConfig(
-        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output=str(tmp_path / "run"), latent_dim=8,
-        objective="prioritized", num_prompts=4, warmup_fraction=0.25, learning_rate=1e-3, max_steps=4,
-        per_device_train_batch_size=4, gradient_accumulation_steps=1, logging_steps=1, save_steps=2, use_cpu=True,
+def settings(base_settings):
+    return base_settings(
+        objective="prioritized", num_prompts=4, warmup_fraction=0.25, max_steps=4, gradient_accumulation_steps=1,
+        save_steps=2,
     )  # fmt: skip
 
 
@@ -48,7 +46,7 @@ def settings(causal_lm_dir, pairs_file, tmp_path):
 def seen(monkeypatch):
     """Each selection: positions of the pool, gaps as they were estimated, places selected, and the model's weights."""
     calls = []
-    original = PrioritizedRewardTrainer._select
+    original = PoolSelector._select
 
     def record(self, positions, wanted):
         weights = {name: value.clone() for name, value in self._scorer.model.state_dict().items()}
@@ -58,11 +56,11 @@ def seen(monkeypatch):
         selected = original(self, positions, wanted)
         del self._estimate
         calls.append(
-            {"positions": positions, "gaps": estimates, "selected": selected, "weights": weights, "trainer": self}
+            {"positions": positions, "gaps": estimates, "selected": selected, "weights": weights, "selector": self}
         )
         return selected
 
-    monkeypatch.setattr(PrioritizedRewardTrainer, "_select", record)
+    monkeypatch.setattr(PoolSelector, "_select", record)
     return calls
 
 
@@ -70,13 +68,13 @@ def seen(monkeypatch):
 def learnt(monkeypatch):
     """Ids of the pairs of every forward pass with gradient."""
     batches = []
-    original = prioritized.RewardTrainer.training_step
+    original = PoolSelector.batch
 
-    def record(self, model, inputs, *args):
-        batches.append(inputs)
-        return original(self, model, inputs, *args)
+    def record(self, *args):
+        batches.append(original(self, *args))
+        return {**batches[-1]}
 
-    monkeypatch.setattr(prioritized.RewardTrainer, "training_step", record)
+    monkeypatch.setattr(PoolSelector, "batch", record)
     return batches
 
 
@@ -89,7 +87,9 @@ def test_the_smallest_gaps_are_selected_and_only_they_are_learnt(settings, seen,
         (gaps,) = call["gaps"]
         assert len(gaps) == 8 and len(call["selected"]) == 4
         assert call["selected"].tolist() == sorted(gaps.argsort()[:4].tolist())
-        assert not call["trainer"].model.training or call["trainer"].model.score.training  # modes are put back
+        assert (
+            not call["selector"]._scorer.model.training or call["selector"]._scorer.model.score.training
+        )  # modes are put back
     assert len(learnt) == 4
     assert all(len(batch["margin"]) == 4 for batch in learnt)
     for call, line in zip(seen, result["log_history"][1:4], strict=True):
@@ -112,10 +112,10 @@ def test_gaps_are_those_of_single_forward_passes(settings, seen, tokenizer, weig
     changes = {"weights": weights, "behavior_model": behavior_model, "ess_target": 0.6}
     train(dataclasses.replace(settings, architecture="standard", **changes))
     call = seen[-1]
-    trainer, positions = call["trainer"], call["positions"]
+    trainer, positions = call["selector"], call["positions"]
     from inform_rm import InfoRMForSequenceClassification
 
-    model = InfoRMForSequenceClassification.from_pretrained(settings.output)
+    model = InfoRMForSequenceClassification.from_pretrained(settings.output_dir)
     model.load_state_dict(call["weights"])
     dataset = trainer.train_dataset
     generator = prioritized.np.random.default_rng([settings.seed, 0, *positions.tolist()])
@@ -151,7 +151,7 @@ def test_gaps_are_those_of_single_forward_passes(settings, seen, tokenizer, weig
 def test_a_pool_of_one_batch_is_ordinary_training(settings, tmp_path):
     plain = train(dataclasses.replace(settings, objective="bradley_terry", architecture="standard"))
     pooled = train(
-        dataclasses.replace(settings, pool_factor=1, architecture="standard", output=str(tmp_path / "pooled"))
+        dataclasses.replace(settings, pool_factor=1, architecture="standard", output_dir=str(tmp_path / "pooled"))
     )
     losses = [[line["loss"] for line in result["log_history"] if "loss" in line] for result in (plain, pooled)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
@@ -166,18 +166,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, selectio
         pool_factor=2, warmup_fraction=0.1,
     )  # fmt: skip
     whole = train(config)
-    cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
-    original = PrioritizedRewardTrainer._select
+    cut = dataclasses.replace(config, output_dir=str(tmp_path / "cut"))
+    original = PoolSelector._select
 
     def stops(self, *args):
-        if self.state.global_step == 6:
+        if self._step == 6:
             raise KeyboardInterrupt
         return original(self, *args)
 
-    monkeypatch.setattr(PrioritizedRewardTrainer, "_select", stops)
+    monkeypatch.setattr(PoolSelector, "_select", stops)
     with pytest.raises(KeyboardInterrupt):
         train(cut)
-    monkeypatch.setattr(PrioritizedRewardTrainer, "_select", original)
+    monkeypatch.setattr(PoolSelector, "_select", original)
     resumed = train(cut)
     assert resumed["resumed_from_step"] == 5
     for name in ("loss", "prompt_free_gap_selected"):
@@ -200,10 +200,10 @@ def test_gaps_are_used_again_while_they_are_fresh(settings, seen, refresh):
 
 def test_soft_selection_prefers_small_gaps(settings, seen):
     train(dataclasses.replace(settings, selection="soft", max_steps=2, warmup_fraction=0.0))
-    trainer, positions = seen[0]["trainer"], torch.arange(40)
+    selector, positions = seen[0]["selector"], torch.arange(40)
     gaps = torch.linspace(-8, 8, 40, dtype=torch.float64)
-    trainer._prompt_free_gaps = lambda rows: gaps
-    chosen = [prioritized.PrioritizedRewardTrainer._select(trainer, positions + 40 * draw, 10) for draw in range(30)]
+    selector._prompt_free_gaps = lambda rows: gaps
+    chosen = [PoolSelector._select(selector, positions + 40 * draw, 10) for draw in range(30)]
     mean = torch.stack([gaps[places] for places in chosen]).mean().item()
     assert -5.5 < mean < -2  # the ten smallest would give -6.2, any ten 0
     assert len({tuple(places.tolist()) for places in chosen}) > 20

@@ -13,15 +13,29 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from inform_rm.errors import InputError
+from inform_rm.training.arguments import decides, our_settings, settings_by_content
 from inform_rm.training.checkpoints import check_resume
-from inform_rm.training.config import TrainingConfig, deciding_settings, field_types, settings_by_content
+from inform_rm.training.reward_arguments import deciding_settings, field_types
 from inform_rm.training.run import train
-from inform_rm.training.stream_sources import open_stream
+from inform_rm.training.streaming import open_stream
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
-DECIDES = {spec.name: spec.metadata["decides"] for spec in dataclasses.fields(TrainingConfig)}
-ALWAYS_DECIDE = [name for name, decides in DECIDES.items() if decides is True]
-NEVER_DECIDE = [name for name, decides in DECIDES.items() if decides is False]
+# Ours, and of TrainingArguments' own some of each kind.
+OF_TRAINER = (
+    *(
+        "adam_beta1",
+        "weight_decay",
+        "max_steps",
+        "data_seed",
+        "bf16",
+        "train_sampling_strategy",
+        "neftune_noise_alpha",
+    ),
+    *("output_dir", "run_name", "dataloader_num_workers", "gradient_checkpointing", "torch_empty_cache_steps"),
+)
+DECIDES = {name: decides(name) for name in (*our_settings(), *OF_TRAINER)}
+ALWAYS_DECIDE = [name for name, found in DECIDES.items() if found is True]
+NEVER_DECIDE = [name for name, found in DECIDES.items() if found is False]
 DECIDE_WITH = [(name, other) for name, other in DECIDES.items() if isinstance(other, str)]
 
 
@@ -41,20 +55,17 @@ def pairs_file(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(causal_lm_dir, pairs_file, tmp_path):
+def settings(base_settings, pairs_file):
     """A run with latent noise that evaluates and saves twice."""
-    return TrainingConfig(
-        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output=str(tmp_path / "run"), latent_dim=8,
-        learning_rate=1e-3, max_steps=8, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        logging_steps=1, save_steps=3, use_cpu=True, eval_data=(str(pairs_file),), eval_steps=3, overwrite=True,
-        save_total_limit=None,
-    )  # fmt: skip
+    return base_settings(
+        max_steps=8, eval_data=(str(pairs_file),), eval_steps=3, overwrite=True, save_total_limit=None
+    )
 
 
 def train_and_cut(config, folder):
     """Train, and make a copy of the run as a kill after its first checkpoint would have left it."""
     train(config)
-    shutil.copytree(config.output, folder)
+    shutil.copytree(config.output_dir, folder)
     for name in ("checkpoints/checkpoint-6", "checkpoints/checkpoint-8"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("train_result.json", "model.safetensors"):
@@ -73,16 +84,18 @@ def weights(folder):
 def test_settings_that_decide_nothing_may_change_and_change_nothing(settings, tmp_path):
     """All at once. `tokens_per_batch` has a test of its own, because sums of other parts are rounded otherwise."""
     changes = {
-        "output": str(train_and_cut(settings, tmp_path / "cut")), "eval_data": (settings.data[0], settings.data[0]),
+        "output_dir": str(train_and_cut(settings, tmp_path / "cut")), "eval_data": settings.data * 2,
         "max_eval_pairs_per_source": 10, "per_device_eval_batch_size": 3, "gradient_checkpointing": True,
         "dataloader_num_workers": 1, "logging_steps": 2, "eval_steps": 0.125, "save_steps": 7, "save_total_limit": 1,
-        "report_to": "tensorboard", "overwrite": False,
+        "report_to": "tensorboard", "run_name": "again", "overwrite": False, "torch_empty_cache_steps": 2,
     }  # fmt: skip
-    assert {*changes, "tokens_per_batch"} == {*NEVER_DECIDE, *dict(DECIDE_WITH)}
+    elsewhere = {"tokens_per_batch", "eval_strategy", "metric_for_best_model", "hub_strategy"}
+    assert {*NEVER_DECIDE, *dict(DECIDE_WITH)} - {*changes} == elsewhere
+    assert not {*changes} & {*ALWAYS_DECIDE}
     expected = json.loads((tmp_path / "run" / "train_result.json").read_text())
     resumed = train(dataclasses.replace(settings, **changes))
     assert resumed["resumed_from_step"] == 3
-    first, second = weights(settings.output), weights(changes["output"])
+    first, second = weights(settings.output_dir), weights(changes["output_dir"])
     assert all(torch.equal(first[name], second[name]) for name in first)
     # The new intervals are those of the rest of the run, and not the checkpoint's.
     assert sorted(lines(expected, "loss")) == [*range(1, 9)] and sorted(lines(resumed, "loss")) == [1, 2, 3, 4, 6, 8]
@@ -95,18 +108,18 @@ def test_a_batch_may_be_split_otherwise_after_an_interruption(settings, tmp_path
     """Each pair keeps its latent noise, whatever forward pass it is part of."""
     cut = train_and_cut(settings, tmp_path / "cut")
     expected = json.loads((tmp_path / "run" / "train_result.json").read_text())
-    resumed = train(dataclasses.replace(settings, output=str(cut), overwrite=False, tokens_per_batch=40))
+    resumed = train(dataclasses.replace(settings, output_dir=str(cut), overwrite=False, tokens_per_batch=40))
     assert resumed["resumed_from_step"] == 3
     assert lines(resumed, "loss") == pytest.approx(lines(expected, "loss"), abs=1e-5)
-    first, second = weights(settings.output), weights(cut)
+    first, second = weights(settings.output_dir), weights(cut)
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, atol=1e-4, rtol=0)
 
 
 def test_evaluation_leaves_the_latent_noise_of_training_alone(settings, tmp_path):
     train(settings)
-    train(dataclasses.replace(settings, output=str(tmp_path / "without"), eval_data=()))
-    first, second = weights(settings.output), weights(tmp_path / "without")
+    train(dataclasses.replace(settings, output_dir=str(tmp_path / "without"), eval_data=()))
+    first, second = weights(settings.output_dir), weights(tmp_path / "without")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -121,24 +134,21 @@ def test_paths_may_be_spelt_otherwise(settings, pairs_file, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     respelt = {
         "model": "./linked/", "data": ("other-name.jsonl",), "eval_data": (os.path.relpath(pairs_file),),
-        "chat_template": "copy.jinja", "output": "cut",
+        "chat_template": "copy.jinja", "output_dir": "cut",
     }  # fmt: skip
     resumed = train(dataclasses.replace(settings, overwrite=False, **respelt))
     assert resumed["resumed_from_step"] == 3
-    first, second = weights(settings.output), weights(cut)
+    first, second = weights(settings.output_dir), weights(cut)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_streamed_file_is_known_by_its_content(settings, pairs_file, tmp_path):
+def test_streamed_file_is_known_by_its_content(pairs_file, tmp_path):
     link = tmp_path / "other-name.jsonl"
     link.symlink_to(pairs_file)
     changed = tmp_path / "changed.jsonl"
     changed.write_text(pairs_file.read_text().replace("Indeed", "Truly!"))
-    streaming = dataclasses.replace(settings, streaming=True)
-    digests = [
-        open_stream(dataclasses.replace(streaming, data=(str(path),))).fingerprints[str(path)]
-        for path in (pairs_file, link, changed)
-    ]
+    paths = pairs_file, link, changed
+    digests = [open_stream([path], seed=0, shuffle_buffer=1).fingerprints[str(path)] for path in paths]
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -174,7 +184,7 @@ def other_value(name, value):
         return options[0]
     if isinstance(value, bool):
         return not value
-    kind = options[0] if value is None else type(value)
+    kind = options[0] if value is None else next(kind for kind in (int, float, str, tuple) if isinstance(value, kind))
     return {int: 7, float: 1.5, str: "other", tuple: ("other",), dict[str, str]: {"prompt": "other"}}[kind]
 
 

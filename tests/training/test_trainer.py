@@ -12,12 +12,11 @@ from transformers import AutoModelForSequenceClassification
 
 from inform_rm.errors import InputError
 from inform_rm.safety.uploads import scan_folder
-from inform_rm.training.config import TrainingConfig
+from inform_rm.training.collators import EpochSeededLengthSampler, PackedPairCollator, PairCollator
 from inform_rm.training.data import load_training_pairs
 from inform_rm.training.losses import reward_model_loss
 from inform_rm.training.models import load_model
 from inform_rm.training.run import train
-from inform_rm.training.trainer import EpochSeededLengthSampler, PackedPairCollator, PairCollator
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
 
@@ -41,12 +40,8 @@ def pairs_file(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(causal_lm_dir, pairs_file, tmp_path):
-    return TrainingConfig(
-        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output=str(tmp_path / "run"), latent_dim=8,
-        learning_rate=1e-3, max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        logging_steps=1, save_steps=3, use_cpu=True, lr_scheduler_type="linear",
-    )  # fmt: skip
+def settings(base_settings):
+    return base_settings(lr_scheduler_type="linear")
 
 
 def losses(result):
@@ -86,7 +81,7 @@ def test_final_weights_equal_a_plain_loop(settings, tokenizer):
     from transformers import set_seed
 
     set_seed(config.seed)
-    data = load_training_pairs(config, config.data, None, tokenizer, "data").dataset
+    data = load_training_pairs(config, config.data, None, tokenizer, "data", None).dataset
     model = load_model(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     # The Trainer's order: one permutation of the seed's generator (accelerate's seedable sampler, epoch 0).
@@ -102,22 +97,22 @@ def test_final_weights_equal_a_plain_loop(settings, tokenizer):
             rewards = model(batch["input_ids"], batch["attention_mask"]).logits[:, 0]
             (reward_model_loss(*rewards.chunk(2)) / 2).backward()
         optimizer.step()
-    trained = weights(config.output)
+    trained = weights(config.output_dir)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(trained[name], value, atol=2e-5, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("group_by_length", [False, True])
-def test_resumed_run_equals_the_uninterrupted_one(settings, group_by_length, tmp_path, train_and_kill):
-    whole = dataclasses.replace(settings, group_by_length=group_by_length, max_steps=8, save_steps=3)
+@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
+def test_resumed_run_equals_the_uninterrupted_one(settings, sampling, tmp_path, train_and_kill):
+    whole = dataclasses.replace(settings, train_sampling_strategy=sampling, max_steps=8, save_steps=3)
     expected = train(whole)
-    cut = dataclasses.replace(whole, output=str(tmp_path / "cut"))
+    cut = dataclasses.replace(whole, output_dir=str(tmp_path / "cut"))
     train_and_kill(cut, step=6)
     assert not (tmp_path / "cut" / "config.json").exists()
     resumed = train(cut)
     assert resumed["resumed_from_step"] == 6
     assert losses(resumed) == losses(expected)
-    first, second = weights(whole.output), weights(cut.output)
+    first, second = weights(whole.output_dir), weights(cut.output_dir)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -131,7 +126,7 @@ def test_checkpoints_are_hub_folders(settings, tmp_path):
         "assert not i['missing_keys'] and not i['unexpected_keys'] and 'inform_rm' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-I", "-c", code, str(checkpoint)], check=True, capture_output=True)
-    final, last = weights(settings.output), weights(checkpoint)
+    final, last = weights(settings.output_dir), weights(checkpoint)
     assert all(torch.equal(final[name], last[name]) for name in final)
 
 
@@ -159,7 +154,7 @@ def test_one_batch_of_eight_equals_eight_accumulated_pairs(settings, tmp_path):
     small = train(dataclasses.replace(config, per_device_train_batch_size=1, gradient_accumulation_steps=8))
     large = train(
         dataclasses.replace(
-            config, per_device_train_batch_size=8, gradient_accumulation_steps=1, output=str(tmp_path / "large")
+            config, per_device_train_batch_size=8, gradient_accumulation_steps=1, output_dir=str(tmp_path / "large")
         )
     )
     assert losses(small) == pytest.approx(losses(large), abs=1e-5)
@@ -170,7 +165,7 @@ def test_lora_trains_and_saves_the_head_and_freezes_the_backbone(settings, causa
     config = dataclasses.replace(settings, lora_r=2)
     torch.manual_seed(0)
     train(config)
-    trained = weights(config.output)
+    trained = weights(config.output_dir)
     start = AutoModelForSequenceClassification.from_pretrained(causal_lm_dir("llama"), num_labels=1).state_dict()
     assert torch.equal(trained["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
     assert not torch.equal(trained["model.layers.0.mlp.up_proj.weight"], start["model.layers.0.mlp.up_proj.weight"])
@@ -190,7 +185,7 @@ def test_a_batch_of_several_rows_trains_and_evaluates_as_one(settings, pairs_fil
         settings, architecture="standard", eval_data=(str(pairs_file),), eval_steps=3, center_rewards_coefficient=0.1
     )
     whole = train(dataclasses.replace(config, tokens_per_batch=100_000))
-    split = train(dataclasses.replace(config, tokens_per_batch=40, output=str(tmp_path / "split")))
+    split = train(dataclasses.replace(config, tokens_per_batch=40, output_dir=str(tmp_path / "split")))
     assert losses(split) == pytest.approx(losses(whole), abs=1e-5)
     for name in ("accuracy", "margin", "num_pairs"):
         assert split["evaluation"][name] == pytest.approx(whole["evaluation"][name], abs=1e-4)
@@ -231,7 +226,7 @@ def test_rows_of_a_batch_keep_the_budget_and_the_order(tokenizer):
 def test_packed_and_padded_batches_train_alike(settings, architecture, tmp_path):
     config = dataclasses.replace(settings, architecture=architecture, max_steps=50, save_steps=50)
     packed = train(config)
-    padded = train(dataclasses.replace(config, batching="padded", output=str(tmp_path / "padded")))
+    padded = train(dataclasses.replace(config, batching="padded", output_dir=str(tmp_path / "padded")))
     assert (packed["batching"], padded["batching"]) == ("packed", "padded")
     assert losses(packed) == pytest.approx(losses(padded), abs=1e-4)
     assert losses(packed)[-1] < 0.9 * losses(packed)[0]  # a curve, not a line that anything would match
@@ -284,7 +279,7 @@ def test_collator_keeps_order_and_masks_padding(tokenizer):
 
 def test_continuing_from_a_model_of_another_shape_is_refused(settings, tmp_path):
     train(settings)
-    config = dataclasses.replace(settings, model=settings.output, output=str(tmp_path / "next"), latent_dim=16)
+    config = dataclasses.replace(settings, model=settings.output_dir, output_dir=str(tmp_path / "next"), latent_dim=16)
     with pytest.raises(InputError, match=r"latent_dim: .* has 8, not 16"):
         train(config)
     assert train(dataclasses.replace(config, latent_dim=8))["steps"] == 6

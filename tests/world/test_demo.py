@@ -5,17 +5,14 @@ import re
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from inform_rm import InfoRMForSequenceClassification
 from inform_rm.errors import InputError
-from inform_rm.eval.accuracy import pairwise_accuracy
 from inform_rm.eval.best_of_n.simulate import kl_nats, overoptimization_curves
 from inform_rm.hub.export import export_model
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.world.demo import DemoBudget, check_loads_elsewhere, demo, paired_bootstrap_interval
-from inform_rm.world.demo_report import TEST_SETS, console_table, write_demo_report
+from inform_rm.world.demo import DemoBudget, _compare, check_loads_elsewhere, demo
+from inform_rm.world.demo_report import TEST_SETS, console_table, demo_page
 from inform_rm.world.worlds import WorldConfig, make_pairs
 
 TINY = DemoBudget(
@@ -44,16 +41,7 @@ def made_up(inform_is_right, standard_is_right):
     for model, share in (("standard", standard_is_right), ("inform", inform_is_right)):
         signs = {name: np.where(rng.random(40) < share, 1.0, -1.0) for name in TEST_SETS}
         rewards[model] = {name: np.column_stack([0.7 * sign, -0.5 * sign]) for name, sign in signs.items()}
-    sets = {}
-    for name, rows in ROWS.items():
-        right = {model: 0.5 + 0.5 * np.sign(part[name] @ [1.0, -1.0]) for model, part in rewards.items()}
-        difference = right["inform"] - right["standard"]
-        sets[name] = {model: pairwise_accuracy(*part[name].T) for model, part in rewards.items()}
-        sets[name]["longer_wins"] = pairwise_accuracy(*([len(row[s]) for row in rows] for s in ("chosen", "rejected")))
-        sets[name]["inform_minus_standard"] = {
-            "accuracy_difference": difference.mean(),
-            "interval": paired_bootstrap_interval(difference),
-        }
+    sets = {name: _compare(name, rows, rewards) for name, rows in ROWS.items()}
     result = {
         "settings": {"backbone": "<b>&amp;", "seed": 0, "num_prompts": 4},
         "world": {"style_bias": 0.5},
@@ -88,49 +76,40 @@ def made_up(inform_is_right, standard_is_right):
     return result, rewards
 
 
-@given(
-    st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0]), min_size=1, max_size=40),
-    st.floats(-3, 3, allow_subnormal=False),
-)
-@settings(max_examples=50, deadline=None)
-def test_bootstrap_interval_holds_the_mean_and_moves_with_the_data(values, shift):
-    differences = np.array(values)
-    low, high = paired_bootstrap_interval(differences, draws=500)
-    assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
-    moved = paired_bootstrap_interval(differences + shift, draws=500)
-    assert moved == pytest.approx((low + shift, high + shift), abs=1e-9)
-
-
-def test_bootstrap_interval_has_the_width_of_the_normal_approximation():
-    differences = np.random.default_rng(1).choice([-1.0, 0.0, 1.0], size=1000, p=[0.1, 0.6, 0.3])
-    low, high = paired_bootstrap_interval(differences)
-    half = 1.96 * differences.std() / 1000**0.5
-    assert (low, high) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.15 * half)
-
-
 def test_twins_that_cancel_have_no_spread():
-    differences = np.tile([1.0, -1.0], 50)
-    assert paired_bootstrap_interval(differences, block=2) == (0.0, 0.0)
-    assert paired_bootstrap_interval(differences, block=1)[0] < 0.0
+    rows = [{"chosen": "a b", "rejected": "a"}] * 40
+    alternating = np.column_stack([np.tile([1.0, -1.0], 20), np.zeros(40)])  # right, wrong, right, wrong, ...
+    pairs = {"standard": np.array([[1.0, 0.0]] * 40), "inform": alternating}
+    rewards = {model: dict.fromkeys(TEST_SETS, part) for model, part in pairs.items()}
+    of_twins, of_single = (
+        _compare(name, rows, rewards)["inform_minus_standard"] for name in ("adversarial_prompt", "in_distribution")
+    )
+    assert of_twins == {"accuracy_difference": -0.5, "interval": [-0.5, -0.5]}
+    low, high = of_single["interval"]
+    half = 1.96 * 0.5 / 40**0.5  # of a mean of 40 differences, half of them 0 and half -1
+    assert (low, high) == pytest.approx((-0.5 - half, -0.5 + half), abs=0.15 * half)
 
 
 @pytest.mark.parametrize(
-    ("inform", "standard", "sentence"),
-    [
-        (1.0, 0.2, "InfoRM ranks more pairs right than the standard model on: in-distribution, bias-reversed"),
-        (0.2, 1.0, "InfoRM ranks fewer pairs right than the standard model on: in-distribution, bias-reversed"),
-        (1.0, 1.0, "No clear difference (its interval holds 0) on: in-distribution, bias-reversed"),
-    ],
+    ("inform", "standard", "found"),
+    [(1.0, 0.2, "ahead on"), (0.2, 1.0, "behind on"), (1.0, 1.0, "level on")],
 )
-def test_verdict_follows_the_numbers_whoever_wins(inform, standard, sentence):
+def test_verdict_follows_the_numbers_whoever_wins(inform, standard, found):
     result, _ = made_up(inform, standard)
-    table = console_table(result)
-    assert sentence in table
+    table, verdict = console_table(result).split("\n\n")
+    differences = {
+        label: result["test_sets"][name]["inform_minus_standard"]["accuracy_difference"]
+        for name, label in TEST_SETS.items()
+    }
+    listed = ", ".join(f"{label} ({difference:+.3f})" for label, difference in differences.items())
+    said = " ".join(verdict.split())
+    assert said.startswith(f"Against the standard model InfoRM is {found} {listed} (")
+    assert len(re.findall(r"\.(?= |$)", said)) == 2  # sentences
     assert f"{result['test_sets']['unseen_family']['standard']['accuracy']:.3f} [" in table
-    assert len({len(line) for line in table.split("\n\n")[0].splitlines()}) == 1  # columns line up
+    assert len({len(line) for line in table.splitlines()}) == 1  # columns line up
 
 
-def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(tmp_path, read_page):
+def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(read_page):
     result, rewards = made_up(0.9, 0.6)
     steps = range(10, 50, 10)
     logs = {
@@ -143,8 +122,9 @@ def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(tmp_pa
     columns = ("prompt_free_gap", "prompt_related_gap", "words_difference")
     gaps = {model: {name: rng.normal(size=30).tolist() for name in columns} for model in ("standard", "inform")}
     points = {"x": [0.0, 1.0, 2.0], "y": [1.0, 0.0, 2.0], "kind": ["reference", "candidate", "outlier"]}
-    write_demo_report(tmp_path / "report.html", result, ROWS, rewards, logs, latents, gaps, made_up_curves(), points)
-    source_text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    source_text = demo_page(
+        result, ROWS, rewards, logs=logs, latents=latents, gaps=gaps, curves=made_up_curves(), points=points
+    ).html()
     page = read_page(source_text)
     sources, alternatives = page.values("src", "srcset", "href"), page.values("alt")
     assert len(sources) == 18 and len(set(sources)) == 18  # nine figures, each in two schemes
@@ -202,11 +182,18 @@ def test_a_bad_seed_is_refused_before_anything_is_written(tmp_path, seed):
 
 
 @pytest.mark.slow
-def test_whole_demo_on_a_tiny_budget(tmp_path, capsys, read_page):
+def test_whole_demo_on_a_tiny_budget(tmp_path, capfd, caplog, read_page):
     result = demo(tmp_path, seed=1, budget=TINY)
     assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8")) == json.loads(json.dumps(result))
-    out = capsys.readouterr().out
-    assert console_table(result) in out
+    out, errors = capfd.readouterr()
+    stages = [line for line in out.splitlines() if re.match(r" ?\d+/10 ", line)]
+    assert [line.split()[0] for line in stages] == [f"{number}/10" for number in range(1, 11)]
+    assert [line[6:].split("  ")[0] for line in stages] == list(result["seconds"])
+    assert all(re.search(r", about \d+ (min|s) left$", line) for line in stages[2:])
+    assert console_table(result) in out and str(tmp_path / "report.html") in out and str(tmp_path / "hub-model") in out
+    assert "'loss'" not in out + errors and "it/s" not in errors and "WARNING" not in errors
+    assert [record.message for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+    assert len(out.encode()) + len(errors.encode()) < 4096
     for name in TEST_SETS:
         for model in ("standard", "inform"):
             assert result["test_sets"][name][model]["num_pairs"] == 20

@@ -237,7 +237,7 @@ def test_unit_of_length_does_not_matter_and_a_common_scale_makes_coefficients_co
     once, thrice = (length_controlled_accuracy(credits, factor * differences) for factor in (1, 3))
     assert once.accuracy.estimate == pytest.approx(thrice.accuracy.estimate, abs=1e-9)
     explicit = length_controlled_accuracy(credits, differences, scale=length_scale(differences))
-    assert explicit == once
+    assert explicit == once and once.accuracy.num_points == 400
     assert length_controlled_accuracy(credits, differences, scale=1e6).length_coefficient != once.length_coefficient
 
 
@@ -246,7 +246,12 @@ def test_unit_of_length_does_not_matter_and_a_common_scale_makes_coefficients_co
     [
         (paired_bootstrap, ([],), "differences: expected a vector of at least one finite number"),
         (paired_bootstrap, ([math.nan],), "differences: expected a vector"),
+        (mcnemar_test, ([math.inf], [1]), "first: expected a vector"),
+        (mcnemar_test, ([1], [math.nan]), "second: expected a vector"),
         (mcnemar_test, ([1, 0], [1]), "second: 1 values for 2 rows"),
+        (length_scale, ([],), "length_differences: expected a vector"),
+        (length_controlled_accuracy, ([], [1]), "credits: expected a vector"),
+        (length_controlled_accuracy, ([1], [[1]]), "length_differences: expected a vector"),
         (length_controlled_accuracy, ([1, 0], [1]), "length_differences: 1 values for 2 rows"),
         (length_controlled_accuracy, ([1, 2], [1, 3]), "credits: from 1.0 to 2.0"),
     ],

@@ -16,14 +16,16 @@ from inform_rm.errors import InputError
 from inform_rm.eval.detection import clusters, latent_arrays
 from inform_rm.eval.detection.outliers import (
     auto_eps,
-    cluster_separation_index,
     csi_interval,
     fit_mahalanobis,
-    mahalanobis_outlier_probability,
     null_rank,
     separate_clusters,
     split_half_null,
     squared_mahalanobis,
+)
+from inform_rm.eval.outliers import (  # where they are promised
+    cluster_separation_index,
+    mahalanobis_outlier_probability,
 )
 
 quick = settings(deadline=None, max_examples=40)
@@ -196,6 +198,7 @@ def test_auto_eps_makes_nine_in_ten_reference_points_core_points():
     plain = np.linalg.norm(reference[:, None] - reference[None], axis=2)
     core = (plain <= eps * (1 + 1e-9)).sum(axis=1) >= 5
     assert core.mean() == pytest.approx(0.9, abs=0.005)
+    assert np.isclose(np.sort(plain, axis=1)[:, 4], eps, rtol=1e-9).any()  # the distance of one of them
     assert auto_eps(7 * reference) == pytest.approx(7 * eps)
     # The candidate's size decides how many reference points the curve is made of.
     result = separate_clusters(normal(1, 100, 16), reference, eps="auto", seed=3)
@@ -261,6 +264,7 @@ def test_tensors_in_give_tensors_and_the_same_numbers():
     assert fitted.whitening.tolist() == fit_mahalanobis(reference).whitening.tolist()
     tensor = torch.from_numpy(candidate).requires_grad_()
     root = fitted.distances(tensor)
+    assert isinstance(fitted.squared_distances(candidate), np.ndarray)
     assert isinstance(root, torch.Tensor) and root.dtype == torch.float64 and not root.requires_grad
     np.testing.assert_allclose(root, fitted.distances(candidate), rtol=1e-12)
     rounded = tensor.bfloat16()
@@ -421,13 +425,6 @@ NAN_ROW = np.where(np.arange(30)[:, None] == 4, math.nan, GOOD)
 
 
 @pytest.mark.parametrize(
-    "call",
-    (
-        cluster_separation_index, separate_clusters, partial(csi_interval, num_resamples=2), squared_mahalanobis,
-        mahalanobis_outlier_probability,
-    ),
-)  # fmt: skip
-@pytest.mark.parametrize(
     ("candidate", "reference", "message"),
     (
         (GOOD[:0], GOOD, r"candidate: shape \(0, 3\).*; there must be at least one response"),
@@ -443,9 +440,18 @@ NAN_ROW = np.where(np.arange(30)[:, None] == 4, math.nan, GOOD)
         (GOOD.astype(complex), GOOD, "candidate: .*expected real numbers"),
     ),
 )
-def test_bad_latents_are_named(call, candidate, reference, message):
+def test_bad_latents_are_named(candidate, reference, message):
     with pytest.raises(InputError, match=message):
-        call(candidate, reference)
+        cluster_separation_index(candidate, reference)
+
+
+@pytest.mark.parametrize("call", (csi_interval, squared_mahalanobis, mahalanobis_outlier_probability))
+def test_bad_latents_are_named_by_every_function(call):
+    for candidate, reference, message in (
+        (NAN_ROW, GOOD, "candidate: row 4"), (GOOD, NAN_ROW, "reference: row 4"), (GOOD[:, :2], GOOD, "candidate: 2"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            call(candidate, reference)
 
 
 @pytest.mark.parametrize(
@@ -474,6 +480,8 @@ def test_wrong_clustering_is_named(options, message):
         (lambda: cluster_separation_index(GOOD, GOOD[:3], eps="auto"), "3 points have no distance to the 5-th"),
         (lambda: auto_eps(np.ones((20, 2))), "eps: 'auto' would be 0"),
         (lambda: auto_eps(GOOD, num_points=0), "num_points: 0"),
+        (lambda: auto_eps(GOOD, min_samples=0), "^min_samples: 0"),
+        (lambda: auto_eps(NAN_ROW), "^reference: row 4"),
         (lambda: csi_interval(GOOD, GOOD, num_resamples=0), "num_resamples: 0"),
         (lambda: csi_interval(GOOD, GOOD, max_points=0), "max_points: 0"),
         (lambda: squared_mahalanobis(GOOD, GOOD[:1]), "reference: 1 points; a covariance needs at least 10"),
@@ -487,6 +495,7 @@ def test_wrong_clustering_is_named(options, message):
         (lambda: mahalanobis_outlier_probability(GOOD, GOOD, tail="reference"), "alpha: 0.01; the smallest rank"),
         (lambda: split_half_null(GOOD[:3], squared_mahalanobis), "3 points cannot be split"),
         (lambda: split_half_null(GOOD, squared_mahalanobis, num_splits=0), "num_splits: 0"),
+        (lambda: split_half_null(GOOD, squared_mahalanobis, max_points=3), "max_points: 3; .* at least 4"),
         (lambda: split_half_null(GOOD, squared_mahalanobis, num_candidates=16), "num_candidates: 16; .* 1 to 15"),
         (lambda: split_half_null(NAN_ROW, squared_mahalanobis), "reference: row 4 holds NaN"),
         (lambda: null_rank(math.nan, np.ones(3)), "null_rank: nan"),
@@ -496,3 +505,13 @@ def test_wrong_clustering_is_named(options, message):
 def test_wrong_use_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_the_smallest_sets_that_are_enough_are_taken():
+    assert auto_eps(normal(0, 5, 3), min_samples=5) > 0
+    assert split_half_null(GOOD, lambda one, other: len(one) + 10 * len(other), num_splits=1, max_points=4) == [22]
+    fitted = fit_mahalanobis(GOOD[:10])
+    far = np.full((1, 3), 1e3)
+    assert fitted.outlier_probability(far, alpha=1.1 / 11, tail="reference").estimate == 1
+    with pytest.raises(InputError, match="the smallest rank"):
+        fitted.outlier_probability(far, alpha=0.9 / 11, tail="reference")

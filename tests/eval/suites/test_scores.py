@@ -233,7 +233,9 @@ def test_rewardbench2_is_the_mean_of_six():
 def test_rm_bench_by_hand():
     # Chosen 1 2 3, rejected 0 1.5 2.5: concise beats concise only; detailed beats two; markdown beats all.
     matrix = style_matrix([1.0, 2.0, 3.0, 0.0, 1.5, 2.5])
-    assert style_difficulties(matrix) == {"hard": 0.0, "normal": 1.0, "easy": 1.0}
+    assert style_difficulties(matrix) == {"hard": 0.0, "normal": 1.0, "easy": 1.0} and matrix.dtype == float
+    mean = [[0.0, 0.1, 0.2], [0.3, 0.4, 0.5], [0.6, 0.7, 0.8]]  # each cell is in one of the three means
+    assert style_difficulties(mean) == pytest.approx({"hard": 0.8 / 3, "normal": 1.2 / 3, "easy": 1.6 / 3})
     # One hard cell won: concise chosen (3) over markdown rejected (2), with detailed rejected (4) over it.
     assert style_difficulties(style_matrix([3.0, 0.0, 5.0, 9.0, 4.0, 2.0]))["hard"] == pytest.approx(1 / 3)
     suite = SUITES["rm-bench"]

@@ -1,0 +1,120 @@
+"""Flags that several commands share, and what they give to the functions. Imports nothing heavy."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from inform_rm.cli.parsing import SPLITS
+from inform_rm.errors import InputError
+from inform_rm.training.arguments import read_columns
+
+SOURCES = "files, folders or Hub ids, NAME[SPLIT] for one split"
+PAIR_FIELDS = "prompt, chosen, rejected, system, history, margin, subset, id"
+ROW_FIELDS = "prompt, response, system, history"
+
+
+def add_command(
+    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None]
+) -> argparse.ArgumentParser:
+    """A command's parser; what it parses names the command as ``command`` and its function as ``run``."""
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(command=name, run=run)
+    return command
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """``--model`` and how it scores."""
+    command.add_argument("--model", required=True, help="any sequence-classification reward model: folder or Hub id")
+    add_scoring(command)
+
+
+def add_scoring(command: argparse.ArgumentParser) -> None:
+    """How a reward model scores; `scoring_options` reads these."""
+    command.add_argument("--max-length", type=int, help="longest allowed input in tokens (default: the model's)")
+    command.add_argument(
+        "--tokens-per-batch", type=int, help="tokens computed at once (default: 2048 on a CPU, else 8192)"
+    )
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if there is one)")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "auto"),
+                         help="default: float32 on a CPU, else the checkpoint's own")  # fmt: skip
+    command.add_argument("--chat-template", help="template file, or 'plain', for a tokenizer without one")
+    command.add_argument("--revision", help="revision of the model on the Hub")
+    add_switch(command, "--trust-remote-code", "run code from the model's repository")
+
+
+def add_data(command: argparse.ArgumentParser, flag: str = "--data", **settings: Any) -> None:
+    """The flag that names the data, and TRL's flags for its split."""
+    command.add_argument(flag, **settings)
+    for split in SPLITS:
+        command.add_argument(split, help=argparse.SUPPRESS)
+
+
+def add_switch(command: argparse.ArgumentParser, flag: str, text: str) -> None:
+    """A flag that is bare, or followed by true or false."""
+    command.add_argument(flag, nargs="?", type=_boolean, const=True, default=False, metavar="true|false", help=text)
+
+
+def add_columns(command: argparse.ArgumentParser, fields: str) -> None:
+    """``--columns``; `columns` reads it."""
+    command.add_argument("--columns", nargs="+", metavar="FIELD=COLUMN", help=f"which columns are {fields}; "
+                         "ignore=COLUMN leaves one out knowingly (default: columns of these names)")  # fmt: skip
+
+
+def add_pairs(command: argparse.ArgumentParser) -> None:
+    """How pairs are read; `pairs_options` reads these."""
+    add_columns(command, PAIR_FIELDS)
+    command.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="default: %(default)s")
+    command.add_argument("--overlong", choices=("error", "drop", "truncate_prompt"), default="error",
+                         help="pairs over --max-length (default: %(default)s)")  # fmt: skip
+    command.add_argument("--max-pairs", type=int, help="use a seeded random subset of each item of data")
+    command.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
+
+
+def named(text: str) -> tuple[str, str]:
+    """``NAME=MODEL``, or a model named by the last part of its path or id."""
+    name, separator, model = text.partition("=")
+    return (name, model) if separator else (text.rstrip("/").rpartition("/")[2], text)
+
+
+def columns(arguments: argparse.Namespace) -> dict[str, str] | None:
+    """Field to column.
+
+    Raises:
+        InputError: ``--columns`` holds something else.
+    """
+    try:
+        return None if arguments.columns is None else read_columns(arguments.columns)
+    except ValueError as error:
+        raise InputError(f"columns: {error}.") from None
+
+
+def pairs_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_pairs` adds, as arguments of the functions."""
+    names = ("on_bad_row", "overlong", "max_pairs", "seed")
+    return {**{name: getattr(arguments, name) for name in names}, "columns": columns(arguments)}
+
+
+def scoring_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_scoring` adds, as arguments of the functions."""
+    names = ("max_length", "tokens_per_batch", "device", "dtype", "chat_template", "revision", "trust_remote_code")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def accuracy_line(result: dict[str, Any]) -> str:
+    """One line about an evaluation on pairs."""
+    low, high = result["accuracy_interval"]
+    return f"accuracy {result['accuracy']:.4f} on {result['num_pairs']} pairs (95 % interval {low:.4f} to {high:.4f})"
+
+
+def print_once(*lines: str, see: object = None) -> None:
+    """What a command ends with, from the main process of a launch: findings, then what was done, and where to look."""
+    from inform_rm.util.processes import is_main_process
+
+    if is_main_process():
+        print("\n".join(lines) + ("" if see is None else f"; see {see}"), flush=True)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected true or false, or the bare flag")
+    return text.lower() == "true"

@@ -1,0 +1,104 @@
+"""``inform-rm train``: settings from a YAML file, from flags or from both; every setting is a flag."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from inform_rm.cli.flags import accuracy_line, print_once
+from inform_rm.errors import InputError
+from inform_rm.training.arguments import GROUPS, OFTEN_USED, our_settings
+
+_USAGE = """usage: inform-rm train [CONFIG.yaml] [--SETTING VALUE ...]
+
+train a reward model; writes a Hub-ready folder
+
+CONFIG.yaml holds 'setting: value' lines; flags win over it. Flags may have dashes for underscores; a flag alone means
+true. Required: model, data, output_dir. TRL's names are read, too: model_name_or_path, dataset_name,
+dataset_train_split, dataset_test_split, ...
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command. It reads its own flags: what they are is known once transformers has been imported."""
+    text = "train a reward model; writes a Hub-ready folder"
+    command = commands.add_parser("train", help=text, add_help=False, prefix_chars="\0")
+    command.add_argument("settings", nargs="*")
+    command.set_defaults(command="train", run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run it."""
+    if {"-h", "--help", "--help-all"} & set(arguments.settings):
+        print(_help("--help-all" in arguments.settings))
+        return
+    config, flags = read_flags(arguments.settings)
+    from inform_rm.training.reward_arguments import read_arguments
+
+    args = read_arguments(config, flags)
+    from inform_rm import train
+
+    result = train(args)
+    measured = [] if result["evaluation"] is None else [accuracy_line(result["evaluation"])]
+    print_once(*measured, "trained a reward model", see=args.output_dir)
+
+
+def read_flags(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """The file of settings, and the flags: one value is text, several are a list, none is ``True``.
+
+    Raises:
+        InputError: a word that belongs to no flag, or a flag that is given twice.
+    """
+    config, rest = (words[0], words[1:]) if words and not words[0].startswith("--") else (None, words)
+    found: dict[str, list[str]] = {}
+    name = None
+    for word in rest:
+        if word.startswith("--"):
+            flag, has_value, value = word[2:].partition("=")
+            name = flag.replace("-", "_")
+            if name in found:
+                raise InputError(f"--{flag} is given twice: keep one.")
+            found[name] = [value] if has_value else []
+        elif name is None:
+            raise InputError(f"{word!r}: expected one file of settings, then flags: --SETTING VALUE.")
+        else:
+            found[name].append(word)
+    return config, {name: values[0] if len(values) == 1 else values or True for name, values in found.items()}
+
+
+def _help(everything: bool) -> str:
+    import textwrap
+
+    starts = {first: heading for heading, first in GROUPS.items()}
+    lines = [_USAGE.rstrip()]
+    for name, spec in our_settings().items():
+        if name in starts:
+            lines += ["", f"{starts[name]}:"]
+        lines += [f"  --{name}", *_wrapped(f"{spec.metadata['help']} (default: {_shown(spec.default)})")]
+    often = ", ".join(OFTEN_USED)
+    lines += ["", "of transformers' TrainingArguments, all of which are settings, with its defaults:"]
+    lines += textwrap.wrap(often, 110, initial_indent="  ", subsequent_indent="  ")
+    lines += ["  --help-all: shows all of them"]
+    if everything:
+        import dataclasses
+
+        from transformers import TrainingArguments
+
+        lines += ["", "transformers' TrainingArguments:"]
+        for other in dataclasses.fields(TrainingArguments):
+            if other.init and other.name not in our_settings():
+                text = other.metadata.get("help", "see the documentation of transformers")
+                default = None if other.default is dataclasses.MISSING else other.default
+                lines += [f"  --{other.name}", *_wrapped(f"{text} (default: {_shown(default)})")]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(" ".join(text.split()), 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _shown(default: Any) -> str:
+    if default is None or default == () or default == "":
+        return "none"
+    return str(default).lower() if isinstance(default, bool) else str(getattr(default, "value", default))

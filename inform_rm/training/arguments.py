@@ -1,0 +1,323 @@
+"""Settings of a training run that are ours, or whose defaults are; imports neither torch nor transformers.
+
+`inform_rm.training.reward_arguments` joins them with transformers' TrainingArguments.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from inform_rm.errors import shown
+
+# Heading of the help -> the first setting under it.
+GROUPS = {
+    "model": "model", "data": "data", "bottleneck and loss": "beta", "which pairs are learnt from": "objective",
+    "LoRA and quantisation": "lora_r", "optimisation": "learning_rate", "forward passes": "batching",
+    "logs and checkpoints": "logging_steps",
+}  # fmt: skip
+# Settings of transformers' TrainingArguments with its own defaults that most runs use.
+OFTEN_USED = (
+    "output_dir", "max_steps", "per_device_train_batch_size", "weight_decay", "max_grad_norm", "optim", "bf16",
+    "gradient_checkpointing", "torch_compile", "use_cpu", "load_best_model_at_end", "report_to", "run_name",
+    "dataloader_num_workers", "push_to_hub", "hub_model_id", "deepspeed", "fsdp", "neftune_noise_alpha",
+)  # fmt: skip
+# Of TrainingArguments' settings: what changes neither weights nor the choice among them, by name or beginning.
+_DECIDE_NOTHING = (
+    "output_dir", "activation_checkpointing", "gradient_checkpointing", "torch_empty_cache_steps", "logging_", "log_",
+    "include_num_input_tokens_seen", "disable_tqdm", "report_to", "run_name", "project", "trackio_", "save_total",
+    "save_only_model", "save_on_each_node", "enable_jit_checkpoint", "push_to_hub", "hub_", "dataloader_num",
+    "dataloader_p", "dataloader_m", "dataloader_in_order", "ddp_", "debug", "skip_memory_metrics", "do_",
+    "resume_from_checkpoint", "restore_callback", "local_rank", "_n_gpu", "use_cache", "overwrite",
+)  # fmt: skip
+_DECIDE_WHICH_IS_BEST = (
+    "eval_", "save_strategy", "per_device_eval", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics",
+    "metric_for_best_model", "greater_is_better", "bf16_full_eval", "fp16_full_eval",
+)  # fmt: skip
+
+
+def _setting(text: str, default: Any, *, decides: bool | str = True, by_content: bool = False) -> Any:
+    """A field of the settings.
+
+    Args:
+        text: its sentence of help.
+        default: its default.
+        decides: whether it decides what is learnt, so that a run is not continued under another value; the name of a
+            setting: it decides where that one is set.
+        by_content: it names files, and what they hold decides, not how they are named.
+    """
+    return field(default=default, metadata={"help": text, "decides": decides, "by_content": by_content})
+
+
+@dataclass(kw_only=True, repr=False)
+class RewardArguments:
+    """What decides a run beside TrainingArguments. Published defaults: arXiv:2402.09345, appendices E.2 and J.3."""
+
+    model: str | None = _setting(
+        "backbone (or InfoRM model to continue from): Hub id or folder", None, by_content=True
+    )
+    revision: str | None = _setting("revision of the model on the Hub", None)
+    trust_remote_code: bool = _setting("run code from the model's repository", False)
+    architecture: Literal["inform", "standard"] = _setting(
+        "'inform': information bottleneck; 'standard': one linear reward head, the baseline", "inform"
+    )
+    latent_dim: int = _setting("K, latent dimensions of the bottleneck (paper: 32, 64 or 128)", 128)
+    decoder: Literal["mlp", "linear"] = _setting("map from latent to reward", "mlp")
+    dtype: Literal["float32", "bfloat16", "auto"] = _setting(
+        "number type of the backbone's weights ('auto': the checkpoint's); in bfloat16 most updates are lost unless "
+        "optim is stable_adamw or LoRA is on; the head is in float32",
+        "float32",
+    )
+    attn_implementation: str | None = _setting("sdpa, eager, flash_attention_2, ...; none: the model's own", None)
+    chat_template: str | None = _setting(
+        "template file, or 'plain' (what a tokenizer without one gets)", None, by_content=True
+    )
+
+    data: tuple[str, ...] = _setting(
+        "training pairs: files, folders or Hub ids, NAME[SPLIT] for one split; several are concatenated",
+        (),
+        by_content=True,
+    )
+    eval_data: tuple[str, ...] = _setting(
+        "pairs for evaluation during training, given like data", (), decides="load_best_model_at_end", by_content=True
+    )
+    columns: dict[str, str] | None = _setting(  # noqa: RUF009  # its default is None
+        "which columns of data and eval_data are prompt, chosen, rejected, system, history, margin, subset, id: "
+        "FIELD=COLUMN; ignore=COLUMN leaves one out knowingly; none: columns of these names",
+        None,
+    )
+    max_length: int | None = _setting("longest allowed prompt + response in tokens; none: the model's own limit", None)
+    overlong: Literal["error", "drop", "truncate_prompt"] = _setting("what to do with a longer pair", "error")
+    on_bad_row: Literal["error", "skip"] = _setting("stop at a bad row, or skip, count and list it", "error")
+    max_pairs_per_source: int | None = _setting("use a seeded random subset of each item of data; none: all", None)
+    max_eval_pairs_per_source: int | None = _setting("the same for eval_data", None, decides="load_best_model_at_end")
+    streaming: bool = _setting(
+        "read and encode data while training, in bounded memory, instead of before; needs max_steps", False
+    )
+    shuffle_buffer: int = _setting(
+        "streaming: rows held in memory by each reader, from which the next one is drawn; 1: rows in file order",
+        10_000,
+    )
+
+    beta: float = _setting("weight of the KL term, eq. 25 (paper: 0.1, 0.01 or 0.001)", 0.1)
+    kl_reduction: Literal["sum", "averaged_moments"] = _setting(
+        "'sum': the paper's bound; 'averaged_moments': the authors' released code", "sum"
+    )
+    kl_warmup_steps: float = _setting(
+        "the KL weight is 0 for so many steps and rises to beta over as many again; below 1: fraction of all steps",
+        0.25,
+    )
+    loss_type: str = _setting("loss of a pair (`inform_rm.training.losses.PAIR_LOSSES`)", "bradley_terry")
+    label_smoothing: float = _setting("probability that a label is wrong, 0 to below 0.5", 0.0)
+    center_rewards_coefficient: float = _setting("weight of mean((r_w + r_l)^2), which keeps rewards near 0", 0.0)
+
+    objective: Literal["plain", "prioritized"] = _setting(
+        "'prioritized': of each pool, learn from the pairs with the smallest prompt-free gap (arXiv:2504.06020)",
+        "plain",
+    )
+    pool_factor: int = _setting("prioritized: pairs drawn for each pair that is learnt from", 2)
+    num_prompts: int = _setting("prioritized: prompts behind each prompt-free gap, the pair's own among them", 8)
+    weights: Literal["uniform", "behavior"] = _setting(
+        "prioritized: prompts count the same, or as likely as behavior_model finds both responses under them",
+        "uniform",
+    )
+    behavior_model: str | None = _setting(
+        "prioritized: causal LM near what wrote the responses, a folder or Hub id; what weights 'behavior' needs",
+        None,
+        by_content=True,
+    )
+    length_normalized: bool = _setting("weights 'behavior': mean log-likelihoods of the tokens instead of sums", False)
+    ess_target: float = _setting("weights 'behavior': effective sample size to keep, as a share of the prompts", 0.25)
+    warmup_fraction: float = _setting("prioritized: share of the steps that start without selection", 0.1)
+    refresh: int = _setting("prioritized: steps for which an estimated gap may be used again; 1: never", 1)
+    selection: Literal["smallest", "soft"] = _setting(
+        "prioritized: the smallest gaps (the paper's), or a draw with probability sigmoid(-gap)", "smallest"
+    )
+    augmentation: Literal["none", "rrm"] = _setting(
+        "'rrm': two more pairs for each, against responses of other prompts (arXiv:2409.13156)", "none"
+    )
+
+    lora_r: int = _setting("rank of LoRA adapters on all linear layers of the backbone; 0: train all weights", 0)
+    lora_alpha: float = _setting("LoRA scale", 16.0)
+    lora_dropout: float = _setting("LoRA dropout", 0.0)
+    use_dora: bool = _setting("LoRA: also learn the length of each output's weights (DoRA, arXiv:2402.09353)", False)
+    use_rslora: bool = _setting(
+        "LoRA: scale by lora_alpha / sqrt(lora_r), not lora_alpha / lora_r (arXiv:2312.03732)", False
+    )
+    load_in_4bit: bool = _setting(
+        "LoRA: backbone in 4 bits (QLoRA, arXiv:2305.14314: nf4, double quantisation); the head stays whole", False
+    )
+    load_in_8bit: bool = _setting("LoRA: backbone in 8 bits (LLM.int8, arXiv:2208.07339); the head stays whole", False)
+    merge_adapters: bool = _setting(
+        "LoRA: true: the finished folder is a whole model, merged in full precision; false: it holds adapters and "
+        "head, and loads where the base model is there too",
+        True,
+    )
+
+    learning_rate: float = _setting("peak learning rate (paper: 5e-6)", 5e-6)
+    num_train_epochs: float = _setting("passes over the data (paper: 1)", 1.0)
+    gradient_accumulation_steps: int = _setting("forward passes per optimizer step (paper: 64 pairs a step)", 8)
+    lr_scheduler_type: str = _setting("learning rate schedule of transformers", "cosine")
+    warmup_steps: float = _setting("steps of linear warm-up; below 1: fraction of all steps", 0.03)
+    adam_beta2: float | None = _setting(
+        "decay of Adam's second moment; none: 0.999, and 0.99 with stable_adamw (as torch-optimi's authors)", None
+    )
+    seed: int = _setting("seed of the head, the data order and the latent noise", 0)
+
+    batching: Literal["packed", "padded"] = _setting(
+        "'packed': prompts shared by both sides computed once, no padding; 'padded': the same results, slower",
+        "packed",
+    )
+    tokens_per_batch: int | None = _setting(
+        "packed, one process: most tokens of a forward pass, a larger batch takes several; none: 2048 on a CPU, "
+        "else no limit",
+        None,
+        decides="lora_dropout",
+    )
+    per_device_eval_batch_size: int = _setting(
+        "pairs per process and forward pass in evaluation", 16, decides="load_best_model_at_end"
+    )
+
+    logging_steps: float = _setting("log every so many steps; below 1: fraction of all steps", 10, decides=False)
+    logging_nan_inf_filter: bool = _setting("a loss that is no number stops the run; true would hide it", False)
+    eval_strategy: str = _setting(
+        "when to evaluate; without pairs for it: never", "steps", decides="load_best_model_at_end"
+    )
+    eval_steps: float | None = _setting(
+        "evaluate every so many steps; below 1: fraction of all steps", 0.25, decides="load_best_model_at_end"
+    )
+    save_steps: float = _setting(
+        "checkpoint every so many steps; below 1: fraction of all steps", 0.25, decides="load_best_model_at_end"
+    )
+    save_total_limit: int | None = _setting("checkpoints to keep; none: all", 2, decides=False)
+    metric_for_best_model: str | None = _setting(
+        "what load_best_model_at_end chooses by; none: eval_accuracy", None, decides="load_best_model_at_end"
+    )
+    overwrite: bool = _setting("discard what the output folder holds from another run", False, decides=False)
+    hub_strategy: str = _setting(
+        "'end': push_to_hub uploads the finished model, after a scan of it; checkpoints stay here", "end",
+        decides=False,
+    )  # fmt: skip
+    remove_unused_columns: bool = _setting("the collators read every column: leave it false", False)
+
+    def faults(self) -> list[str]:
+        """What is impossible, all of it, each with its name."""
+        values: Any = self  # also what TrainingArguments adds
+        faults = [f"{name} is empty" for name in ("model", "output_dir") if _is_blank(getattr(values, name))]
+        at_least = {
+            "latent_dim": 1, "beta": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "lora_r": 0,
+            "kl_warmup_steps": 0,
+            "center_rewards_coefficient": 0, "dataloader_num_workers": 0, "seed": 0, "max_length": 2,
+            "max_pairs_per_source": 1, "max_eval_pairs_per_source": 1, "save_total_limit": 1,
+            "tokens_per_batch": 1, "pool_factor": 1, "num_prompts": 2, "refresh": 1,
+            "shuffle_buffer": 1,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(values, name)
+            if value is not None and not least <= value < float("inf"):
+                faults.append(f"{name} must be a finite number of at least {least}, got {value}")
+        for name in ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps"):
+            value = getattr(values, name)
+            if value is not None and not 0 < value < float("inf"):
+                faults.append(f"{name} must be a finite number above 0, got {value}")
+        for name, limit in (("label_smoothing", 0.5), ("lora_dropout", 1.0), ("warmup_fraction", 1.0)):
+            if not 0 <= getattr(self, name) < limit:
+                faults.append(f"{name} must be at least 0 and below {limit}, got {getattr(self, name)}")
+        if not math.isfinite(self.lora_alpha):
+            faults.append(f"lora_alpha must be a finite number, got {self.lora_alpha}")
+        if not 0 < self.ess_target <= 1:
+            faults.append(f"ess_target must be above 0 and at most 1, got {self.ess_target}")
+        if (self.weights == "behavior") != (self.behavior_model is not None):
+            faults.append(
+                f"weights {self.weights!r} does not go with behavior_model {self.behavior_model!r}: 'behavior' needs "
+                "one, 'uniform' uses none"
+            )
+        if self.load_in_4bit and self.load_in_8bit:
+            faults.append("load_in_4bit and load_in_8bit exclude each other: choose one")
+        if values.load_best_model_at_end and self.data and not self.eval_data:
+            faults.append("load_best_model_at_end needs eval_data to choose by")
+        if values.load_best_model_at_end and self.eval_steps != self.save_steps:
+            faults.append("load_best_model_at_end needs eval_steps equal to save_steps")
+        return faults + self._against_trainer() + (self._against_streaming() if self.streaming else [])
+
+    def _against_trainer(self) -> list[str]:
+        """Settings of TrainingArguments that would do nothing here, or harm."""
+        values: Any = self
+        reasons = {
+            "label_smoothing_factor": "is for classifiers: use label_smoothing",
+            "batch_eval_metrics": "gives metrics of single batches: leave it out",
+            "prediction_loss_only": "leaves no rewards to measure: leave it out",
+            "auto_find_batch_size": "changes the batch in silence: lower per_device_train_batch_size",
+            "remove_unused_columns": "would take the pairs' columns away: leave it false",
+            "logging_nan_inf_filter": "would hide losses that are no numbers: leave it false",
+        }
+        faults = [f"{name} {reason}" for name, reason in reasons.items() if getattr(values, name)]
+        if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
+            faults.append("hub_strategy: only 'end' is known; checkpoints are not uploaded")
+        return faults
+
+    def _against_streaming(self) -> list[str]:
+        """What streaming cannot do, each with the reason."""
+        values: Any = self
+        faults = []
+        if values.max_steps <= 0:
+            faults.append(
+                "streaming needs max_steps, because the number of pairs is not known before they are read (one pass: "
+                "pairs / (per_device_train_batch_size * gradient_accumulation_steps * processes))"
+            )
+        for name, used, reason in (
+            ("objective 'prioritized'", self.objective == "prioritized", "draws prompts from all the data"),
+            ("augmentation 'rrm'", self.augmentation == "rrm", "draws responses from all the data"),
+            ("group_by_length", values.train_sampling_strategy == "group_by_length", "sorts all pairs by length"),
+            ("max_pairs_per_source", self.max_pairs_per_source is not None, "chooses among all pairs of a source"),
+        ):
+            if used:
+                faults.append(f"{name} does not go with streaming: it {reason}")
+        return faults
+
+
+def decides(name: str) -> bool | str:
+    """Whether a setting decides what is learnt; the name of another setting: where that one is set."""
+    if name in _OURS:
+        return _OURS[name].metadata["decides"]
+    if name.startswith(_DECIDE_WHICH_IS_BEST):
+        return "load_best_model_at_end"
+    return not name.startswith(_DECIDE_NOTHING)
+
+
+def settings_by_content() -> list[str]:
+    """Names of the settings that name files."""
+    return [name for name, spec in _OURS.items() if spec.metadata["by_content"]]
+
+
+def our_settings() -> dict[str, Any]:
+    """Name to dataclass field of what `RewardArguments` adds or gives another default, in order."""
+    return _OURS
+
+
+def read_columns(value: Any) -> dict[str, str]:
+    """A mapping of fields to columns, from YAML or from texts like ``prompt=question``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    else:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str) and "=" in item for item in items):
+            raise ValueError(f"must be FIELD=COLUMN, several times if need be, got {shown(value)}")
+        pairs = [tuple(item.split("=", 1)) for item in items]
+    if not all(isinstance(part, str) and part for pair in pairs for part in pair):
+        raise ValueError(f"must name a column for each field, got {shown(value)}")
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"names a field twice, got {shown(value)}")
+    return dict(pairs)
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+_OURS: dict[str, Any] = {spec.name: spec for spec in dataclasses.fields(RewardArguments)}

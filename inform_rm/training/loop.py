@@ -1,0 +1,303 @@
+"""The training loop: transformers' Trainer with the reward-model loss and checkpoints that survive a kill."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from inform_rm.hub.export import add_remote_code
+from inform_rm.scoring.adapters import complete_adapter_folder, holds_adapters
+from inform_rm.scoring.packed_flex import flex_inputs, windows_of
+from inform_rm.training.checkpoints import discard, discard_beyond, reading_checkpoint
+from inform_rm.training.collators import EpochSeededLengthSampler, counted_pairs
+from inform_rm.training.losses import PAIR_LOSSES, kl_weight, reward_model_loss
+from inform_rm.training.metrics import metrics_from_sums, pair_sums
+from inform_rm.training.prioritized import PoolSelector
+from inform_rm.training.reward_arguments import RewardTrainingArguments
+from inform_rm.training.streaming import EncodedStream
+from inform_rm.util.checkpoints import last_complete, mark_complete
+from inform_rm.util.files import write_json
+
+_NOT_FOR_MODEL = ("margin", "share", "counted", "ids", "places")
+
+
+class OwnSteps(TrainerCallback):
+    """A resumed run logs, evaluates and saves as its settings say; the Trainer would do it as the checkpoint's did."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set them."""
+        state.compute_steps(args, state.max_steps)
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss or a gradient was NaN or infinite; no weight has been changed by it."""
+
+
+class RewardLoop(Trainer):
+    """Steps, evaluation and checkpoints of `inform_rm.training.trainer.RewardTrainer`, which puts its parts together.
+
+    Args:
+        stream: pairs that are read while training, in place of ``train_dataset``.
+        selector: chooses from each batch, a pool then, what is learnt from.
+        kwargs: arguments of `transformers.Trainer`.
+    """
+
+    args: RewardTrainingArguments
+    # The loss is a mean over the pairs of a batch, so accumulated batches are averaged.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *, stream: EncodedStream | None, selector: PoolSelector | None, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.stream, self._selector = stream, selector
+        self.can_return_loss = True
+        self.label_names: list[str] = []
+        self._sums: Tensor | None = None
+        self._has_kl = False
+        self._since_update: list[tuple[list[str], Tensor]] = []  # of the batches since the last update: ids, loss
+        self._loss_settings: dict[str, Any] = {
+            "loss": PAIR_LOSSES[self.args.loss_type],
+            "label_smoothing": self.args.label_smoothing,
+            "center_rewards_coefficient": self.args.center_rewards_coefficient,
+        }
+        self._keep_fsdp_output_in_float32()
+
+    def get_train_dataloader(self) -> Any:
+        """The batches of this process."""
+        return super().get_train_dataloader() if self.stream is None else self.stream.loader(self.data_collator)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The batches of one update; the last one of an epoch says how many pairs it has on all processes together.
+
+        There the data loader gives every process a full batch and repeats pairs for it, which must not count twice.
+        """
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        world = self.accelerator.num_processes
+        if world > 1 and batches and self.accelerator.gradient_state.end_of_dataloader:
+            data: Any = self.train_dataset
+            with contextlib.suppress(TypeError):  # a stream has no length
+                batches[-1]["pairs_left"] = len(data) % (world * self.args.train_batch_size)
+        return batches, num_items
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward pass of a batch; row by row where it has several: the gradients add up."""
+        start = time.perf_counter()
+        if self.stream is not None:
+            self.stream.take(inputs)
+            inputs = send_to_device(inputs, self.args.device)
+        if self._selector is not None:
+            inputs = self._selector.batch(inputs, self.accelerator, self.state)
+        ids = inputs.pop("ids")
+        if pairs_left := inputs.pop("pairs_left", 0):
+            size = len(inputs["margin"])
+            counted = min(max(pairs_left - self.accelerator.process_index * size, 0), size)
+            inputs |= counted_pairs(counted, pairs_left, self.accelerator.num_processes)
+        rows = inputs.get("rows")
+        num_pairs = len(inputs["margin"]) if rows is None else sum(len(row["margin"]) for row in rows)
+        noise = self._latent_noise(num_pairs)
+        if rows is None:
+            loss = super().training_step(model, inputs | noise(slice(None)), num_items_in_batch)
+        else:
+            losses = []
+            for row in rows:
+                part = {**row, **noise(row["places"]), "share": len(row["margin"]) / num_pairs}
+                losses.append(super().training_step(model, part, num_items_in_batch))
+            loss = torch.stack(losses).sum()
+        self._since_update.append((ids, loss.detach()))
+        if self._selector is not None:
+            self._selector.add_seconds(time.perf_counter() - start)
+        return loss
+
+    def _latent_noise(self, num_pairs: int) -> Callable[[Any], dict[str, Tensor]]:
+        """The model's input ``latent_noise`` for pairs at given places of a batch of ``num_pairs``.
+
+        Drawn for the whole batch at once: into how many forward passes it is split then changes nothing.
+        """
+        config: Any = self.accelerator.unwrap_model(self.model).config
+        if getattr(config, "architecture", None) != "inform":
+            return lambda places: {}
+        noise = torch.randn_like(torch.empty(2, num_pairs, config.latent_dim, device=self.args.device))
+        return lambda places: {"latent_noise": noise[:, places].flatten(0, 1)}
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a batch or row, times its ``share``; its counts are added to what the next log line divides.
+
+        Where ``counted`` is given, only so many pairs at its start count.
+        """
+        chosen, rejected, kl, output = self._rewards(model, inputs)
+        pair_kl = None if kl is None else torch.stack(kl.chunk(2))  # (2, B)
+        counted = inputs.get("counted", len(chosen))
+        sums = pair_sums(
+            chosen[:counted], rejected[:counted], None if pair_kl is None else pair_kl[:, :counted].flatten()
+        )
+        used = counted or len(chosen)  # a process without pairs, its share 0, takes part in the backward pass as well
+        chosen_kl, rejected_kl = (None, None) if pair_kl is None else pair_kl[:, :used]
+        beta = kl_weight(self.state.global_step, self.state.max_steps, self.args.beta, self.args.kl_warmup_steps)
+        loss = reward_model_loss(
+            chosen[:used],
+            rejected[:used],
+            chosen_kl,
+            rejected_kl,
+            beta=beta,
+            margin=inputs["margin"][:used],
+            **self._loss_settings,
+        ) * inputs.get("share", 1.0)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._has_kl = kl is not None
+        return (loss, output) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as `transformers.Trainer` does, without a trace in the random state that training goes on with."""
+        with torch.random.fork_rng(devices=[]):  # a data loader draws from the CPU's when it starts
+            return super().evaluate(*args, **kwargs)
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Rows ``(B, 3)`` for `compute_eval_metrics`, and the margins as labels; gathering counts each pair once."""
+        inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "ids"})
+        if "rows" in inputs:
+            parts = [self.prediction_step(model, row, prediction_loss_only, ignore_keys) for row in inputs["rows"]]
+            _, predictions, margins = zip(*parts, strict=True)
+            return None, torch.cat(predictions), torch.cat(margins)
+        chosen, rejected, kl, _ = self._rewards(model, inputs)
+        kl_sum = torch.full_like(chosen, float("nan")) if kl is None else torch.stack(kl.chunk(2)).sum(dim=0)
+        return None, torch.stack([chosen, rejected, kl_sum], dim=1).detach(), inputs["margin"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the training metrics since the last line."""
+        if "loss" in logs and self._sums is not None:
+            sums = self.accelerator.reduce(self._sums, reduction="sum")
+            logs.update(metrics_from_sums(sums, self._has_kl))
+            self._sums = None
+        if "loss" in logs and self._selector is not None:
+            logs.update(self._selector.metrics(self.accelerator))
+        super().log(logs, *args, **kwargs)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The gradient norm, which is that of all processes; the Trainer asks for it before it updates the weights."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        batches, self._since_update = self._since_update, []
+        losses = torch.stack([loss for _, loss in batches])
+        if not (losses.isfinite().all() and torch.as_tensor(norm).isfinite().all()):
+            self._report_non_finite(float(norm), [(ids, float(loss)) for ids, loss in batches])
+        return norm
+
+    def _report_non_finite(self, norm: float, batches: list[tuple[list[str], float]]) -> None:
+        step = self.state.global_step + 1
+        path = Path(str(self.args.output_dir)) / f"nonfinite-{self.args.process_index}.json"
+        report = [{"loss": str(loss), "is_finite": math.isfinite(loss), "ids": ids} for ids, loss in batches]
+        write_json(path, {"step": step, "gradient_norm": str(norm), "batches": report})
+        suspects = [ids for ids, loss in batches if not math.isfinite(loss)] or [ids for ids, _ in batches]
+        shown = [row for ids in suspects for row in ids]
+        raise NonFiniteLossError(
+            f"The loss or gradient norm ({norm}) is not finite at step {step}: losses "
+            f"{[loss for _, loss in batches]} of this process, rows {', '.join(shown[:8])}"
+            f"{' ...' if len(shown) > 8 else ''} (all in {path}). The weights were not updated, and earlier "
+            "checkpoints are intact. Look at these rows, lower learning_rate, or train in float32."
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(super()._get_output_dir(trial)) / "checkpoints")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        checkpoints = Path(self._get_output_dir(trial=trial))
+        folder = checkpoints / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            discard(folder)  # left by a run that was killed while it wrote
+        self.accelerator.wait_for_everyone()
+        # The Trainer would remove older checkpoints by file time, and before the new one is known to be whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.stream is not None:
+                self.stream.save(folder)
+            if self._selector is not None and self.args.should_save:
+                self._selector.save(folder, self.state.global_step)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                mark_complete(folder)
+        except Exception as error:  # OSError, but also what safetensors and torch.save make of a full disk
+            if self.args.should_save:
+                with contextlib.suppress(OSError):
+                    discard(folder)
+            last = last_complete(checkpoints)
+            raise OSError(
+                f"{folder} could not be written ({error}). "
+                + (f"{last} is complete: the same command goes on from there." if last else "There is no earlier one.")
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            discard_beyond(checkpoints, limit, self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with reading_checkpoint(resume_from_checkpoint, "the weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading_checkpoint(checkpoint, "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading_checkpoint(checkpoint, "the random state (rng_state*.pth)"):
+            super()._load_rng_state(checkpoint)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        # As many as all processes use for one update: their order is then that of one process with such a batch.
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return EpochSeededLengthSampler(batch_size, list(rows["length"]), self.args.seed)
+
+    def _rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Any]:
+        given = {name: value for name, value in inputs.items() if name not in _NOT_FOR_MODEL}
+        if "packed_segments" in given and self.args.device.type == "cuda":
+            config: Any = self.accelerator.unwrap_model(self.model).config
+            given = flex_inputs(given, windows_of(config.get_text_config()), self.args.device)
+        output = model(**given)
+        chosen, rejected = output.logits.float().flatten().chunk(2)
+        kl = getattr(output, "kl", None)
+        return chosen, rejected, None if kl is None else kl.float(), output
+
+    def save_whole_model(self, output_dir: str) -> None:
+        """`save_model` that writes an ordinary folder under ``SHARDED_STATE_DICT``, too."""
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if not self.is_fsdp_enabled or "FULL_STATE_DICT" in str(plugin.state_dict_type):
+            return self.save_model(output_dir, _internal_call=True)
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled and "_auto_class" not in type(model).__dict__:
+            # FSDP2 gives the model a class of its own; saving that as a registered class would copy torch's FSDP files
+            # in place of ours.
+            type(model)._auto_class = None
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        if not self.args.should_save:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "training_args.bin").unlink()  # a pickle; the settings are in training_config.yaml
+        if holds_adapters(folder):
+            complete_adapter_folder(folder, model)
+        if (folder / "config.json").exists():
+            add_remote_code(folder)
+
+    def _keep_fsdp_output_in_float32(self) -> None:
+        """FSDP2's mixed precision would round rewards to bfloat16 on their way out of the model."""
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy: Any = getattr(plugin, "mixed_precision_policy", None)
+        if hasattr(policy, "output_dtype"):
+            plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=torch.float32)

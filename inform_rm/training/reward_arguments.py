@@ -1,0 +1,294 @@
+"""`RewardTrainingArguments`: transformers' TrainingArguments and ours; read from YAML, from flags or from both."""
+
+import dataclasses
+import difflib
+import enum
+import math
+import types
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import OptimizerNames
+
+from inform_rm.errors import InputError, shown
+from inform_rm.safety.settings_yaml import read_settings_yaml
+from inform_rm.training.arguments import RewardArguments, decides, our_settings, read_columns
+from inform_rm.training.half_precision import COMPENSATED_BETA2, COMPENSATED_OPTIM, check_optimizer
+from inform_rm.training.losses import PAIR_LOSSES
+
+_LARGEST_NUMBER = 2**63 - 1  # what torch and numpy can hold
+_MOST_DIGITS = 100
+_MOST_FAULTS = 20  # as many are listed
+_REQUIRED = {
+    "model": "backbone (or InfoRM model to continue from): Hub id or folder",
+    "data": "training pairs: files, folders or Hub ids",
+    "output_dir": "folder for the trained, Hub-ready model; checkpoints go to its subfolder 'checkpoints'",
+}
+# What TRL calls it, and what earlier versions did.
+_OTHER_NAMES = {
+    "model_name_or_path": "model", "model_revision": "revision", "torch_dtype": "dtype", "dataset_name": "data",
+    "dataset_streaming": "streaming", "output": "output_dir",
+}  # fmt: skip
+
+
+# What TrainingArguments finds out itself, and a secret.
+_OF_THIS_PLACE = ("disable_tqdm", "dataloader_pin_memory", "do_eval", "local_rank", "_n_gpu", "hub_token")
+
+
+@dataclass(repr=False)
+class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: ignore[misc]  # None is resolved
+    """Everything that decides a training run: `RewardArguments`, and all of `transformers.TrainingArguments`.
+
+    ``output_dir`` gets the trained, Hub-ready model; checkpoints go to its subfolder ``checkpoints``.
+
+    Raises:
+        InputError: impossible settings, all of them in one message.
+    """
+
+    def __post_init__(self) -> None:
+        """Refuse what is impossible, then what TrainingArguments refuses."""
+        self.data, self.eval_data = _as_tuple(self.data), _as_tuple(self.eval_data)
+        faults = self.faults()
+        known: tuple[tuple[str, type[enum.Enum]], ...] = (
+            ("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames)
+        )  # fmt: skip
+        for name, names in known:
+            choices, value = [choice.value for choice in names], getattr(self, name)
+            if getattr(value, "value", value) not in choices:
+                faults.append(f"{name}: {value!r} is unknown. Choose one of {', '.join(choices)}")
+        if self.loss_type not in PAIR_LOSSES:
+            faults.append(f"loss_type: {self.loss_type!r} is unknown. Choose one of {', '.join(PAIR_LOSSES)}")
+        if self.push_to_hub and self.hub_model_id is None:
+            faults.append("push_to_hub needs hub_model_id, name/model")
+        if faults:
+            raise InputError("Training settings: " + "; ".join(faults) + ".")
+        check_optimizer(getattr(self.optim, "value", self.optim))
+        if self.adam_beta2 is None:
+            self.adam_beta2 = COMPENSATED_BETA2 if self.optim == COMPENSATED_OPTIM else 0.999
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_accuracy"
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available() and not self.use_cpu
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, ImportError) as error:
+            raise InputError(f"Training settings: {error}") from error
+
+    @property
+    def train_batch_size(self) -> int:
+        """Rows that a process draws for one forward pass: with prioritized training a pool."""
+        return super().train_batch_size * (self.pool_factor if self.objective == "prioritized" else 1)
+
+
+def settings_of(args: RewardTrainingArguments) -> dict[str, Any]:
+    """What a run records, ready for JSON and YAML: our settings, and those of TrainingArguments that were set."""
+    now, usual = args.to_dict(), usual_settings()
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in now.items()
+        if name in our_settings() or name in _REQUIRED or (value != usual[name] and name not in _OF_THIS_PLACE)
+    }
+
+
+def usual_settings() -> dict[str, Any]:
+    """The defaults, as `RewardTrainingArguments.to_dict` gives them.
+
+    Not read from new arguments: making some resets the state that Accelerate keeps of a training under way.
+    """
+    defaults = {
+        spec.name: spec.default_factory() if callable(spec.default_factory) else spec.default
+        for spec in dataclasses.fields(RewardTrainingArguments)
+    }
+    accelerator = AcceleratorConfig().to_dict()
+    del accelerator["use_configured_state"]  # as TrainingArguments does
+    plain = {name: getattr(value, "value", value) for name, value in defaults.items()}
+    return plain | {
+        "report_to": [], "debug": [], "activation_checkpointing": False, "gradient_checkpointing": False,
+        "accelerator_config": accelerator, "adam_beta2": 0.999,
+    }  # fmt: skip
+
+
+def deciding_settings(args: RewardTrainingArguments) -> list[str]:
+    """Names of the settings that decide what this run learns."""
+    names = {spec.name: decides(spec.name) for spec in dataclasses.fields(args)}
+    return [name for name, found in names.items() if (getattr(args, found) if isinstance(found, str) else found)]
+
+
+def field_types() -> dict[str, Any]:
+    """Resolved type of every setting."""
+    hints = typing.get_type_hints(RewardTrainingArguments)
+    return {spec.name: hints[spec.name] for spec in dataclasses.fields(RewardTrainingArguments) if spec.init}
+
+
+def arguments_from_mapping(
+    values: Mapping[str, Any], origin: str, overrides: Mapping[str, Any] = types.MappingProxyType({})
+) -> RewardTrainingArguments:
+    """Settings from parsed YAML or flags, each value checked against its field's type.
+
+    TRL's names are read too (``model_name_or_path``, ``dataset_name``, ``dataset_train_split``, ...), names may have
+    dashes for underscores, and so are names of earlier versions (``output``, ``group_by_length``).
+
+    Args:
+        values: setting name to value.
+        origin: where they come from, for messages.
+        overrides: settings that win over `values`.
+
+    Raises:
+        InputError: naming unknown keys with the nearest known one, missing keys and wrong types, all at once.
+    """
+    hints = field_types()
+    faults: list[str] = []
+    named = with_our_names({**_renamed(values, faults), **_renamed(overrides, faults)}, faults)
+    accepted: dict[str, Any] = {}
+    for key, value in named.items():
+        if key not in hints:
+            name = key if isinstance(key, str) and len(key) <= 80 else shown(key)
+            known = [*hints, *_OTHER_NAMES]
+            nearest = difflib.get_close_matches(name, known, n=1) if len(faults) < _MOST_FAULTS else []
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            faults.append(f"unknown setting {shown(key)}{hint}")
+            continue
+        try:
+            accepted[key] = _convert(value, hints[key])
+        except ValueError as error:
+            faults.append(f"{key}: {error}")
+    faults += missing_settings(named)
+    if "data" in accepted and not accepted["data"]:
+        faults.append("data is empty: name at least one file, dataset folder or Hub id")
+    if faults:
+        if len(faults) > _MOST_FAULTS:
+            faults = [*faults[:_MOST_FAULTS], f"and {len(faults) - _MOST_FAULTS} more"]
+        raise InputError(f"{origin}: " + "; ".join(faults) + ". `inform-rm train --help` lists every setting.")
+    try:
+        return RewardTrainingArguments(**accepted)
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from None
+
+
+def missing_settings(given: Collection[str]) -> list[str]:
+    """What a run from settings needs and is not there, in words."""
+    return [f"missing setting {name!r} ({text})" for name, text in _REQUIRED.items() if name not in given]
+
+
+def read_arguments(path: str | Path | None, overrides: Mapping[str, Any]) -> RewardTrainingArguments:
+    """Settings from a YAML file, with command-line flags on top.
+
+    Raises:
+        InputError: if the file is missing, is not YAML, is not a mapping, or holds a wrong setting.
+    """
+    values: Any = {}
+    if path is not None:
+        values = read_settings_yaml(path)
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: expected 'setting: value' lines, got a {type(values).__name__}.")
+    return arguments_from_mapping(values, str(path) if path is not None else "command line", overrides)
+
+
+def _renamed(values: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """The same settings under this package's names."""
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_") if isinstance(key, str) else key
+        name = _OTHER_NAMES.get(name, name)
+        if name in named:
+            faults.append(f"{name} is given twice, also as {shown(key)}: keep one")
+        named[name] = value
+    return named
+
+
+def with_our_names(values: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """The same settings under today's names, also what TRL and earlier versions have in place of ours."""
+    named = _renamed(values, faults)
+    if str(named.get("objective")) == "bradley_terry":
+        named["objective"] = "plain"
+    if "group_by_length" in named:
+        grouped = str(named.pop("group_by_length")).lower() == "true"
+        named.setdefault("train_sampling_strategy", "group_by_length" if grouped else "random")
+    config, train, test = (named.pop(f"dataset_{key}", None) for key in ("config", "train_split", "test_split"))
+    data = named.get("data")
+    if (train or test or config) and isinstance(data, str):  # TRL's data set and its splits
+        inside = f"{config}/" if config else ""
+        named["data"] = f"{data}[{inside}{train or 'train'}]"
+        if test:
+            named.setdefault("eval_data", f"{data}[{inside}{test}]")
+    elif train or test or config:
+        faults.append("dataset_train_split, dataset_test_split and dataset_config need one dataset_name")
+    return named
+
+
+def _as_tuple(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; strings (from flags, and numbers like 5e-6 that YAML reads as text) are parsed."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        options = [option for option in typing.get_args(hint) if not _is_enum(option)]
+        if type(None) in options and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+            return None
+        options = [option for option in options if option is not type(None)]
+        # A bool is tried first, and text last, which takes everything that is written.
+        options.sort(key=lambda option: (option is not bool, option is str))
+        for option in options[:-1]:
+            try:
+                return _convert(value, option)
+            except ValueError:
+                pass
+        return _convert(value, options[-1])
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(map(str, choices))}, got {shown(value)}")
+        return value
+    if hint == dict[str, str]:
+        return read_columns(value)
+    if hint is dict or origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"must be a mapping, got {shown(value)}")
+        return value
+    if origin in (tuple, list):
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item.strip() for item in items):
+            what = "a path or a list of paths" if origin is tuple else "text or a list of texts"
+            raise ValueError(f"must be {what}, got {shown(value)}")
+        return origin(items)
+    if hint is bool:
+        parsed = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
+        if not isinstance(parsed, bool):
+            raise ValueError(f"must be true or false, got {shown(value)}")
+        return parsed
+    if hint is str:
+        if not isinstance(value, str):
+            raise ValueError(f"must be text, got {shown(value)}")
+        return value
+    if hint not in (int, float):
+        raise ValueError(f"can be given in Python only, as a {hint.__name__}")
+    return _number(value, hint)
+
+
+def _is_enum(option: Any) -> bool:
+    return isinstance(option, type) and issubclass(option, enum.Enum)
+
+
+def _number(value: Any, hint: type) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"must be a number, got {shown(value)}")
+    if isinstance(value, str) and len(value) > _MOST_DIGITS:
+        raise ValueError(f"must be a number, got {shown(value)}")
+    try:
+        number = hint(value) if not isinstance(value, float) or hint is float else int(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"must be a {'whole ' if hint is int else ''}number, got {shown(value)}") from None
+    if _LARGEST_NUMBER < abs(number) != math.inf:
+        raise ValueError(f"must be a number of at most {_LARGEST_NUMBER}, got {shown(value)}")
+    if hint is int and number != float(value):
+        raise ValueError(f"must be a whole number, got {shown(value)}")
+    return number

@@ -1,0 +1,273 @@
+"""`RewardTrainer` with objects: data, models, adapters, callbacks and settings of transformers' TrainingArguments."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+from inform_rm import RewardTrainer, RewardTrainingArguments
+from inform_rm.errors import InputError
+from inform_rm.modeling_inform import InfoRMForSequenceClassification
+
+COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
+ROWS = [
+    {
+        "question": f"Name the colour {COLOURS[index % 8]}",
+        "better": f"It is {COLOURS[index % 8]}." + " Indeed." * (index % 3),
+        "worse": f"It is {COLOURS[(index + 1 + index // 8) % 8]}.",
+        "number": str(index),
+    }
+    for index in range(32)
+]
+COLUMNS = {"prompt": "question", "chosen": "better", "rejected": "worse", "id": "number"}
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Arguments of a short run into a folder of the test's."""
+
+    def make(name="run", **changes):
+        base = {
+            "latent_dim": 4, "learning_rate": 1e-3, "max_steps": 3, "logging_steps": 1,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1, "save_steps": 2, "use_cpu": True,
+            "columns": COLUMNS, "disable_tqdm": True,
+        }  # fmt: skip
+        return RewardTrainingArguments(str(tmp_path / name), **{**base, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def trained(**options):
+    trainer = RewardTrainer(**options)
+    trainer.train()
+    return trainer.accelerator.unwrap_model(trainer.model).state_dict()
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_pairs_train_alike_as_file_dataset_list_and_splits(arguments, pairs_file, causal_lm_dir):
+    backbone = str(causal_lm_dir("llama"))
+    expected = trained(args=arguments("file", model=backbone, data=str(pairs_file)))
+    splits = DatasetDict(train=Dataset.from_list(ROWS), validation=Dataset.from_list(ROWS[:8]))
+    for name, rows in (("dataset", Dataset.from_list(ROWS)), ("list", ROWS), ("splits", splits)):
+        trainer = RewardTrainer(backbone, arguments(name), train_dataset=rows)
+        trainer.train()
+        assert_same(trainer.accelerator.unwrap_model(trainer.model).state_dict(), expected)
+        assert (trainer.eval_pairs is not None) == (name == "splits")
+
+
+def test_an_iterable_dataset_trains_as_its_rows_in_memory_do(arguments, causal_lm_dir):
+    """A stream keeps its own order; one batch of all pairs has none."""
+    backbone = str(causal_lm_dir("llama"))
+    whole = {"per_device_train_batch_size": 32, "architecture": "standard"}
+    expected = trained(model=backbone, args=arguments("list", **whole), train_dataset=ROWS)
+    stream = Dataset.from_list(ROWS).to_iterable_dataset(num_shards=2).shuffle(seed=0, buffer_size=8)
+    found = trained(model=backbone, args=arguments("stream", **whole), train_dataset=stream)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-3, msg=name)
+    with pytest.raises(InputError, match="streaming needs max_steps"):
+        RewardTrainer(backbone, arguments("endless", max_steps=-1), train_dataset=stream)
+
+
+def test_a_model_may_be_an_object(arguments, causal_lm_dir):
+    backbone = str(causal_lm_dir("llama"))
+    expected = trained(model=backbone, args=arguments("name"), train_dataset=ROWS)
+    torch.manual_seed(0)
+    model = InfoRMForSequenceClassification.from_backbone(backbone, latent_dim=4)
+    start = RewardTrainer(backbone, arguments("start"), train_dataset=ROWS).model.state_dict()
+    model.load_state_dict(start)
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    found = trained(model=model, args=arguments("object"), train_dataset=ROWS, processing_class=tokenizer)
+    assert_same(found, expected)
+
+
+def test_a_plain_sequence_classifier_is_trained_on_padded_batches(arguments, causal_lm_dir):
+    backbone = str(causal_lm_dir("llama"))
+    model = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1)
+    trainer = RewardTrainer(model, arguments(), train_dataset=ROWS)
+    before = model.score.weight.detach().clone()
+    trainer.train()
+    assert trainer.batching == "padded" and not torch.equal(model.score.weight, before)
+    assert "accuracy" in trainer.state.log_history[0] and "kl_nats" not in trainer.state.log_history[0]
+
+
+class Halts(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+def test_callbacks_metrics_and_optimizers_of_the_caller_are_used(arguments, causal_lm_dir):
+    backbone = str(causal_lm_dir("llama"))
+    trainer = RewardTrainer(
+        backbone, arguments(), train_dataset=ROWS, eval_dataset=ROWS[:8], callbacks=[Halts()],
+        compute_metrics=lambda prediction: {"mine": float(len(prediction.predictions))},
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.0)
+    trainer.optimizer = optimizer
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert_same(trainer.model.state_dict(), before)  # its learning rate is 0
+    measured = trainer.evaluate()
+    assert measured["eval_mine"] == measured["eval_num_pairs"] == 8
+    assert trainer.evaluate(ROWS[:5])["eval_num_pairs"] == 5
+
+
+@pytest.mark.parametrize("targets", (None, ["q_proj"]))
+def test_any_lora_config_is_trained_and_saved_with_its_base_named(arguments, causal_lm_dir, targets, tmp_path):
+    backbone = str(causal_lm_dir("llama"))
+    lora = LoraConfig(r=3, lora_alpha=7, target_modules=targets)
+    trainer = RewardTrainer(backbone, arguments(), train_dataset=ROWS, peft_config=lora)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"], saved["base_model_name_or_path"]) == (3, 7, backbone)
+    names = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert any("score" in name for name in names)
+    kinds = {name.split(".")[-3] for name in names if "lora_A" in name}
+    assert kinds == {"q_proj"} if targets else {"q_proj", "up_proj"} <= kinds
+    assert lora.task_type is None  # the caller's own is left as it was
+
+
+# TrainingArguments' setting -> what must follow from it, of a finished trainer.
+EFFECTS = {
+    "lr_scheduler_type": ("constant", lambda t: t.lr_scheduler.get_last_lr()[0] == 1e-3),
+    "adam_beta1": (0.5, lambda t: t.optimizer.param_groups[0]["betas"][0] == 0.5),
+    "adam_beta2": (0.9, lambda t: t.optimizer.param_groups[0]["betas"][1] == 0.9),
+    "optim": ("adafactor", lambda t: type(t.optimizer.optimizer).__name__ == "Adafactor"),
+    "save_strategy": ("no", lambda t: not list(t.saved)),
+    "save_total_limit": (1, lambda t: len(t.saved) == 1),
+    "neftune_noise_alpha": (5.0, lambda t: t.batching == "padded"),
+    "run_name": ("mine", lambda t: t.result()["settings"]["run_name"] == "mine"),
+    "logging_first_step": (True, lambda t: t.state.log_history[0]["step"] == 1),
+    "num_train_epochs": (2, lambda t: t.state.max_steps == 3),  # max_steps goes first
+}
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_settings_of_training_arguments_take_effect(arguments, causal_lm_dir, name, tmp_path):
+    value, holds = EFFECTS[name]
+    trainer = RewardTrainer(str(causal_lm_dir("llama")), arguments(**{name: value}), train_dataset=ROWS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    trainer.saved = [path.name for path in (tmp_path / "run" / "checkpoints").glob("checkpoint-*")]
+    assert holds(trainer)
+
+
+def test_a_cut_off_run_goes_on_and_is_not_overwritten(arguments, causal_lm_dir):
+    backbone = str(causal_lm_dir("llama"))
+    expected = trained(model=backbone, args=arguments("whole", max_steps=4), train_dataset=ROWS)
+    cut = RewardTrainer(backbone, arguments(max_steps=4), train_dataset=ROWS, callbacks=[Halts()])
+    cut.train(resume_from_checkpoint=True)  # there is nothing yet: it begins
+    with pytest.raises(InputError, match=r"holds an unfinished run\. Pass resume_from_checkpoint=True"):
+        RewardTrainer(backbone, arguments(max_steps=4), train_dataset=ROWS).train()
+    other = [{**row, "better": row["better"] + "!"} for row in ROWS]
+    with pytest.raises(InputError, match=r"other settings or data \(the content of data\)"):
+        RewardTrainer(backbone, arguments(max_steps=4), train_dataset=other).train(resume_from_checkpoint=True)
+    lora = RewardTrainer(backbone, arguments(max_steps=4), train_dataset=ROWS, peft_config=LoraConfig(r=2))
+    with pytest.raises(InputError, match=r"other settings or data \(peft_config"):
+        lora.train(resume_from_checkpoint=True)
+    resumed = RewardTrainer(backbone, arguments(max_steps=4), train_dataset=ROWS)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.resumed_from.name == "checkpoint-2"
+    assert_same(resumed.model.state_dict(), expected)
+
+
+def test_a_checkpoint_of_the_layout_before_goes_on_or_is_refused_by_name(arguments, causal_lm_dir, tmp_path):
+    backbone = str(causal_lm_dir("llama"))
+    cut = RewardTrainer(backbone, arguments(max_steps=4), train_dataset=ROWS, callbacks=[Halts()])
+    cut.train()
+    path = tmp_path / "run" / "checkpoints" / "run.json"
+    record = json.loads(path.read_text())
+    older = {  # what 66c4684 wrote: other names, and nothing of TrainingArguments that was no setting of its own
+        **{name: value for name, value in record.items() if name not in ("output_dir", "adam_beta2", "loss_type")},
+        "output": str(tmp_path / "run"), "objective": "bradley_terry", "group_by_length": False,
+    }  # fmt: skip
+    del older["contents"]["peft_config"]
+    path.write_text(json.dumps(older))
+    changed = RewardTrainer(backbone, arguments(max_steps=4, adam_beta1=0.5), train_dataset=ROWS)
+    with pytest.raises(InputError, match=r"other settings or data \(adam_beta1: 0.9 -> 0.5\)"):
+        changed.train(resume_from_checkpoint=True)
+    resumed = RewardTrainer(backbone, arguments(max_steps=4), train_dataset=ROWS)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.resumed_from.name == "checkpoint-2"
+
+
+def test_push_to_hub_uploads_a_loadable_folder_with_its_card(arguments, causal_lm_dir, monkeypatch, tmp_path):
+    pushed = {}
+
+    def push(folder, repository, token=None):
+        pushed[repository] = sorted(path.name for path in folder.iterdir())
+        pushed["card"] = (folder / "README.md").read_text()
+        AutoModelForSequenceClassification.from_pretrained(folder)
+
+    monkeypatch.setattr("inform_rm.training.trainer.push_folder", push)
+    trainer = RewardTrainer(
+        str(causal_lm_dir("llama")), arguments(hub_model_id="me/model"), train_dataset=ROWS, eval_dataset=ROWS[:8]
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    assert {"config.json", "model.safetensors", "modeling_inform.py", "tokenizer.json"} <= {*pushed["me/model"]}
+    assert "latent_dim" in pushed["card"] and str(tmp_path) not in pushed["card"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_dataset": DatasetDict(a=Dataset.from_list(ROWS), b=Dataset.from_list(ROWS))}, "has the splits a, b"),
+        ({"train_dataset": ROWS, "peft_config": {"r": 4}}, "peft_config: got a dict; expected a LoraConfig"),
+        ({"model": None}, "model: none given"),
+    ],
+)
+def test_what_is_not_clear_is_refused(arguments, causal_lm_dir, options, message):
+    with pytest.raises(InputError, match=message):
+        RewardTrainer(**{"model": str(causal_lm_dir("llama")), "args": arguments(), "train_dataset": ROWS, **options})
+
+
+def test_pairs_that_are_given_twice_are_refused(arguments, causal_lm_dir):
+    with pytest.raises(InputError, match=r"train_dataset: data names pairs, too \(d.jsonl\)"):
+        RewardTrainer(str(causal_lm_dir("llama")), arguments(data="d.jsonl"), train_dataset=ROWS)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "use label_smoothing"),
+        ({"hub_strategy": "every_save"}, "only 'end' is known"),
+        ({"bf16": True, "fp16": True}, "At most one of fp16 and bf16"),
+        ({"loss_type": "x"}, "loss_type: 'x' is unknown"),
+        ({"push_to_hub": True}, "push_to_hub needs hub_model_id"),
+    ],
+)  # fmt: skip
+def test_settings_that_would_do_nothing_or_harm_are_refused(arguments, setting, message):
+    with pytest.raises(InputError, match=message):
+        arguments(**setting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batching", ("packed", "padded"))
+def test_a_compiled_run_equals_an_eager_one(arguments, causal_lm_dir, batching):
+    backbone = str(causal_lm_dir("llama"))
+    expected = trained(model=backbone, args=arguments("eager", batching=batching), train_dataset=ROWS)
+    found = trained(
+        model=backbone, args=arguments("compiled", batching=batching, torch_compile=True), train_dataset=ROWS
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name.removeprefix("_orig_mod.")], value, atol=1e-4, rtol=0, msg=name)
