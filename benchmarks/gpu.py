@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=None)
     parser.add_argument("--tokens", type=int, default=None, help="tokens of a forward pass")
+    parser.add_argument("--only", nargs="+", help="contestants, by a part of JOB NAME")
     parser.add_argument("--steps", type=int, default=8)
     arguments = parser.parse_args()
     dry = arguments.dry_run or not torch.cuda.is_available()
@@ -57,6 +58,8 @@ def main() -> None:
     for shape in arguments.shapes or (["tiny"] if dry else ["1B", "8B"]):
         for job, contestants in (("train", TRAIN), ("best of 16", SCORE)):
             for name in contestants:
+                if arguments.only and not any(part in f"{job} {name}" for part in arguments.only):
+                    continue
                 if dry and "FlexAttention" in name and job == "train":
                     print(f"{shape} {job} {name}: left out, FlexAttention has no backward pass on a CPU")
                     continue
