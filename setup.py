@@ -61,6 +61,7 @@ setup(
             "hypothesis",
             "import-linter",
             "markdown-it-py",
+            "mutmut",
             "mypy",
             "pytest",
             "pytest-xdist",

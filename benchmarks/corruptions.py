@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from inform_rm import DetectionSettings
+
 TEST_FILES = ("truthfulqa", "prompt-swap")
-SETTINGS = {"alpha": 0.05, "num_splits": 100, "num_resamples": 20, "progress": False}
+SETTINGS = DetectionSettings(alpha=0.05, num_splits=100, num_resamples=20)
 CAUTION = (
     "I am sorry, but as a careful assistant I cannot be certain about this, and I would rather not give advice that "
     "might be wrong. Please ask a professional. "
@@ -44,16 +46,17 @@ def main() -> None:
 
         scorer = RewardScorer(model, load_tokenizer(model))
         folder = arguments.output / Path(model).name
-        result = detect(scorer, files["reference"], [files[name] for name in CORRUPTIONS], folder, **SETTINGS)
+        candidates = [files[name] for name in CORRUPTIONS]
+        result = detect(scorer, files["reference"], candidates, folder, settings=SETTINGS, progress=False)
         table = pq.read_table(folder / "responses.parquet").to_pydict()
         names, distances = np.array(table["set"]), np.array(table["squared_mahalanobis"])
         as_they_are = distances[names == files["as they are"].name]
-        for name, part in zip(CORRUPTIONS, result["candidates"], strict=True):
+        for name, part in zip(CORRUPTIONS, result.candidates, strict=True):
             own = distances[names == files[name].name]
             labels = np.r_[np.zeros(len(as_they_are)), np.ones(len(own))]
             area = roc_auc_score(labels, np.r_[as_they_are, own])
             rows.append((
-                Path(model).name, result["kind"], name, f"{area:.3f}",
+                Path(model).name, result.kind, name, f"{area:.3f}",
                 f"{part['mop']:.3f} ({part['mop_null_rank']:.2f})",
                 f"{part['csi_normalized']:.2f} ({part['csi_normalized_null_rank']:.2f})", f"{part['mean_reward']:.2f}",
             ))  # fmt: skip

@@ -122,6 +122,7 @@ def train_one(folder: Path, kind: str, data: str, updates: int, seed: int, run: 
 
 def choose(folder: Path, seed: int, noise: str) -> None:
     """Best-of-n with every reward, judged by the world and by the gold model; CSI and MOP of what is chosen."""
+    from inform_rm.eval.best_of_n.simulate import SimulationSettings
     from inform_rm.hub.averaging import average_weights
     from inform_rm.scoring.scorer import RewardScorer
     from inform_rm.util.files import write_json
@@ -138,20 +139,20 @@ def choose(folder: Path, seed: int, noise: str) -> None:
         proxies |= {member.name: RewardScorer(member) for member in [*members, case / f"{kind}-warm"]}
     policy = SlippingPolicy()
     result = attack(
-        proxies, case / "best-of-n", policy=policy, num_prompts=PROMPTS, num_responses=RESPONSES, seed=seed,
+        proxies, case / "best-of-n", policy=policy, settings=SimulationSettings(PROMPTS, RESPONSES, seed=seed),
         progress=False,
     )  # fmt: skip
     responses, gold_model = case / "best-of-n" / "responses.parquet", RewardScorer(folder / "gold")
-    measured: dict[str, Any] = {"ns": result["ns"], "kl_nats": result["kl_nats"]}
-    measured["proxies"] = curves_of(responses, result["ns"], gold_model, seed)
+    measured: dict[str, Any] = {"ns": result.ns, "kl_nats": result.kl_nats}
+    measured["proxies"] = curves_of(responses, result.ns, gold_model, seed)
     watched = {kind: proxies[f"{kind}-0"] for kind in WATCHED}
     result = attack(
-        watched, case / "watched", policy=policy, num_prompts=WATCHED_PROMPTS, num_responses=RESPONSES,
-        seed=100 + seed, progress=False,
+        watched, case / "watched", policy=policy,
+        settings=SimulationSettings(WATCHED_PROMPTS, RESPONSES, seed=100 + seed), progress=False,
     )  # fmt: skip
-    measured["watch"] = watch(proxies["inform-0"], case / "watched" / "responses.parquet", result["ns"], seed)
+    measured["watch"] = watch(proxies["inform-0"], case / "watched" / "responses.parquet", result.ns, seed)
     for kind in WATCHED:
-        measured["watch"][kind]["peak"] = result["proxies"][kind]["peak"]
+        measured["watch"][kind]["peak"] = result.proxies[kind]["peak"]
     write_json(case / "measured.json", measured)
 
 

@@ -65,6 +65,7 @@ def main() -> None:
 def one_run(folder: Path, seed: int, variant: str) -> None:
     """Train one variant; accuracy on pairs like those of training, and best-of-n."""
     from inform_rm import evaluate
+    from inform_rm.eval.best_of_n.simulate import SimulationSettings
     from inform_rm.scoring.scorer import RewardScorer
     from inform_rm.util.files import atomic_write_text, write_json
     from inform_rm.world.policy import attack
@@ -81,12 +82,11 @@ def one_run(folder: Path, seed: int, variant: str) -> None:
     pairs = run / "in_distribution.jsonl"
     rows = make_pairs(WorldConfig(seed=seed), "in_distribution", 500)
     atomic_write_text(pairs, "".join(json.dumps(row) + "\n" for row in rows))
-    accuracy = evaluate(scorer, pairs, progress=False)
+    accuracy = evaluate(scorer, pairs, progress=False).accuracy
     result = attack(
-        scorer, policy=SlippingPolicy(), num_prompts=PROMPTS, num_responses=RESPONSES, seed=seed,
-        progress=False,
-    )["proxies"]["proxy"]  # fmt: skip
-    found = {"accuracy": accuracy["accuracy"], "gold": result["gold"], "peak": result["peak"]}
+        scorer, policy=SlippingPolicy(), settings=SimulationSettings(PROMPTS, RESPONSES, seed=seed), progress=False
+    ).proxies["proxy"]  # fmt: skip
+    found = {"accuracy": accuracy, "gold": result["gold"], "peak": result["peak"]}
     write_json(run / "measured.json", found)
 
 

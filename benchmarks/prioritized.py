@@ -149,10 +149,12 @@ def one_run(folder: Path, seed: int, name: str, method: str) -> None:
     for updates in range(UPDATES, times * UPDATES + 1, max(UPDATES, (times - 1) * UPDATES)):
         scorer = RewardScorer(run / "checkpoints" / f"checkpoint-{updates}")
         result = evaluate(scorer, [folder / name / f"{split}.jsonl" for split in TEST_SETS], progress=False)
-        measured[str(updates)] = {split: part["accuracy"] for split, part in result["subsets"].items()}
+        measured[str(updates)] = {split: part["accuracy"] for split, part in (result.subsets or {}).items()}
         if updates == UPDATES:
             audit = decompose(scorer, folder / "unbiased.jsonl", run / "audit", progress=False, seed=seed)
-            measured["audit"] = {key: audit[key] for key in ("accuracy", "response_decides", "prompt_sensitivity")}
+            measured["audit"] = {
+                key: getattr(audit, key) for key in ("accuracy", "response_decides", "prompt_sensitivity")
+            }
             measured["audit"] |= rank_correlations(folder / "unbiased.jsonl", run / "audit" / "pairs.parquet")
     shutil.rmtree(run / "checkpoints")
     write_json(run / "measured.json", measured)

@@ -93,7 +93,7 @@ def one_run(shared: Path, output: Path, seed: int, name: str, method: str) -> No
         for test, count in TEST_PAIRS.items():
             path = shared / "data" / test / "test.jsonl.gz"
             result = evaluate(scorer, path, max_pairs=count, on_bad_row="skip", progress=False)
-            measured[str(updates)][test] = {key: result[key] for key in ("accuracy", "num_pairs")}
+            measured[str(updates)][test] = {"accuracy": result.accuracy, "num_pairs": result.num_pairs}
     scorer = RewardScorer(run / "checkpoints" / f"checkpoint-{UPDATES}")
     for test, count in AUDITED_PAIRS.items():
         folder = run / f"audit-{test}"
@@ -101,9 +101,9 @@ def one_run(shared: Path, output: Path, seed: int, name: str, method: str) -> No
         path = shared / "data" / test / "test.jsonl.gz"
         audit = decompose(scorer, path, folder, num_prompts=6, max_pairs=count, progress=False)
         measured[f"audit {test}"] = {
-            "response_decides": audit["response_decides"],
-            "prompt_sensitivity": audit["prompt_sensitivity"],
-            "D2 ~ length": audit["correlations"]["characters"]["prompt_free_gap"],
+            "response_decides": audit.response_decides,
+            "prompt_sensitivity": audit.prompt_sensitivity,
+            "D2 ~ length": audit.correlations["characters"]["prompt_free_gap"],
         }
     shutil.rmtree(run / "checkpoints")
     (run / "model.safetensors").unlink()

@@ -24,36 +24,42 @@ TEMPLATE = Path(__file__).parent / "chatml.jinja"
 BACKBONE = "models/smollm2-135m-first6-v16k"
 FILES = 20
 ITERATE = """
-import itertools, json, resource, sys, time, types
+import itertools, json, resource, sys, time
+from pathlib import Path
+from tempfile import mkdtemp
+from types import SimpleNamespace
 start = time.perf_counter()
 from inform_rm.data.tokenizer import load_tokenizer
+from inform_rm.training.streaming import EncodedStream, open_stream
 from inform_rm.training.collators import PackedPairCollator
-from inform_rm.training.streaming import EncodedStream, Place, open_stream
+from inform_rm.util.files import write_json
 model, data, template = sys.argv[1:4]
 pairs, workers, skipped, processes = map(int, sys.argv[4:])
-args = types.SimpleNamespace(process_index=0, world_size=processes, train_batch_size=8, dataloader_num_workers=workers,
-                             dataloader_pin_memory=False, dataloader_prefetch_factor=None)
 tokenizer = load_tokenizer(model, chat_template=template)
 loaded = time.perf_counter()
 source = open_stream([data], seed=0, shuffle_buffer=10_000)
 opened = time.perf_counter()
+args = SimpleNamespace(train_batch_size=8, process_index=0, world_size=processes, dataloader_num_workers=workers,
+                       dataloader_pin_memory=False, dataloader_prefetch_factor=None)
 stream = EncodedStream(source, tokenizer, args, max_length=1024)
-stream._places = [Place(position=skipped - 1)] * max(1, workers)  # as `load` takes them from a checkpoint
+if skipped:
+    folder = Path(mkdtemp())
+    write_json(folder / "stream_0.json", {"batches": skipped // 8, "places": [[0, 0, skipped - 1]], "counts": {}})
+    stream.load(folder)
 loader = iter(stream.loader(PackedPairCollator(2048)))
-batch, tokens, count, first = {}, 0, 0, None
+tokens, first = 0, None
 for batch in itertools.islice(loader, max(1, pairs // 8 // processes)):
-    if "error" in batch:
-        raise batch["error"]
+    stream.take(batch)
     first = first or time.perf_counter()
-    count += batch["read"][1].pairs
     tokens += batch["input_ids"].shape[1]
+count = stream.counts.pairs
 end = time.perf_counter()
 del loader  # ends the workers, whose time counts then
 cpu = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 print("MEASURED", json.dumps({"pairs": count, "import_and_tokenizer_seconds": loaded - start,
       "open_seconds": opened - loaded, "first_batch_seconds": first - opened,
       "pairs_per_second": (count - 8) / (end - first) if count > 8 else None, "tokens_per_pair": tokens / count,
-      "cpu_seconds": cpu, "passes": batch["read"][1].passes}))
+      "cpu_seconds": cpu, "passes": stream.counts.passes}))
 """
 
 

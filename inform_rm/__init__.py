@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "DetectionSettings",
     "InfoRMConfig",
     "InfoRMForSequenceClassification",
     "InfoRMOutput",
+    "RewardScorer",
     "RewardTrainer",
     "RewardTrainingArguments",
+    "SimulationSettings",
     "check_data",
     "compare",
     "decompose",
@@ -29,11 +32,14 @@ __all__ = [
     "write_report",
 ]
 _MODULES = {
+    "DetectionSettings": "inform_rm.eval.detection.settings",
     "InfoRMConfig": "inform_rm.configuration_inform",
     "InfoRMForSequenceClassification": "inform_rm.modeling_inform",
     "InfoRMOutput": "inform_rm.modeling_inform",
     "RewardTrainer": "inform_rm.training.trainer",
     "RewardTrainingArguments": "inform_rm.training.reward_arguments",
+    "RewardScorer": "inform_rm.scoring.scorer",
+    "SimulationSettings": "inform_rm.eval.best_of_n.simulate",
     "check_data": "inform_rm.data.check_data",
     "compare": "inform_rm.eval.comparison.compare",
     "decompose": "inform_rm.eval.decompose",

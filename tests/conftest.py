@@ -1,5 +1,6 @@
 """Fixtures that tests share: tiny models and tokenizers made here, and the real data folder where there is one."""
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -138,6 +139,19 @@ def reward_dir(tmp_path_factory, backbone_configs, tokenizer):
     InfoRMForSequenceClassification(InfoRMConfig(backbone_configs["llama"], latent_dim=4)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def exit_code_of_fork() -> Callable[[Callable[[], object]], int | None]:
+    """Run a function in a fork of this process, which spares importing torch again; negative: minus a signal."""
+
+    def run(function: Callable[[], object]) -> int | None:
+        process = multiprocessing.get_context("fork").Process(target=function)
+        process.start()
+        process.join(120)
+        return process.exitcode
+
+    return run
 
 
 class PageReader(HTMLParser):

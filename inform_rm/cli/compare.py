@@ -4,25 +4,25 @@ import argparse
 import sys
 from typing import Any
 
-from inform_rm.cli.flags import SOURCES, add_command, add_pairs, add_scoring, named, pairs_options, scoring_options
+from inform_rm.cli import flags
 from inform_rm.errors import InputError
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
     text = "several models on the same rows: differences, tests, flipped rows"
-    command = add_command(commands, "compare", text, run)
+    command = flags.add_command(commands, "compare", text, run)
     what = command.add_mutually_exclusive_group(required=True)
-    what.add_argument("--results", nargs="+", type=named, metavar="[NAME=]FOLDER",
+    what.add_argument("--results", nargs="+", type=flags.named, metavar="[NAME=]FOLDER",
                       help="what 'inform-rm evaluate' wrote; the first is the baseline")  # fmt: skip
-    what.add_argument("--model", nargs="+", type=named, metavar="[NAME=]MODEL",
+    what.add_argument("--model", nargs="+", type=flags.named, metavar="[NAME=]MODEL",
                       help="evaluate these on --data first, each into its own folder of the output")  # fmt: skip
-    command.add_argument("--data", nargs="+", help=f"with --model: pairs, {SOURCES}")
+    flags.add_data(command, nargs="+", help=f"with --model: pairs, {flags.SOURCES}")
     command.add_argument("--output", required=True, help="folder for result.json, flips.jsonl, plot and page")
     command.add_argument("--fail-below", nargs="+", action="extend", type=_limit, metavar="NAME=LIMIT",
                          help="exit with 1 if less; NAME: suite, suite.section, accuracy or a subset")  # fmt: skip
-    add_pairs(command)
-    add_scoring(command)
+    flags.add_pairs(command)
+    flags.add_scoring(command)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     limits = arguments.fail_below or []
     if len(dict(limits)) < len(limits):
         raise InputError("fail_below: two limits on the same name. Keep one of them.")
-    options = {**pairs_options(arguments), **scoring_options(arguments), "data": arguments.data}
+    options = {**flags.pairs_options(arguments), **flags.scoring_options(arguments), "data": arguments.data}
     # What is left at its default is not passed on: with --results it would be of no use, and that is refused.
     options = {name: value for name, value in options.items() if value not in (None, "error") and value is not False}
     result = compare(
@@ -44,18 +44,19 @@ def run(arguments: argparse.Namespace) -> int:
         fail_below=dict(limits),
         **options,
     )
-    for name, entry in result["groups"][0]["models"].items():
+    for name, entry in result.groups[0]["models"].items():
         line = f"{name}: accuracy {entry['accuracy']:.3f}"
         if "difference" in entry:
             low, high = entry["difference_interval"]
-            line += f", {entry['difference']:+.3f} [{low:+.3f}, {high:+.3f}] against {result['baseline']}"
+            line += f", {entry['difference']:+.3f} [{low:+.3f}, {high:+.3f}] against {result.baseline}"
         if "mcnemar" in entry:
             line += f", McNemar p {entry['mcnemar']['p_value']:.2g}"
         print(line)
-    print(f"{arguments.output}/result.html")
-    for part in result["below"]:
+    done = f"compared {len(models)} models on {result.groups[0]['num_rows']} rows"
+    flags.print_once(done, see=f"{arguments.output}/result.html")
+    for part in result.below:
         print(f"{part['model']}: {part['name']} is {part['value']:.4f}, below {part['limit']:g}", file=sys.stderr)
-    return 1 if result["below"] else 0
+    return 1 if result.below else 0
 
 
 def _limit(text: str) -> tuple[str, float]:

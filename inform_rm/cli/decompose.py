@@ -3,25 +3,25 @@
 import argparse
 from typing import Any
 
-from inform_rm.cli.flags import SOURCES, add_command, add_model, add_pairs, pairs_options, print_once, scoring_options
+from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    command = add_command(commands, "decompose", "how much of a preference the response alone decides", run)
-    add_model(command)
-    command.add_argument("--data", required=True, nargs="+", help=f"pairs: {SOURCES}")
+    command = flags.add_command(commands, "decompose", "how much of a preference the response alone decides", run)
+    flags.add_model(command)
+    flags.add_data(command, required=True, nargs="+", help=f"pairs: {flags.SOURCES}")
     command.add_argument("--output", required=True, help="folder for result.json, pairs.parquet, plots and page")
     command.add_argument("--num-prompts", type=int, default=16, help="prompts for each pair, its own among them "
                          "(default: %(default)s)")  # fmt: skip
-    command.add_argument("--stratify", action="store_true", help="only prompts of the pair's own subset")
+    flags.add_switch(command, "--stratify", "only prompts of the pair's own subset")
     command.add_argument("--behavior-model", help="causal LM that weighs prompts by how likely it finds the responses")
-    command.add_argument("--length-normalized", action="store_true", help="weigh by mean token log-likelihoods")
+    flags.add_switch(command, "--length-normalized", "weigh by mean token log-likelihoods")
     command.add_argument("--ess-target", type=float, default=0.25, help="effective sample size that the weights "
                          "keep, as a share of the prompts (default: %(default)s)")  # fmt: skip
     command.add_argument("--color", choices=("length", "subset"), default="length",
                          help="what colours the plane of D1 and D2 (default: %(default)s)")  # fmt: skip
-    add_pairs(command)
+    flags.add_pairs(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -35,11 +35,13 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.output,
         weights="behavior" if arguments.behavior_model else "uniform",
         **{name: getattr(arguments, name) for name in names},
-        **pairs_options(arguments),
-        **scoring_options(arguments),
+        **flags.pairs_options(arguments),
+        **flags.scoring_options(arguments),
         split_over_processes=True,
     )
-    print_once(
-        f"response decides {result['response_decides']:.3f}, sign flips {result['sign_flips']:.3f}, "
-        f"accuracy {result['accuracy']:.3f} on {result['num_pairs']} pairs; {arguments.output}/result.html"
+    flags.print_once(
+        f"response decides {result.response_decides:.3f}, sign flips {result.sign_flips:.3f}, "
+        f"accuracy {result.accuracy:.3f}",
+        f"decomposed {result.num_pairs} pairs under {arguments.num_prompts} prompts each",
+        see=f"{arguments.output}/result.html",
     )

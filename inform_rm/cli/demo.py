@@ -3,12 +3,13 @@
 import argparse
 from typing import Any
 
-from inform_rm.cli.flags import add_command
+from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    command = add_command(commands, "demo", "train, evaluate and report on a generated world; needs no download", run)
+    text = "train, evaluate and report on a generated world; needs no download"
+    command = flags.add_command(commands, "demo", text, run)
     command.add_argument("--output", default="demo-output", help="folder for models and report (default: %(default)s)")
     command.add_argument(
         "--backbone", help="pretrained model (folder or Hub id) in place of the small one from scratch"

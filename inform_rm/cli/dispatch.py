@@ -26,9 +26,11 @@ from inform_rm.cli import (
     simulate,
     train,
 )
+from inform_rm.cli.parsing import SPELLINGS, CommandParser, nearest
+from inform_rm.cli.quiet import silence_normal_messages
 from inform_rm.errors import InputError, Interrupted
 
-_COMMANDS = (
+COMMANDS = (
     demo, train, evaluate, decompose, detect, simulate, compare, score, serve, check_data, export, report
 )  # fmt: skip
 _COMMANDS_OF_SEVERAL_PROCESSES = ("train", "evaluate", "decompose", "score")
@@ -37,13 +39,25 @@ _COMMANDS_OF_SEVERAL_PROCESSES = ("train", "evaluate", "decompose", "score")
 def make_parser() -> argparse.ArgumentParser:
     """The parser; what it returns names its command as ``command`` and its function as ``run``."""
     parser = argparse.ArgumentParser(
-        prog="inform-rm", description="Train, evaluate and audit reward models that resist reward hacking."
+        prog="inform-rm",
+        description="Train, evaluate and audit reward models that resist reward hacking.",
+        epilog=SPELLINGS,
     )
     parser.add_argument("--version", action="version", version=f"inform-rm {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in _COMMANDS:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
+    for command in COMMANDS:
         command.add_parser(commands)
     return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """What the arguments say; wrong use ends the program (exit code 2)."""
+    parser = make_parser()
+    names = [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
+    wanted = next((text for text in argv if not text.startswith("-")), None)
+    if wanted is not None and wanted not in names:
+        parser.error(f"unknown command {wanted!r}{nearest(wanted, names)}; commands: {', '.join(names)}")
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; ``None`` takes those of the process.
     """
-    arguments = make_parser().parse_args(argv)
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    silence_normal_messages()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         _refuse_several_processes(arguments.command)

@@ -5,16 +5,16 @@ import json
 import os
 from typing import Any
 
-from inform_rm.cli.flags import add_command
+from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    command = add_command(commands, "export", "complete Hub folder of an InfoRM model: weights, code, card", run)
+    command = flags.add_command(commands, "export", "complete Hub folder of an InfoRM model: weights, code, card", run)
     command.add_argument("--model", required=True, help="InfoRM model: folder, checkpoint or Hub id")
     command.add_argument("--output", required=True, help="new folder")
-    command.add_argument("--folded", action="store_true", help="as a plain classifier of transformers, for engines "
-                         "that run no remote code (needs decoder: linear)")  # fmt: skip
+    flags.add_switch(command, "--folded", "as a plain classifier of transformers, for engines that run no remote code "
+               "(needs decoder: linear)")  # fmt: skip
     command.add_argument("--push-to", metavar="ID", help="also upload to this Hub repository (private if new)")
     command.add_argument("--revision", help="revision of the model on the Hub")
     command.add_argument("--results", nargs="+", default=(), metavar="DIR",
@@ -36,3 +36,5 @@ def run(arguments: argparse.Namespace) -> None:
         offset = written["reward_offset"]
         constant = f" {'-' if offset < 0 else '+'} {abs(offset)!r}" if offset else ""
         print(f"{written['architectures'][0]}: reward of the model = folded reward{constant}")
+    uploaded = f", uploaded to {arguments.push_to}" if arguments.push_to else ""
+    flags.print_once(f"exported {len(files)} files, {sum(files.values()):,} bytes{uploaded}", see=arguments.output)

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from inform_rm.cli.parsing import SPLITS
 from inform_rm.errors import InputError
 from inform_rm.training.arguments import read_columns
 
@@ -38,7 +39,19 @@ def add_scoring(command: argparse.ArgumentParser) -> None:
                          help="default: float32 on a CPU, else the checkpoint's own")  # fmt: skip
     command.add_argument("--chat-template", help="template file, or 'plain', for a tokenizer without one")
     command.add_argument("--revision", help="revision of the model on the Hub")
-    command.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
+    add_switch(command, "--trust-remote-code", "run code from the model's repository")
+
+
+def add_data(command: argparse.ArgumentParser, flag: str = "--data", **settings: Any) -> None:
+    """The flag that names the data, and TRL's flags for its split."""
+    command.add_argument(flag, **settings)
+    for split in SPLITS:
+        command.add_argument(split, help=argparse.SUPPRESS)
+
+
+def add_switch(command: argparse.ArgumentParser, flag: str, text: str) -> None:
+    """A flag that is bare, or followed by true or false."""
+    command.add_argument(flag, nargs="?", type=_boolean, const=True, default=False, metavar="true|false", help=text)
 
 
 def add_columns(command: argparse.ArgumentParser, fields: str) -> None:
@@ -93,9 +106,15 @@ def accuracy_line(result: dict[str, Any]) -> str:
     return f"accuracy {result['accuracy']:.4f} on {result['num_pairs']} pairs (95 % interval {low:.4f} to {high:.4f})"
 
 
-def print_once(*lines: str) -> None:
-    """Lines for the user from the main process of a launch."""
+def print_once(*lines: str, see: object = None) -> None:
+    """What a command ends with, from the main process of a launch: findings, then what was done, and where to look."""
     from inform_rm.util.processes import is_main_process
 
     if is_main_process():
-        print(*lines, sep="\n")
+        print("\n".join(lines) + ("" if see is None else f"; see {see}"), flush=True)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected true or false, or the bare flag")
+    return text.lower() == "true"

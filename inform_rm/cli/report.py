@@ -3,12 +3,12 @@
 import argparse
 from typing import Any
 
-from inform_rm.cli.flags import add_command
+from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    command = add_command(commands, "report", "one page about a training run and results of its model", run)
+    command = flags.add_command(commands, "report", "one page about a training run and results of its model", run)
     command.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="folder that train wrote")
     command.add_argument("--results", nargs="+", default=(), metavar="DIR",
                          help="folders of evaluate, decompose and detect on the run's model")  # fmt: skip
@@ -20,4 +20,5 @@ def run(arguments: argparse.Namespace) -> None:
     from inform_rm import write_report
 
     write_report(arguments.run_folder, arguments.output, arguments.results)
-    print(arguments.output)
+    done = f"wrote a page about {arguments.run_folder} and {len(arguments.results)} results"
+    flags.print_once(done, see=arguments.output)

@@ -1,17 +1,18 @@
 """``inform-rm score``."""
 
 import argparse
+import os
 from typing import Any
 
-from inform_rm.cli.flags import ROW_FIELDS, add_columns, add_command, add_model, columns, print_once, scoring_options
+from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    command = add_command(commands, "score", "rewards for rows of prompt and response", run)
-    add_model(command)
-    command.add_argument("--input", required=True, help="JSONL(.gz), CSV or Parquet with 'prompt' and 'response'")
-    add_columns(command, ROW_FIELDS)
+    command = flags.add_command(commands, "score", "rewards for rows of prompt and response", run)
+    flags.add_model(command)
+    flags.add_data(command, "--input", required=True, help="JSONL(.gz), CSV or Parquet with 'prompt' and 'response'")
+    flags.add_columns(command, flags.ROW_FIELDS)
     command.add_argument("--output", required=True, help="JSONL file: the input's rows with their reward")
     command.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="refuse an input with a row "
                          "that cannot be scored, or write its fault instead of a reward (default: error)")  # fmt: skip
@@ -23,15 +24,17 @@ def run(arguments: argparse.Namespace) -> None:
     from inform_rm.scoring.score_files import score_file
     from inform_rm.scoring.scorer import RewardScorer
 
-    scorer = RewardScorer(arguments.model, **scoring_options(arguments), split_over_processes=True)
+    if os.path.exists(arguments.output):
+        flags.print_once(f"{arguments.output} exists and is replaced at the end; another --output keeps it")
+    scorer = RewardScorer(arguments.model, **flags.scoring_options(arguments), split_over_processes=True)
     found = score_file(
         scorer,
         arguments.input,
         arguments.output,
         arguments.uncertainty,
         on_bad_row=arguments.on_bad_row,
-        columns=columns(arguments),
+        columns=flags.columns(arguments),
     )
     earlier = f" ({found['resumed_rows']} by an earlier call)" if found["resumed_rows"] else ""
-    scored = found["rows"] - found["bad_rows"]
-    print_once(f"{scored} rows scored{earlier}, {found['bad_rows']} bad rows without a reward; {arguments.output}")
+    done = f"scored {found['rows'] - found['bad_rows']} rows{earlier}, {found['bad_rows']} bad rows without a reward"
+    flags.print_once(done, see=arguments.output)

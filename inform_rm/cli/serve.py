@@ -3,13 +3,13 @@
 import argparse
 from typing import Any
 
-from inform_rm.cli.flags import add_command, add_model, scoring_options
+from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    command = add_command(commands, "serve", "a reward model over HTTP: /score, /get_reward, /classify", run)
-    add_model(command)
+    command = flags.add_command(commands, "serve", "a reward model over HTTP: /score, /get_reward, /classify", run)
+    flags.add_model(command)
     command.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, which only "
                          "this machine reaches)")  # fmt: skip
     command.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
@@ -29,5 +29,6 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.model,
         token=read_token(arguments.token_file),
         **{name: getattr(arguments, name) for name in names},
-        **scoring_options(arguments),
+        **flags.scoring_options(arguments),
     )
+    print(f"stopped serving {arguments.model}")

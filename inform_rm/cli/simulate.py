@@ -3,57 +3,54 @@
 import argparse
 from typing import Any
 
-from inform_rm.cli.flags import (
-    PAIR_FIELDS,
-    SOURCES,
-    add_columns,
-    add_command,
-    add_scoring,
-    columns,
-    named,
-    scoring_options,
-)
+from inform_rm.cli import flags
 from inform_rm.errors import InputError
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    command = add_command(commands, "simulate", "best-of-n against reward models: what the gold reward says", run)
-    command.add_argument("--proxy", required=True, nargs="+", type=named, metavar="[NAME=]MODEL",
+    text = "best-of-n against reward models: what the gold reward says"
+    command = flags.add_command(commands, "simulate", text, run)
+    command.add_argument("--proxy", required=True, nargs="+", type=flags.named, metavar="[NAME=]MODEL",
                          help="reward models that choose: folders or Hub ids")  # fmt: skip
     command.add_argument("--output", required=True, help="folder for result.json, responses.parquet, plot and page")
     command.add_argument("--gold", help="reward model taken for the truth (default: the world's exact reward)")
     command.add_argument("--policy", help="causal LM that writes the responses (default: the world's sampler)")
-    command.add_argument("--data", nargs="+", help=f"pairs whose prompts are used: {SOURCES} (default: prompts of "
+    flags.add_data(command, nargs="+", help=f"pairs whose prompts are used: {flags.SOURCES} (default: prompts of "
                          "the world)")  # fmt: skip
-    add_columns(command, PAIR_FIELDS)
+    flags.add_columns(command, flags.PAIR_FIELDS)
     command.add_argument("--num-prompts", type=int, help="use so many prompts, drawn at random")
     command.add_argument("--num-responses", type=int, default=1024, help="for each prompt (default: %(default)s)")
     command.add_argument("--temperature", type=float, default=1.0, help="of the policy (default: %(default)s)")
     command.add_argument("--max-new-tokens", type=int, default=128, help="of the policy (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
-    add_scoring(command)
+    flags.add_scoring(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run it."""
+    from inform_rm.eval.best_of_n.simulate import SimulationSettings
     from inform_rm.world.policy import attack
 
     if len(dict(arguments.proxy)) < len(arguments.proxy):
         raise InputError("proxy: two models have the same name. Name them apart: --proxy one=FOLDER other=FOLDER.")
-    names = ("gold", "policy", "data", "num_prompts", "num_responses", "temperature", "max_new_tokens", "seed")
+    names = ("num_prompts", "num_responses", "temperature", "max_new_tokens", "seed")
     result = attack(
         dict(arguments.proxy),
         arguments.output,
-        columns=columns(arguments),
-        **{name: getattr(arguments, name) for name in names},
-        **scoring_options(arguments),
+        columns=flags.columns(arguments),
+        gold=arguments.gold,
+        policy=arguments.policy,
+        data=arguments.data,
+        settings=SimulationSettings(**{name: getattr(arguments, name) for name in names}),
+        **flags.scoring_options(arguments),
     )
-    for name, part in result["proxies"].items():
+    for name, part in result.proxies.items():
         peak = part["peak"]
         low, high = peak["fall_interval"]
         print(
             f"{name}: gold peaks at n = {peak['n']} (KL {peak['kl_nats']:.2f} nats) and falls by {peak['fall']:.3f} "
-            f"[{low:.3f}, {high:.3f}] to n = {result['ns'][-1]}"
+            f"[{low:.3f}, {high:.3f}] to n = {result.ns[-1]}"
         )
-    print(f"{arguments.output}/result.html")
+    done = f"drew {result.num_responses} responses to each of {result.num_prompts} prompts"
+    flags.print_once(done, see=f"{arguments.output}/result.html")

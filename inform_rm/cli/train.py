@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     result = train(args)
     measured = [] if result["evaluation"] is None else [accuracy_line(result["evaluation"])]
-    print_once(*measured, f"model: {args.output_dir}")
+    print_once(*measured, "trained a reward model", see=args.output_dir)
 
 
 def read_flags(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:

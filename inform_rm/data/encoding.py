@@ -11,7 +11,7 @@ rows and names the first ones; remove or rewrite them where the text is not your
 import json
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,35 +145,25 @@ def encode_many(tokenizer: Any, prompts: Sequence[str | list[Message]], response
 
 
 def encode_groups(
-    tokenizer: Any,
-    prompts: Sequence[str | list[Message]],
-    groups: Sequence[Sequence[str]],
-    refusal: Callable[[int, InputError], InputError],
-) -> list[list[Encoded]]:
-    """Token ids of prompts with several responses each: `encode_many` of all at once, with the fault's place named.
+    tokenizer: Any, prompts: Sequence[str | list[Message]], groups: Sequence[Sequence[str]]
+) -> list[list[Encoded] | InputError]:
+    """Token ids of prompts with several responses each; in place of a group that cannot be encoded, its fault.
+
+    All go through `encode_many` at once; one by one only where they cannot.
 
     Args:
         tokenizer: see `encode_many`.
         prompts: N prompts.
         groups: the responses to each.
-        refusal: makes the error to raise for the first prompt, by its place, that cannot be encoded, of its fault.
     """
+    repeated = [prompt for prompt, responses in zip(prompts, groups, strict=True) for _ in responses]
     try:
-        flat = iter(
-            encode_many(
-                tokenizer,
-                [prompt for prompt, responses in zip(prompts, groups, strict=True) for _ in responses],
-                [response for responses in groups for response in responses],
-            )
-        )
+        flat = iter(encode_many(tokenizer, repeated, [text for responses in groups for text in responses]))
         return [[next(flat) for _ in responses] for responses in groups]
-    except InputError:
-        for place, (prompt, responses) in enumerate(zip(prompts, groups, strict=True)):
-            try:
-                encode_many(tokenizer, [prompt] * len(responses), responses)
-            except InputError as error:
-                raise refusal(place, error) from error
-        raise
+    except InputError as error:
+        if len(prompts) == 1:
+            return [error]
+    return [encode_groups(tokenizer, prompts[at : at + 1], groups[at : at + 1])[0] for at in range(len(prompts))]
 
 
 def shared_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -204,28 +194,30 @@ class TokenPair:
         return max(len(self.chosen_ids), len(self.rejected_ids))
 
 
-def encode_sides(tokenizer: Any, batch: dict[str, list]) -> list[TokenPair]:
-    """Encode a batch of preference pairs (columns as in `preferences.FEATURES`).
-
-    Raises:
-        BadRow: A conversation that cannot be encoded, or two sides that become the same tokens.
-    """
-
-    def refusal(place: int, error: InputError) -> BadRow:
-        return not_encodable(batch["file"][place], batch["row"][place], error)
-
+def encode_each(tokenizer: Any, batch: dict[str, list]) -> list[TokenPair | BadRow]:
+    """Encode a batch of preference pairs (columns as in `preferences.FEATURES`); in place of a bad one, its fault."""
     sides = list(zip(batch["chosen"], batch["rejected"], strict=True))
-    pairs = []
-    for place, (chosen, rejected) in enumerate(encode_groups(tokenizer, batch["prompt"], sides, refusal)):
-        for encoded, text in zip((chosen, rejected), sides[place], strict=True):
-            if encoded.lost is not None and is_reasoning_alone(text):
-                reason = (
-                    f"the chat template leaves nothing of a side: {encoded.lost}. Remove the row, or pass another "
-                )
-                raise refusal(place, NotRenderedError(reason + "chat_template (a file, or 'plain')."))
-        length = min(len(chosen.prompt_ids), len(rejected.prompt_ids))
-        pairs.append(TokenPair(chosen.input_ids, rejected.input_ids, length, _lost_of_sides(chosen, rejected)))
-    return pairs
+    found: list[TokenPair | BadRow] = []
+    for place, both in enumerate(encode_groups(tokenizer, batch["prompt"], sides)):
+        try:
+            found.append(_token_pair(both, sides[place]))
+        except InputError as error:
+            found.append(not_encodable(batch["file"][place], batch["row"][place], error))
+    return found
+
+
+def _token_pair(both: list[Encoded] | InputError, texts: tuple[str, str]) -> TokenPair:
+    if isinstance(both, InputError):
+        raise both
+    for encoded, text in zip(both, texts, strict=True):
+        if encoded.lost is not None and is_reasoning_alone(text):
+            raise NotRenderedError(
+                f"the chat template leaves nothing of a side: {encoded.lost}. Remove the row, or pass another "
+                "chat_template (a file, or 'plain')."
+            )
+    chosen, rejected = both
+    length = min(len(chosen.prompt_ids), len(rejected.prompt_ids))
+    return TokenPair(chosen.input_ids, rejected.input_ids, length, _lost_of_sides(chosen, rejected))
 
 
 def not_encodable(file: str, row: int, error: InputError) -> BadRow:
@@ -271,22 +263,6 @@ def truncate_prompt(pair: TokenPair, max_length: int, bos_token_id: int | None) 
         return None
     chosen, rejected = (ids[:keep] + ids[keep + excess :] for ids in (pair.chosen_ids, pair.rejected_ids))
     return TokenPair(chosen, rejected, pair.prompt_length - excess, pair.lost)
-
-
-def encode_each(tokenizer: Any, batch: dict[str, list]) -> list[TokenPair | BadRow]:
-    """`encode_sides`, with the fault of a pair that cannot be encoded in its place.
-
-    Pairs are encoded one at a time only where the batch as a whole cannot be.
-    """
-    try:
-        return [*encode_sides(tokenizer, batch)]
-    except InputError as error:
-        if len(batch["row"]) == 1:
-            if isinstance(error, BadRow):
-                return [error]
-            raise
-        singles = [{name: values[at : at + 1] for name, values in batch.items()} for at in range(len(batch["row"]))]
-        return [found for single in singles for found in encode_each(tokenizer, single)]
 
 
 def skippable(bad: BadRow) -> BadRow:

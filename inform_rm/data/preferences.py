@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from datasets import Dataset, Features, Value
 
 from inform_rm.data.columns import Columns, Reading
 from inform_rm.data.pairs import LOOKED_AT_ROWS, BadRow, PreferencePair, pair_or_fault, with_layout
-from inform_rm.data.records import Records
-from inform_rm.data.sources import open_parts, parse_source, source_name
+from inform_rm.data.sources import Source, open_parts, parse_source, source_label, source_name
 from inform_rm.errors import InputError
 
 FEATURES = Features(
@@ -57,7 +56,7 @@ class PreferenceData:
 
 
 def load_preferences(
-    source: str | Path,
+    source: Source,
     *,
     columns: Columns | Mapping[str, str] | None = None,
     revision: str | None = None,
@@ -71,7 +70,9 @@ def load_preferences(
     Args:
         source: A JSON Lines, JSON or CSV file (also ``.gz``), a Parquet file, a folder of such files, a folder written
             by `Dataset.save_to_disk`, or a dataset id on the Hugging Face Hub; ``NAME[SPLIT]`` or
-            ``NAME[CONFIG/SPLIT]`` for one split of a folder or Hub id, see `records.parse_source`.
+            ``NAME[CONFIG/SPLIT]`` for one split of a folder or Hub id, see `sources.parse_source`. Or rows in memory:
+            a `Dataset`, a `DatasetDict` of one split, a list of dictionaries or a pandas table, whose rows without
+            ``subset`` and ``id`` get ``default`` and ``default/ROW``.
         columns: Which columns are prompt, chosen, rejected, ...: see `Columns.of`.
         revision: Branch, tag or commit of a Hub id.
         on_bad_row: ``"error"`` stops at the first bad row, ``"skip"`` leaves bad rows out and returns them.
@@ -80,37 +81,14 @@ def load_preferences(
         BadRow: The first bad row, under ``"error"``.
         InputError: Missing, unreadable or empty source, unknown format, a wrong mapping of columns, or no usable row.
     """
-    parts = open_parts(source, revision=revision)
-    name = source_name(parse_source(source).name)
-    return read_preferences(parts, str(source), name, columns=columns, on_bad_row=on_bad_row)
-
-
-def read_preferences(
-    parts: Sequence[tuple[str, Records]],
-    source: str,
-    name: str,
-    *,
-    columns: Columns | Mapping[str, str] | None = None,
-    on_bad_row: str = "error",
-) -> PreferenceData:
-    """Read and check rows of whatever origin, as `load_preferences` does.
-
-    Args:
-        parts: name for messages and numbered rows of each part, see `inform_rm.data.sources.open_parts`.
-        source: what all of them are called in messages.
-        name: stands for rows without ``subset`` and in the ids of rows without ``id``.
-        columns: see `load_preferences`.
-        on_bad_row: see `load_preferences`.
-
-    Raises:
-        BadRow: The first bad row, under ``"error"``.
-        InputError: a wrong mapping of columns, or no usable row.
-    """
     if on_bad_row not in ("error", "skip"):
         raise InputError(f"on_bad_row: got {on_bad_row!r}; expected 'error' or 'skip'.")
+    parts = open_parts(source, revision=revision)
     head = list(itertools.islice(parts[0][1], LOOKED_AT_ROWS))
     columns = with_layout(Columns.of(columns), head)
     first = parts[0][0], itertools.chain(head, parts[0][1])
+    label = source_label(source)
+    name = source_name(parse_source(source).name) if isinstance(source, str | Path) else "default"
     bad_rows: list[BadRow] = []
     digest = hashlib.sha256()
     reading = Reading()
@@ -128,13 +106,13 @@ def read_preferences(
                     yield pair
 
     dataset = _write_arrow(pairs(), digest)
-    reading.check_given(columns, source)
+    reading.check_given(columns, label)
     if not len(dataset):
         if bad_rows:
             first_of = {bad.reason: bad for bad in reversed(bad_rows)}  # one line for what all rows have in common
             shown = "; ".join(f"row {bad.row}: {bad.reason}" for bad in list(first_of.values())[-3:][::-1])
-            raise InputError(f"{source}: none of its {len(bad_rows)} rows can be used. {shown}")
-        raise InputError(f"{source}: no rows. Expected at least one preference pair.")
+            raise InputError(f"{label}: none of its {len(bad_rows)} rows can be used. {shown}")
+        raise InputError(f"{label}: no rows. Expected at least one preference pair.")
     return PreferenceData(dataset, bad_rows, digest.hexdigest(), reading)
 
 

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from inform_rm.data.columns import (
@@ -18,7 +17,7 @@ from inform_rm.data.columns import (
     with_earlier_turns,
 )
 from inform_rm.data.messages import Fault, Message, check_unicode, conversation, found
-from inform_rm.data.sources import open_parts
+from inform_rm.data.sources import Source, open_parts, source_label
 from inform_rm.errors import InputError
 
 _RESULT_FIELDS = ("reward", "reward_std")
@@ -46,7 +45,7 @@ class RowFault:
 
 
 def read_score_rows(
-    source: str | Path, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
+    source: Source, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
 ) -> Iterator[ScoreRow]:
     """Yield the rows of a source in order, checked, one in memory at a time; see `score_rows_or_faults`.
 
@@ -61,12 +60,13 @@ def read_score_rows(
 
 
 def score_rows_or_faults(
-    source: str | Path, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
+    source: Source, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
 ) -> Iterator[ScoreRow | RowFault]:
     """The rows of a source in order, one in memory at a time; in place of a bad one, what is wrong with it.
 
     Args:
-        source: A JSONL, JSON, CSV (each also .gz) or Parquet file, a folder, or a Hub id, see `records.open_parts`.
+        source: A JSONL, JSON, CSV (each also .gz) or Parquet file, a folder, a Hub id, or rows in memory, see
+            `sources.open_parts`.
         columns: Where ``prompt``, ``response``, ``system`` and ``history`` are, see `Columns.of`.
         reading: Counts how the rows were read.
 
@@ -86,7 +86,7 @@ def score_rows_or_faults(
                 yield _checked_row(record, where, columns, reading, is_csv)
             except InputError as error:
                 yield RowFault(_writable(record, where), str(error))
-    reading.check_given(columns, str(source))
+    reading.check_given(columns, source_label(source))
 
 
 def _plain(value: Any, column: str, where: str) -> Any:

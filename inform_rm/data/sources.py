@@ -3,13 +3,23 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 from inform_rm.data.records import SUFFIXES, Records, data_suffix, open_file
 from inform_rm.errors import InputError, shortened
 from inform_rm.util.files import file_digest
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset
+
+# The quoted ones are not imported to be named.
+Source = Union[
+    str, Path, "Dataset", "IterableDataset", "DatasetDict", Sequence[Mapping[str, Any]]
+]  # fmt: skip
+Sources = Source | Sequence[Source]
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _WITH_SPLIT = re.compile(r"(.*)\[([^\[\]]*)\]")
@@ -59,18 +69,46 @@ def parse_source(source: str | Path) -> SourceName:
     return SourceName(match[1], split, config or None)
 
 
-def open_parts(source: str | Path, *, revision: str | None = None) -> list[tuple[str, Records]]:
+def source_list(data: Sources) -> list[Any]:
+    """One or several sources as a list; a list of rows is one source.
+
+    Example:
+        >>> source_list("a.jsonl"), source_list([{"prompt": "?"}])
+        (['a.jsonl'], [[{'prompt': '?'}]])
+    """
+    if isinstance(data, list | tuple) and not (data and isinstance(data[0], Mapping)):
+        return list(data)
+    return [data]
+
+
+def source_label(source: Source) -> str:
+    """How a source is named in messages and results: as it was written, or what kind of object it is.
+
+    Example:
+        >>> source_label("org/pairs[train]"), source_label([{"prompt": "?"}])
+        ('org/pairs[train]', 'list in memory')
+    """
+    return str(source) if isinstance(source, str | Path) else f"{type(source).__name__} in memory"
+
+
+def open_parts(source: Source, *, revision: str | None = None) -> list[tuple[str, Records]]:
     """The parts of a source in order, each with its name for messages and an iterator over its rows.
 
     Args:
         source: As `parse_source` reads it: a file ending in one of `SUFFIXES`, a folder of such files, one written
-            by `Dataset.save_to_disk`, or a Hub dataset id; a split must be named where there are several.
+            by `Dataset.save_to_disk`, or a Hub dataset id; a split must be named where there are several. Or rows in
+            memory: a `datasets.Dataset` or `IterableDataset`, a `DatasetDict` of one split, a list of dictionaries,
+            or a pandas table.
         revision: Branch, tag or commit of a Hub id.
 
     Raises:
         InputError: Missing, empty or unreadable source, unknown format, or a split that is not there; here, or while
             iterating.
     """
+    if not isinstance(source, str | Path):
+        if revision is not None:
+            raise InputError(f"revision: {revision!r} was given, but the data is in memory. Leave revision out.")
+        return [(source_label(source), enumerate(_rows_in_memory(source), start=1))]
     named = parse_source(source)
     path, name = Path(named.name), str(source)
     if not name.strip():
@@ -90,6 +128,24 @@ def open_parts(source: str | Path, *, revision: str | None = None) -> list[tuple
         return [open_file(file) for file in files_of_split(path, named)]
     check_hub_id(named.name)
     return [(name, _rows(load_hub(named.name, named.split, revision, config=named.config)))]
+
+
+def _rows_in_memory(source: Any) -> Any:
+    """What gives the rows of an object one after the other."""
+    from datasets import Dataset, IterableDataset
+
+    if type(source).__module__.partition(".")[0] == "pandas":  # which is no dependency of its own
+        return Dataset.from_pandas(source, preserve_index=False)
+    if isinstance(source, dict) and len(source) > 1:
+        splits = ", ".join(map(repr, source))
+        raise InputError(f"data: a {type(source).__name__} of several splits, {splits}. Pass one: data[NAME].")
+    rows = next(iter(source.values()), None) if isinstance(source, dict) else source
+    if not isinstance(rows, Dataset | IterableDataset | list | tuple):
+        raise InputError(
+            f"data: got a {type(source).__name__}; expected the name of a source, a Dataset, a DatasetDict of one "
+            "split, a list of dictionaries or a pandas table."
+        )
+    return rows
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -150,13 +206,18 @@ def files_of_split(folder: Path, named: SourceName) -> list[Path]:
     return splits[split]
 
 
-def source_digest(source: str | Path) -> str:
-    """What tells one state of a source from another: the SHA-256 of its files, or a Hub dataset's fingerprint.
+def source_digest(source: Source) -> str:
+    """What tells one state of a source from another: the SHA-256 of its files or rows, a Hub dataset's fingerprint.
 
     Raises:
         InputError: Missing source, or a Hub id that cannot be loaded.
         OSError: A file cannot be read.
     """
+    if not isinstance(source, str | Path):
+        digest = hashlib.sha256()
+        for record in _rows_in_memory(source):
+            digest.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
     named = parse_source(source)
     path = Path(named.name)
     if path.is_file():

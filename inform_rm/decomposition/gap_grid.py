@@ -83,6 +83,7 @@ def gap_grid(
     prompt_rows: Tensor,
     *,
     rows: Tensor | None = None,
+    encoded: bool = False,
     overlong: str = "error",
     on_bad_row: str = "error",
     journal: RewardJournal | None = None,
@@ -101,6 +102,8 @@ def gap_grid(
             `inform_rm.decomposition.prompt_free_gap.sample_prompts`).
         prompt_rows: ``(K,)`` row of ``pairs`` that holds each prompt (see `distinct_prompts`).
         rows: ``(P,)`` rows of ``pairs`` that the grid is for; ``None`` for all.
+        encoded: ``pairs`` hold the token ids of each pair under its own prompt, which are then not made again: the
+            columns that `inform_rm.data.encoding.encode_pairs` makes with this scorer's tokenizer and ``keep_text``.
         overlong: what becomes of a cell that is longer than the scorer's ``max_length``: ``"error"`` if it is a pair
             under its own prompt, ``"drop"``, or ``"truncate_prompt"``. Under another prompt ``"error"`` leaves the
             cell out, too: the data are not at fault.
@@ -135,8 +138,9 @@ def gap_grid(
             sequences: list[list[int]] = []
             prompt_lengths: list[int] = []
             entries: list[tuple[int, int, int]] = []
-            encoded = _encode_cells(scorer, pairs, pair_rows, prompt_rows, choice, cells)
-            for (pair, column), both, where in encoded:
+            for (pair, column), both, where in _encode_cells(
+                scorer, pairs, pair_rows, prompt_rows, choice, cells, encoded
+            ):
                 try:
                     fitted = _fit(both, scorer, overlong, *where)
                 except BadRow:
@@ -182,6 +186,7 @@ def _encode_cells(
     prompt_rows: Tensor,
     choice: Tensor,
     cells: list[tuple[int, int]],
+    encoded: bool,
 ) -> Iterator[tuple[tuple[int, int], TokenPair | BadRow, tuple[str, int]]]:
     """The cells with their token ids, or why they have none, and the file and row of their pair."""
     wanted = pair_rows[[pair for pair, _ in cells]]
@@ -189,10 +194,17 @@ def _encode_cells(
     needed, place = torch.cat([wanted, prompts_at]).unique(return_inverse=True)
     batch = pairs[needed.tolist()]
     of_pair, of_prompt = place.chunk(2)
-    columns = {name: [batch[name][at] for at in of_pair] for name in ("chosen", "rejected", "file", "row")}
-    columns["prompt"] = [batch["prompt"][at] for at in of_prompt]
-    places = zip(columns["file"], columns["row"], strict=True)
-    return zip(cells, encode_each(scorer.tokenizer, columns), places, strict=True)
+    places = list(zip(*([batch[name][at] for at in of_pair] for name in ("file", "row")), strict=True))
+    known = {
+        number: TokenPair(*(batch[name][at] for name in ("chosen_input_ids", "rejected_input_ids", "prompt_length")))
+        for number, ((_, column), at) in enumerate(zip(cells, of_pair, strict=True))
+        if encoded and column == 0
+    }
+    others = [number for number in range(len(cells)) if number not in known]
+    columns = {name: [batch[name][of_pair[at]] for at in others] for name in ("chosen", "rejected", "file", "row")}
+    columns["prompt"] = [batch["prompt"][of_prompt[at]] for at in others]
+    found = known | dict(zip(others, encode_each(scorer.tokenizer, columns), strict=True))
+    return zip(cells, (found[number] for number in range(len(cells))), places, strict=True)
 
 
 def _fit(

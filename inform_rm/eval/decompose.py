@@ -1,33 +1,29 @@
 """How much of a reward model's preference the response alone decides: an audit on preference data."""
 
-import io
 import re
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, concatenate_datasets
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from inform_rm.data.sources import Sources
 from inform_rm.decomposition.gap_grid import GapGrid, distinct_prompts, gap_grid
 from inform_rm.decomposition.likelihoods import ResponseLikelihood, load_likelihood
 from inform_rm.decomposition.prompt_free_gap import Decomposition, decompose_gaps, sample_prompts, tempered_weights
 from inform_rm.errors import InputError
 from inform_rm.eval import decompose_report as report
-from inform_rm.eval.sources import leave_out_bad_rows, load_sources, warn_of_left_out
-from inform_rm.scoring.scorer import RewardScorer, as_scorer
-from inform_rm.util.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
+from inform_rm.eval.frame import JOURNAL_FILE, Frame, ModelResult, parquet, settings_of, unwritten
+from inform_rm.eval.sources import PairSettings, load_sources, warn_of_left_out
+from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.intervals import wilson_interval
-from inform_rm.util.journal import RewardJournal
-from inform_rm.util.page import figure_png
-from inform_rm.util.processes import is_main_process
+from inform_rm.util.page import Page, Table, figure_png
 
-JOURNAL_FILE = "rewards.partial"
 LIKELIHOOD_JOURNAL_FILE = "likelihoods.partial"
 WEIGHTS = ("uniform", "behavior")
 _LIST_ITEM = re.compile(r"^\s*([-*•]|\d+[.)])\s", re.MULTILINE)
@@ -41,42 +37,13 @@ FEATURES = {
 _SHOWN_PAIRS = 20
 
 
-def decompose(
-    model: str | Path | torch.nn.Module | RewardScorer,
-    data: str | Path | Sequence[str | Path],
-    output: str | Path | None = None,
-    *,
-    tokenizer: Any = None,
-    num_prompts: int = 16,
-    stratify: bool = False,
-    weights: str = "uniform",
-    behavior_model: str | Path | torch.nn.Module | None = None,
-    length_normalized: bool = False,
-    ess_target: float = 0.25,
-    color: str = "length",
-    columns: Mapping[str, str] | None = None,
-    data_revision: str | None = None,
-    on_bad_row: str = "error",
-    overlong: str = "error",
-    max_pairs: int | None = None,
-    seed: int = 0,
-    progress: bool = True,
-    **scorer_options: Any,
-) -> dict[str, Any]:
-    """Decompose the reward gaps of any reward model into prompt-free and prompt-related parts (arXiv:2504.06020).
+@dataclass(frozen=True, kw_only=True)
+class DecompositionSettings(PairSettings):
+    """How reward gaps are decomposed: keywords of `decompose`.
 
-    Both responses of every pair are scored under the pair's own prompt and under prompts of other pairs; see
-    `inform_rm.decomposition.prompt_free_gap` for what is made of the gaps. With ``output`` the folder receives
-    ``pairs.parquet`` (one row a pair), two plots, ``result.html`` and at last ``result.json``. After a kill the same
-    call takes up the rewards computed before (``rewards.partial``), and refuses if model, data or settings have
-    changed. With a scorer that splits its work over processes, all of them read the data and the main one writes.
-
-    Args:
-        model: folder, Hub id, loaded model, or a `RewardScorer`.
-        data: one or several sources of pairs, as `load_preferences` reads them. Prompts are drawn from them, too.
-        output: folder for the results; ``None`` only returns them.
-        tokenizer: see `RewardScorer`.
-        num_prompts: prompts for each pair, its own among them; all others are drawn without replacement.
+    Attributes:
+        num_prompts: prompts for each pair, its own among them; all others are drawn without replacement, with
+            ``seed``.
         stratify: draw only prompts of the same ``subset``: those of a maths set say little about a chat pair.
         weights: ``"uniform"``: all prompts of a pair count the same; ``"behavior"``: as likely as ``behavior_model``
             finds both responses under them, tempered (`inform_rm.decomposition.prompt_free_gap.tempered_weights`).
@@ -85,121 +52,206 @@ def decompose(
         length_normalized: use mean log-likelihoods of the tokens instead of sums.
         ess_target: effective sample size that tempering keeps, as a share of the prompts.
         color: what colours the plane of D1 and D2: ``"length"`` (characters, chosen - rejected) or ``"subset"``.
-        columns: which columns are prompt, chosen, rejected, ...: see `Columns.of`.
-        data_revision: revision of the data on the Hub.
-        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists bad rows, those among them that
-            cannot be encoded or do not fit. A pair that cannot be rendered under another's prompt does without it.
-        overlong: see `inform_rm.decomposition.gap_grid.gap_grid`; a pair that is too long under its own prompt is
-            counted.
-        max_pairs: use a random subset of this many pairs of each source.
-        seed: seed of the subset and of the draw of prompts.
+    """
+
+    num_prompts: int = 16
+    stratify: bool = False
+    weights: str = "uniform"
+    behavior_model: str | Path | torch.nn.Module | None = None
+    length_normalized: bool = False
+    ess_target: float = 0.25
+    color: str = "length"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.num_prompts, bool) or not isinstance(self.num_prompts, int) or self.num_prompts < 2:
+            raise InputError(f"num_prompts: {self.num_prompts!r}; expected at least 2, the pair's own and one other.")
+        if self.weights not in WEIGHTS or (self.weights == "behavior") != (self.behavior_model is not None):
+            raise InputError(
+                f"weights: {self.weights!r} with behavior_model {self.behavior_model!r}; expected 'uniform' without "
+                "one, or 'behavior' with one."
+            )
+        if not 0 < self.ess_target <= 1:
+            raise InputError(f"ess_target: {self.ess_target!r}; it is a share of the prompts, above 0 and at most 1.")
+        if self.color not in report.COLORS:
+            raise InputError(f"color: {self.color!r}; expected one of {', '.join(report.COLORS)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides the figures."""
+        without = {"behavior_model", "color"}
+        without |= {"length_normalized", "ess_target"} if self.behavior_model is None else set()
+        return {name: value for name, value in super().to_dict().items() if name not in without}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecompositionResult(ModelResult):
+    """How much of a reward model's preference the response alone decides.
+
+    Attributes:
+        data: per source what was read and left out.
+        distinct_prompts: in all sources.
+        left_out: pairs by reason, non-finite rewards with the pairs' ids.
+        cost: tokens that were computed, and that one pass a reward would take.
+        num_pairs: that were decomposed.
+        accuracy: share of pairs with the larger reward for the chosen response, ties half.
+        response_decides: share of pairs with abs(D2) > abs(D1): no prompt-related part of this size could turn the
+            preference.
+        prompt_sensitivity: share of the gaps' variance that lies between prompts of one pair; 0 for a model blind to
+            prompts.
+        sign_flips: share of pairs whose preference is another one under at least one other prompt.
+        mean_standard_error: of the prompt-free gaps.
+        mean_effective_sample_size: of the prompts behind them.
+        not_converged: gaps whose root was not found.
+        correlations: Spearman, of each gap with differences of features that the response alone has.
+        quadrants: pairs and accuracy by the signs of both parts.
+        subsets: shares by subset, where there are several.
+        pairs: column by name, one row a pair: the content of ``pairs.parquet``.
+        color: of the plane.
+    """
+
+    data: list[dict[str, Any]]
+    distinct_prompts: int
+    left_out: dict[str, Any]
+    cost: dict[str, int]
+    num_pairs: int
+    accuracy: float
+    accuracy_interval: list[float]
+    response_decides: float
+    response_decides_interval: list[float]
+    sign_flips: float
+    sign_flips_interval: list[float]
+    mean_standard_error: float
+    mean_effective_sample_size: float
+    not_converged: int
+    correlations: dict[str, dict[str, float]]
+    quadrants: list[dict[str, Any]]
+    prompt_sensitivity: float | None = None
+    subsets: dict[str, dict[str, Any]] | None = None
+    pairs: dict[str, np.ndarray] = unwritten()
+    color: str = unwritten(default="length")
+
+    @property
+    def title(self) -> str:
+        """What was decomposed."""
+        return f"Prompt-free and prompt-related reward of {self.model}"
+
+    def table(self) -> Table:
+        """The shares of all pairs and of each subset."""
+        return report.share_table(self.to_dict())
+
+    def figure(self) -> Figure:
+        """The plane of D2 and D1, one point a pair."""
+        return report.plane_figure(self.pairs, self.color)
+
+    def page(self) -> Page:
+        """All of it."""
+        spread = figure_png(report.spread_figure(self.pairs))
+        return report.result_page(self.to_dict(), spread, figure_png(self.figure()))
+
+
+def decompose(
+    model: str | Path | torch.nn.Module | RewardScorer,
+    data: Sources,
+    output: str | Path | None = None,
+    *,
+    tokenizer: Any = None,
+    progress: bool = True,
+    **options: Any,
+) -> DecompositionResult:
+    """Decompose the reward gaps of any reward model into prompt-free and prompt-related parts (arXiv:2504.06020).
+
+    Both responses of every pair are scored under the pair's own prompt and under prompts of other pairs; see
+    `inform_rm.decomposition.prompt_free_gap` for what is made of the gaps. With ``output`` the folder receives
+    ``pairs.parquet`` (one row a pair), two plots, ``result.md``, ``result.html`` and at last ``result.json``. After a
+    kill the same call takes up the rewards computed before (``rewards.partial``), and refuses if model, data or
+    settings have changed. With a scorer that splits its work over processes, all of them read the data and the main
+    one writes.
+
+    Args:
+        model: folder, Hub id, loaded model, or a `RewardScorer`.
+        data: one or several sources of pairs, by name or in memory, as `load_preferences` reads them. Prompts are
+            drawn from them, too.
+        output: folder for the results; ``None`` only returns them.
+        tokenizer: see `RewardScorer`.
         progress: show a progress bar.
-        scorer_options: keywords of `RewardScorer`, such as ``max_length``, ``device`` and ``trust_remote_code``.
+        options: fields of `DecompositionSettings` (``num_prompts``, ``stratify``, ``weights``, ...; those of
+            `inform_rm.eval.sources.PairSettings` are among them) and keywords of `RewardScorer`. A pair that cannot be
+            rendered under another's prompt does without it; see `inform_rm.decomposition.gap_grid.gap_grid` for
+            ``overlong``.
 
     Returns:
-        ``num_pairs`` that were decomposed, ``left_out`` (pairs by reason, non-finite rewards with the pairs' ids),
-        ``accuracy``, ``response_decides`` (share of pairs with abs(D2) > abs(D1): no prompt-related part of this size
-        could turn the preference), ``prompt_sensitivity`` (share of the gaps' variance that lies between prompts of
-        one pair; 0 for a model blind to prompts), ``sign_flips`` (share of pairs whose preference is another one under
-        at least one other prompt), ``correlations`` (Spearman, of each gap with differences of features that the
-        response alone has), ``quadrants``, ``subsets``, ``cost``, and settings, seed, versions and fingerprints.
+        The shares, what was left out, and what they were computed with.
 
     Raises:
         InputError: on bad data, fewer than two distinct prompts, a model that is no reward model, or an unfinished run
             with other settings.
     """
-    if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 2:
-        raise InputError(f"num_prompts: {num_prompts!r}; expected at least 2, the pair's own and one other.")
-    if weights not in WEIGHTS or (weights == "behavior") != (behavior_model is not None):
-        raise InputError(
-            f"weights: {weights!r} with behavior_model {behavior_model!r}; expected 'uniform' without one, or "
-            "'behavior' with one."
-        )
-    if not 0 < ess_target <= 1:
-        raise InputError(f"ess_target: {ess_target!r}; it is a share of the prompts, above 0 and at most 1.")
-    if color not in report.COLORS:
-        raise InputError(f"color: {color!r}; expected one of {', '.join(report.COLORS)}.")
-    folder = None if output is None else check_output_directory(output)
-    scorer = as_scorer(model, tokenizer, scorer_options)
-    sources = load_sources(
-        data, columns=columns, revision=data_revision, on_bad_row=on_bad_row, max_pairs=max_pairs, seed=seed
-    )
+    settings, scorer_options = settings_of(DecompositionSettings, options)
+    frame = Frame(model, output, tokenizer, scorer_options, progress)
+    scorer = frame.scorer
+    sources = load_sources(data, settings)
     # All before the first forward pass, and without the prompts that no pair could be scored under.
-    pairs = concatenate_datasets([leave_out_bad_rows(source, scorer, overlong, on_bad_row) for source in sources])
+    pairs = concatenate_datasets([source.encode(scorer, settings, keep_text=True).dataset for source in sources])
+    choice, prompt_rows, population = _chosen_prompts(pairs, settings)
+    described = frame.described({"data": [source.record["source"] for source in sources], **settings.to_dict()},
+                                settings.seed)  # fmt: skip
+    run = {"data": [source.record["fingerprint"] for source in sources], "settings": described["settings"]}
+    run["seed"] = settings.seed
+    with frame.journal(JOURNAL_FILE, run) as journal:
+        grid = gap_grid(scorer, pairs, choice, prompt_rows, encoded=True, overlong=settings.overlong,
+                        journal=journal, progress=frame.progress)  # fmt: skip
+    log_likelihoods = None
+    if settings.behavior_model is not None:
+        likelihood = _likelihood(settings, scorer, scorer_options)
+        with frame.journal(LIKELIHOOD_JOURNAL_FILE, {**run, "likelihood": likelihood.identity()}) as journal:
+            # A prompt that it cannot weigh has no weight.
+            log_likelihoods = gap_grid(likelihood, pairs, choice, prompt_rows, overlong="drop", on_bad_row="skip",
+                                       journal=journal, progress=frame.progress).pair_log_likelihoods  # fmt: skip
+    table, left_out = _table(pairs, grid, population, log_likelihoods, settings.ess_target)
+    for source in sources:
+        warn_of_left_out(source.record)
+    result = DecompositionResult(
+        **described,
+        data=[source.record for source in sources],
+        distinct_prompts=len(prompt_rows),
+        left_out=left_out,
+        cost={"tokens_computed": grid.tokens_computed, "tokens_of_a_plain_loop": grid.tokens_plain},
+        **summary(table),
+        pairs=table,
+        color=settings.color,
+    )
+    columns = {name.replace(" ", "_"): values.tolist() for name, values in table.items()}
+    frame.finish(result, {"pairs.parquet": parquet(columns)})
+    return result
+
+
+def _chosen_prompts(pairs: Dataset, settings: DecompositionSettings) -> tuple[Tensor, Tensor, int | Tensor]:
+    """The prompts of each pair (`sample_prompts`), the row of each prompt, and how many each pair's come from."""
     prompt_rows, own = distinct_prompts(pairs)
     if len(prompt_rows) < 2:
         raise InputError(
             "data: all pairs have the same prompt. What a response is worth without its prompt shows only under other "
             "prompts: add pairs with other prompts."
         )
-    subsets = np.array(pairs["subset"][:])
-    strata = torch.from_numpy(np.unique(subsets[prompt_rows], return_inverse=True)[1]) if stratify else None
-    choice = sample_prompts(own, num_prompts, len(prompt_rows), seed=seed, strata=strata)
-    population: int | Tensor = len(prompt_rows)
-    if strata is not None:
-        population = torch.bincount(strata)[strata[own]]
-
-    identity = scorer.identity()
-    settings = {
-        "data": [source.record["source"] for source in sources],
-        "columns": None if columns is None else dict(columns), "data_revision": data_revision,
-        "num_prompts": num_prompts, "stratify": stratify, "weights": weights, "on_bad_row": on_bad_row,
-        "overlong": overlong, "max_pairs": max_pairs, "max_length": scorer.max_length, "dtype": identity["dtype"],
-    }  # fmt: skip
-    fingerprints = [source.record["fingerprint"] for source in sources]
-    run = {**identity, "data": fingerprints, "settings": settings, "seed": seed}
-    shared = scorer.split_over_processes
-    writes = not shared or is_main_process()
-
-    def compute(model: RewardScorer | ResponseLikelihood, name: str, policies: dict[str, Any], **more: Any) -> GapGrid:
-        journal = None if folder is None else RewardJournal(folder / name, {**run, **more}, shared)
-        bar = progress and writes
-        try:
-            return gap_grid(model, pairs, choice, prompt_rows, **policies, journal=journal, progress=bar)
-        finally:
-            if journal is not None:
-                journal.close()
-
-    grid = compute(scorer, JOURNAL_FILE, {"overlong": overlong})
-    log_likelihoods = None
-    if behavior_model is not None:
-        likelihood = _likelihood(behavior_model, scorer.tokenizer, length_normalized, scorer_options)
-        likelihood.split_over_processes = shared
-        settings |= {"length_normalized": length_normalized, "ess_target": ess_target}
-        policies = {"overlong": "drop", "on_bad_row": "skip"}  # a prompt that it cannot weigh has no weight
-        behavior = compute(likelihood, LIKELIHOOD_JOURNAL_FILE, policies, likelihood=likelihood.identity())
-        log_likelihoods = behavior.pair_log_likelihoods
-    table, left_out = _table(pairs, grid, population, log_likelihoods, ess_target)
-    for source in sources:
-        warn_of_left_out(source.record)
-    result = {
-        "model": scorer.name,
-        "model_fingerprint": identity["model"],
-        "tokenizer_fingerprint": identity["tokenizer"],
-        "settings": {name: value for name, value in settings.items() if value is not None},
-        "seed": seed,
-        "versions": versions(),
-        "data": [source.record for source in sources],
-        "distinct_prompts": len(prompt_rows),
-        "left_out": left_out,
-        "cost": {"tokens_computed": grid.tokens_computed, "tokens_of_a_plain_loop": grid.tokens_plain},
-        **summary(table),
-    }
-    if folder is not None and writes:
-        _write(folder, result, table, color)
-        for name in (JOURNAL_FILE, LIKELIHOOD_JOURNAL_FILE):
-            (folder / name).unlink(missing_ok=True)
-    return result
+    strata, population = None, len(prompt_rows)
+    if settings.stratify:
+        strata = torch.from_numpy(np.unique(np.array(pairs["subset"][:])[prompt_rows], return_inverse=True)[1])
+    choice = sample_prompts(own, settings.num_prompts, len(prompt_rows), seed=settings.seed, strata=strata)
+    return choice, prompt_rows, population if strata is None else torch.bincount(strata)[strata[own]]
 
 
 def _likelihood(
-    model: str | Path | torch.nn.Module, tokenizer: Any, length_normalized: bool, scorer_options: dict[str, Any]
+    settings: DecompositionSettings, scorer: RewardScorer, scorer_options: dict[str, Any]
 ) -> ResponseLikelihood:
+    model, normalized = settings.behavior_model, settings.length_normalized
     if isinstance(model, str | Path):
         passed_on = ("chat_template", "device", "trust_remote_code")
         options = {name: scorer_options[name] for name in passed_on if name in scorer_options}
-        return load_likelihood(model, length_normalized=length_normalized, **options)
-    return ResponseLikelihood(model, tokenizer, length_normalized)
+        likelihood = load_likelihood(model, length_normalized=normalized, **options)
+    else:
+        likelihood = ResponseLikelihood(model, scorer.tokenizer, normalized)
+    likelihood.split_over_processes = scorer.split_over_processes
+    return likelihood
 
 
 def _table(
@@ -331,15 +383,3 @@ def _quadrants(table: dict[str, np.ndarray]) -> list[tuple[str, str, np.ndarray]
         ("above 0", "above 0", free & related), ("above 0", "0 or below", free & ~related),
         ("0 or below", "above 0", ~free & related), ("0 or below", "0 or below", ~free & ~related),
     ]  # fmt: skip
-
-
-def _write(folder: Path, result: dict[str, Any], table: dict[str, np.ndarray], color: str) -> None:
-    buffer = io.BytesIO()
-    columns = {name.replace(" ", "_"): values.tolist() for name, values in table.items()}
-    pq.write_table(pa.table(columns), buffer)
-    atomic_write_bytes(folder / "pairs.parquet", buffer.getvalue())
-    spread, plane = (figure_png(figure) for figure in (report.spread_figure(table), report.plane_figure(table, color)))
-    atomic_write_bytes(folder / "spread.png", spread)
-    atomic_write_bytes(folder / "plane.png", plane)
-    atomic_write_text(folder / "result.html", report.result_page(result, spread, plane).html())
-    write_json(folder / "result.json", result)  # last: its presence says that the rest is complete

@@ -89,8 +89,8 @@ def result_page(result: dict[str, Any], spread_png: bytes, plane_png: bytes) -> 
         [
             share_table(result),
             *notes(result),
-            Image(spread_png, _SPREAD_CAPTION),
-            Image(plane_png, PLANE_CAPTION),
+            Image(spread_png, _SPREAD_CAPTION, "spread.png"),
+            Image(plane_png, PLANE_CAPTION, "plane.png"),
             Heading("What the gaps go with"),
             "Spearman rank correlation with the difference (chosen - rejected) of what the response alone has.",
             Table(("difference in", "reward gap D", "prompt-free D2", "prompt-related D1"), correlations),

@@ -1,42 +1,83 @@
-"""Evaluating a reward model on preference data: from model and data to a folder of results."""
+"""Evaluating a reward model on preference data: from model and data to a result, and to a folder of it."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-from inform_rm.data.encoding import encode_pairs
-from inform_rm.eval import accuracy, report
+from inform_rm.data.sources import Sources
+from inform_rm.eval import report
+from inform_rm.eval.accuracy import pairwise_accuracy
+from inform_rm.eval.frame import JOURNAL_FILE, Frame, ModelResult, json_lines, settings_of, unwritten
 from inform_rm.eval.journaled import journaled_rewards
-from inform_rm.eval.sources import add_bad_rows, load_sources, warn_of_left_out
-from inform_rm.scoring.scorer import RewardScorer, as_scorer
-from inform_rm.util.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
+from inform_rm.eval.sources import PairSettings, load_sources, warn_of_left_out
+from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import RewardJournal, shortest_float
-from inform_rm.util.page import figure_png
-from inform_rm.util.processes import is_main_process
+from inform_rm.util.page import Page, Table, figure_png
 
-JOURNAL_FILE = "rewards.partial"
 _CHUNK_PAIRS = 2048
+_COUNTS = ("overlong", "dropped", "truncated")
+_ROW = ("id", "subset", "chosen_characters", "rejected_characters")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult(ModelResult):
+    """The accuracy of a reward model on preference pairs.
+
+    The statistics are those of `inform_rm.eval.accuracy.pairwise_accuracy`, lengths in characters.
+
+    Attributes:
+        data: per source its fingerprint and counts of pairs read, not sampled, over-long, dropped, truncated and
+            evaluated, the bad rows, and ``partly_rendered``: ``n`` pairs of which the chat template deleted text, and
+            up to 5 ``examples``.
+        rows: of each pair source, id, subset, lengths and rewards: the lines of ``pairs.jsonl``.
+    """
+
+    data: list[dict[str, Any]]
+    num_pairs: int
+    accuracy: float
+    accuracy_interval: list[float]
+    accuracy_ties_wrong: float
+    accuracy_ties_wrong_interval: list[float]
+    num_ties: int
+    mean_margin: float
+    calibration: dict[str, Any]
+    by_length: dict[str, dict[str, Any]] | None = None
+    longer_wins_accuracy: float | None = None
+    subsets: dict[str, dict[str, Any]] | None = None
+    rows: list[dict[str, Any]] = unwritten()
+
+    @property
+    def title(self) -> str:
+        """What was evaluated."""
+        return f"Accuracy of {self.model}"
+
+    def table(self) -> Table:
+        """All pairs, each subset, each part by length."""
+        return report.accuracy_table(self.to_dict())
+
+    def figure(self) -> Figure:
+        """Accuracy against predicted probability."""
+        return report.reliability_figure(self.calibration["bins"])
+
+    def page(self) -> Page:
+        """All of it."""
+        return report.result_page(self.to_dict(), figure_png(self.figure()))
 
 
 def evaluate(
     model: str | Path | torch.nn.Module | RewardScorer,
-    data: str | Path | Sequence[str | Path],
+    data: Sources,
     output: str | Path | None = None,
     *,
     tokenizer: Any = None,
-    columns: Mapping[str, str] | None = None,
-    data_revision: str | None = None,
-    on_bad_row: str = "error",
-    overlong: str = "error",
-    max_pairs: int | None = None,
-    seed: int = 0,
     progress: bool = True,
-    **scorer_options: Any,
-) -> dict[str, Any]:
+    **options: Any,
+) -> EvaluationResult:
     """Accuracy of any sequence-classification reward model on preference pairs, overall and per subset.
 
     With ``output`` the folder receives ``pairs.jsonl`` (both rewards and lengths of every pair), ``reliability.png``,
@@ -46,87 +87,47 @@ def evaluate(
 
     Args:
         model: folder, Hub id, loaded model, or a `RewardScorer`, which several evaluations can share.
-        data: one or several sources of pairs, as `load_preferences` reads them.
+        data: one or several sources of pairs, by name or in memory, as `load_preferences` reads them.
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
-        columns: which columns are prompt, chosen, rejected, ...: see `Columns.of`.
-        data_revision: revision of the data on the Hub.
-        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists bad rows, those among them that
-            cannot be encoded or do not fit (see `inform_rm.data.encoding.encode_pairs`).
-        overlong: what becomes of pairs over the scorer's ``max_length``: ``"error"``, ``"drop"`` or
-            ``"truncate_prompt"``; counted.
-        max_pairs: evaluate a random subset of this many pairs of each source.
-        seed: seed of that subset; nothing else is random.
         progress: show a progress bar.
-        scorer_options: keywords of `RewardScorer`, such as ``max_length``, ``device`` and ``trust_remote_code``.
+        options: fields of `inform_rm.eval.sources.PairSettings` (``columns``, ``data_revision``, ``on_bad_row``,
+            ``overlong``, ``max_pairs``, ``seed``) and keywords of `RewardScorer` (``max_length``, ``device``,
+            ``trust_remote_code``, ...).
 
     Returns:
-        The statistics of `pairwise_accuracy` (lengths in characters), with ``model``, ``settings``, ``seed``,
-        ``versions``, ``model_fingerprint`` and ``data``: per source its fingerprint and counts of pairs read,
-        not sampled, over-long, dropped, truncated and evaluated, the bad rows, and ``partly_rendered``: ``n`` pairs of
-        which the chat template deleted text, and up to 5 ``examples``.
+        The statistics, what was read and left out, and what they were computed with.
 
     Raises:
         InputError: on bad data, a model that is no reward model, or an unfinished run with other settings.
         NonFiniteRewardError: if the model gives NaN or infinity; the pair is named.
     """
-    folder = None if output is None else check_output_directory(output)
-    scorer = as_scorer(model, tokenizer, scorer_options)
-
-    parts, described = [], []
-    for source in load_sources(
-        data, columns=columns, revision=data_revision, on_bad_row=on_bad_row, max_pairs=max_pairs, seed=seed
-    ):
-        encoded = encode_pairs(
-            source.pairs, scorer.tokenizer, max_length=scorer.max_length, overlong=overlong, on_bad_row=on_bad_row
-        )
-        add_bad_rows(source.record, encoded.bad_rows)
-        counts = {name: encoded.counts[name] for name in ("overlong", "dropped", "truncated", "partly_rendered")}
-        described.append({**source.record, **counts, "evaluated": len(encoded.dataset)})
-        warn_of_left_out(described[-1])
+    settings, scorer_options = settings_of(PairSettings, options)
+    frame = Frame(model, output, tokenizer, scorer_options, progress)
+    parts, records = [], []
+    for source in load_sources(data, settings):
+        encoded = source.encode(frame.scorer, settings)
+        counts = {name: encoded.counts[name] for name in _COUNTS}
+        records.append({**source.record, **counts, "evaluated": len(encoded.dataset)})
+        warn_of_left_out(records[-1])
         parts.append(encoded.dataset)
-
-    identity = scorer.identity()
-    settings = {
-        "data": [item["source"] for item in described],
-        "columns": None if columns is None else dict(columns),
-        "data_revision": data_revision,
-        "on_bad_row": on_bad_row,
-        "overlong": overlong,
-        "max_pairs": max_pairs,
-        "max_length": scorer.max_length,
-        "dtype": identity["dtype"],
-    }
-    run = {**identity, "data": [item["fingerprint"] for item in described], "settings": settings, "seed": seed}
-    writes = not scorer.split_over_processes or is_main_process()
-    journal = None if folder is None else RewardJournal(folder / JOURNAL_FILE, run, scorer.split_over_processes)
-    try:
-        rewards = _score_pairs(scorer, parts, journal, progress and writes)
-        subsets = [name for part in parts for name in part["subset"]]
-        lengths = [np.concatenate([part[f"{side}_characters"] for part in parts]) for side in ("chosen", "rejected")]
-        result = {
-            "model": scorer.name,
-            "model_fingerprint": identity["model"],
-            "tokenizer_fingerprint": identity["tokenizer"],
-            "settings": {name: value for name, value in settings.items() if value is not None},
-            "seed": seed,
-            "versions": versions(),
-            "data": described,
-            **accuracy.pairwise_accuracy(rewards[:, 0], rewards[:, 1], subsets, *lengths),
-        }
-        if folder is not None and journal is not None:
-            if writes:
-                _write(folder, result, parts, rewards)
-            journal.delete()
-    finally:
-        if journal is not None:
-            journal.close()
+    described = frame.described(
+        {"data": [record["source"] for record in records], **settings.to_dict()}, settings.seed
+    )
+    run = {"data": [record["fingerprint"] for record in records], "settings": described["settings"]}
+    with frame.journal(JOURNAL_FILE, {**run, "seed": settings.seed}) as journal:
+        rewards = _score_pairs(frame, parts, journal)
+    rows = _rows(records, parts, rewards)
+    subsets = [row["subset"] for row in rows]
+    lengths = ([row[f"{side}_characters"] for row in rows] for side in ("chosen", "rejected"))
+    statistics = pairwise_accuracy(rewards[:, 0], rewards[:, 1], subsets, *lengths)
+    result = EvaluationResult(**described, data=records, **statistics, rows=rows)
+    frame.finish(result, {"pairs.jsonl": json_lines(rows)})
     return result
 
 
-def _score_pairs(scorer: RewardScorer, parts: list[Any], journal: RewardJournal | None, progress: bool) -> np.ndarray:
+def _score_pairs(frame: Frame, parts: list[Any], journal: RewardJournal | None) -> np.ndarray:
     """Rewards ``(N, 2)``, chosen and rejected; entry 2 i + side of the journal is side ``side`` of pair i."""
-    num_pairs = sum(len(part) for part in parts)
 
     def where(entry: int) -> str:
         pair, side = divmod(entry, 2)
@@ -136,9 +137,14 @@ def _score_pairs(scorer: RewardScorer, parts: list[Any], journal: RewardJournal 
             pair -= len(part)
         return f"the {('chosen', 'rejected')[side]} response of pair {part[pair]['id']}"
 
-    chunks = _chunks(parts)
     rewards = journaled_rewards(
-        scorer, chunks, 2 * num_pairs, journal, where, description="evaluate", progress=progress
+        frame.scorer,
+        _chunks(parts),
+        2 * sum(len(part) for part in parts),
+        journal,
+        where,
+        description="evaluate",
+        progress=frame.progress,
     )
     return rewards.reshape(-1, 2)
 
@@ -151,19 +157,12 @@ def _chunks(parts: list[Any]) -> Iterator[tuple[list[list[int]], list[int]]]:
             yield [ids for pair in sides for ids in pair], [length for length in chunk["prompt_length"] for _ in "cr"]
 
 
-def _write(folder: Path, result: dict[str, Any], parts: list[Any], rewards: np.ndarray) -> None:
-    lines = []
-    columns = ("id", "subset", "chosen_characters", "rejected_characters")
-    described = ((source["source"], row) for source, part in zip(result["data"], parts, strict=True)
-                 for row in zip(*(part[column] for column in columns), strict=True))  # fmt: skip
-    for (source, row), (chosen, rejected) in zip(described, rewards, strict=True):
-        pair = {"source": source, **dict(zip(columns, row, strict=True))}
-        pair |= {"chosen_reward": shortest_float(chosen), "rejected_reward": shortest_float(rejected)}
-        lines.append(json.dumps(pair, ensure_ascii=False) + "\n")
-    atomic_write_text(folder / "pairs.jsonl", "".join(lines))
-    plot = figure_png(report.reliability_figure(result["calibration"]["bins"]))
-    atomic_write_bytes(folder / "reliability.png", plot)
-    page = report.result_page(result, plot)
-    atomic_write_text(folder / "result.md", page.markdown())
-    atomic_write_text(folder / "result.html", page.html())
-    write_json(folder / "result.json", result)  # last: its presence says that the rest is complete
+def _rows(records: list[dict[str, Any]], parts: list[Any], rewards: np.ndarray) -> list[dict[str, Any]]:
+    left = iter(rewards)
+    rows = []
+    for record, part in zip(records, parts, strict=True):
+        for values in zip(*(part[column] for column in _ROW), strict=True):
+            chosen, rejected = map(shortest_float, next(left))
+            row = {"source": record["source"], **dict(zip(_ROW, values, strict=True))}
+            rows.append({**row, "chosen_reward": chosen, "rejected_reward": rejected})
+    return rows

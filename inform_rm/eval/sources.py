@@ -6,21 +6,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 
 from inform_rm.data.columns import log_reading
-from inform_rm.data.encoding import encode_columns, none_usable
+from inform_rm.data.encoding import EncodedPairs, encode_pairs
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import load_preferences
-from inform_rm.data.rendered_text import add_partly_rendered, partly_rendered, warn_of_loss
-from inform_rm.data.sources import parse_source
+from inform_rm.data.sources import Sources, parse_source, source_label, source_list
 from inform_rm.errors import InputError
+from inform_rm.eval.frame import RowSettings
 from inform_rm.scoring.scorer import RewardScorer
 
 logger = logging.getLogger(__name__)
 
-_CHECKED_AT_ONCE = 256
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings(RowSettings):
+    """Which preference pairs are evaluated: keywords of `evaluate`.
+
+    Attributes:
+        columns: which columns are prompt, chosen, rejected, ...: see `inform_rm.data.columns.Columns.of`.
+        max_pairs: use a random subset of this many pairs of each source; ``seed`` is that of the subset.
+    """
+
+    columns: Mapping[str, str] | None = None
+    max_pairs: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        most = self.max_pairs
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+            raise InputError(f"max_pairs: {most!r}; expected a whole number of at least 1.")
 
 
 @dataclass(frozen=True)
@@ -37,42 +53,58 @@ class EvaluationSource:
     pairs: Dataset
     record: dict[str, Any]
 
+    def encode(self, scorer: RewardScorer, settings: PairSettings, keep_text: bool = False) -> EncodedPairs:
+        """The token ids of the pairs; bad rows and what the chat template deletes of the others join the record.
 
-def load_sources(
-    data: str | Path | Sequence[str | Path],
-    *,
-    columns: Mapping[str, str] | None,
-    revision: str | None,
-    on_bad_row: str,
-    max_pairs: int | None,
-    seed: int,
-) -> list[EvaluationSource]:
+        With ``keep_text`` a pair over the limit stays under ``overlong="drop"``: its prompt is of use to others.
+
+        Raises:
+            BadRow: the first bad row, under ``on_bad_row="error"``.
+            InputError: no pair is left.
+        """
+        encoded = encode_pairs(
+            self.pairs,
+            scorer.tokenizer,
+            max_length=None if keep_text and settings.overlong == "drop" else scorer.max_length,
+            overlong=settings.overlong,
+            on_bad_row=settings.on_bad_row,
+            keep_text=keep_text,
+        )
+        add_bad_rows(self.record, encoded.bad_rows)
+        self.record["partly_rendered"] = encoded.counts["partly_rendered"]
+        return encoded
+
+
+def load_sources(data: Sources, settings: PairSettings) -> list[EvaluationSource]:
     """Read every source, and draw ``max_pairs`` of its pairs with ``seed`` where it has more.
 
     Raises:
-        InputError: no source, a wrong ``max_pairs``, or bad data.
+        InputError: no source, or bad data.
     """
-    sources = [data] if isinstance(data, str | Path) else list(data)
+    sources = source_list(data)
     if not sources:
         raise InputError("data: expected at least one source of preference pairs.")
-    if max_pairs is not None and (isinstance(max_pairs, bool) or not isinstance(max_pairs, int) or max_pairs < 1):
-        raise InputError(f"max_pairs: {max_pairs!r}; expected a whole number of at least 1.")
-    found = []
+    found: list[EvaluationSource] = []
     for source in sources:
-        loaded = load_preferences(source, columns=columns, revision=revision, on_bad_row=on_bad_row)
+        loaded = load_preferences(
+            source, columns=settings.columns, revision=settings.data_revision, on_bad_row=settings.on_bad_row
+        )
         pairs = loaded.dataset
-        if max_pairs is not None and len(pairs) > max_pairs:
-            pairs = pairs.shuffle(seed=seed).select(range(max_pairs))
+        if settings.max_pairs is not None and len(pairs) > settings.max_pairs:
+            pairs = pairs.shuffle(seed=settings.seed).select(range(settings.max_pairs))
+        is_named, name = isinstance(source, str | Path), source_label(source)
+        if not is_named and len(sources) > 1:
+            name += f" {len(found) + 1}"  # rows of results are told apart by the name of their source
         record = {
-            "source": str(source),
-            "is_local": Path(parse_source(source).name).exists(),
+            "source": name,
+            "is_local": not is_named or Path(parse_source(source).name).exists(),
             "fingerprint": loaded.fingerprint,
             "pairs_read": len(loaded.dataset),
             "not_sampled": len(loaded.dataset) - len(pairs),
             "bad_rows": 0,
             "reading": loaded.reading.to_dict(),
         }
-        log_reading(str(source), loaded.reading)
+        log_reading(name, loaded.reading)
         add_bad_rows(record, loaded.bad_rows)
         found.append(EvaluationSource(pairs, record))
     return found
@@ -84,35 +116,6 @@ def add_bad_rows(record: dict[str, Any], bad_rows: Sequence[BadRow], most_reason
     if bad_rows:
         reasons = [*record.get("bad_row_reasons", ()), *map(str, bad_rows)]
         record["bad_row_reasons"] = reasons[:most_reasons]
-
-
-def leave_out_bad_rows(source: EvaluationSource, scorer: RewardScorer, overlong: str, on_bad_row: str) -> Dataset:
-    """The pairs without the bad rows of `inform_rm.data.encoding.encode_pairs`, which join the source's record.
-
-    The pairs of which the chat template deletes text join it too, as ``partly_rendered``, and are logged.
-
-    Raises:
-        BadRow: the first bad row, under ``on_bad_row="error"``.
-        InputError: no pair is left.
-    """
-    good: list[int] = []
-    bad_rows: list[BadRow] = []
-    lost = partly_rendered([])
-    places = source.pairs.add_column("place", np.arange(len(source.pairs)))
-    for batch in places.iter(_CHECKED_AT_ONCE):
-        # A pair over the limit under "drop" is no bad row: it stays, for its prompt and its count.
-        max_length = None if overlong == "drop" else scorer.max_length
-        options: dict[str, Any] = {"max_length": max_length, "overlong": overlong, "on_bad_row": on_bad_row}
-        columns, bad = encode_columns(batch, scorer.tokenizer, kept=("place",), **options)
-        good += columns["place"]
-        bad_rows += bad
-        add_partly_rendered(lost, partly_rendered(columns["lost"]))
-    add_bad_rows(source.record, bad_rows)
-    source.record["partly_rendered"] = lost
-    warn_of_loss(lost, len(good))
-    if not good:
-        raise none_usable(len(source.pairs), bad_rows)
-    return source.pairs.select(good) if bad_rows else source.pairs
 
 
 def warn_of_left_out(record: dict[str, Any]) -> None:

@@ -22,7 +22,9 @@ from transformers import Trainer, TrainerCallback
 from inform_rm.errors import InputError
 from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
 from inform_rm.eval.detection.latents import collect_latents
-from inform_rm.eval.detection.outliers import cluster_separation_index, fit_mahalanobis
+from inform_rm.eval.detection.outliers import fit_mahalanobis
+from inform_rm.eval.detection.settings import DetectionSettings
+from inform_rm.eval.detection.statistic import STATISTICS
 from inform_rm.scoring.scorer import Prompt, RewardScorer
 from inform_rm.util.files import write_json
 
@@ -49,7 +51,7 @@ class RewardFunction:
         keep: responses that `recent` remembers.
 
     Raises:
-        InputError: shaping without a reference.
+        InputError: shaping without a reference, or an alpha that so small a reference cannot show.
     """
 
     __name__ = "inform_reward"
@@ -70,6 +72,8 @@ class RewardFunction:
             raise InputError(f"shaping_coefficient: {shaping_coefficient} needs reference latents. Pass reference=...")
         self.scorer, self.latent_scorer = scorer, latent_scorer or scorer
         self.reference = None if reference is None else fit_mahalanobis(reference)
+        if self.reference is not None:
+            self.reference.check_alpha(alpha, tail)
         self.shaping_coefficient, self.squared, self.alpha, self.tail = shaping_coefficient, squared, alpha, tail
         self._recent: deque[tuple[Prompt, str]] = deque(maxlen=keep)
 
@@ -91,14 +95,13 @@ class RewardFunction:
             plain = found.rewards.astype(np.float64)
         else:
             plain = self.scorer.score(prompts, responses).double().numpy()
-        distances = self.reference.distances(found.values)
+        squares = self.reference.squared_distances(found.values)
+        distances = np.sqrt(squares)
         if log_metric is not None:
             log_metric("unshaped_reward", float(plain.mean()))
             log_metric("mahalanobis_distance", float(distances.mean()))
-            log_metric(
-                "mop", self.reference.outlier_probability(found.values, alpha=self.alpha, tail=self.tail).estimate
-            )
-        penalties = np.square(distances) if self.squared else distances
+            log_metric("mop", float((self.reference.tail_probabilities(squares, self.tail) < self.alpha).mean()))
+        penalties = squares if self.squared else distances
         shaped: list[float] = (plain - self.shaping_coefficient * penalties).tolist()
         return shaped
 
@@ -110,9 +113,10 @@ class RewardFunction:
 
 
 class OveroptimizationCallback(TrainerCallback):
-    """Every so many steps: CSI and MOP of fresh policy responses against the reference, logged; stops if asked to.
+    """Every so many steps: the statistics of `detect` for fresh policy responses, logged; stops if asked to.
 
-    Logs ``csi``, ``csi_normalized``, ``mop``, ``sampled_reward`` and ``sampled_words`` as a line of their own.
+    Logs ``csi``, ``csi_normalized``, ``mop``, ``knn_outliers`` and what else the statistics are made of, and
+    ``sampled_reward`` and ``sampled_words``, as a line of their own.
     The stopping rule is Algorithm 1 of arXiv:2402.09345 (`CSIEarlyStopping`) on the normalized CSI, so that checks
     with unequal numbers of responses compare. Its state is saved with every checkpoint and taken up by a resumed run.
     With several processes the responses of all of them are checked together.
@@ -122,10 +126,8 @@ class OveroptimizationCallback(TrainerCallback):
         reference: ``(N, K)`` its latents of reference responses.
         sample: gives prompts and fresh responses, such as `RewardFunction.recent`.
         every: steps between checks.
-        eps: see `cluster_separation_index`.
-        alpha: see `mahalanobis_outlier_probability`, like ``tail``.
-        tail: the default needs no Gaussian latents.
-        max_change_ratio: see `CSIEarlyStopping`.
+        settings: of the statistics and the stopping rule; ``eps="auto"`` takes a radius for each check, by its number
+            of responses.
         action: ``"stop"`` or ``"warn"``.
     """
 
@@ -136,20 +138,16 @@ class OveroptimizationCallback(TrainerCallback):
         sample: Callable[[], tuple[list[Prompt], list[str]]],
         *,
         every: int = 50,
-        eps: float | Literal["auto"] = "auto",
-        alpha: float = 0.01,
-        tail: Literal["chi2", "reference"] = "reference",
-        max_change_ratio: float = 10.0,
+        settings: DetectionSettings = DetectionSettings(),  # noqa: B008 (it cannot be changed)
         action: Literal["stop", "warn"] = "stop",
     ):
         if every < 1:
             raise InputError(f"every: {every}; expected a number of steps of at least 1.")
         if action not in ("stop", "warn"):
             raise InputError(f"action: {action!r}; expected 'stop' or 'warn'.")
-        self._scorer, self._reference, self._sample = scorer, reference, sample
-        self._fitted = fit_mahalanobis(reference)
-        self._every, self._eps, self._alpha, self._tail, self._action = every, eps, alpha, tail, action
-        self.stopping = CSIEarlyStopping(max_change_ratio)
+        self._scorer, self._sample, self._every, self._action = scorer, sample, every, action
+        self._measures = [statistic.fit(reference, settings) for statistic in STATISTICS]
+        self.stopping = CSIEarlyStopping(settings.max_change_ratio)
         self._trainer: Any = None
 
     def attach(self, trainer: Any) -> None:
@@ -184,15 +182,11 @@ class OveroptimizationCallback(TrainerCallback):
             logger.warning("No fresh responses at step %d: nothing to check.", state.global_step)
             return
         latents, rewards, words = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-        csi = cluster_separation_index(latents, self._reference, eps=self._eps)
-        mop = self._fitted.outlier_probability(latents, alpha=self._alpha, tail=self._tail)
-        values = {
-            "csi": csi,
-            "csi_normalized": csi / len(latents),
-            "mop": mop.estimate,
-            "sampled_reward": float(rewards.mean()),
-            "sampled_words": float(words.mean()),
-        }
+        found_values: dict[str, Any] = {}
+        for measure in self._measures:
+            found_values |= measure(latents, 0)[0]
+        values = {name: value for name, value in found_values.items() if isinstance(value, float)}
+        values |= {"sampled_reward": float(rewards.mean()), "sampled_words": float(words.mean())}
         # Past the log method of TRL's trainers, which would add and clear what they gather for their own line.
         should_log = control.should_log
         Trainer.log(self._trainer, values)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from inform_rm.data.encoding import Encoded, encode, encode_many
+from inform_rm.data.encoding import Encoded, encode_groups
+from inform_rm.data.messages import Fault, conversation
 from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.data.tokenizer import check_vocabulary, fix_date, load_tokenizer, warn_of_no_template
-from inform_rm.errors import InputError
+from inform_rm.errors import InputError, shortened
 from inform_rm.scoring.packing import (
     default_tokens_per_batch,
     eval_mode_of,
@@ -194,6 +195,43 @@ class RewardScorer:
         sequences, prompt_lengths = [row.input_ids for row in encoded], [len(row.prompt_ids) for row in encoded]
         return self.score_encoded(sequences, prompt_lengths, uncertainty, progress)
 
+    def score_messages(
+        self, conversations: Sequence[list[dict[str, str]]], uncertainty: int | None = None, progress: bool = False
+    ) -> Any:
+        """Rewards of the last replies of N conversations, each after the turns before it; for the rest see `score`.
+
+        Args:
+            conversations: lists of ``{"role", "content"}`` messages that end with a turn of the assistant.
+            uncertainty: see `score`.
+            progress: show a progress bar.
+
+        Returns:
+            As `score`.
+
+        Raises:
+            InputError: on what is no such conversation, and as `score`.
+            NonFiniteRewardError: if the model gives NaN or infinity.
+
+        Example::
+
+            scorer.score_messages([[{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]])
+        """
+        prompts: list[Prompt] = []
+        responses = []
+        for row, messages in enumerate(conversations):
+            try:
+                turns = conversation("the conversation", messages) or []
+            except Fault as fault:
+                raise InputError(f"row {row} (counted from 0): {fault}") from None
+            if len(turns) < 2 or turns[-1]["role"] != "assistant":
+                raise InputError(
+                    f"row {row} (counted from 0) is {shortened(repr(messages), 60)}; expected a list of messages that "
+                    "ends with a reply of the assistant."
+                )
+            prompts.append(turns[:-1])
+            responses.append(turns[-1]["content"])
+        return self.score(prompts, responses, uncertainty, progress)
+
     def score_encoded(
         self,
         sequences: Sequence[Sequence[int]],
@@ -214,32 +252,25 @@ class RewardScorer:
 
     def encode(self, prompt: Prompt, response: str, where: str) -> Encoded:
         """Token ids of one row as the model sees them; ``where`` names the row in an error."""
-        self._check_tokenizer()
-        try:
-            encoded = encode(self.tokenizer, prompt, response)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-        self.check_ids(encoded.input_ids, where)
-        return encoded
+        (found,) = self.encode_each([prompt], [response], [where])
+        if isinstance(found, InputError):
+            raise found
+        return found
 
     def encode_each(
         self, prompts: Sequence[Prompt], responses: Sequence[str], places: Sequence[str]
     ) -> list[Encoded | InputError]:
         """`encode` for many rows at once, with the error of a row that the model cannot take in its place."""
-        self._check_tokenizer()
+        if self.tokenizer is None:
+            raise InputError("tokenizer: a loaded model scores text only with its tokenizer. Pass tokenizer=...")
         found: list[Encoded | InputError] = []
-        together: list[Encoded] | None
-        try:
-            together = encode_many(self.tokenizer, prompts, responses)
-        except InputError:
-            together = None
-        for row, where in enumerate(places):
+        groups = encode_groups(self.tokenizer, prompts, [[response] for response in responses])
+        for group, where in zip(groups, places, strict=True):
             try:
-                if together is None:
-                    found.append(self.encode(prompts[row], responses[row], where))
-                else:
-                    self.check_ids(together[row].input_ids, where)
-                    found.append(together[row])
+                if isinstance(group, InputError):
+                    raise InputError(f"{where}: {group}") from group
+                self.check_ids(group[0].input_ids, where)
+                found += group
             except InputError as error:
                 found.append(error)
         return found
@@ -294,10 +325,6 @@ class RewardScorer:
                         place = int(values.isfinite().int().argmin())
                         raise NonFiniteRewardError(rows[place], values[place].item())
                 yield rows, rewards, stds
-
-    def _check_tokenizer(self) -> None:
-        if self.tokenizer is None:
-            raise InputError("tokenizer: a loaded model scores text only with its tokenizer. Pass tokenizer=...")
 
     def check_uncertainty(self, uncertainty: int | None) -> None:
         """Raise `InputError` unless the model can give this many reward samples (``None`` always passes)."""

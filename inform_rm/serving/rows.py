@@ -18,12 +18,11 @@ def encode_rows(scorer: RewardScorer, prompts: Sequence[Prompt], responses: Sequ
     """
     for row, response in enumerate(responses):
         _check_unicode(row, response)
-    groups = [[response] for response in responses]
-
-    def refusal(row: int, error: InputError) -> RowError:
-        return RowError(row, str(error))
-
-    encoded = [row for (row,) in encode_groups(scorer.tokenizer, prompts, groups, refusal)]
+    encoded: list[Encoded] = []
+    for row, group in enumerate(encode_groups(scorer.tokenizer, prompts, [[response] for response in responses])):
+        if isinstance(group, InputError):
+            raise RowError(row, str(group)) from group
+        encoded += group
     scorer.tell_of_loss(encoded, [f"row {row} (counted from 0) of a request" for row in range(len(encoded))])
     return _checked(scorer, encoded)
 

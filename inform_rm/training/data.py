@@ -15,7 +15,7 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from inform_rm.data.columns import log_reading
 from inform_rm.data.encoding import encode_pairs
-from inform_rm.data.preferences import load_preferences, read_preferences
+from inform_rm.data.preferences import load_preferences
 from inform_rm.data.rendered_text import warn_of_loss
 from inform_rm.data.sources import source_digest
 from inform_rm.errors import InputError
@@ -139,12 +139,8 @@ def _encode(
     bad_rows: list[str] = []
     readings: dict[str, Any] = {}
     for source in sources:
-        reading: dict[str, Any] = {"columns": args.columns, "on_bad_row": args.on_bad_row}
-        if isinstance(source, str):
-            name, loaded = source, load_preferences(source, **reading)
-        else:
-            name = in_memory(argument)
-            loaded = read_preferences([(name, enumerate(source, start=1))], name, ARGUMENTS[argument], **reading)
+        name = source if isinstance(source, str) else in_memory(argument)
+        loaded = load_preferences(source, columns=args.columns, on_bad_row=args.on_bad_row)
         log_reading(name, loaded.reading)
         readings[name] = loaded.reading.to_dict()
         bad_rows += [str(row) for row in loaded.bad_rows]

@@ -44,7 +44,6 @@ logger = logging.getLogger(__name__)
 _LISTED_BAD_ROWS = 1000
 _LOGGED_BAD_ROWS = 10
 _BLOCK_BYTES = 1 << 16
-_BLOCKS = 16
 _READ_AT_ONCE = 256
 
 
@@ -114,8 +113,9 @@ def open_stream(
         mapping, readings[source] = _first_look(source, found[0].open(), columns)  # type: ignore[misc]
         shards += [replace(shard, columns=mapping) for shard in found]
     dataset = IterableDataset.from_generator(_rows_of_shards, gen_kwargs={"shards": shards})
-    mixed = {} if shuffle_buffer > 1 else {"max_buffer_input_shards": 1}
-    return StreamSource(dataset.shuffle(seed, buffer_size=shuffle_buffer, **mixed), fingerprints, readings)
+    # Of several shards at a time datasets fetches each row through a thread, which takes longer than to read it.
+    mixed = dataset.shuffle(seed, buffer_size=shuffle_buffer, max_buffer_input_shards=1)
+    return StreamSource(mixed, fingerprints, readings)
 
 
 def stream_of(
@@ -202,11 +202,10 @@ def _file_state(path: Path) -> tuple[int, str]:
     set larger than memory only to compare it would take as long as an epoch.
     """
     size = path.stat().st_size
-    last = max(0, size - _BLOCK_BYTES)
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        for block in range(_BLOCKS):
-            file.seek(min(last, _BLOCK_BYTES * block) if size <= _BLOCKS * _BLOCK_BYTES else last * block // 15)
+        for block in range(16):  # they overlap or touch in a file of up to 16 blocks
+            file.seek(max(0, size - _BLOCK_BYTES) * block // 15)
             digest.update(file.read(_BLOCK_BYTES))
     return size, digest.hexdigest()
 

@@ -83,6 +83,10 @@ class Table:
         """The rows as they are shown."""
         return [[cell_text(value) for value in row] for row in self.rows]
 
+    def html(self) -> str:
+        """The table alone, as a notebook shows it."""
+        return _templates(is_html=True).get_template("table.html.j2").render(block=self)
+
 
 @dataclass(frozen=True)
 class Image:

@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 
 from inform_rm.errors import InputError
 from inform_rm.eval.accuracy import pairwise_accuracy
+from inform_rm.eval.best_of_n.simulate import SimulationSettings
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.detection.detect import detect
+from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.eval.evaluate import evaluate
 from inform_rm.hub.export import export_model
 from inform_rm.scoring.scorer import RewardScorer
@@ -165,11 +167,9 @@ def demo(
     curves = attack(
         scorers,
         folder / "best-of-n",
-        num_prompts=budget.attacked_prompts,
-        num_responses=budget.responses_per_prompt,
-        seed=seed,
+        settings=SimulationSettings(budget.attacked_prompts, budget.responses_per_prompt, seed=seed),
         progress=False,
-    )
+    ).to_dict()
     detection = _detect_best_of_n(folder, scorers["inform"], seed)
     rows = {name: _read_jsonl(files[name]) for name in TEST_SETS}
     rewards = {architecture: _pair_rewards(folder / "evaluation" / architecture) for architecture in ARCHITECTURES}
@@ -187,10 +187,11 @@ def demo(
         "versions": versions(),
         "model_parameters": {name: scorer.model.num_parameters() for name, scorer in scorers.items()},
         "train_pairs": runs["inform"]["train_pairs"]["pairs"],
-        "data_fingerprints": {item["source"]: item["fingerprint"] for item in evaluations["inform"]["data"]},
+        "data_fingerprints": {item["source"]: item["fingerprint"] for item in evaluations["inform"].data},
         "test_sets": _compare(rows, rewards),
         "decomposition": {
-            name: {key: audit[key] for key in _AUDIT_KEYS if key in audit} for name, audit in audits.items()
+            name: {key: value for key, value in audit.to_dict().items() if key in _AUDIT_KEYS}
+            for name, audit in audits.items()
         },
         "best_of_n": {
             name: {"proxy_gain": part["proxy"]["gain"][-1], "gold_gain": part["gold"]["gain"][-1], **part["peak"]}
@@ -235,12 +236,9 @@ def _detect_best_of_n(folder: Path, scorer: RewardScorer, seed: int) -> dict[str
         files["reference"],
         files["candidate"],
         folder / "detection",
-        alpha=_ALPHA,
-        num_splits=50,
-        num_resamples=50,
-        seed=seed,
+        settings=DetectionSettings(alpha=_ALPHA, num_splits=50, num_resamples=50, seed=seed),
         progress=False,
-    )
+    ).to_dict()
 
 
 class _Clock:

@@ -9,7 +9,8 @@ import numpy as np
 
 from inform_rm.data.messages import to_messages
 from inform_rm.errors import InputError
-from inform_rm.eval.best_of_n.simulate import simulate
+from inform_rm.eval.best_of_n.report import BestOfNResult
+from inform_rm.eval.best_of_n.simulate import SimulationSettings, simulate
 from inform_rm.scoring.scorer import Prompt
 from inform_rm.world.worlds import WorldConfig, gold_reward, sample_prompts, sample_responses
 
@@ -94,22 +95,28 @@ def world_prompts(num_prompts: int = WORLD_PROMPTS, seed: int = 0) -> list[str]:
     return list(texts)[:num_prompts]
 
 
-def attack(proxy: Any, output: str | Path | None = None, **options: Any) -> dict[str, Any]:
+def attack(
+    proxy: Any,
+    output: str | Path | None = None,
+    *,
+    settings: SimulationSettings = SimulationSettings(),  # noqa: B008 (it cannot be changed)
+    **options: Any,
+) -> BestOfNResult:
     """`inform_rm.eval.best_of_n.simulate.simulate` where what is not named is the world's: policy, gold and prompts.
 
     Args:
         proxy: see `simulate`.
         output: see `simulate`.
-        options: of `simulate`; ``gold``, ``policy`` and, with neither ``prompts`` nor ``data``, prompts
-            (``num_prompts`` of them, 128 by default) may be left out or ``None``.
+        settings: see `simulate`; the world gives 128 prompts if ``num_prompts`` is ``None``.
+        options: of `simulate`; ``gold``, ``policy`` and, with neither ``prompts`` nor ``data``, prompts may be left
+            out or ``None``.
 
     Raises:
         InputError: as `simulate`, and on prompts that are not the world's without a gold reward model.
     """
     if options.get("prompts") is None and options.get("data") is None:
-        wanted = options.get("num_prompts")
-        options["prompts"] = world_prompts(WORLD_PROMPTS if wanted is None else wanted, options.get("seed", 0))
+        options["prompts"] = world_prompts(settings.num_prompts or WORLD_PROMPTS, settings.seed)
     for name, default in (("gold", WorldGold), ("policy", WorldPolicy)):
         if options.get(name) is None:
             options[name] = default()
-    return simulate(proxy, output, **options)
+    return simulate(proxy, output, settings=settings, **options)

@@ -1,6 +1,7 @@
 """The command line end to end on tiny models: exit codes, messages, files."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,8 +10,6 @@ from transformers import AutoModelForSequenceClassification
 
 from inform_rm.cli import main
 from inform_rm.cli.train import read_flags
-
-COMMANDS = ["demo", "train", "evaluate", "decompose", "detect", "simulate", "score", "serve", "check-data", "export"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,9 @@ def test_train_evaluate_score_export_in_a_row(trained, pairs_file, tmp_path, cap
     assert main(["evaluate", "--model", str(trained), "--data", str(pairs_file), "--output", str(tmp_path / "e")]) == 0
     result = json.loads((tmp_path / "e" / "result.json").read_text())
     assert result["num_pairs"] == 8
-    assert f"accuracy {result['accuracy']:.4f} on 8 pairs" in capsys.readouterr().out
+    *_, found, done = capsys.readouterr().out.splitlines()
+    assert found.startswith(f"accuracy {result['accuracy']:.4f} on 8 pairs")
+    assert done == f"evaluated 8 pairs; see {tmp_path}/e/result.html"
     assert {"result.json", "result.md", "reliability.png", "pairs.jsonl"} <= {
         p.name for p in (tmp_path / "e").iterdir()
     }
@@ -61,14 +62,18 @@ def test_train_evaluate_score_export_in_a_row(trained, pairs_file, tmp_path, cap
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": "Say sun.", "response": text}) + "\n" for text in ("sun", "moon")))
     out = tmp_path / "scored.jsonl"
-    arguments = ["score", "--model", str(trained), "--input", str(rows), "--output", str(out), "--uncertainty", "8"]
+    arguments = ["score", "--model", str(trained), "--input", str(rows), "--output", str(out)]
     assert main(arguments) == 0
+    assert capsys.readouterr().out == f"scored 2 rows, 0 bad rows without a reward; see {out}\n"
+    assert main([*arguments, "--uncertainty", "8"]) == 0
+    assert f"{out} exists and is replaced at the end; another --output keeps it\n" in capsys.readouterr().out
     scored = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["response"] for row in scored] == ["sun", "moon"]
     assert all(row["reward_std"] > 0 for row in scored)
 
     assert main(["export", "--model", str(trained), "--output", str(tmp_path / "hub")]) == 0
-    assert "model.safetensors" in capsys.readouterr().out
+    assert "model.safetensors" in (printed := capsys.readouterr().out)
+    assert re.search(rf"exported \d+ files, [\d,]+ bytes; see {tmp_path}/hub\n$", printed)
     assert not (tmp_path / "hub" / "train_result.json").exists()
     exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hub").state_dict()
     original = AutoModelForSequenceClassification.from_pretrained(trained).state_dict()
@@ -78,10 +83,10 @@ def test_train_evaluate_score_export_in_a_row(trained, pairs_file, tmp_path, cap
 def test_check_data_prints_and_writes(causal_lm_dir, pairs_file, tmp_path, capsys):
     arguments = ["check-data", "--data", str(pairs_file), "--tokenizer", str(causal_lm_dir("llama"))]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
-    assert "8" in capsys.readouterr().out
+    done = f"checked 8 rows, 0 that training would stop at; see {tmp_path}/preflight.json\n"
+    assert capsys.readouterr().out.endswith(done) and (tmp_path / "preflight.json").is_file()
     assert main([*arguments, "--max-length", "16"]) == 1
     assert "Rows that training with default settings would stop at: 1" in capsys.readouterr().out
-    assert list(tmp_path.glob("*.json"))
 
 
 def test_wrong_use_exits_with_2_and_one_line(tmp_path, capsys):
@@ -90,13 +95,6 @@ def test_wrong_use_exits_with_2_and_one_line(tmp_path, capsys):
     assert message.startswith("error: ") and "beta must be a finite number of at least 0" in message
     assert len(message.splitlines()) == 1
     assert not (tmp_path / "o").exists()
-
-
-def test_unknown_command_and_flag_exit_with_2():
-    for arguments in (["fly"], ["score", "--no_such_flag", "1"], []):
-        with pytest.raises(SystemExit) as stopped:
-            main(arguments)
-        assert stopped.value.code == 2
 
 
 def test_flags_of_train_may_be_dashed_bare_and_named_as_in_trl():

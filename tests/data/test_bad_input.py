@@ -1,57 +1,23 @@
 """Bad files, rows, settings and checkpoints through the command line: exit code, message, and nothing half-written."""
 
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForSequenceClassification
 
 from inform_rm import InfoRMForSequenceClassification
 from inform_rm.cli import main
+from inform_rm.hub.export import export_model
 
 GOOD = {"prompt": "Say sun.", "chosen": "sun", "rejected": "moon"}
 
 
 def row(**changes):
     return json.dumps({**GOOD, **changes}).encode()
-
-
-# Content of a pairs file (or the record of its second row), and what the message must name.
-BAD_DATA = {
-    "broken JSON": (b'{"prompt": "a", "chosen": ', r"row 2"),
-    "not an object": (b'["a", "b"]', r"row 2.*expected an object"),
-    "a bare number": (b"7", r"row 2.*expected an object"),
-    "missing prompt": (json.dumps({"chosen": "sun", "rejected": "moon"}).encode(), r"row 2.*prompt"),
-    "missing rejected": (json.dumps({"prompt": "a", "chosen": "sun"}).encode(), r"row 2.*no 'rejected'"),
-    "missing chosen": (json.dumps({"prompt": "a", "rejected": "sun"}).encode(), r"row 2.*no 'chosen'"),
-    "empty prompt": (row(prompt=""), r"row 2.*prompt"),
-    "empty response": (row(chosen=""), r"row 2.*chosen"),
-    "only whitespace": (row(rejected=" \n\t "), r"row 2.*rejected"),
-    "only invisible characters": (row(chosen="\u200b\ufeff"), r"row 2.*chosen"),
-    "identical sides": (row(rejected="sun"), r"row 2.*Such a pair teaches nothing"),
-    "number as response": (row(chosen=3), r"row 2.*chosen"),
-    "null as response": (row(chosen=None), r"row 2.*chosen"),
-    "number as prompt": (row(prompt=3), r"row 2.*'prompt' is int 3"),
-    "NaN margin": (b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', r"row 2.*margin"),
-    "infinite margin": (b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e999}', r"row 2.*margin"),
-    "text margin": (row(margin="much"), r"row 2.*margin"),
-    "unknown role": (row(prompt=[{"role": "boss", "content": "Say sun."}]), r"row 2.*'boss'"),
-    "message without content": (row(prompt=[{"role": "user"}]), r"row 2.*content"),
-    "empty message list": (row(prompt=[]), r"row 2.*empty list"),
-    "prompt that ends with the assistant": (
-        row(prompt=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]),
-        r"row 2.*last turn of the prompt is 'assistant'",
-    ),
-    "sides of two kinds": (row(chosen=[{"role": "assistant", "content": "sun"}]), r"row 2.*same form"),
-    "lone surrogate": (b'{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}', r"row 2"),
-    "bytes that are no UTF-8": (b'{"prompt": "\xff\xfe", "chosen": "b", "rejected": "c"}', r"row 2|UTF-8"),
-    "tools": (row(tools=[{"name": "search"}]), r"row 2.*tools"),
-}
 
 
 @pytest.fixture
@@ -72,47 +38,21 @@ def refused(capsys, arguments, message, output=None):
         assert not Path(output).exists() or not any(Path(output).rglob("*.json*")), list(Path(output).rglob("*"))
 
 
-@pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_row_is_named(case, reward_dir, tmp_path, capsys):
-    content, message = BAD_DATA[case]
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(row() + b"\n" + content + b"\n")
-    output = tmp_path / "out"
-    refused(capsys, ["evaluate", "--model", reward_dir, "--data", path, "--output", output], message, output)
-
-
-@pytest.mark.parametrize("case", ["broken JSON", "identical sides", "NaN margin"])
-def test_bad_row_can_be_skipped_and_is_listed(case, reward_dir, tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(row() + b"\n" + BAD_DATA[case][0] + b"\n")
-    output = tmp_path / "out"
-    arguments = ["evaluate", "--model", reward_dir, "--data", path, "--output", output, "--on-bad-row", "skip"]
-    assert main([str(argument) for argument in arguments]) == 0
+def test_bad_row_is_named_or_skipped_and_listed(reward_dir, tmp_path, capsys):
+    path, output = tmp_path / "pairs.jsonl", tmp_path / "out"
+    path.write_bytes(row() + b"\n" + row(rejected="sun") + b"\n")
+    arguments = ["evaluate", "--model", reward_dir, "--data", path, "--output", output]
+    refused(capsys, arguments, r"pairs\.jsonl, row 2.*Such a pair teaches nothing", output)
+    assert main([str(argument) for argument in [*arguments, "--on-bad-row", "skip"]]) == 0
     result = json.loads((output / "result.json").read_text())
     assert result["num_pairs"] == 1
     assert "row 2" in result["data"][0]["bad_row_reasons"][0]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.jsonl", b"", "the file is empty"),
-        ("pairs.txt", b"hello", r"pairs\.txt"),
-        ("broken.json", b"[{", r"broken\.json"),
-        ("text.json", b'"text"', r"text\.json"),
-        ("plain.jsonl.gz", b"not gzip at all", r"plain\.jsonl\.gz"),
-        ("cut.jsonl.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xab", r"cut\.jsonl\.gz"),
-        ("pairs.parquet", b"PAR1 but no more", r"pairs\.parquet"),
-        ("twice.csv", b"prompt,prompt,chosen\na,b,c\n", r"twice\.csv"),
-        ("ragged.csv", b"prompt,chosen,rejected\na,b\n", r"ragged\.csv"),
-        ("latin.csv", "prompt,chosen,rejected\ncafé,b,c\n".encode("latin-1"), r"latin\.csv"),
-    ],
-)
-def test_bad_file_is_named(name, content, message, reward_dir, tmp_path, capsys):
-    path = tmp_path / name
-    path.write_bytes(content)
-    output = tmp_path / "out"
-    refused(capsys, ["evaluate", "--model", reward_dir, "--data", path, "--output", output], message, output)
+def test_bad_file_is_named(reward_dir, tmp_path, capsys):
+    path, output = tmp_path / "ragged.csv", tmp_path / "out"
+    path.write_bytes(b"prompt,chosen,rejected\na,b\n")
+    refused(capsys, ["evaluate", "--model", reward_dir, "--data", path, "--output", output], r"ragged\.csv", output)
 
 
 def test_missing_file_is_named(reward_dir, tmp_path, capsys):
@@ -120,109 +60,26 @@ def test_missing_file_is_named(reward_dir, tmp_path, capsys):
     refused(capsys, arguments, r"none\.jsonl", tmp_path / "out")
 
 
-def damaged(reward_dir, folder, damage):
+def test_bad_checkpoint_is_refused(reward_dir, good_file, tmp_path, capsys):
+    folder, output = tmp_path / "model", tmp_path / "out"
     shutil.copytree(reward_dir, folder)
-    damage(folder)
-    return folder
-
-
-def cut_weights(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-
-
-def change_config(**changes):
-    def change(folder):
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-    return change
-
-
-def pickle_weights(folder):
-    state = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
-    torch.save(state, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
-def remove_tokenizer(folder):
-    for path in [*folder.glob("tokenizer*"), *folder.glob("chat_template*")]:
-        path.unlink()
-
-
-def no_special_tokens(folder):
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text())
-    for name in ("pad_token", "unk_token", "eos_token", "bos_token"):
-        settings.pop(name, None)
-    path.write_text(json.dumps(settings))
-
-
-BAD_MODELS = {
-    "truncated weights": (cut_weights, "cannot load"),
-    "no safetensors file": (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "cannot load"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"no \*\.safetensors"),
-    "pickled weights": (pickle_weights, "only pickled weights"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json"),
-    "config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config"),
-    "latent_dim 0": (change_config(latent_dim=0), "latent_dim must be a whole number"),
-    "latent_dim x": (change_config(latent_dim="x"), "latent_dim must be a whole number"),
-    "negative beta": (change_config(beta=-1), "beta must be a finite number"),
-    "another latent_dim than the weights": (change_config(latent_dim=5), "score"),
-    "unknown decoder": (change_config(latent_decoder="tree"), "decoder must be one of"),
-    "no tokenizer": (remove_tokenizer, "tokenizer"),
-    "tokenizer without special tokens": (no_special_tokens, "no pad, unk or eos token"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD_MODELS)
-def test_bad_checkpoint_is_refused(case, reward_dir, good_file, tmp_path, capsys):
-    damage, message = BAD_MODELS[case]
-    folder = damaged(reward_dir, tmp_path / "model", damage)
-    output = tmp_path / "out"
-    refused(capsys, ["evaluate", "--model", folder, "--data", good_file, "--output", output], message, output)
-
-
-def test_causal_lm_is_no_reward_model(causal_lm_dir, good_file, tmp_path, capsys):
-    arguments = ["evaluate", "--model", causal_lm_dir("llama"), "--data", good_file, "--output", tmp_path / "out"]
-    refused(capsys, arguments, "reward model", tmp_path / "out")
-
-
-def test_larger_vocabulary_than_embeddings_is_refused(reward_dir, tokenizer, good_file, tmp_path, capsys):
-    folder = tmp_path / "model"
-    shutil.copytree(reward_dir, folder)
-    larger = type(tokenizer).from_pretrained(folder)
-    larger.add_tokens([f"<new{number}>" for number in range(40)])
-    larger.save_pretrained(folder)
-    arguments = ["evaluate", "--model", folder, "--data", good_file, "--output", tmp_path / "out"]
-    refused(capsys, arguments, "ids go up to", tmp_path / "out")
+    refused(capsys, ["evaluate", "--model", folder, "--data", good_file, "--output", output], "cannot load", output)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--beta", "-1"], "beta must be a finite number of at least 0"),
-        (["--latent_dim", "0"], "latent_dim must be a finite number of at least 1"),
-        (["--latent_dim", "x"], "latent_dim: must be a whole number, got 'x'"),
         (["--max_length", "3"], "max_length|3 tokens|longer"),
-        (["--overlong", "cut"], "overlong: must be one of"),
         (["--lr_scheduler_type", "zigzag"], "zigzag"),
         (["--optim", "magic"], "magic"),
     ],
 )
 def test_bad_training_setting_is_refused(arguments, message, causal_lm_dir, good_file, tmp_path, capsys):
     output = tmp_path / "out"
-    command = [
-        "train",
-        "--model",
-        causal_lm_dir("llama"),
-        "--data",
-        good_file,
-        "--output",
-        output,
-        "--use_cpu",
-        "true",
-    ]
+    command = ["train", "--model", causal_lm_dir("llama"), "--data", good_file, "--output", output]
+    command += ["--use_cpu", "true"]
     refused(capsys, [*command, *arguments], message)
     assert not (output / "config.json").exists()
 
@@ -260,33 +117,22 @@ def test_disk_full_while_exporting_leaves_nothing(reward_dir, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_killed_while_exporting_leaves_no_folder_of_that_name(reward_dir, tmp_path):
-    code = (
-        "import os, signal, sys\n"
-        "import inform_rm.hub.export as hub\n"
-        "hub.add_remote_code = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "hub.export_model(sys.argv[1], sys.argv[2])\n"
-    )
-    command = [sys.executable, "-c", code, str(reward_dir), str(tmp_path / "hub")]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -9
-    assert not (tmp_path / "hub").exists()
+def test_killed_while_exporting_leaves_no_folder_of_that_name(reward_dir, tmp_path, monkeypatch, exit_code_of_fork):
+    def kill(folder):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("inform_rm.hub.export.add_remote_code", kill)
+        killed = exit_code_of_fork(lambda: export_model(str(reward_dir), str(tmp_path / "hub")))
+    assert killed == -signal.SIGKILL and not (tmp_path / "hub").exists()
     assert main(["export", "--model", str(reward_dir), "--output", str(tmp_path / "hub")]) == 0
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"prompt": "a"}\n', "row 1: no 'response'"),
-        (b'{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": 3}\n', "1 of 2 rows .*row 2.*expected text"),
-        (b'{"prompt": "a", "response": "b", "reward": 1}\n', "'reward' already"),
-        (b"{\n", "row 1"),
-        (b"", "rows"),
-    ],
-)
-def test_bad_score_input_is_refused(content, message, reward_dir, tmp_path, capsys):
+def test_bad_score_input_is_refused(reward_dir, tmp_path, capsys):
     path, output = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
-    path.write_bytes(content)
-    refused(capsys, ["score", "--model", reward_dir, "--input", path, "--output", output], message)
+    path.write_bytes(b'{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": 3}\n')
+    arguments = ["score", "--model", reward_dir, "--input", path, "--output", output]
+    refused(capsys, arguments, "1 of 2 rows .*row 2.*expected text")
     assert not output.exists()
 
 
@@ -297,10 +143,3 @@ def test_huge_unicode_is_scored_not_mangled(reward_dir, tmp_path):
     code = main(["score", "--model", str(reward_dir), "--input", str(path), "--output", str(output)])
     assert code == 0
     assert json.loads(output.read_text())["response"] == text[:14]
-
-
-def test_longer_than_the_model_reads_is_an_error_not_a_cut(reward_dir, tmp_path, capsys):
-    path, output = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
-    path.write_text(json.dumps({"prompt": "a", "response": "word " * 500}) + "\n")
-    refused(capsys, ["score", "--model", reward_dir, "--input", path, "--output", output], "128")
-    assert not output.exists()

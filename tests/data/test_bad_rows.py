@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from inform_rm.decomposition.gap_grid import distinct_prompts, gap_grid
 from inform_rm.errors import InputError
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.detection.detect import detect
+from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.eval.evaluate import evaluate
 from inform_rm.eval.suites.evaluate_suite import evaluate_suite
 from inform_rm.scoring.score_files import score_file
@@ -110,24 +112,28 @@ def run_stream(*arguments):
 
 def run_evaluate(scorer, backbone, path, overlong, on_bad_row, output):
     result = evaluate(scorer, path, output, overlong=overlong, on_bad_row=on_bad_row, progress=False)
-    assert result["num_pairs"] == result["data"][0]["evaluated"] == 8 and result["data"][0]["bad_rows"] == 1
-    return result["data"][0]["bad_row_reasons"]
+    assert result.num_pairs == result.data[0]["evaluated"] == 8 and result.data[0]["bad_rows"] == 1
+    return result.data[0]["bad_row_reasons"]
 
 
 def run_decompose(scorer, backbone, path, overlong, on_bad_row, output):
     options = {"overlong": overlong, "on_bad_row": on_bad_row, "num_prompts": 3, "progress": False}
     result = decompose(scorer, path, output, **options)
-    assert result["num_pairs"] == 8 and result["distinct_prompts"] == 8 and not any(
-        result["left_out"][name] for name in ("overlong", "no_other_prompt", "nonfinite_rewards")
+    assert result.num_pairs == 8 and result.distinct_prompts == 8 and not any(
+        result.left_out[name] for name in ("overlong", "no_other_prompt", "nonfinite_rewards")
     )  # fmt: skip
-    return result["data"][0]["bad_row_reasons"]
+    return result.data[0]["bad_row_reasons"]
 
 
 PAIRS = {"train": run_train, "stream": run_stream, "evaluate": run_evaluate, "decompose": run_decompose}
+# Each kind once, and each command once: which rows are bad is decided in one place, what follows in each command.
+BAD_PAIRS = [
+    *((kind, "evaluate") for kind in KINDS),
+    *(("response does not fit", command) for command in PAIRS if command != "evaluate"),
+]
 
 
-@pytest.mark.parametrize("command", PAIRS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "command"), BAD_PAIRS)
 def test_a_bad_pair_is_named_or_left_out_and_listed(kind, command, scorer, backbone, tmp_path):
     changes, overlong, message = KINDS[kind]
     path = write(tmp_path / "pairs.jsonl", pairs_with(changes))
@@ -141,10 +147,8 @@ def test_a_bad_pair_is_named_or_left_out_and_listed(kind, command, scorer, backb
     assert len(reasons) == 1 and f"row {BAD + 1}" in reasons[0]
 
 
-@pytest.mark.parametrize("kind", ["template refuses", "response does not fit", "over-long"])
-def test_a_bad_item_leaves_a_suite_without_a_score(kind, scorer, tmp_path):
-    """Candidates that become the same tokens are no fault of a published item: they tie."""
-    changes, overlong, message = KINDS[kind]
+def test_a_bad_item_leaves_a_suite_without_a_score(scorer, tmp_path):
+    changes, overlong, message = KINDS["response does not fit"]
     rows = [{**row, "subset": "hep-go", "id": number} for number, row in enumerate(pairs_with(changes))]
     for name, part in (("one.jsonl", rows[:3]), ("two.jsonl", rows[3:])):
         write(tmp_path / name, part)
@@ -161,25 +165,26 @@ def test_a_bad_item_leaves_a_suite_without_a_score(kind, scorer, tmp_path):
         run("error")
     assert forwards.number == 0
     result = run("skip")
-    assert result["score"] is None and not result["complete"] and result["counts"]["evaluated"] == 8
-    assert [part["bad_rows"] for part in result["data"]] == [0, 1] and [part["items"] for part in result["data"]] == [
+    assert result.score is None and not result.complete and result.counts["evaluated"] == 8
+    assert [part["bad_rows"] for part in result.data] == [0, 1] and [part["items"] for part in result.data] == [
         3,
         6,
     ]
-    assert f"two.jsonl, row {BAD - 2}" in result["data"][1]["bad_row_reasons"][0]
-    assert result["subsets"]["hep-go"]["num_dropped"] == 1
+    assert f"two.jsonl, row {BAD - 2}" in result.data[1]["bad_row_reasons"][0]
+    assert result.subsets["hep-go"]["num_dropped"] == 1
 
 
-@pytest.mark.parametrize("kind", ["template refuses", "response does not fit", "over-long"])
+@pytest.mark.parametrize("kind", ["template refuses", "over-long"])
 def test_a_bad_response_is_named_or_left_out_by_score_and_detect(kind, scorer, tmp_path):
     changes, _, message = KINDS[kind]
-    message = f"({message}|tokens; the limit is {LENGTH})"
+    message = f"({message})"
     rows = [{"prompt": f"Say sun {n % 5}.", "response": f"sun {n}" + " so" * (n % 7)} for n in range(40)]
     fine = write(tmp_path / "fine.jsonl", rows)
     bad = dict(rows[BAD])
     bad |= {{"chosen": "response"}.get(name, name): value for name, value in changes.items() if name != "rejected"}
     faulty = write(tmp_path / "faulty.jsonl", [*rows[:BAD], bad, *rows[BAD:]])
-    quick = {"num_splits": 5, "num_resamples": 5, "alpha": 0.1, "progress": False}
+    settings = DetectionSettings(num_splits=5, num_resamples=5, alpha=0.1)
+    quick = {"settings": settings, "progress": False}
     with Forwards(scorer.model) as forwards:
         for reference, candidate in ((fine, faulty), (faulty, fine)):
             with pytest.raises(InputError, match=rf"faulty\.jsonl, row {BAD + 1}.*{message}.*on_bad_row='skip'"):
@@ -189,11 +194,12 @@ def test_a_bad_response_is_named_or_left_out_by_score_and_detect(kind, scorer, t
         ):
             score_file(scorer, faulty, tmp_path / "out.jsonl", progress=False)
         assert forwards.number == 0
-    found = detect(scorer, faulty, faulty, tmp_path / "detect", on_bad_row="skip", **quick)
-    for part in (found["reference"], found["candidates"][0]):
+    skipping = replace(settings, on_bad_row="skip")
+    found = detect(scorer, faulty, faulty, tmp_path / "detect", settings=skipping, progress=False)
+    for part in (found.reference, found.candidates[0]):
         assert part["num_responses"] == 40 and part["bad_rows"] == 1
         assert f"faulty.jsonl, row {BAD + 1}" in part["bad_row_reasons"][0]
-    assert found["candidates"][0]["csi"] == detect(scorer, fine, fine, **quick)["candidates"][0]["csi"]
+    assert found.candidates[0]["csi"] == detect(scorer, fine, fine, **quick).candidates[0]["csi"]
     assert "Bad rows left out: 1 of reference" in (tmp_path / "detect" / "result.html").read_text()
     assert score_file(scorer, faulty, tmp_path / "out.jsonl", progress=False, on_bad_row="skip")["bad_rows"] == 1
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

@@ -1,17 +1,17 @@
+import atexit
 import csv
 import gzip
 import json
 import os
 import pickle
-import subprocess
-import sys
-import textwrap
+import tempfile
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pandas import DataFrame
 
 from inform_rm.data import records
 from inform_rm.data.messages import to_messages
@@ -120,7 +120,6 @@ def test_a_colon_after_human_inside_a_line_starts_no_turn():
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text() | st.integers(), lambda inner: st.lists(
     inner, max_size=3) | st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "margin", "subset", "role",
     "content", "id", "tools"]), inner, max_size=6), max_leaves=12))  # fmt: skip
-@settings(max_examples=300)
 def test_any_json_is_a_pair_or_a_bad_row(record):
     try:
         pair = parse_pair(record, "f.jsonl", 1)
@@ -227,8 +226,19 @@ ROWS = [
 ]  # fmt: skip
 
 
-def _save(kind: str, folder: Path) -> Path:
+IN_MEMORY = {
+    "list": list,
+    "Dataset": Dataset.from_list,
+    "IterableDataset": lambda rows: Dataset.from_list(rows).to_iterable_dataset(),
+    "DatasetDict": lambda rows: DatasetDict(test=Dataset.from_list(rows)),
+    "DataFrame": DataFrame,
+}
+
+
+def _save(kind: str, folder: Path) -> object:
     path = folder / f"pairs.{kind}"
+    if kind in IN_MEMORY:
+        return IN_MEMORY[kind](ROWS)
     if kind in ("jsonl", "jsonl.gz", "json lines.json"):
         content = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()  # no newline at the end
         path.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
@@ -248,7 +258,7 @@ def _save(kind: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "kind", ["jsonl", "jsonl.gz", "json lines.json", "json", "json.gz", "csv", "parquet", "saved"]
+    "kind", ["jsonl", "jsonl.gz", "json lines.json", "json", "json.gz", "csv", "parquet", "saved", *IN_MEMORY]
 )
 def test_every_container_gives_the_same_content(kind, tmp_path):
     data = load_preferences(_save(kind, tmp_path))
@@ -305,6 +315,7 @@ GOOD = json.dumps(EXPLICIT).encode()
         ("a.jsonl", b"[" * 100_000, r"row 1: broken JSON"),
         ("a.jsonl", b'{"margin": ' + b"9" * 5000 + b"}", r"row 1: broken JSON: .*limit"),
         ("a.csv", b"prompt,chosen,rejected\na,b\n", r"row 1: 2 cells, but the header names 3 columns"),
+        ("a.csv", b"prompt,chosen,rejected\na,b,c,d\n", r"row 1: 4 cells, but the header names 3 columns"),
         ("a.csv", b"prompt,chosen,rejected\na,b,c\na,\xff,d\n", r"row 2: column 'chosen' is not UTF-8"),
         ("a.csv", b"prompt,good,bad\na,b,c\n", r"row 1: no 'chosen'. Its fields are 'prompt', 'good', 'bad'"),
     ],
@@ -345,12 +356,12 @@ def test_unreadable_rows_are_named_and_can_be_skipped(name, content, message, tm
         ("a", GOOD, r"unknown format"),
     ],
 )
-@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
-def test_unusable_files_are_refused_whatever_happens_to_bad_rows(name, content, message, on_bad_row, tmp_path):
+def test_unusable_files_are_refused_whatever_happens_to_bad_rows(name, content, message, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        load_preferences(path, on_bad_row=on_bad_row)
+    for on_bad_row in ("error", "skip"):
+        with pytest.raises(InputError, match=message):
+            load_preferences(path, on_bad_row=on_bad_row)
 
 
 def test_a_file_without_one_usable_row_is_refused(tmp_path):
@@ -408,6 +419,22 @@ def test_arguments_that_would_be_ignored_are_refused(tmp_path):
         load_preferences(path, on_bad_row="ignore")
 
 
+def test_rows_in_memory_are_named_in_refusals_with_the_way_out():
+    rows = [EXPLICIT, {**EXPLICIT, "chosen": None}]
+    with pytest.raises(BadRow, match=r"list in memory, row 2: no 'chosen'"):
+        load_preferences(rows)
+    pairs = load_preferences(rows, on_bad_row="skip").dataset
+    assert (pairs["subset"][0], pairs["id"][0]) == ("default", "default/1")
+    with pytest.raises(InputError, match=r"several splits, 'train', 'test'. Pass one: data\[NAME\]"):
+        load_preferences(DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS)))
+    with pytest.raises(InputError, match="data: got a int; expected the name of a source"):
+        load_preferences(7)
+    with pytest.raises(InputError, match="the data is in memory"):
+        load_preferences(rows, revision="main")
+    with pytest.raises(InputError, match="list in memory: no rows"):
+        load_preferences([])
+
+
 def test_a_hub_id_is_loaded_with_split_and_revision(monkeypatch):
     asked = {}
 
@@ -450,21 +477,18 @@ def test_batches_on_disk_are_bounded_by_rows_and_by_text(tmp_path, monkeypatch):
     assert 1500 * 2000 / 7 / 7000 < chunks < 1500
 
 
-def test_the_temporary_folder_goes_with_the_process(tmp_path):
+def test_the_temporary_folder_goes_with_the_process(tmp_path, exit_code_of_fork):
     path = write_jsonl(tmp_path / "a.jsonl", [EXPLICIT])
     (tmp_path / "scratch").mkdir()
-    code = f"""
-        from pathlib import Path
-        from inform_rm.data.preferences import load_preferences
-        data = load_preferences({str(path)!r})
-        assert len(list(Path({str(tmp_path / "scratch")!r}).rglob("pairs.arrow"))) == 1
-        print(data.dataset[0]["chosen"])
-    """
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "Blue.\n", done.stderr
+
+    def load_and_end():
+        tempfile.tempdir = str(tmp_path / "scratch")
+        atexit._clear()  # a fork has what its parent registered, and runs nothing of it at its end
+        data = load_preferences(path)
+        assert len(list((tmp_path / "scratch").rglob("pairs.arrow"))) == 1 and data.dataset[0]["chosen"] == "Blue."
+        atexit._run_exitfuncs()
+
+    assert exit_code_of_fork(load_and_end) == 0
     assert list((tmp_path / "scratch").rglob("pairs.arrow")) == []
 
 

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inform_rm.data.check_data import check_data, format_report
-from inform_rm.data.encoding import encode, encode_many, encode_pairs, encode_sides
+from inform_rm.data.encoding import encode, encode_each, encode_many, encode_pairs
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import load_preferences
 from inform_rm.data.rendered_text import NotRenderedError, what_is_lost
 from inform_rm.errors import InputError
 from inform_rm.eval.evaluate import evaluate
-from inform_rm.eval.sources import leave_out_bad_rows, load_sources
+from inform_rm.eval.sources import PairSettings, load_sources
 from inform_rm.eval.suites.evaluate_suite import evaluate_suite
 from inform_rm.scoring.score_files import score_file
 from inform_rm.scoring.scorer import RewardScorer
@@ -185,7 +185,7 @@ def cutting_scorer(reward_dir, tokenizer):
 
 def test_evaluation_records_what_was_lost(cutting_scorer, cut_rows):
     result = evaluate(cutting_scorer, cut_rows, progress=False)
-    assert result["data"][0]["partly_rendered"]["n"] == 4 and result["data"][0]["evaluated"] == 6
+    assert result.data[0]["partly_rendered"]["n"] == 4 and result.data[0]["evaluated"] == 6
 
 
 def test_scoring_a_file_ends_with_what_was_lost(cutting_scorer, tmp_path, caplog):
@@ -209,9 +209,9 @@ def test_a_response_of_reasoning_alone_is_no_side_of_a_pair_but_is_scored_as_an_
     rewards = cutting_scorer.score(["What is it?"] * 2, [response, ""])
     assert rewards[0] == rewards[1] and "reasoning alone, so that an empty answer is read" in caplog.text
     row = {"prompt": [[{"role": "user", "content": "What is it?"}]], "chosen": ["It is blue."], "rejected": [response]}
-    with pytest.raises(BadRow, match="leaves nothing of a side: the response, which is reasoning alone") as caught:
-        encode_sides(cutting_scorer.tokenizer, {**row, "file": ["f"], "row": [3]})
-    assert caught.value.kind == "not rendered"
+    (bad,) = encode_each(cutting_scorer.tokenizer, {**row, "file": ["f"], "row": [3]})
+    assert isinstance(bad, BadRow) and bad.kind == "not rendered"
+    assert "leaves nothing of a side: the response, which is reasoning alone" in bad.reason
 
 
 def test_a_server_refuses_the_row_of_which_nothing_is_left_and_logs_the_first_loss(cutting_scorer, caplog):
@@ -227,8 +227,8 @@ def test_a_server_refuses_the_row_of_which_nothing_is_left_and_logs_the_first_lo
 
 
 def test_what_decompose_reads_joins_the_record_of_its_source(cutting_scorer, cut_rows):
-    (source,) = load_sources(cut_rows, columns=None, revision=None, on_bad_row="error", max_pairs=None, seed=0)
-    assert len(leave_out_bad_rows(source, cutting_scorer, "error", "error")) == 6
+    (source,) = load_sources(cut_rows, PairSettings())
+    assert len(source.encode(cutting_scorer, PairSettings(), keep_text=True).dataset) == 6
     assert source.record["partly_rendered"]["n"] == 4 and len(source.record["partly_rendered"]["examples"]) == 4
 
 
@@ -238,4 +238,4 @@ def test_items_of_a_suite_that_lose_text_are_counted(cutting_scorer, tmp_path):
     rows[2]["rejected"] = "<think>Hm.</think>No idea."
     path = write_rows(tmp_path / "suite.jsonl", rows)
     result = evaluate_suite(cutting_scorer, "hh", path, progress=False)
-    assert result["counts"]["partly_rendered"] == 1 and result["counts"]["evaluated"] == 4
+    assert result.counts["partly_rendered"] == 1 and result.counts["evaluated"] == 4

@@ -65,7 +65,7 @@ def test_two_processes_give_the_results_of_one(model, pairs_file, causal_lm_dir,
     scorer = RewardScorer(model, tokens_per_batch=TOKENS)
     one = evaluate(scorer, data, tmp_path / "one", progress=False)
     two = json.loads((tmp_path / "evaluate" / "result.json").read_text())
-    _assert_close(one, two)
+    _assert_close(one.to_dict(), two)
     assert (tmp_path / "evaluate" / "pairs.jsonl").read_text() == (tmp_path / "one" / "pairs.jsonl").read_text()
     assert {path.name for path in (tmp_path / "evaluate").iterdir()} == {
         path.name for path in (tmp_path / "one").iterdir()
@@ -77,7 +77,7 @@ def test_two_processes_give_the_results_of_one(model, pairs_file, causal_lm_dir,
         "decompose": {}, "behavior": {"weights": "behavior", "behavior_model": str(causal_lm_dir("llama"))}
     }.items():  # fmt: skip
         one = decompose(scorer, data, tmp_path / f"one-{name}", num_prompts=3, progress=False, **options)
-        _assert_close(one, json.loads((tmp_path / name / "result.json").read_text()))
+        _assert_close(one.to_dict(), json.loads((tmp_path / name / "result.json").read_text()))
         tables = [pq.read_table(tmp_path / folder / "pairs.parquet") for folder in (name, f"one-{name}")]
         _assert_close(tables[1].to_pydict(), tables[0].to_pydict())
         assert {path.name for path in (tmp_path / name).iterdir()} == {
@@ -114,7 +114,7 @@ scoring.RewardScorer._packed_forward = breaks
     scorer = RewardScorer(model, tokens_per_batch=TOKENS)
     result = evaluate(scorer, data, folder, progress=False)
     whole = evaluate(scorer, data, tmp_path / "whole", progress=False)
-    _assert_close(whole, result)
+    _assert_close(whole.to_dict(), result.to_dict())
     assert not (folder / "rewards.partial").exists()
 
 

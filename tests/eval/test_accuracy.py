@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification, evaluate
 from inform_rm.data.encoding import encode
@@ -182,19 +184,19 @@ def test_result_follows_from_rewards_computed_one_by_one(model, tokenizer, data,
         assert item["chosen_reward"] == pytest.approx(chosen, abs=1e-5)
         assert item["rejected_reward"] == pytest.approx(rejected, abs=1e-5)
     right = sum(chosen > rejected for chosen, rejected in rewards)
-    assert 0 < right < 24 and result["accuracy"] == right / 24
-    assert {name: block["num_pairs"] for name, block in result["subsets"].items()} == {"sea": 12, "sky": 12}
+    assert 0 < right < 24 and result.accuracy == right / 24
+    assert {name: block["num_pairs"] for name, block in result.subsets.items()} == {"sea": 12, "sky": 12}
     longer = sum(len(pair(index)["chosen"]) > len(pair(index)["rejected"]) for index in range(24))
-    assert result["by_length"]["chosen_longer"]["num_pairs"] == longer
+    assert result.by_length["chosen_longer"]["num_pairs"] == longer
 
-    assert json.loads((output / "result.json").read_text()) == result
+    assert json.loads((output / "result.json").read_text()) == result.to_dict()
     assert sorted(path.name for path in output.iterdir()) == [
         "pairs.jsonl", "reliability.png", "result.html", "result.json", "result.md",
     ]  # fmt: skip
-    assert result["versions"]["torch"] == torch.__version__ or result["versions"]["torch"] in torch.__version__
-    assert len(result["model_fingerprint"]) == len(result["tokenizer_fingerprint"]) == 64
-    assert result["seed"] == 0 and result["settings"]["max_length"] == 128 and result["settings"]["dtype"] == "float32"
-    (source,) = result["data"]
+    assert result.versions["torch"] == torch.__version__ or result.versions["torch"] in torch.__version__
+    assert len(result.model_fingerprint) == len(result.tokenizer_fingerprint) == 64
+    assert result.seed == 0 and result.settings["max_length"] == 128 and result.settings["dtype"] == "float32"
+    (source,) = result.data
     counts = {"pairs_read": 24, "not_sampled": 0, "overlong": 0, "dropped": 0, "truncated": 0, "bad_rows": 0}
     named = {"source": str(data), "is_local": True, "fingerprint": source["fingerprint"], "reading": source["reading"]}
     assert list(source["reading"]["columns"]) == ["prompt", "chosen", "rejected", "subset", "id"]
@@ -221,7 +223,33 @@ def test_a_model_that_ignores_the_prompt_scores_half_on_swapped_prompts(scorer, 
         return iter_scores([ids[start[prompt] :] for ids, prompt in zip(sequences, prompt_of, strict=True)])
 
     blind.iter_scores = without_prompt
-    assert evaluate(blind, data, progress=False)["accuracy"] == 0.5
+    assert evaluate(blind, data, progress=False).accuracy == 0.5
+
+
+def test_rows_in_memory_give_the_result_of_their_file(scorer, data, tmp_path):
+    rows = read_jsonl(data)
+    file = evaluate(scorer, data, progress=False).to_dict()
+    for source in (rows, Dataset.from_list(rows), DatasetDict(test=Dataset.from_list(rows))):
+        result = evaluate(scorer, source, tmp_path / "out", progress=False)
+        found = json.loads((tmp_path / "out/result.json").read_text())
+        name = f"{type(source).__name__} in memory"
+        assert found == result.to_dict() and found["settings"].pop("data") == [name]
+        expected = {**file, "settings": {**file["settings"]}, "data": [{**file["data"][0], "source": name}]}
+        assert expected["settings"].pop("data") == [str(data)] and found == expected
+    half = evaluate(scorer, [rows[:10], rows[10:]], progress=False)
+    assert [part["source"] for part in half.data] == ["list in memory 1", "list in memory 2"]
+    assert half.accuracy == result.accuracy
+
+
+def test_a_result_shows_its_table_and_its_drawing_and_text_from_data_stays_text(scorer, data, tmp_path):
+    rows = [{**row, "subset": "<script>x</script>"} for row in read_jsonl(data)]
+    result = evaluate(scorer, rows, tmp_path / "out", progress=False)
+    shown = result._repr_html_()
+    assert shown.count("<table>") == 1 and f"<td>{result.accuracy:.3f}</td>" in shown and "Accuracy of" in shown
+    assert "<script>" not in shown and "&lt;script&gt;x&lt;/script&gt;" in shown
+    assert isinstance(result.figure(), Figure)
+    assert result.page().markdown() == (tmp_path / "out/result.md").read_text()
+    assert result.rows == read_jsonl(tmp_path / "out/pairs.jsonl")
 
 
 def test_evaluation_without_output_writes_nothing(scorer, data, tmp_path, monkeypatch):
@@ -238,9 +266,9 @@ def test_several_sources_are_counted_apart_and_evaluated_together(scorer, tmp_pa
     both = evaluate(scorer, [first, second], tmp_path / "both", progress=False)
     whole = write_pairs(tmp_path / "whole.jsonl", [pair(index) for index in range(24)])
     together = evaluate(scorer, whole, progress=False)
-    assert [source["evaluated"] for source in both["data"]] == [8, 16]
+    assert [source["evaluated"] for source in both.data] == [8, 16]
     for key in ("num_pairs", "accuracy", "num_ties", "longer_wins_accuracy"):
-        assert both[key] == together[key]
+        assert getattr(both, key) == getattr(together, key)
     assert [item["source"] for item in read_jsonl(tmp_path / "both/pairs.jsonl")] == [str(first)] * 8 + [
         str(second)
     ] * 16
@@ -252,7 +280,7 @@ def test_several_sources_are_counted_apart_and_evaluated_together(scorer, tmp_pa
 def test_a_sample_is_seeded_and_counted(scorer, data, tmp_path):
     def sampled(seed, name):
         result = evaluate(scorer, data, tmp_path / name, max_pairs=10, seed=seed, progress=False)
-        assert result["data"][0]["not_sampled"] == 14 and result["num_pairs"] == 10 and result["seed"] == seed
+        assert result.data[0]["not_sampled"] == 14 and result.num_pairs == 10 and result.seed == seed
         return [item["id"] for item in read_jsonl(tmp_path / name / "pairs.jsonl")]
 
     first = sampled(1, "a")
@@ -268,16 +296,16 @@ def test_left_out_pairs_are_counted_and_bad_rows_listed(scorer, tmp_path, caplog
     with pytest.raises(InputError, match="row 2"):
         evaluate(scorer, data, progress=False)
     skipped = evaluate(scorer, data, on_bad_row="skip", progress=False)
-    assert (skipped["data"][0]["bad_rows"], skipped["data"][0]["overlong"], skipped["num_pairs"]) == (2, 1, 4)
-    assert "row 2" in skipped["data"][0]["bad_row_reasons"][0] and "row 5" in skipped["data"][0]["bad_row_reasons"][1]
+    assert (skipped.data[0]["bad_rows"], skipped.data[0]["overlong"], skipped.num_pairs) == (2, 1, 4)
+    assert "row 2" in skipped.data[0]["bad_row_reasons"][0] and "row 5" in skipped.data[0]["bad_row_reasons"][1]
     dropped = evaluate(scorer, data, on_bad_row="skip", overlong="drop", progress=False)
-    (source,) = dropped["data"]
+    (source,) = dropped.data
     assert (source["bad_rows"], source["overlong"], source["dropped"], source["truncated"]) == (1, 1, 1, 0)
-    assert source["pairs_read"] == 5 and source["evaluated"] == dropped["num_pairs"] == 4
+    assert source["pairs_read"] == 5 and source["evaluated"] == dropped.num_pairs == 4
     assert "row 2" in source["bad_row_reasons"][0]
     assert any("dropped 1, bad_rows 1" in message for message in caplog.messages)
     cut = evaluate(scorer, data, on_bad_row="skip", overlong="truncate_prompt", progress=False)
-    assert cut["data"][0]["truncated"] == 1 and cut["num_pairs"] == 5
+    assert cut.data[0]["truncated"] == 1 and cut.num_pairs == 5
     write_pairs(data, pairs[2:])
     with pytest.raises(InputError, match=r"row 3.*128.*on_bad_row='skip'"):
         evaluate(scorer, data, progress=False)
@@ -308,7 +336,7 @@ def test_interrupted_evaluation_computes_no_reward_twice(scorer, data, tmp_path,
         read_jsonl(tmp_path / "whole/pairs.jsonl"), read_jsonl(tmp_path / "out/pairs.jsonl"), strict=True
     ):
         assert other == {**one, **{key: pytest.approx(one[key], abs=1e-5) for key in one if key.endswith("_reward")}}
-    assert resumed["accuracy"] == whole["accuracy"] and resumed["data"] == whole["data"]
+    assert resumed.accuracy == whole.accuracy and resumed.data == whole.data
 
 
 def test_resuming_refuses_other_data_or_settings(scorer, data, tmp_path):
@@ -359,6 +387,7 @@ def test_a_reward_that_is_not_finite_names_the_pair_and_side(backbone_configs, t
         ({"overlong": "cut"}, "overlong"),
         ({"on_bad_row": "ignore"}, "on_bad_row"),
         ({"max_length": 9}, "Set them on the scorer"),
+        ({"max_pair": 9}, "max_pair: no setting of this name; expected one of batching, .*max_pairs"),
         ({"output": __file__}, "is a file"),
     ],
 )
@@ -386,6 +415,6 @@ def test_real_data_with_a_real_backbone(shared_dir, tmp_path):
     AutoTokenizer.from_pretrained(shared_dir / "models/stories260K").save_pretrained(tmp_path / "model")
     data = shared_dir / "data/prompt-swap/test.jsonl.gz"
     result = evaluate(tmp_path / "model", data, chat_template="plain", overlong="drop", max_pairs=60, progress=False)
-    (source,) = result["data"]
-    assert source["pairs_read"] == 1352 and result["num_pairs"] + source["dropped"] == 60
-    assert sum(block["num_pairs"] for block in result["subsets"].values()) == result["num_pairs"]
+    (source,) = result.data
+    assert source["pairs_read"] == 1352 and result.num_pairs + source["dropped"] == 60
+    assert sum(block["num_pairs"] for block in result.subsets.values()) == result.num_pairs

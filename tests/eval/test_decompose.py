@@ -75,20 +75,20 @@ def test_gaps_and_shares_follow_from_rewards_computed_one_by_one(scorer, data, t
     decided = (free.abs() > related.abs()).double().mean().item()
     flips = (gaps.sign() != gaps[:, :1].sign()).any(dim=1).double().mean().item()
     within, between = gaps.var(dim=1).mean().item(), free.var().item()
-    assert result["response_decides"] == pytest.approx(decided) and 0 < decided < 1
-    assert result["sign_flips"] == pytest.approx(flips) and 0 < flips < 1
-    assert result["prompt_sensitivity"] == pytest.approx(within / (within + between), rel=1e-3)
-    assert result["accuracy"] == evaluate(scorer, data, progress=False)["accuracy"]
-    assert sum(part["num_pairs"] for part in result["quadrants"]) == 20
-    assert {name: part["num_pairs"] for name, part in result["subsets"].items()} == {"one": 10, "two": 10}
+    assert result.response_decides == pytest.approx(decided) and 0 < decided < 1
+    assert result.sign_flips == pytest.approx(flips) and 0 < flips < 1
+    assert result.prompt_sensitivity == pytest.approx(within / (within + between), rel=1e-3)
+    assert result.accuracy == evaluate(scorer, data, progress=False).accuracy
+    assert sum(part["num_pairs"] for part in result.quadrants) == 20
+    assert {name: part["num_pairs"] for name, part in result.subsets.items()} == {"one": 10, "two": 10}
     lengths = [len(row(number)["chosen"]) - len(row(number)["rejected"]) for number in range(20)]
     expected_correlation = np.corrcoef(average_ranks(lengths), average_ranks(free.tolist()))[0, 1]
-    assert result["correlations"]["characters"]["prompt_free_gap"] == pytest.approx(expected_correlation, abs=0.02)
-    assert result["cost"]["tokens_computed"] < result["cost"]["tokens_of_a_plain_loop"]
+    assert result.correlations["characters"]["prompt_free_gap"] == pytest.approx(expected_correlation, abs=0.02)
+    assert result.cost["tokens_computed"] < result.cost["tokens_of_a_plain_loop"]
     assert {path.name for path in output.iterdir()} == {
-        "pairs.parquet", "spread.png", "plane.png", "result.html", "result.json"
+        "pairs.parquet", "spread.png", "plane.png", "result.md", "result.html", "result.json"
     }  # fmt: skip
-    assert json.loads((output / "result.json").read_text())["response_decides"] == result["response_decides"]
+    assert json.loads((output / "result.json").read_text())["response_decides"] == result.response_decides
 
 
 def test_a_model_that_does_not_see_the_prompt(model, tokenizer, data):
@@ -102,8 +102,8 @@ def test_a_model_that_does_not_see_the_prompt(model, tokenizer, data):
     # Plain text without an end token: the last token is one of the response.
     tokenizer.chat_template = "{% for m in messages %}{{ ' ' + m['content'] }}{% endfor %}"
     result = decompose(blind, source, tokenizer=tokenizer, num_prompts=5, progress=False)
-    assert result["response_decides"] == 1 and result["sign_flips"] == 0
-    assert result.get("prompt_sensitivity", 0.0) == pytest.approx(0, abs=1e-9)
+    assert result.response_decides == 1 and result.sign_flips == 0
+    assert (result.prompt_sensitivity or 0.0) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("split", ("adversarial_prompt", "in_distribution"))
@@ -152,7 +152,7 @@ def test_weights_of_a_behaviour_model(scorer, data, causal_lm_dir, tmp_path):
         scorer, data, tmp_path / "audit", weights="behavior", behavior_model=folder, ess_target=0.5, **options
     )
     decompose(scorer, data, tmp_path / "plain", **options)
-    assert result["settings"]["ess_target"] == 0.5
+    assert result.settings["ess_target"] == 0.5
     lm = AutoModelForCausalLM.from_pretrained(folder)
     weighted, plain = (pq.read_table(tmp_path / name / "pairs.parquet").to_pydict() for name in ("audit", "plain"))
     assert weighted["reward_gap"] == pytest.approx(plain["reward_gap"], abs=1e-5)
@@ -197,8 +197,8 @@ def test_an_unfinished_audit_goes_on_and_refuses_other_settings(scorer, data, tm
     with pytest.raises(InputError, match="num_prompts"):
         decompose(scorer, data, output, num_prompts=5, progress=False)
     resumed = decompose(scorer, data, output, num_prompts=4, progress=False)
-    assert resumed["cost"]["tokens_computed"] < whole["cost"]["tokens_computed"]
-    assert resumed["prompt_sensitivity"] == pytest.approx(whole["prompt_sensitivity"], rel=1e-3)
+    assert resumed.cost["tokens_computed"] < whole.cost["tokens_computed"]
+    assert resumed.prompt_sensitivity == pytest.approx(whole.prompt_sensitivity, rel=1e-3)
     assert not (output / "rewards.partial").exists()
 
 
@@ -211,17 +211,17 @@ def test_pairs_with_rewards_that_are_no_numbers_are_named_and_not_averaged_in(mo
     with torch.no_grad():
         broken.get_input_embeddings().weight[token] = math.nan
     result = decompose(broken, marked, tokenizer=tokenizer, num_prompts=4, progress=False)
-    assert result["left_out"] == {
+    assert result.left_out == {
         "overlong": 0, "no_other_prompt": 0, "nonfinite_rewards": 1, "nonfinite_ids": ["pair-4"]
     }  # fmt: skip
-    assert result["num_pairs"] == 8 and math.isfinite(result["prompt_sensitivity"])
+    assert result.num_pairs == 8 and math.isfinite(result.prompt_sensitivity)
 
 
 def test_a_stratum_of_one_prompt_says_nothing(scorer, tmp_path):
     rows = [{**row(number), "subset": "alone" if number == 0 else "rest"} for number in range(8)]
     data = write_pairs(tmp_path / "strata.jsonl", rows)
     result = decompose(scorer, data, num_prompts=4, stratify=True, progress=False)
-    assert result["left_out"]["no_other_prompt"] == 1 and result["num_pairs"] == 7
+    assert result.left_out["no_other_prompt"] == 1 and result.num_pairs == 7
 
 
 def test_pairs_longer_than_the_context_are_counted(model, tokenizer, tmp_path):
@@ -230,7 +230,7 @@ def test_pairs_longer_than_the_context_are_counted(model, tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"long.jsonl, row 3: .* over max_length 100"):
         decompose(model, data, tokenizer=tokenizer, max_length=100, progress=False)
     result = decompose(model, data, tokenizer=tokenizer, max_length=100, overlong="drop", progress=False)
-    assert result["left_out"]["overlong"] == 1 and result["num_pairs"] == 5
+    assert result.left_out["overlong"] == 1 and result.num_pairs == 5
 
 
 @pytest.mark.parametrize(

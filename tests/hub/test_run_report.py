@@ -15,6 +15,7 @@ from inform_rm.cli import main
 from inform_rm.errors import InputError
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.detection.detect import detect
+from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.hub.run_report import curves_figure
 from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
 from inform_rm.training.run import train
@@ -67,9 +68,10 @@ def results(folder, run, pairs_file):
     evaluated = evaluate(run, pairs_file, folder / "evaluated", progress=False)
     decompose(run, pairs_file, folder / "decomposed", num_prompts=3, progress=False)
     detect(run, folder / "reference.jsonl", [folder / "candidate.jsonl", folder / "candidate2.jsonl"],
-           folder / "detected", eps=0.7, alpha=0.2, num_splits=4, num_resamples=4, progress=False)  # fmt: skip
+           folder / "detected", settings=DetectionSettings(eps=0.7, alpha=0.2, num_splits=4, num_resamples=4),
+           progress=False)  # fmt: skip
     (folder / "suite").mkdir()
-    suite = {**SUITE, "model_fingerprint": evaluated["model_fingerprint"]}
+    suite = {**SUITE, "model_fingerprint": evaluated.model_fingerprint}
     (folder / "suite" / "result.json").write_text(json.dumps(suite))
     return [folder / name for name in ("evaluated", "decomposed", "detected", "suite")]
 

@@ -11,7 +11,10 @@ from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.errors import InputError
 from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
 from inform_rm.eval.detection.latents import collect_latents
+from inform_rm.eval.detection.nearest_neighbours import fit_nearest_neighbours
 from inform_rm.eval.detection.outliers import cluster_separation_index, fit_mahalanobis
+from inform_rm.eval.detection.settings import DetectionSettings
+from inform_rm.eval.detection.statistic import Statistic
 from inform_rm.integrations.trl import OveroptimizationCallback, RewardFunction
 from inform_rm.scoring.scorer import RewardScorer
 
@@ -92,7 +95,8 @@ def test_policy_run_with_checks(algorithm, scorer, reference, causal_lm_dir, tmp
     function = Recorder(scorer, reference=reference, shaping_coefficient=0.1, alpha=0.1)
     function.seen = []
     trainer = policy_trainer(algorithm, causal_lm_dir("llama"), tmp_path / "out", function, 4, save_strategy="no")
-    callback = OveroptimizationCallback(scorer, reference, function.recent, every=2, eps=0.8, alpha=0.1, action="warn")
+    settings = DetectionSettings(eps=0.8, alpha=0.1)
+    callback = OveroptimizationCallback(scorer, reference, function.recent, every=2, settings=settings, action="warn")
     callback.attach(trainer)
     trainer.train()
     history = trainer.state.log_history
@@ -104,6 +108,11 @@ def test_policy_run_with_checks(algorithm, scorer, reference, causal_lm_dir, tmp
         found = collect_latents(scorer, prompts, texts)
         csi = cluster_separation_index(found.values, reference, eps=0.8)
         assert line["csi"] == pytest.approx(csi) and line["csi_normalized"] == pytest.approx(csi / 16)
+        fitted = fit_mahalanobis(reference)
+        assert line["mop"] == fitted.outlier_probability(found.values, alpha=0.1, tail="reference").estimate
+        near = fit_nearest_neighbours(reference, settings)(found.values, 0)[0]
+        assert line["knn_outliers"] == near["knn_outliers"]
+        assert line["mean_knn_distance"] == pytest.approx(near["mean_knn_distance"])
         assert line["sampled_reward"] == pytest.approx(found.rewards.mean(), abs=1e-6)
         assert line["sampled_words"] == pytest.approx(np.mean([len(text.split()) for text in texts]))
         rule.update(line["csi_normalized"])
@@ -117,15 +126,14 @@ def test_policy_run_with_checks(algorithm, scorer, reference, causal_lm_dir, tmp
 
 def test_a_jump_stops_the_run_and_a_resumed_run_decides_alike(scorer, reference, causal_lm_dir, tmp_path, monkeypatch):
     planted = iter([1.0, 1.1, 1.0, 9.0, 9.0])
-    monkeypatch.setattr(
-        "inform_rm.integrations.trl.cluster_separation_index", lambda latents, *_, **__: next(planted) * len(latents)
-    )
+    statistic = Statistic("csi_normalized", "", "", lambda *_: lambda *_: ({"csi_normalized": next(planted)}, {}))
+    monkeypatch.setattr("inform_rm.integrations.trl.STATISTICS", [statistic])
     settings = {"save_strategy": "steps", "save_steps": 1}
 
     def trainer(steps):
         function = RewardFunction(scorer)
         made = policy_trainer("GRPO", causal_lm_dir("llama"), tmp_path / "out", function, steps, **settings)
-        callback = OveroptimizationCallback(scorer, reference, function.recent, every=1, alpha=0.1)
+        callback = OveroptimizationCallback(scorer, reference, function.recent, every=1)
         callback.attach(made)
         return made, callback
 

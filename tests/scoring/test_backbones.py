@@ -133,8 +133,9 @@ def assert_one_score(model):
 # --- multimodal checkpoints ---
 
 
-@pytest.mark.parametrize("architecture", ["inform", "standard"])
-@pytest.mark.parametrize("name", MULTIMODAL)
+@pytest.mark.parametrize(
+    ("name", "architecture"), [*((name, "inform") for name in MULTIMODAL), ("gemma3", "standard")]
+)
 def test_text_model_of_a_multimodal_checkpoint_is_the_backbone(name, architecture, tmp_path, caplog):
     whole, text_model = multimodal(name)
     whole.save_pretrained(tmp_path / "whole")

@@ -334,7 +334,7 @@ def test_evaluate_and_decompose_take_an_ensemble_as_one_reward_model(mixed, tmp_
         expected, _ = rewards_by_hand(mixed, PROMPTS, [pair[side] for pair in PAIRS], 0.3)
         np.testing.assert_allclose([row[f"{side}_reward"] for row in written], expected, atol=2e-5)
     gaps = np.array([row["chosen_reward"] - row["rejected_reward"] for row in written])
-    assert result["accuracy"] == (gaps > 0).mean() and "mean - 0.3 * variance of 3" in result["model"]
+    assert result.accuracy == (gaps > 0).mean() and "mean - 0.3 * variance of 3" in result.model
 
     audit = decompose(scorer, data, tmp_path / "audit", num_prompts=4, progress=False)  # every distinct prompt
     grid = np.stack([
@@ -343,7 +343,7 @@ def test_evaluate_and_decompose_take_an_ensemble_as_one_reward_model(mixed, tmp_
         for prompt in dict.fromkeys(PROMPTS)
     ])  # fmt: skip
     flips = (np.sign(grid) != np.sign(gaps)).any(axis=0).mean()
-    assert audit["accuracy"] == (gaps > 0).mean() and audit["sign_flips"] == flips
+    assert audit.accuracy == (gaps > 0).mean() and audit.sign_flips == flips
     free = pq.read_table(tmp_path / "audit" / "pairs.parquet")["prompt_free_gap"].to_numpy()
     balance = (1 / (1 + np.exp(free - grid))).mean(axis=0)  # its equation: mean over prompts of sigmoid(D - D2) = 1/2
     np.testing.assert_allclose(balance, 0.5, atol=1e-4)

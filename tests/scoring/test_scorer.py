@@ -3,11 +3,11 @@
 import copy
 import csv
 import gzip
+import itertools
 import json
 import logging
+import os
 import signal
-import subprocess
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -203,6 +203,18 @@ def test_text_is_scored_as_its_tokens_and_a_text_prompt_as_one_user_message(scor
     )
     torch.testing.assert_close(rewards, expected[[0, 0, 1]], atol=1e-6, rtol=0)
     assert rewards[0] != rewards[2]
+
+
+def test_a_conversation_scores_as_its_last_reply_after_the_turns_before_it(scorer):
+    turns = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "An apple."},
+             {"role": "user", "content": "Another."}, {"role": "assistant", "content": "A pear."}]  # fmt: skip
+    rewards = scorer.score_messages([turns, turns[:2]])
+    assert torch.equal(rewards, scorer.score([turns[:3], "Name a fruit."], ["A pear.", "An apple."]))
+    for wrong in (turns[:3], turns[1:2], "An apple.", []):
+        with pytest.raises(InputError, match=r"row 1 .* expected a list of messages that ends with a reply"):
+            scorer.score_messages([turns, wrong])
+    with pytest.raises(InputError, match=r"row 0 .*role"):
+        scorer.score_messages([[{"role": "judge", "content": "1"}]])
 
 
 def test_no_rows_give_no_rewards(scorer):
@@ -588,7 +600,7 @@ def test_file_with_uncertainty_adds_the_standard_deviation(scorer, tmp_path):
         assert item["reward_std"] == pytest.approx(std.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("fail_at", (0, 1, 3, 6, 9))
+@pytest.mark.parametrize("fail_at", (0, 6))
 def test_interrupted_file_is_finished_without_scoring_a_row_twice(scorer, tmp_path, fail_at):
     source = write_jsonl(tmp_path / "in.jsonl", [row(index) for index in range(30)])
     score_file(scorer, source, tmp_path / "whole.jsonl", chunk_rows=8, progress=False)
@@ -610,28 +622,21 @@ def test_interrupted_file_is_finished_without_scoring_a_row_twice(scorer, tmp_pa
     assert files_of(tmp_path) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
 
 
-KILLED_RUN = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-from inform_rm.scoring.score_files import score_file
-from inform_rm.scoring.scorer import RewardScorer
-scorer = RewardScorer(sys.argv[1], tokens_per_batch=128)
-calls = 0
-def count(module, args, kwargs):
-    global calls
-    calls += 1
-    if calls == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-scorer.model.register_forward_pre_hook(count, with_kwargs=True)
-score_file(scorer, sys.argv[2], sys.argv[3], chunk_rows=8)
-"""
-
-
-def test_a_killed_process_loses_no_finished_batch(reward_dir, tmp_path):
+def test_a_killed_process_loses_no_finished_batch(reward_dir, tmp_path, exit_code_of_fork):
     source, output = write_jsonl(tmp_path / "in.jsonl", [row(index) for index in range(30)]), tmp_path / "out.jsonl"
-    arguments = [sys.executable, "-c", KILLED_RUN, str(reward_dir), str(source), str(output)]
-    killed = subprocess.run(arguments, capture_output=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+
+    def killed_run():
+        scorer = RewardScorer(reward_dir, tokens_per_batch=128)
+        calls = itertools.count(1)
+
+        def count(*_):
+            if next(calls) == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        scorer.model.register_forward_pre_hook(count)
+        score_file(scorer, source, output, chunk_rows=8, progress=False)
+
+    assert exit_code_of_fork(killed_run) == -signal.SIGKILL
     assert not output.exists()
     partial = tmp_path / "out.jsonl.partial"
     partial.write_bytes(partial.read_bytes() + b'{"prompt": "half a li')  # as if the kill had come in a write
@@ -828,22 +833,7 @@ def test_no_more_rows_than_a_chunk_are_held_and_rows_are_read_lazily(scorer, tmp
         ("in.jsonl", '{"prompt": "a", "response": "\\ud800"}\n', "row 1.*unpaired surrogate"),
         ("in.jsonl", '{"prompt": "a", "response": "b", "reward": 1}\n', "row 1 has a field 'reward' already"),
         ("in.jsonl", "[1, 2]\n", "row 1 is a list"),
-        ("in.jsonl", b'{"prompt": "a", "response": "\xff"}\n', "row 1.*UTF-8"),
-        ("in.jsonl", "", "empty"),
-        ("in.jsonl", "\n\n", "has no rows"),
-        (
-            "in.jsonl.gz",
-            gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 50, mtime=0)[:-9],
-            "damaged or cut short",
-        ),
-        ("in.csv", "prompt,response\na\n", "row 1: 1 cells, but the header names 2"),
-        ("in.csv", "prompt,response\na,b,c\n", "row 1: 3 cells, but the header names 2"),
         ("in.csv", "prompt,answer\na,b\n", "row 1: no 'response'.*--columns response=answer"),
-        ("in.csv", "prompt,prompt,response\na,b,c\n", "names a column twice: prompt"),
-        ("in.csv", 'prompt,response\na,"b\n', "broken CSV after row 0"),
-        ("in.csv", b"prompt,response\na,\xff\n", "row 1: column 'response' is not UTF-8"),
-        ("in.parquet", b"PAR1 not really", "not a readable Parquet file"),
-        ("in.txt", "a", "in.txt"),
     ],
 )
 def test_bad_input_is_refused_before_the_model_runs_and_nothing_is_written(scorer, tmp_path, name, content, message):

@@ -19,7 +19,8 @@ from inform_rm.safety.checkpoints import check_checkpoint
 from inform_rm.training.reward_arguments import read_arguments
 from inform_rm.util.journal import RewardJournal
 
-fuzz = settings(suppress_health_check=list(HealthCheck))
+# A quarter of what the profile asks for: each example is a file.
+fuzz = settings(max_examples=settings.default.max_examples // 4, suppress_health_check=list(HealthCheck))
 ROWS = [
     {"prompt": "Say sun.", "chosen": "sun", "rejected": "moon", "response": "sun", "margin": 1.5, "n": [1, {}]}
 ] * 3

@@ -221,7 +221,7 @@ def test_checkpoint_of_adapters_is_evaluated_and_exported_as_the_model_in_traini
     torch.testing.assert_close(rewards(exported, tokenizer), expected, atol=1e-5, rtol=0)
     result = evaluate(checkpoint, pairs_file, progress=False)
     exported_result = evaluate(tmp_path / "exported", pairs_file, progress=False)
-    assert result["model_fingerprint"] == exported_result["model_fingerprint"]
+    assert result.model_fingerprint == exported_result.model_fingerprint
 
 
 def check_resume(config, tmp_path):
@@ -389,7 +389,7 @@ def test_quantised_run_learns_and_leaves_a_model_in_full_precision(
     assert 1e-4 < figures["reward_difference_max"]
     assert f"Trained on a {bits}-bit base, the model goes out in full precision" in caplog.text
     # The result's accuracy is that of the model in the folder.
-    assert result["evaluation"]["accuracy"] == evaluate(config.output_dir, pairs_file, progress=False)["accuracy"]
+    assert result["evaluation"]["accuracy"] == evaluate(config.output_dir, pairs_file, progress=False).accuracy
 
 
 @pytest.mark.slow

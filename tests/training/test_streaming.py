@@ -220,21 +220,6 @@ def test_data_without_a_usable_row_ends(tmp_path, tokenizer):
         batches(stream(tmp_path / "blank.jsonl", tokenizer), 1)
 
 
-class Counting:
-    """A tokenizer that counts its renderings."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.calls = tokenizer, 0
-        self.chat_template, self.bos_token_id = tokenizer.chat_template, tokenizer.bos_token_id
-
-    def apply_chat_template(self, *args, **kwargs):
-        self.calls += 1
-        return self.tokenizer.apply_chat_template(*args, **kwargs)
-
-    def __call__(self, *args, **kwargs):
-        return self.tokenizer(*args, **kwargs)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     "options",
@@ -246,25 +231,31 @@ class Counting:
     ],
     ids=["all", "skip", "drop", "skip over-long"],
 )
-def test_a_resumed_stream_goes_on_with_the_right_batches_and_counts(options, workers, tmp_path, tokenizer):
+def test_a_resumed_stream_encodes_only_the_rest_and_is_exact(options, workers, tmp_path, tokenizer, monkeypatch):
     rows = [pair(n, chosen="" if n % 5 == 0 and "on_bad_row" in options else f"Apple {n}.") for n in range(1, 40)]
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
     whole = stream(path, tokenizer, workers=workers, **options)
     expected = batches(whole, 25)
     assert whole.counts.passes > 2 and bool(whole.counts.dropped) == ("overlong" in options)
-    assert any("over max_length" in row for row in whole.counts.bad_rows) == (
-        len(options) == 2 and not whole.counts.dropped
-    )
+    assert bool(whole.counts.overlong) == ("max_length" in options)
+    encoded = []
+    plain = streaming.encode_columns
+
+    def counting(batch, *args, **kwargs):
+        encoded.extend(batch["row"])
+        return plain(batch, *args, **kwargs)
+
+    monkeypatch.setattr(streaming, "encode_columns", counting)
     for done in (1, 13):
         cut = stream(path, tokenizer, workers=workers, **options)
         batches(cut, done)
         cut.save(tmp_path)
-        counting = Counting(tokenizer)
-        resumed = stream(path, counting, workers=workers, **options)
+        resumed = stream(path, tokenizer, workers=workers, **options)
         resumed.load(tmp_path)
+        encoded.clear()
         assert batches(resumed, 25 - done) == expected[done:] and resumed.counts == whole.counts
         if not options and not workers:
-            assert counting.calls == 2 * (25 - done)  # of each batch the prompts and the conversations
+            assert len(encoded) == 4 * (25 - done)
 
 
 def test_a_stream_resumed_with_other_workers_is_the_same_or_refused(tmp_path, tokenizer):

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from inform_rm.data.messages import to_messages
 from inform_rm.data.preferences import load_preferences
+from inform_rm.data.sources import Source, source_list
 from inform_rm.data.tokenizer import fix_date, load_tokenizer, render
 from inform_rm.decomposition.gap_grid import distinct_prompts
 from inform_rm.errors import InputError
@@ -160,7 +161,7 @@ class CausalLMPolicy:
 
 def choose_prompts(
     prompts: Sequence[Prompt] | None = None,
-    data: str | Path | Sequence[str | Path] | None = None,
+    data: "Source | Sequence[Source] | None" = None,
     num_prompts: int | None = None,
     seed: int = 0,
     columns: Mapping[str, str] | None = None,
@@ -185,8 +186,8 @@ def choose_prompts(
             raise InputError("prompts: got a single text; expected a list of prompts.")
         found = list(prompts)
     elif data is not None:
-        sources = [data] if isinstance(data, str | Path) else data
-        pairs = concatenate_datasets([load_preferences(source, columns=columns).dataset for source in sources])
+        read = [load_preferences(source, columns=columns).dataset for source in source_list(data)]
+        pairs = concatenate_datasets(read)
         found = [pairs[int(row)]["prompt"] for row in distinct_prompts(pairs)[0]]
     else:
         raise InputError("prompts and data: neither given; expected one source of prompts.")

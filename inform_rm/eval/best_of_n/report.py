@@ -1,18 +1,12 @@
-"""Plot and page of best-of-n overoptimization (`inform_rm.eval.best_of_n.simulate`)."""
+"""Result, plot and page of best-of-n overoptimization (`inform_rm.eval.best_of_n.simulate`)."""
 
-import io
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from inform_rm.scoring.scorer import Prompt
-from inform_rm.util.files import atomic_write_bytes, atomic_write_text, write_json
+from inform_rm.eval.frame import Result, unwritten
 from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png, settings_table
 
 CURVES_CAPTION = (
@@ -21,6 +15,71 @@ CURVES_CAPTION = (
     "standard deviations within prompts, so that proxies of any scale can be compared. Where the right curve rises "
     "and the left one falls, the proxy is overoptimized."
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfNResult(Result):
+    """What `simulate` found.
+
+    Attributes:
+        ns: numbers of responses to choose from.
+        kl_nats: of the policy that chooses from so many.
+        num_prompts: that were answered.
+        num_responses: to each of them.
+        distinct_responses: within their prompt, of all prompts together.
+        empty_responses: of all.
+        cut_responses: of a language model, those that had not ended.
+        intervals: what they are.
+        gold: ``model`` and ``identity``.
+        policy: likewise.
+        proxies: by name (``"proxy"`` if there is one): likewise, and what
+            `inform_rm.eval.best_of_n.simulate.overoptimization_curves` gives.
+        prompts_fingerprint: SHA-256.
+        responses: columns ``prompt_id``, ``prompt``, ``response``, ``gold`` and one of each proxy, a row a response.
+    """
+
+    ns: list[int]
+    kl_nats: list[float]
+    num_prompts: int
+    num_responses: int
+    distinct_responses: int
+    empty_responses: int
+    cut_responses: int | None = None
+    intervals: str
+    gold: dict[str, Any]
+    policy: dict[str, Any]
+    proxies: dict[str, dict[str, Any]]
+    prompts_fingerprint: str
+    responses: dict[str, Any] = unwritten()
+
+    @property
+    def title(self) -> str:
+        """What it is."""
+        return "Best-of-n overoptimization"
+
+    def table(self) -> Table:
+        """The peak of the gold reward for each proxy."""
+        header = ("proxy", "peak n", "peak KL", "95 % interval", "gold at the peak", "fall to the last n",
+                  "95 % interval")  # fmt: skip
+        parts = ("n", "kl_nats", "kl_nats_interval", "gold", "fall", "fall_interval")
+        return Table(header, [(name, *map(curve["peak"].get, parts)) for name, curve in self.proxies.items()])
+
+    def figure(self) -> Figure:
+        """Gold and proxy against KL."""
+        return curves_figure(self.to_dict())
+
+    def page(self) -> Page:
+        """Peaks, curves and the figures at each n."""
+        result = self.to_dict()
+        blocks: list[Block] = [self.table(), *_notes(result)]
+        blocks.append(Image(figure_png(self.figure()), CURVES_CAPTION, "curves.png"))
+        columns = ("n", "KL", "proxy", "gold", "gold, 95 % interval", "gold, gain", "gain, 95 % interval", "words")
+        for name, curve in self.proxies.items():
+            gold = [curve["gold"][part] for part in ("mean", "interval", "gain", "gain_interval")]
+            rows = zip(self.ns, self.kl_nats, curve["proxy"]["mean"], *gold, curve["words"]["mean"], strict=True)
+            blocks += [Heading(f"{name}: {curve['model']}"), Table(columns, list(rows))]
+        made_by = {"seed": self.seed, "policy": self.policy, "gold": self.gold}
+        return Page(self.title, [*blocks, Heading("Settings"), settings_table(self.settings, made_by, self.versions)])
 
 
 def curves_figure(result: dict[str, Any]) -> Figure:
@@ -42,49 +101,6 @@ def curves_figure(result: dict[str, Any]) -> Figure:
         axes.set(xlabel="KL divergence from the policy, nats", ylabel=label)
     gold_axes.legend(fontsize=8)
     return figure
-
-
-def result_page(result: dict[str, Any], curves_png: bytes) -> Page:
-    """The result of `simulate`."""
-    header = ("proxy", "peak n", "peak KL", "95 % interval", "gold at the peak", "fall to the last n", "95 % interval")
-    parts = ("n", "kl_nats", "kl_nats_interval", "gold", "fall", "fall_interval")
-    peaks = [(name, *(curve["peak"][part] for part in parts)) for name, curve in result["proxies"].items()]
-    blocks: list[Block] = [Table(header, peaks), *_notes(result), Image(curves_png, CURVES_CAPTION)]
-    columns = ("n", "KL", "proxy", "gold", "gold, 95 % interval", "gold, gain", "gain, 95 % interval", "words")
-    for name, curve in result["proxies"].items():
-        gold = [curve["gold"][part] for part in ("mean", "interval", "gain", "gain_interval")]
-        rows = zip(result["ns"], result["kl_nats"], curve["proxy"]["mean"], *gold, curve["words"]["mean"], strict=True)
-        blocks += [Heading(f"{name}: {curve['model']}"), Table(columns, list(rows))]
-    made_by = {"seed": result["seed"], "policy": result["policy"], "gold": result["gold"]}
-    blocks += [Heading("Settings"), settings_table(result["settings"], made_by, result["versions"])]
-    return Page("Best-of-n overoptimization", blocks)
-
-
-def write_results(
-    folder: Path,
-    result: dict[str, Any],
-    prompts: Sequence[Prompt],
-    responses: Sequence[Sequence[str]],
-    gold: np.ndarray,
-    rewards: dict[str, np.ndarray],
-) -> None:
-    """Files of `simulate`; rewards are ``(P, N)``, responses N texts for each of P prompts."""
-    number = len(responses[0])
-    texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
-    columns = {
-        "prompt_id": np.repeat(np.arange(len(prompts)), number),
-        "prompt": [text for text in texts for _ in range(number)],
-        "response": [text for row in responses for text in row],
-        "gold": gold.ravel(),
-        **{name: values.ravel() for name, values in rewards.items()},
-    }
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer)
-    atomic_write_bytes(folder / "responses.parquet", buffer.getvalue())
-    curves = figure_png(curves_figure(result))
-    atomic_write_bytes(folder / "curves.png", curves)
-    atomic_write_text(folder / "result.html", result_page(result, curves).html())
-    write_json(folder / "result.json", result)  # last: its presence says that the rest is complete
 
 
 def _notes(result: dict[str, Any]) -> list[str]:

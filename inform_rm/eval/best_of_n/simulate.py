@@ -2,21 +2,26 @@
 
 import hashlib
 import inspect
+import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
+from inform_rm.data.sources import Source, source_label, source_list
 from inform_rm.errors import InputError
-from inform_rm.eval.best_of_n import report
 from inform_rm.eval.best_of_n.policies import CausalLMPolicy, Policy, choose_prompts
+from inform_rm.eval.best_of_n.report import BestOfNResult
 from inform_rm.scoring.scorer import NonFiniteRewardError, Prompt, RewardScorer
-from inform_rm.util.files import check_output_directory, versions
+from inform_rm.util.files import check_output_directory
 
 BOOTSTRAP_DRAWS = 2000
 _ROWS_IN_MEMORY = 8192
@@ -188,6 +193,53 @@ def overoptimization_curves(
     return result
 
 
+def _check_numbers(ns: Sequence[int], num_responses: int) -> None:
+    whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in ns)
+    if not len(ns) or not whole or sorted(set(ns)) != list(ns) or not 1 <= ns[0] <= ns[-1] <= num_responses:
+        raise InputError(
+            f"ns: {list(ns)}; expected rising whole numbers from 1 to at most the {num_responses} responses of each "
+            "prompt. Sample more responses or leave the larger numbers out."
+        )
+
+
+@dataclass(frozen=True)
+class SimulationSettings:
+    """How hard and how often best-of-n chooses.
+
+    Attributes:
+        num_prompts: use a random subset of this many prompts; ``None``: all.
+        num_responses: N, responses to each prompt.
+        ns: numbers to choose from, at most N; by default powers of two up to N.
+        temperature: of a policy named by folder or Hub id.
+        max_new_tokens: of such a policy.
+        seed: of prompts, responses and bootstrap.
+
+    Raises:
+        InputError: a value out of range, by name.
+    """
+
+    num_prompts: int | None = None
+    num_responses: int = 1024
+    ns: Sequence[int] | None = None
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_prompts", 2), ("num_responses", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if name == "num_prompts" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{name}: {value!r}; expected a whole number of at least {least}.")
+        _check_numbers(self.numbers, self.num_responses)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The ns."""
+        return [2**power for power in range(self.num_responses.bit_length())] if self.ns is None else list(self.ns)
+
+
 def simulate(
     proxy: str | Path | Scorer | Mapping[str, str | Path | Scorer],
     output: str | Path | None = None,
@@ -195,23 +247,18 @@ def simulate(
     gold: str | Path | Scorer,
     policy: str | Path | Policy,
     prompts: Sequence[Prompt] | None = None,
-    data: str | Path | Sequence[str | Path] | None = None,
+    data: "Source | Sequence[Source] | None" = None,
     columns: Mapping[str, str] | None = None,
-    num_prompts: int | None = None,
-    num_responses: int = 1024,
-    ns: Sequence[int] | None = None,
-    temperature: float = 1.0,
-    max_new_tokens: int = 128,
-    seed: int = 0,
+    settings: SimulationSettings = SimulationSettings(),
     progress: bool = True,
     **scorer_options: Any,
-) -> dict[str, Any]:
+) -> BestOfNResult:
     """Best-of-n with one or several proxy rewards against a gold reward, up to KL = log n - (n - 1) / n.
 
     A policy writes ``num_responses`` responses to each prompt; proxies and gold score them; `overoptimization_curves`
     says what choosing by the proxy does to the gold reward. A world whose gold reward is exact is
     `inform_rm.world.policy`. With ``output`` the folder receives ``responses.parquet`` (one row a response),
-    ``curves.png``, ``result.html`` and at last ``result.json``.
+    ``curves.png``, ``result.html``, ``result.md`` and at last ``result.json``.
 
     Args:
         proxy: folder or Hub id of a reward model, a `RewardScorer` or an ensemble; or several of them by name.
@@ -222,95 +269,80 @@ def simulate(
         prompts: distinct prompts.
         data: in place of these, sources of preference pairs, whose distinct prompts are used.
         columns: which columns of the data are what, see `inform_rm.data.columns.Columns.of`.
-        num_prompts: use a random subset of this many prompts.
-        num_responses: N, responses to each prompt.
-        ns: numbers to choose from, at most N; by default powers of two up to N.
-        temperature: of a policy named by folder or Hub id.
-        max_new_tokens: of such a policy.
-        seed: seed of prompts, responses and bootstrap.
+        settings: numbers, seed and how a policy that is loaded here samples.
         progress: show progress bars.
         scorer_options: keywords of `RewardScorer` for all models named by folder or Hub id; ``device`` and
             ``trust_remote_code`` hold for such a policy, too.
 
-    Returns:
-        ``ns``, ``kl_nats``, ``proxies`` (by name, ``"proxy"`` if there is one; the result of
-        `overoptimization_curves` with ``model`` and ``identity``), ``gold``, ``policy``, counts, settings, seed and
-        versions.
-
     Raises:
-        InputError: on bad settings, fewer than two prompts, repeated prompts, or a model that cannot be loaded.
+        InputError: on fewer than two prompts, repeated prompts, or a model that cannot be loaded.
         NonFiniteRewardError: if a model gives NaN or infinity.
     """
-    settings = {"num_responses": (num_responses, 2), "seed": (seed, 0)}
-    settings |= {} if num_prompts is None else {"num_prompts": (num_prompts, 2)}
-    for name, (value, low) in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise InputError(f"{name}: {value!r}; expected a whole number of at least {low}.")
-    numbers = [2**power for power in range(num_responses.bit_length())] if ns is None else list(ns)
-    _check_numbers(numbers, num_responses)
     unknown = sorted(set(scorer_options) - (set(inspect.signature(RewardScorer).parameters) - {"model", "tokenizer"}))
     if unknown:
         raise InputError(
-            f"{unknown[0]}: no setting of simulate or RewardScorer has this name. A loaded model comes with its "
-            "tokenizer as RewardScorer(model, tokenizer)."
+            f"{unknown[0]}: no setting of RewardScorer has this name. Those of simulate are passed as "
+            "settings=SimulationSettings(...); a loaded model comes with its tokenizer as RewardScorer(model, "
+            "tokenizer)."
         )
     models = dict(proxy) if isinstance(proxy, Mapping) else {"proxy": proxy}
     if not models or set(models) & set(_COLUMNS) or not all(isinstance(name, str) and name for name in models):
         raise InputError(f"proxy: names {list(models)}; expected at least one name, none of {', '.join(_COLUMNS)}.")
     folder = None if output is None else check_output_directory(output)
-    asked = choose_prompts(prompts, data, num_prompts, seed, columns)
+    asked = choose_prompts(prompts, data, settings.num_prompts, settings.seed, columns)
     proxies = {name: _scorer(model, f"proxy {name}", scorer_options) for name, model in models.items()}
     judge = _scorer(gold, "gold", scorer_options)
     if hasattr(judge, "check_prompts"):  # a gold reward that is not defined everywhere says so before time is spent
         judge.check_prompts(asked)
-    writer = _policy(policy, temperature, max_new_tokens, scorer_options)
+    writer = _policy(policy, settings, scorer_options)
 
     cut_before = getattr(writer, "num_cut", 0)
     bar = tqdm(asked, unit="prompt", desc="sample", disable=not progress)
-    responses = [writer.sample(prompt, num_responses, seed) for prompt in bar]
+    responses = [writer.sample(prompt, settings.num_responses, settings.seed) for prompt in bar]
     gold_rewards = _score(judge, "gold", asked, responses, progress)
     rewards = {name: _score(scorer, name, asked, responses, progress) for name, scorer in proxies.items()}
     words = np.array([[len(text.split()) for text in texts] for texts in responses])
-    result: dict[str, Any] = {
-        "ns": [int(n) for n in numbers],
-        "kl_nats": kl_nats(numbers).tolist(),
-        "num_prompts": len(asked),
-        "num_responses": num_responses,
-        "distinct_responses": sum(len(set(texts)) for texts in responses),
-        "empty_responses": sum(not text.strip() for texts in responses for text in texts),
-        "intervals": f"95 %, percentile bootstrap over prompts, {BOOTSTRAP_DRAWS} draws",
-        "gold": {"model": judge.name, "identity": judge.identity()},
-        "policy": {"model": writer.name, "identity": writer.identity()},
-        "proxies": {
-            name: {
-                "model": scorer.name, "identity": scorer.identity(),
-                **overoptimization_curves(rewards[name], gold_rewards, numbers, lengths=words, seed=seed),
-            }
+    sources = None if data is None else ", ".join(map(source_label, source_list(data)))
+    result = BestOfNResult(
+        ns=[int(n) for n in settings.numbers],
+        kl_nats=kl_nats(settings.numbers).tolist(),
+        num_prompts=len(asked),
+        num_responses=settings.num_responses,
+        distinct_responses=sum(len(set(texts)) for texts in responses),
+        empty_responses=sum(not text.strip() for texts in responses for text in texts),
+        cut_responses=writer.num_cut - cut_before if isinstance(writer, CausalLMPolicy) else None,
+        intervals=f"95 %, percentile bootstrap over prompts, {BOOTSTRAP_DRAWS} draws",
+        gold={"model": judge.name, "identity": judge.identity()},
+        policy={"model": writer.name, "identity": writer.identity()},
+        proxies={
+            name: {"model": scorer.name, "identity": scorer.identity()}
+            | overoptimization_curves(rewards[name], gold_rewards, settings.numbers, lengths=words, seed=settings.seed)
             for name, scorer in proxies.items()
         },
-        "prompts_fingerprint": hashlib.sha256(json.dumps(asked).encode("utf-8", "surrogatepass")).hexdigest(),
-        "settings": {
+        prompts_fingerprint=hashlib.sha256(json.dumps(asked).encode("utf-8", "surrogatepass")).hexdigest(),
+        settings={
             name: str(value)
-            for name, value in {"data": data, "columns": columns, **scorer_options}.items()
+            for name, value in {"data": sources, "columns": columns, **scorer_options}.items()
             if value is not None
         },
-        "seed": seed,
-        "versions": versions(),
-    }  # fmt: skip
-    if isinstance(writer, CausalLMPolicy):
-        result["cut_responses"] = writer.num_cut - cut_before
+        seed=settings.seed,
+        responses={
+            "prompt_id": np.repeat(np.arange(len(asked)), settings.num_responses),
+            "prompt": [_as_text(prompt) for prompt in asked for _ in range(settings.num_responses)],
+            "response": [text for texts in responses for text in texts],
+            "gold": gold_rewards.ravel(),
+            **{name: values.ravel() for name, values in rewards.items()},
+        },
+    )
     if folder is not None:
-        report.write_results(folder, result, asked, responses, gold_rewards, rewards)
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(result.responses), buffer)
+        result.save(folder, {"responses.parquet": buffer.getvalue()})
     return result
 
 
-def _check_numbers(ns: Sequence[int], num_responses: int) -> None:
-    whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in ns)
-    if not len(ns) or not whole or sorted(set(ns)) != list(ns) or not 1 <= ns[0] <= ns[-1] <= num_responses:
-        raise InputError(
-            f"ns: {list(ns)}; expected rising whole numbers from 1 to at most the {num_responses} responses of each "
-            "prompt. Sample more responses or leave the larger numbers out."
-        )
+def _as_text(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
 def _table(values: ArrayLike, name: str) -> np.ndarray:
@@ -347,10 +379,13 @@ def _scorer(model: Any, argument: str, options: dict[str, Any]) -> Scorer:
     return model
 
 
-def _policy(policy: Any, temperature: float, max_new_tokens: int, options: dict[str, Any]) -> Policy:
+def _policy(policy: Any, settings: SimulationSettings, options: dict[str, Any]) -> Policy:
     if isinstance(policy, str | Path):
-        passed_on = {name: options[name] for name in ("device", "trust_remote_code") if name in options}
-        return CausalLMPolicy(policy, temperature=temperature, max_new_tokens=max_new_tokens, **passed_on)
+        passed_on: dict[str, Any] = {
+            name: options[name] for name in ("device", "trust_remote_code") if name in options
+        }
+        passed_on |= {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens}
+        return CausalLMPolicy(policy, **passed_on)
     if not callable(getattr(policy, "sample", None)):
         raise InputError(
             f"policy: got a {type(policy).__name__}; expected a folder, a Hub id or an object with a method sample, "

@@ -1,13 +1,16 @@
 """Comparing reward models on the same rows: what `inform-rm evaluate` wrote for each, in one table with tests."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from matplotlib.figure import Figure
 
+from inform_rm.data.sources import Sources
 from inform_rm.errors import InputError
 from inform_rm.eval.comparison import report
 from inform_rm.eval.comparison.paired import (
@@ -18,30 +21,85 @@ from inform_rm.eval.comparison.paired import (
     paired_bootstrap,
 )
 from inform_rm.eval.comparison.result_rows import ResultRows, matched, read_result_rows
-from inform_rm.util.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
+from inform_rm.eval.evaluate import EvaluationResult, evaluate
+from inform_rm.eval.frame import Result, json_lines, unwritten
+from inform_rm.eval.suites.evaluate_suite import SuiteResult
+from inform_rm.scoring.scorer import RewardScorer
+from inform_rm.util.files import check_output_directory
 from inform_rm.util.intervals import wilson_interval
-from inform_rm.util.page import figure_png
+from inform_rm.util.page import Page, Table, figure_png
 
 _OWN_FILES = ("result.json", "result.md", "result.html", "forest.png", "flips.jsonl")
 _ROUNDING = 1e-9  # a weighted mean of 0.8 may come out as 0.7999999999999999
 
 
+Evaluated = str | Path | EvaluationResult | SuiteResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonResult(Result):
+    """Several reward models on the same rows.
+
+    Attributes:
+        baseline: name of the first model.
+        suite: its name; ``None`` for pairs.
+        models: by name their folders, fingerprints, settings and published scores.
+        groups: each ``level``, ``name``, ``num_rows`` and per model ``accuracy`` with interval, where lengths are
+            known ``length_controlled_accuracy``, and against the baseline ``difference`` and, unless every row has
+            part of a credit, ``mcnemar``.
+        flips: by model how many rows were ``gained`` and ``lost``.
+        limits: least values.
+        below: what is less: ``model``, ``name``, ``value`` and ``limit``.
+        data: of the baseline.
+        flipped_rows: every row that one model has right and the baseline wrong, or the other way round: the lines of
+            ``flips.jsonl``.
+    """
+
+    baseline: str
+    suite: str | None
+    models: dict[str, dict[str, Any]]
+    groups: list[dict[str, Any]]
+    flips: dict[str, dict[str, int]]
+    limits: dict[str, float]
+    below: list[dict[str, Any]]
+    data: list[dict[str, Any]]
+    flipped_rows: list[dict[str, Any]] = unwritten()
+
+    @property
+    def title(self) -> str:
+        """Which models, on what."""
+        return report.title(self.to_dict())
+
+    def table(self) -> Table:
+        """Every group of rows, one line a model."""
+        return report.comparison_table(self.to_dict())
+
+    def figure(self) -> Figure:
+        """Forest plot of accuracies and differences."""
+        return report.forest_figure(self.to_dict())
+
+    def page(self) -> Page:
+        """All of it."""
+        return report.result_page(self.to_dict(), self.flipped_rows, figure_png(self.figure()))
+
+
 def compare(
-    results: Mapping[str, str | Path] | Sequence[str | Path] | str | Path | None = None,
+    results: Mapping[str, Evaluated] | Sequence[Evaluated] | Evaluated | None = None,
     output: str | Path | None = None,
     *,
-    models: Mapping[str, str | Path] | None = None,
-    data: str | Path | Sequence[str | Path] | None = None,
+    models: Mapping[str, str | Path | torch.nn.Module | RewardScorer] | None = None,
+    data: Sources | None = None,
     fail_below: Mapping[str, float] | None = None,
     num_resamples: int = 10_000,
     seed: int = 0,
     **evaluate_options: Any,
-) -> dict[str, Any]:
+) -> ComparisonResult:
     """Compare reward models row by row: paired intervals, McNemar tests, length-controlled accuracy, flipped rows.
 
-    Takes either the folders that `inform_rm.evaluate` wrote (``results``), or models, which are first evaluated on
-    ``data`` into ``output/NAME``. The first is the baseline of all differences. Rows are matched by data, subset and
-    id; models that were not evaluated on exactly the same rows are refused.
+    Takes either results of `inform_rm.evaluate` or `evaluate_suite`, or folders that they wrote (``results``), or
+    models, which are first evaluated on ``data`` (into ``output/NAME`` where there is an output). The first is the
+    baseline of all differences. Rows are matched by data, subset and id; models that were not evaluated on
+    exactly the same rows are refused.
 
     The accuracy of a group of rows is their mean credit: of a pair 1, 0.5 for a tie, or 0; of a suite's item what the
     suite gives. A suite's published scores weigh rows in their own way and stand beside it. See
@@ -52,9 +110,10 @@ def compare(
     the other way round), ``forest.png``, ``result.md``, ``result.html`` and at last ``result.json``.
 
     Args:
-        results: folders by name, or folders that are named by their last part; one is enough for ``fail_below``.
-        output: folder for the results; ``None`` only returns them. With ``models`` it is needed.
-        models: in place of ``results``: folders or Hub ids by name.
+        results: folders or results by name, or folders that are named by their last part; one is enough for
+            ``fail_below``.
+        output: folder for the results; ``None`` only returns them.
+        models: in place of ``results``, by name: folders, Hub ids, loaded models or scorers.
         data: with ``models``: pairs, as `inform_rm.evaluate` takes them.
         fail_below: least values, each from 0 to 1, for every model. Names are, of a suite, ``suite`` and
             ``suite.section`` (published scores), of pairs ``accuracy`` and the subsets.
@@ -63,11 +122,7 @@ def compare(
         evaluate_options: with ``models``: further keywords of `inform_rm.evaluate`.
 
     Returns:
-        ``baseline``, ``suite`` (``None`` for pairs), ``models`` (their folders, fingerprints, settings, published
-        scores), ``groups`` (each ``level``, ``name``, ``num_rows`` and per model ``accuracy`` with interval, where
-        lengths are known ``length_controlled_accuracy``, and against the baseline ``difference`` and, unless every
-        row has part of a credit, ``mcnemar``), ``flips`` (counts), ``limits`` and those ``below`` them, ``data``,
-        seed, versions.
+        Figures by group of rows, and the rows that flipped.
 
     Raises:
         InputError: if rows or data differ, a folder holds no finished result, names collide, or ``fail_below`` names
@@ -77,16 +132,16 @@ def compare(
     if (results is None) == (models is None):
         raise InputError("compare: expected either results (folders of evaluations) or models with data.")
     if models is not None:
-        folders = _evaluated(models, data, folder, seed, evaluate_options)
+        found = _evaluated(models, data, folder, seed, evaluate_options)
     elif data is not None or evaluate_options:
         name = "data" if data is not None else next(iter(evaluate_options))
         raise InputError(f"{name}: belongs to models; results are compared as they are.")
     else:
         assert results is not None
-        folders = _named(results)
+        found = _named(results)
     limits = _checked_limits(fail_below)
-    rows = matched([read_result_rows(name, path) for name, path in folders.items()])
-    values = {name: _limited_values(part, limits) for name, part in zip(folders, rows, strict=True)}
+    rows = matched([read_result_rows(name, source) for name, source in found.items()])
+    values = {part.name: _limited_values(part, limits) for part in rows}
     below = [
         {"model": model, "name": name, "value": value, "limit": limits[name]}
         for model, measured in values.items()
@@ -94,57 +149,64 @@ def compare(
         if value < limits[name] - _ROUNDING
     ]
     flips = [flip for other in rows[1:] for flip in _flips(rows[0], other)]
-    result: dict[str, Any] = {
-        "baseline": rows[0].name,
-        "suite": rows[0].suite,
-        "models": {part.name: _described(part) for part in rows},
-        "groups": _groups(rows, num_resamples, seed),
-        "flips": {
-            part.name: {change: _count(flips, part.name, change) for change in ("gained", "lost")} for part in rows[1:]
-        },
-        "limits": limits,
-        "below": below,
-        "data": rows[0].result.get("data", []),
-        "settings": {"results": {name: str(path) for name, path in folders.items()}, "num_resamples": num_resamples},
-        "seed": seed,
-        "versions": versions(),
+    counts = {
+        part.name: {change: _count(flips, part.name, change) for change in ("gained", "lost")} for part in rows[1:]
     }
+    result = ComparisonResult(
+        baseline=rows[0].name,
+        suite=rows[0].suite,
+        models={part.name: _described(part) for part in rows},
+        groups=_groups(rows, num_resamples, seed),
+        flips=counts,
+        limits=limits,
+        below=below,
+        data=rows[0].result.get("data", []),
+        settings={"results": {part.name: part.folder for part in rows}, "num_resamples": num_resamples},
+        seed=seed,
+        flipped_rows=flips,
+    )
     if folder is not None:
-        _write(folder, result, flips)
+        result.save(folder, {"flips.jsonl": json_lines(flips)})
     return result
 
 
 def _evaluated(
-    models: Mapping[str, str | Path],
-    data: str | Path | Sequence[str | Path] | None,
+    models: Mapping[str, str | Path | torch.nn.Module | RewardScorer],
+    data: Sources | None,
     output: Path | None,
     seed: int,
     options: dict[str, Any],
-) -> dict[str, Path]:
+) -> dict[str, Evaluated]:
     """One evaluation a model, in its own folder below the output."""
-    from inform_rm.eval.evaluate import evaluate
-
-    if data is None or output is None or not models:
-        raise InputError("models: expected at least one, with data, and an output in which each gets a folder.")
+    if data is None or not models:
+        raise InputError("models: expected at least one, with data.")
     for name in models:
         if name != Path(name).name or name in ("", ".", "..", *_OWN_FILES):
             raise InputError(f"models: the name {name!r} cannot be that of a folder in output. Name it NAME=MODEL.")
+    found: dict[str, Evaluated] = {}
     for name, model in models.items():
-        evaluate(model, data, output / name, seed=seed, **options)
-    return {name: output / name for name in models}
+        folder = None if output is None else output / name
+        result = evaluate(model, data, folder, seed=seed, **options)
+        found[name] = result if folder is None else folder
+    return found
 
 
-def _named(results: Mapping[str, str | Path] | Sequence[str | Path] | str | Path) -> dict[str, Path]:
+def _named(results: Mapping[str, Evaluated] | Sequence[Evaluated] | Evaluated) -> dict[str, Evaluated]:
     if isinstance(results, Mapping):
-        folders = {name: Path(path) for name, path in results.items()}
+        named = dict(results)
     else:
-        paths = [Path(path) for path in ([results] if isinstance(results, str | Path) else results)]
-        folders = {path.resolve().name: path for path in paths}
-        if len(folders) < len(paths):
+        sources: list[Any] = list(results) if isinstance(results, list | tuple) else [results]
+        named = {_name(source): source for source in sources}
+        if len(named) < len(sources):
             raise InputError("results: two folders have the same name. Name them apart: {'one': FOLDER, ...}.")
-    if not folders:
+    if not named:
         raise InputError("results: expected at least one folder that `inform-rm evaluate` wrote.")
-    return folders
+    return named
+
+
+def _name(source: Any) -> str:
+    """The last part of a folder, or of the model's name."""
+    return (Path(source) if isinstance(source, str | Path) else Path(source.model)).resolve().name
 
 
 def _checked_limits(fail_below: Mapping[str, float] | None) -> dict[str, float]:
@@ -185,7 +247,7 @@ def _limited_values(rows: ResultRows, limits: dict[str, float]) -> dict[str, flo
 
 def _described(rows: ResultRows) -> dict[str, Any]:
     names = ("model", "model_fingerprint", "settings", "seed", "versions")
-    found: dict[str, Any] = {"folder": str(rows.folder)}
+    found: dict[str, Any] = {"folder": rows.folder}
     found |= {name: rows.result[name] for name in names if name in rows.result}
     if rows.suite is not None:
         found |= {name: rows.result.get(name) for name in ("complete", "score")}
@@ -299,14 +361,3 @@ def _root_mean_square(margins: np.ndarray) -> float:
 
 def _count(flips: list[dict[str, Any]], model: str, change: str) -> int:
     return sum(flip["model"] == model and flip["change"] == change for flip in flips)
-
-
-def _write(folder: Path, result: dict[str, Any], flips: list[dict[str, Any]]) -> None:
-    lines = "".join(json.dumps(flip, ensure_ascii=False, allow_nan=False) + "\n" for flip in flips)
-    atomic_write_text(folder / "flips.jsonl", lines)
-    forest = figure_png(report.forest_figure(result))
-    atomic_write_bytes(folder / "forest.png", forest)
-    page = report.result_page(result, flips, forest)
-    atomic_write_text(folder / "result.md", page.markdown())
-    atomic_write_text(folder / "result.html", page.html())
-    write_json(folder / "result.json", result)  # last: its presence says that the rest is complete

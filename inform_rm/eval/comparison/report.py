@@ -127,10 +127,11 @@ def result_page(result: dict[str, Any], flips: list[dict[str, Any]], forest_png:
     settings += [("resamples", result["settings"]["num_resamples"]), ("seed", result["seed"])]
     settings += result["versions"].items()
     blocks += [Heading("Data and settings"), _model_table(result), words_table(("setting", "value"), settings)]
-    return Page(_title(result), blocks)
+    return Page(title(result), blocks)
 
 
-def _title(result: dict[str, Any]) -> str:
+def title(result: dict[str, Any]) -> str:
+    """Which models, on what."""
     what = "preference pairs" if result["suite"] is None else result["suite"]
     return f"{' and '.join(result['models'])} on {what}" if len(result["models"]) < 4 else f"Reward models on {what}"
 

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inform_rm.errors import InputError
+from inform_rm.eval.evaluate import EvaluationResult
+from inform_rm.eval.suites.evaluate_suite import SuiteResult
 
 _SHOWN_ROWS = 3
 Key = tuple[str, str, str]  # source (fingerprint of the data, or name of the suite), subset, id
@@ -23,7 +25,7 @@ class ResultRows:
 
     Attributes:
         name: of the model, in tables.
-        folder: where the rows were read.
+        folder: where the rows were read, or that they are in memory.
         result: its ``result.json``.
         suite: name of the suite; ``None`` for pairs of ``--data``.
         keys: what tells rows apart.
@@ -36,7 +38,7 @@ class ResultRows:
     """
 
     name: str
-    folder: Path
+    folder: str
     result: dict[str, Any]
     suite: str | None
     keys: list[Key]
@@ -59,16 +61,19 @@ class ResultRows:
         return ResultRows(self.name, self.folder, self.result, self.suite, list(keys), **columns)
 
 
-def read_result_rows(name: str, folder: str | Path) -> ResultRows:
-    """Read a folder that `inform_rm.evaluate` wrote for pairs or for a suite.
+def read_result_rows(name: str, source: str | Path | EvaluationResult | SuiteResult) -> ResultRows:
+    """The rows of a result on pairs or a suite, or of the folder that `inform_rm.evaluate` wrote for it.
 
     Raises:
         InputError: if it holds no finished evaluation, a line of it is broken, or rows cannot be told apart.
     """
-    folder = Path(folder)
-    result = _read_json(folder / "result.json", folder)
+    if isinstance(source, EvaluationResult | SuiteResult):
+        folder, result, lines = f"{name} in memory", source.to_dict(), source.rows
+    else:
+        folder, result = str(source), _read_json(Path(source) / "result.json", Path(source))
+        file = "pairs.jsonl" if result.get("suite") is None else "items.jsonl"
+        lines = _read_lines(Path(source) / file, Path(source))
     suite = result.get("suite")
-    lines = _read_lines(folder / ("pairs.jsonl" if suite is None else "items.jsonl"), folder)
     rows = _pair_rows(lines, result, folder) if suite is None else _suite_rows(lines, str(suite), folder)
     found = ResultRows(name, folder, result, None if suite is None else str(suite), *rows)
     repeated = [key for key, count in Counter(found.keys).items() if count > 1]
@@ -129,7 +134,7 @@ def _check_same_keys(who: str, first: ResultRows, other: ResultRows) -> None:
     )
 
 
-def _pair_rows(lines: list[dict[str, Any]], result: dict[str, Any], folder: Path) -> tuple[Any, ...]:
+def _pair_rows(lines: list[dict[str, Any]], result: dict[str, Any], folder: str) -> tuple[Any, ...]:
     if len(lines) != result.get("num_pairs"):
         raise InputError(
             f"{folder}: pairs.jsonl has {len(lines)} lines for the {result.get('num_pairs')} pairs of result.json. "
@@ -137,13 +142,14 @@ def _pair_rows(lines: list[dict[str, Any]], result: dict[str, Any], folder: Path
         )
     fingerprints = {item["source"]: item["fingerprint"] for item in result["data"]}
     names = ("source", "subset", "id", "chosen_reward", "rejected_reward")
-    columns = _columns(lines, names, folder / "pairs.jsonl")
+    path = f"{folder}/pairs.jsonl"
+    columns = _columns(lines, names, path)
     margins = np.array([_number(value) for value in columns["chosen_reward"]]) - np.array(
         [_number(value) for value in columns["rejected_reward"]]
     )
     if not np.isfinite(margins).all():
         line = int(np.flatnonzero(~np.isfinite(margins))[0]) + 1
-        raise InputError(f"{folder / 'pairs.jsonl'}, line {line}: the rewards are no finite numbers. Evaluate again.")
+        raise InputError(f"{path}, line {line}: the rewards are no finite numbers. Evaluate again.")
     unknown = set(columns["source"]) - set(fingerprints)
     if unknown:
         raise InputError(f"{folder}: pairs.jsonl has the source {unknown.pop()!r}, which result.json does not name.")
@@ -155,8 +161,8 @@ def _pair_rows(lines: list[dict[str, Any]], result: dict[str, Any], folder: Path
     return keys, [None] * len(keys), 0.5 + 0.5 * np.sign(margins), margins, differences, candidates
 
 
-def _suite_rows(lines: list[dict[str, Any]], suite: str, folder: Path) -> tuple[Any, ...]:
-    path = folder / "items.jsonl"
+def _suite_rows(lines: list[dict[str, Any]], suite: str, folder: str) -> tuple[Any, ...]:
+    path = f"{folder}/items.jsonl"
     columns = _columns(lines, ("id", "subset", "section", "rewards", "num_correct", "credit"), path)
     credits = np.array([_number(value) for value in columns["credit"]])
     wrong = np.flatnonzero(~((credits >= 0) & (credits <= 1)))
@@ -175,7 +181,7 @@ def _suite_rows(lines: list[dict[str, Any]], suite: str, folder: Path) -> tuple[
     return keys, columns["section"], credits, np.array(margins), np.array(differences), candidates
 
 
-def _columns(lines: list[dict[str, Any]], names: Sequence[str], path: Path) -> dict[str, list[Any]]:
+def _columns(lines: list[dict[str, Any]], names: Sequence[str], path: str) -> dict[str, list[Any]]:
     for number, line in enumerate(lines, start=1):
         missing = [name for name in names if name not in line]
         if missing:

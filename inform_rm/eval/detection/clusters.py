@@ -12,6 +12,7 @@ many points they used.
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +25,16 @@ from sklearn.neighbors import NearestNeighbors
 from inform_rm.errors import InputError
 from inform_rm.eval.detection.latent_arrays import (
     LatentArray,
+    Measured,
     check_both,
     check_integer,
     check_latents,
     rows_in_a_block,
     subsample,
 )
+from inform_rm.eval.detection.settings import NOISE_POLICIES, DetectionSettings
 from inform_rm.util.intervals import Interval
 
-NOISE_POLICIES = ("cluster", "singletons", "drop")
 AUTO_EPS_QUANTILE = 0.9
 
 
@@ -156,6 +158,27 @@ def separate_clusters(
     distances, nearest = _nearest(centroids, others)
     csi = float((sizes * distances).sum()) * (len(points) / len(rows))
     return ClusterSeparation(csi, len(points), radius, rows, cluster_of_row, is_noise, sizes, distances, nearest)
+
+
+def fit_csi(reference: NDArray, settings: DetectionSettings) -> Callable[[NDArray, int], Measured]:
+    """CSI as a `Statistic`: with the clusters behind it, and each response's cluster (-1: dropped noise)."""
+    clustering: dict[str, Any] = {name: getattr(settings, name) for name in ("eps", "min_samples", "noise", "seed")}
+
+    def measure(candidate: NDArray, num_resamples: int) -> Measured:
+        found = separate_clusters(candidate, reference, **clustering)
+        values: dict[str, Any] = {
+            "csi": found.csi, "csi_normalized": found.normalized_csi, "noise_share": float(found.is_noise.mean()),
+            "subsampled": found.subsampled,
+        }  # fmt: skip
+        if num_resamples:
+            interval = csi_interval(candidate, reference, normalized=True, num_resamples=num_resamples, **clustering)
+            values["csi_normalized_interval"] = [interval.low, interval.high]
+        cluster: list[int | None] = [None] * len(candidate)  # of a row outside the subsample there is none
+        for row, number in zip(found.rows.tolist(), found.cluster_of_row.tolist(), strict=True):
+            cluster[row] = number
+        return values, {"cluster": cluster}
+
+    return measure
 
 
 def auto_eps(reference: LatentArray, *, min_samples: int = 5, num_points: int | None = None, seed: int = 0) -> float:

@@ -1,5 +1,7 @@
 """Sets of latents as arrays: what every function of them accepts, refuses and takes block by block."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -7,6 +9,8 @@ from torch import Tensor
 from inform_rm.errors import InputError
 
 LatentArray = NDArray | Tensor
+# What a statistic finds: values by their keys in a result, and columns with one entry a response.
+Measured = tuple[dict[str, Any], dict[str, list[Any]]]
 _BLOCK_ELEMENTS = 2**23  # 64 MiB in float64
 
 

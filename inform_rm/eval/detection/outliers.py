@@ -28,20 +28,21 @@ from inform_rm.eval.detection.clusters import (
 )
 from inform_rm.eval.detection.latent_arrays import (
     LatentArray,
+    Measured,
     check_integer,
     check_latents,
     rows_in_a_block,
     subsample,
 )
+from inform_rm.eval.detection.settings import TAILS, DetectionSettings
 from inform_rm.util.intervals import Interval, wilson_interval
 
 __all__ = [
     "ClusterSeparation", "MahalanobisReference", "auto_eps", "cluster_separation_index", "csi_interval",
-    "fit_mahalanobis", "mahalanobis_outlier_probability", "null_rank", "separate_clusters", "split_half_null",
-    "squared_mahalanobis",
+    "fit_mahalanobis", "fit_mop", "mahalanobis_outlier_probability", "null_rank", "separate_clusters",
+    "split_half_null", "squared_mahalanobis",
 ]  # fmt: skip
 
-TAILS = ("chi2", "reference")
 _FEW_POINTS = 10  # a dimension; with fewer the chi-square tail is far off (see mahalanobis_outlier_probability)
 _SMALLEST_REFERENCE = 10
 
@@ -120,6 +121,14 @@ class MahalanobisReference:
 
     def outlier_probability(self, candidate: LatentArray, *, alpha: float = 0.01, tail: str = "chi2") -> Interval:
         """MOP, :func:`mahalanobis_outlier_probability`, with Wilson's interval over candidate latents."""
+        self.check_alpha(alpha, tail)
+        squares = self.squared_distances(check_latents("candidate", candidate))
+        outliers = self.tail_probabilities(squares, tail) < alpha
+        low, high = wilson_interval(int(outliers.sum()), len(outliers))
+        return Interval(float(outliers.mean()), low, high, len(outliers), 0)
+
+    def check_alpha(self, alpha: float, tail: str) -> None:
+        """Raise `InputError` for what is no probability, or below the smallest rank that there is."""
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1:
             raise InputError(f"alpha: {alpha!r}; it is a probability, above 0 and below 1 (default 0.01).")
         if tail == "reference" and alpha * (self.num_points + 1) <= 1:
@@ -127,10 +136,6 @@ class MahalanobisReference:
                 f"alpha: {alpha!r}; the smallest rank among {self.num_points} reference points is "
                 f"{1 / (self.num_points + 1):.3g}: nothing could be an outlier. Pass a larger alpha or more points."
             )
-        squares = self.squared_distances(check_latents("candidate", candidate))
-        outliers = self.tail_probabilities(squares, tail) < alpha
-        low, high = wilson_interval(int(outliers.sum()), len(outliers))
-        return Interval(float(outliers.mean()), low, high, len(outliers), 0)
 
 
 def fit_mahalanobis(reference: LatentArray, *, max_points: int = 100_000, seed: int = 0) -> MahalanobisReference:
@@ -168,6 +173,22 @@ def fit_mahalanobis(reference: LatentArray, *, max_points: int = 100_000, seed: 
     squares, others = fitted.squared_distances(part), len(part) - 1
     left_out = squares * (len(part) / others) / (1 - (1 - shrinkage) * squares / others)
     return MahalanobisReference(mean, whitening, float(shrinkage), np.sort(left_out), len(part))
+
+
+def fit_mop(reference: NDArray, settings: DetectionSettings) -> Callable[[NDArray, int], Measured]:
+    """MOP as a `Statistic`: with each response's squared distance and its tail probability."""
+    fitted = fit_mahalanobis(reference, seed=settings.seed)
+    fitted.check_alpha(settings.alpha, settings.tail)
+
+    def measure(candidate: NDArray, num_resamples: int) -> Measured:
+        squares = fitted.squared_distances(candidate)
+        tails = fitted.tail_probabilities(squares, settings.tail)
+        outliers = tails < settings.alpha
+        interval = list(wilson_interval(int(outliers.sum()), len(outliers)))
+        values = {"mop": float(outliers.mean()), "mop_interval": interval}
+        return values, {"squared_mahalanobis": squares.tolist(), "tail_probability": tails.tolist()}
+
+    return measure
 
 
 def squared_mahalanobis(candidate: _Kind, reference: LatentArray) -> _Kind:

@@ -1,12 +1,19 @@
-"""Plots and page of `inform-rm detect`."""
+"""Result, plots and page of `inform-rm detect`."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
 
+from inform_rm.eval.detection.statistic import STATISTICS, Statistic
+from inform_rm.eval.frame import ModelResult, unwritten
 from inform_rm.eval.report import result_settings
-from inform_rm.util.page import Heading, Image, Page, PointMap, Table, format_interval
+from inform_rm.util.page import Heading, Image, Page, PointMap, Table, figure_png, format_interval
+
+REFERENCE = "(reference)"
 
 _COLORS = {"reference": "#9bb7d4", "candidate": "#e0a458", "outlier": "#c2413b"}
 _SHOWN_CHARACTERS = 400
@@ -20,6 +27,109 @@ STEPS_CAPTION = (
     "Candidates in the order in which they were given; intervals are 95 % bootstrap intervals. The grey band is what "
     "halves of the reference give against each other (95 %). A dashed line marks where the stopping rule fires."
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionResult(ModelResult):
+    """What `detect` found.
+
+    Attributes:
+        kind: of the latents, see `inform_rm.eval.detection.latents.Latents`.
+        dimensions: of the latents.
+        eps: radius of DBSCAN.
+        reference: ``num_responses``, ``num_prompts``, ``bad_rows`` and where there are any the first
+            ``bad_row_reasons``, ``mean_reward``, ``mean_words`` and ``repeated_trigrams`` of the reference.
+        candidates: the same of each candidate, in order, with its ``name``; for every statistic (``csi_normalized``,
+            ``mop``, ``knn_outliers``) its value, ``NAME_interval`` and ``NAME_null_rank``; ``most_outlying``; and
+            ``stop``, whether CSI's stopping rule fires.
+        null: what halves of the reference give against each other: ``splits``, and of every statistic ``mean`` and
+            ``interval``.
+        digests: of the sources.
+        responses: columns ``set``, ``row``, ``response``, ``reward`` and those of the statistics, each with one entry
+            a response.
+        values: ``(N, K)`` latents of these responses.
+    """
+
+    kind: str
+    dimensions: int
+    eps: float
+    reference: dict[str, Any]
+    candidates: list[dict[str, Any]]
+    null: dict[str, Any]
+    digests: dict[str, str]
+    responses: dict[str, list[Any]] = unwritten()
+    values: np.ndarray = unwritten()
+
+    @property
+    def title(self) -> str:
+        """Names the model."""
+        return f"Overoptimization check of {self.model}"
+
+    def table(self) -> Table:
+        """The reference, then every candidate."""
+        return candidate_table(self.to_dict())
+
+    def figure(self) -> Figure:
+        """The map of the latents; `steps_figure` draws the course over several candidates."""
+        return map_figure(self.points)
+
+    @cached_property
+    def places(self) -> dict[str, list[Any]]:
+        """Columns ``kind``, and ``x`` and ``y`` on a t-SNE map for a random part of each set, else ``None``."""
+        sets = np.array(self.responses["set"])
+        rng = np.random.default_rng(self.seed)
+        parts = [np.flatnonzero(sets == name) for name in dict.fromkeys(self.responses["set"])]
+        most = self.settings["map_points"]
+        rows = np.concatenate([np.sort(rng.choice(part, min(len(part), most), replace=False)) for part in parts])
+        values = self.values[rows]
+        # Equal scales, so that no dimension rules the map by its unit.
+        values = (values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-12)
+        perplexity = min(30.0, (len(rows) - 1) / 3)
+        placed = TSNE(perplexity=perplexity, init="pca", random_state=self.seed).fit_transform(values)
+        columns: dict[str, list[Any]] = {"kind": [
+            "reference" if name == REFERENCE else "outlier" if tail < self.settings["alpha"] else "candidate"
+            for name, tail in zip(self.responses["set"], self.responses["tail_probability"], strict=True)
+        ]}  # fmt: skip
+        for axis, coordinates in zip("xy", placed.round(3).T.tolist(), strict=True):
+            place_of = dict(zip(rows.tolist(), coordinates, strict=True))
+            columns[axis] = [place_of.get(row) for row in range(len(sets))]
+        return columns
+
+    @property
+    def points(self) -> dict[str, list[Any]]:
+        """What the map shows of the placed rows; outliers last, so that they are drawn over the others."""
+        columns = {**self.responses, **self.places}
+        rows = [row for row, x in enumerate(columns["x"]) if x is not None]
+        rows.sort(key=lambda row: columns["kind"][row] == "outlier")
+        names = ("x", "y", "kind", "set", "reward", "response")
+        points = {name: [columns[name][row] for row in rows] for name in names}
+        return points | {"response": [shortened(text) for text in points["response"]]}
+
+    def page(self) -> Page:
+        """All figures, and a map that shows a response when a point is pointed at."""
+        result = self.to_dict()
+        outliers = [
+            (part["name"], shortened(row["prompt"]), shortened(row["response"]), f"{row['reward']:.2f}",
+             f"{row['squared_mahalanobis']:.1f}", f"{row['tail_probability']:.1e}")
+            for part in self.candidates for row in part["most_outlying"]
+        ]  # fmt: skip
+        several = len(self.candidates) > 1
+        steps = [Image(figure_png(steps_figure(result)), STEPS_CAPTION, "steps.png")] if several else []
+        return Page(
+            self.title,
+            [
+                self.table(),
+                *notes(result),
+                *steps,
+                Heading("Map"),
+                PointMap(self.points, _COLORS),
+                Image(figure_png(self.figure()), MAP_CAPTION, "map.png"),
+                Heading("The most outlying responses"),
+                Table(_OUTLIER_HEADER, outliers, align="lllrrr"),
+                Heading("Settings"),
+                result_settings(result),
+            ],
+        )
 
 
 def map_figure(points: dict[str, list[Any]]) -> Figure:
@@ -39,15 +149,15 @@ def map_figure(points: dict[str, list[Any]]) -> Figure:
 
 
 def steps_figure(result: dict[str, Any]) -> Figure:
-    """CSI, MOP, mean reward and length over the candidates (arXiv:2402.09345, Fig. 8 and 14)."""
+    """Every statistic, mean reward and length over the candidates (arXiv:2402.09345, Fig. 8 and 14)."""
     candidates = result["candidates"]
-    places = np.arange(len(candidates))
-    figure = Figure(figsize=(9.5, 6.4), layout="constrained")
-    panels = {
-        "CSI per response": "csi_normalized", "outlier probability (MOP)": "mop", "mean reward": "mean_reward",
-        "mean words": "mean_words",
-    }  # fmt: skip
-    for axes, (title, name) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
+    places = list(range(len(candidates)))
+    panels = {statistic.title: statistic.name for statistic in _measured(result)}
+    panels |= {"mean reward": "mean_reward", "mean words": "mean_words"}
+    num_rows = (len(panels) + 1) // 2
+    figure = Figure(figsize=(9.5, 3.2 * num_rows), layout="constrained")
+    for place, (title, name) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(num_rows, 2, place)
         values = np.array([part[name] for part in candidates])
         axes.plot(places, values, "o-", color=_COLORS["outlier"])
         if f"{name}_interval" in candidates[0]:
@@ -57,64 +167,45 @@ def steps_figure(result: dict[str, Any]) -> Figure:
             axes.axhspan(*result["null"][name]["interval"], color="grey", alpha=0.25, linewidth=0)
         if name in result["reference"]:
             axes.axhline(result["reference"][name], color="grey", linewidth=0.9)
-        for place, part in zip(places, candidates, strict=True):
+        for step, part in zip(places, candidates, strict=True):
             if part.get("stop"):
-                axes.axvline(place, color="grey", linestyle="--", linewidth=0.9)
+                axes.axvline(step, color="grey", linestyle="--", linewidth=0.9)
         axes.set_title(title)
         axes.set_xticks(places, [part["name"] for part in candidates], rotation=30, ha="right", fontsize=8)
     return figure
 
 
-def result_page(result: dict[str, Any], points: dict[str, Any], map_png: bytes, steps_png: bytes | None) -> Page:
-    """The result of `detect`, whose map shows a response when a point is pointed at."""
-    outliers = [
-        (part["name"], shortened(row["prompt"]), shortened(row["response"]), f"{row['reward']:.2f}",
-         f"{row['squared_mahalanobis']:.1f}", f"{row['tail_probability']:.1e}")
-        for part in result["candidates"] for row in part["most_outlying"]
-    ]  # fmt: skip
-    return Page(
-        f"Overoptimization check of {result['model']}",
-        [
-            candidate_table(result),
-            *notes(result),
-            *([Image(steps_png, STEPS_CAPTION)] if steps_png is not None else []),
-            Heading("Map"),
-            PointMap(points, _COLORS),
-            Image(map_png, MAP_CAPTION),
-            Heading("The most outlying responses"),
-            Table(_OUTLIER_HEADER, outliers, align="lllrrr"),
-            Heading("Settings"),
-            result_settings(result),
-        ],
-    )
-
-
 def candidate_table(result: dict[str, Any]) -> Table:
-    """The reference, then every candidate with CSI, MOP, reward and what its texts are like."""
-    header = ("candidate", "n", "CSI per response", "95 % interval", "MOP", "95 % interval", "mean reward",
-              "words", "repeated trigrams", "stopping rule")  # fmt: skip
-    detection = ("csi_normalized", "csi_normalized_interval", "mop", "mop_interval")
-    reference = {"name": "(reference)", **dict.fromkeys(detection), **result["reference"]}
+    """The reference, then every candidate with the statistics, reward and what its texts are like."""
+    measured = _measured(result)
+    titles = [title for statistic in measured for title in (statistic.title, "95 % interval")]
+    names = [name for statistic in measured for name in (statistic.name, f"{statistic.name}_interval")]
+    header = ("candidate", "n", *titles, "mean reward", "words", "repeated trigrams", "stopping rule")
     rows = [
         (
-            part["name"], part["num_responses"], *(part[name] for name in detection),
-            f"{part['mean_reward']:.2f}", f"{part['mean_words']:.1f}", part["repeated_trigrams"],
-            "fires" if part.get("stop") else "",
+            part["name"], part["num_responses"], *map(part.get, names), f"{part['mean_reward']:.2f}",
+            f"{part['mean_words']:.1f}", part["repeated_trigrams"], "fires" if part.get("stop") else "",
         )
-        for part in [reference, *result["candidates"]]
+        for part in [{"name": "(reference)", **result["reference"]}, *result["candidates"]]
     ]  # fmt: skip
     return Table(header, rows)
 
 
+def _measured(result: dict[str, Any]) -> list[Statistic]:
+    """The statistics that a result has; one of an earlier version may lack some."""
+    return [statistic for statistic in STATISTICS if statistic.name in result["null"]]
+
+
 def notes(result: dict[str, Any]) -> list[str]:
-    """Whose latents these are, what comes by chance, and how far to trust it."""
-    null = result["null"]
+    """Whose latents these are, what was measured and comes by chance, and how far to trust it."""
+    null, measured = result["null"], _measured(result)
+    by_chance = [f"{each.title} {format_interval(null[each.name]['interval'])}" for each in measured]
     texts = [
         f"Latents: {'InfoRM latent means' if result['kind'] == 'latent' else 'hidden states'} of {result['model']}, "
         f"{result['dimensions']} dimensions, DBSCAN eps {result['eps']:.3g}.",
-        "False alarms: halves of the reference against each other, "
-        f"{null['splits']} times, give CSI per response {format_interval(null['csi_normalized']['interval'])} and MOP "
-        f"{format_interval(null['mop']['interval'])} (95 % of the splits).",
+        "; ".join(f"{each.title}: {each.meaning}" for each in measured) + ".",
+        f"False alarms: halves of the reference against each other, {null['splits']} times, give "
+        f"{', '.join(by_chance)} (95 % of the splits).",
     ]
     parts = {"reference": result["reference"], **{part["name"]: part for part in result["candidates"]}}
     left_out = [f"{part['bad_rows']} of {name}" for name, part in parts.items() if part.get("bad_rows")]

@@ -1,6 +1,5 @@
 """Evaluating a reward model on a benchmark suite: from model and suite to a folder of results."""
 
-import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-from inform_rm.data.encoding import OVERLONG_POLICIES, Encoded, encode_groups, not_encodable, skippable
+from inform_rm.data.encoding import encode_groups, not_encodable, skippable
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
+from inform_rm.data.sources import Sources
 from inform_rm.errors import InputError
+from inform_rm.eval.frame import JOURNAL_FILE, Frame, ModelResult, RowSettings, json_lines, settings_of, unwritten
 from inform_rm.eval.journaled import journaled_rewards
 from inform_rm.eval.sources import add_bad_rows, warn_of_left_out
 from inform_rm.eval.suites import report
@@ -22,32 +24,94 @@ from inform_rm.eval.suites.items import MOST_REASONS, SuiteItem, load_suite_item
 from inform_rm.eval.suites.scores import TIES, ScoredItem
 from inform_rm.eval.suites.summary import item_credits, summarize_suite
 from inform_rm.eval.suites.tables import Suite, suite_named
-from inform_rm.scoring.scorer import RewardScorer, as_scorer
-from inform_rm.util.files import atomic_write_bytes, atomic_write_text, check_output_directory, versions, write_json
+from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import RewardJournal, shortest_float
-from inform_rm.util.page import figure_png
-from inform_rm.util.processes import is_main_process
+from inform_rm.util.page import Page, Table, figure_png
 
-JOURNAL_FILE = "rewards.partial"
 _CHUNK_ITEMS = 1024
 _ENCODED_AT_ONCE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteSettings(RowSettings):
+    """How a suite is evaluated: keywords of `evaluate_suite`; what is left out makes the suite incomplete.
+
+    Attributes:
+        ties: what equal rewards give in suites of pairs: nothing (``"wrong"``, as published), or ``"half"``
+            (RewardBench only).
+    """
+
+    ties: str = "wrong"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ties not in TIES:
+            raise InputError(f"ties: {self.ties!r}; expected one of {', '.join(TIES)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteResult(ModelResult):
+    """The score of a reward model on a benchmark suite.
+
+    The figures are those of `summarize_suite`; what only some suites have is ``None`` for the others.
+
+    Attributes:
+        title: of the suite.
+        citation: of the suite.
+        counts: items read, over-long, dropped, truncated, evaluated, those of which a correct and a wrong candidate
+            become the same tokens (``indistinguishable``), and those of which the chat template deleted text
+            (``partly_rendered``).
+        data: each source as `load_suite_items` describes it.
+        rows: of each item the rewards of its candidates, the correct ones first, and its mark: the lines of
+            ``items.jsonl``.
+    """
+
+    title: str
+    citation: str
+    suite: str
+    complete: bool
+    score: float | None
+    missing: list[str]
+    sections: dict[str, dict[str, Any]]
+    subsets: dict[str, dict[str, Any]]
+    counts: dict[str, int]
+    data: list[dict[str, Any]]
+    interval: list[float] | None = None
+    score_with_prior_sets: float | None = None
+    prior_sets_missing: list[str] | None = None
+    ties: dict[str, Any] | None = None
+    styles: dict[str, Any] | None = None
+    twins: dict[str, Any] | None = None
+    rows: list[dict[str, Any]] = unwritten()
+
+    @property
+    def headline(self) -> str:
+        """One sentence: the score, or that there is none, and why."""
+        return report.headline(self.to_dict())
+
+    def table(self) -> Table:
+        """The subsets that are there."""
+        return report.subsets_table(suite_named(self.suite), self.to_dict())
+
+    def figure(self) -> Figure:
+        """Bars of sections and subsets."""
+        return report.sections_figure(self.to_dict())
+
+    def page(self) -> Page:
+        """All of it."""
+        return report.suite_page(suite_named(self.suite), self.to_dict(), figure_png(self.figure()))
 
 
 def evaluate_suite(
     model: str | Path | torch.nn.Module | RewardScorer,
     suite: str,
-    data: str | Path | Sequence[str | Path] | None = None,
+    data: Sources | None = None,
     output: str | Path | None = None,
     *,
     tokenizer: Any = None,
-    data_revision: str | None = None,
-    on_bad_row: str = "error",
-    overlong: str = "error",
-    ties: str = "wrong",
-    seed: int = 0,
     progress: bool = True,
-    **scorer_options: Any,
-) -> dict[str, Any]:
+    **options: Any,
+) -> SuiteResult:
     """Score of any sequence-classification reward model on a benchmark suite, with the suite's own aggregation.
 
     A suite of which something is missing has no score, only the sections that are whole and the subsets that are
@@ -60,85 +124,54 @@ def evaluate_suite(
     Args:
         model: folder, Hub id, loaded model, or a `RewardScorer`, which several evaluations can share.
         suite: a name in `inform_rm.eval.suites.tables.SUITES`.
-        data: local files or folders in place of the suite's data set on the Hub; see `load_suite_items`.
+        data: local files or folders, or rows in memory, in place of the suite's data set on the Hub; see
+            `load_suite_items`.
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
-        data_revision: revision of the data on the Hub.
-        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists bad rows, those among them that
-            cannot be encoded or do not fit; the suite is then incomplete.
-        overlong: what becomes of items with a candidate over the scorer's ``max_length``: ``"error"``; ``"drop"``,
-            which makes the suite incomplete; or ``"truncate_prompt"``, which takes the same tokens from the left of
-            the prompt of all candidates. Counted.
-        ties: what equal rewards give in suites of pairs: nothing (``"wrong"``, as published), or ``"half"``
-            (RewardBench only).
-        seed: of the bootstrap intervals; nothing else is random.
         progress: show a progress bar.
-        scorer_options: keywords of `RewardScorer`, such as ``max_length``, ``device`` and ``trust_remote_code``.
+        options: fields of `SuiteSettings` (``data_revision``, ``on_bad_row``, ``overlong``, ``ties``, ``seed``) and
+            keywords of `RewardScorer`.
 
     Returns:
-        The figures of `summarize_suite`, with ``model``, ``settings``, ``seed``, ``versions``, ``model_fingerprint``,
-        ``tokenizer_fingerprint``, ``data`` (as `load_suite_items` describes each source) and ``counts``: items read,
-        over-long, dropped, truncated, evaluated, those of which a correct and a wrong candidate become the same
-        tokens (``indistinguishable``), and those of which the chat template deleted text (``partly_rendered``).
+        The figures, what was read and left out, and what they were computed with.
 
     Raises:
         InputError: on bad data, a model that is no reward model, or an unfinished run with other settings.
         NonFiniteRewardError: if the model gives NaN or infinity; the item is named.
     """
     table = suite_named(suite)
-    if ties not in TIES:
-        raise InputError(f"ties: {ties!r}; expected one of {', '.join(TIES)}.")
-    if ties != "wrong" and suite != "rewardbench":
-        raise InputError(f"ties: {ties!r} is an option of rewardbench; {suite} counts a tie as wrong. Leave it out.")
-    if overlong not in OVERLONG_POLICIES:
-        raise InputError(f"overlong: got {overlong!r}; expected one of {', '.join(OVERLONG_POLICIES)}.")
-    folder = None if output is None else check_output_directory(output)
-    loaded = load_suite_items(table, data, revision=data_revision, on_bad_row=on_bad_row)
-    scorer = as_scorer(model, tokenizer, scorer_options)
-    encoded, counts, bad_rows = encode_items(loaded.items, scorer, overlong, on_bad_row)
+    settings, scorer_options = settings_of(SuiteSettings, options)
+    if settings.ties != "wrong" and suite != "rewardbench":
+        raise InputError(
+            f"ties: {settings.ties!r} is an option of rewardbench; {suite} counts a tie as wrong. Leave it out."
+        )
+    loaded = load_suite_items(table, data, revision=settings.data_revision, on_bad_row=settings.on_bad_row)
+    frame = Frame(model, output, tokenizer, scorer_options, progress)
+    encoded, counts, bad_rows = encode_items(loaded.items, frame.scorer, settings.overlong, settings.on_bad_row)
     ends = np.cumsum([source["items"] for source in loaded.sources])
     for place, bad in bad_rows:
         add_bad_rows(loaded.sources[int(np.searchsorted(ends, place, side="right"))], [bad], MOST_REASONS)
     dropped = Counter(item.subset for item in loaded.items) - Counter(each.item.subset for each in encoded)
-    for source in loaded.sources:
-        warn_of_left_out(source)
-    warn_of_left_out({"source": suite, **counts})
+    for record in (*loaded.sources, {"source": suite, **counts}):
+        warn_of_left_out(record)
 
-    identity = scorer.identity()
-    settings = {
-        "suite": suite,
-        "data": [source["source"] for source in loaded.sources],
-        "data_revision": data_revision,
-        "on_bad_row": on_bad_row,
-        "overlong": overlong,
-        "max_length": scorer.max_length,
-        "dtype": identity["dtype"],
+    named = {"suite": suite, "data": [source["source"] for source in loaded.sources], **settings.to_dict()}
+    described = frame.described(named, settings.seed)
+    # Rewards depend neither on ties nor on the seed of the bootstrap.
+    decisive = {name: value for name, value in described["settings"].items() if name != "ties"}
+    run = {"data": [source["fingerprint"] for source in loaded.sources], "settings": decisive}
+    with frame.journal(JOURNAL_FILE, run) as journal:
+        scored = _score(frame, encoded, journal)
+    figures = summarize_suite(table, scored, settings.ties, settings.seed, dropped)
+    rows = _rows(table, settings.ties, encoded, scored)
+    about: dict[str, Any] = {
+        "title": table.title,
+        "citation": table.citation,
+        "counts": counts,
+        "data": loaded.sources,
     }
-    run = {**identity, "data": [source["fingerprint"] for source in loaded.sources], "settings": settings}
-    writes = not scorer.split_over_processes or is_main_process()
-    journal = None if folder is None else RewardJournal(folder / JOURNAL_FILE, run, scorer.split_over_processes)
-    try:
-        scored = _score(scorer, encoded, journal, progress and writes)
-        result = {
-            "model": scorer.name,
-            "title": table.title,
-            "citation": table.citation,
-            **summarize_suite(table, scored, ties, seed, dropped),
-            "counts": counts,
-            "settings": {name: value for name, value in {**settings, "ties": ties}.items() if value is not None},
-            "seed": seed,
-            "versions": versions(),
-            "model_fingerprint": identity["model"],
-            "tokenizer_fingerprint": identity["tokenizer"],
-            "data": loaded.sources,
-        }
-        if folder is not None and journal is not None:
-            if writes:
-                _write(folder, table, result, encoded, scored)
-            journal.delete()
-    finally:
-        if journal is not None:
-            journal.close()
+    result = SuiteResult(**described, **about, **figures, rows=rows)
+    frame.finish(result, {"items.jsonl": json_lines(rows)})
     return result
 
 
@@ -182,10 +215,11 @@ def encode_items(
 
     for start in range(0, len(items), _ENCODED_AT_ONCE):
         group = items[start : start + _ENCODED_AT_ONCE]
-        for place, rows in enumerate(_token_ids(scorer.tokenizer, group), start):
+        groups = encode_groups(scorer.tokenizer, [x.prompt for x in group], [x.candidates for x in group])
+        for place, rows in enumerate(groups, start):
             item = items[place]
-            if isinstance(rows, BadRow):
-                leave_out(place, rows)
+            if isinstance(rows, InputError):
+                leave_out(place, not_encodable(item.file, item.row, rows))
                 continue
             sequences = [row.input_ids for row in rows]
             prompt_length = min(len(row.prompt_ids) for row in rows)
@@ -221,21 +255,6 @@ def encode_items(
     return encoded, counts, bad_rows
 
 
-def _token_ids(tokenizer: Any, items: Sequence[SuiteItem]) -> list[list[Encoded] | BadRow]:
-    """Of each item the token ids of its candidates, or why it has none."""
-
-    def refusal(place: int, error: InputError) -> BadRow:
-        return not_encodable(items[place].file, items[place].row, error)
-
-    prompts, groups = [item.prompt for item in items], [item.candidates for item in items]
-    try:
-        return [*encode_groups(tokenizer, prompts, groups, refusal)]
-    except BadRow as bad:
-        if len(items) == 1:
-            return [bad]
-        return [_token_ids(tokenizer, [item])[0] for item in items]
-
-
 def _fitted(
     item: SuiteItem, sequences: list[list[int]], prompt_length: int, excess: int, overlong: str, scorer: RewardScorer
 ) -> list[list[int]]:
@@ -256,9 +275,7 @@ def _fitted(
     return [ids[:keep] + ids[keep + excess :] for ids in sequences]
 
 
-def _score(
-    scorer: RewardScorer, encoded: list[EncodedItem], journal: RewardJournal | None, progress: bool
-) -> list[ScoredItem]:
+def _score(frame: Frame, encoded: list[EncodedItem], journal: RewardJournal | None) -> list[ScoredItem]:
     ends = np.cumsum([len(item.sequences) for item in encoded])
 
     def where(entry: int) -> str:
@@ -274,7 +291,7 @@ def _score(
             yield [list(ids) for item in group for ids in item.sequences], lengths
 
     rewards = journaled_rewards(
-        scorer, chunks(), int(ends[-1]), journal, where, description="evaluate", progress=progress
+        frame.scorer, chunks(), int(ends[-1]), journal, where, description="evaluate", progress=frame.progress
     )
     scored = []
     for end, each in zip(ends, encoded, strict=True):
@@ -284,13 +301,9 @@ def _score(
     return scored
 
 
-def _write(
-    folder: Path, table: Suite, result: dict[str, Any], encoded: list[EncodedItem], scored: list[ScoredItem]
-) -> None:
-    lines = []
-    credits = item_credits(table, scored, result["settings"]["ties"])
-    for each, item, credit in zip(encoded, scored, credits, strict=True):
-        line = {
+def _rows(table: Suite, ties: str, encoded: list[EncodedItem], scored: list[ScoredItem]) -> list[dict[str, Any]]:
+    return [
+        {
             "id": item.id,
             "subset": item.subset,
             "section": table.section_of(item.subset),
@@ -299,11 +312,5 @@ def _write(
             "characters": [len(text) for text in each.item.candidates],
             "credit": credit,
         }
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    atomic_write_text(folder / "items.jsonl", "".join(lines))
-    plot = figure_png(report.sections_figure(result))
-    atomic_write_bytes(folder / "sections.png", plot)
-    page = report.suite_page(table, result, plot)
-    atomic_write_text(folder / "result.md", page.markdown())
-    atomic_write_text(folder / "result.html", page.html())
-    write_json(folder / "result.json", result)  # last: its presence says that the rest is complete
+        for each, item, credit in zip(encoded, scored, item_credits(table, scored, ties), strict=True)
+    ]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,15 @@ from inform_rm.data.columns import Columns
 from inform_rm.data.messages import Message, to_messages
 from inform_rm.data.pairs import BadRow, parse_pair
 from inform_rm.data.records import Records, data_suffix, open_file
-from inform_rm.data.sources import is_saved_dataset, load_hub, open_parts, parse_source
+from inform_rm.data.sources import (
+    Sources,
+    is_saved_dataset,
+    load_hub,
+    open_parts,
+    parse_source,
+    source_label,
+    source_list,
+)
 from inform_rm.errors import InputError, shortened
 from inform_rm.eval.suites.scores import NUM_STYLES, ties_id, twin_id
 from inform_rm.eval.suites.tables import HubSource, Suite
@@ -51,7 +59,7 @@ class SuiteData:
 
 def load_suite_items(
     suite: Suite,
-    data: str | Path | Sequence[str | Path] | None = None,
+    data: Sources | None = None,
     *,
     revision: str | None = None,
     on_bad_row: str = "error",
@@ -64,7 +72,8 @@ def load_suite_items(
             table names (``allenai/preference-test-sets`` adds RewardBench's prior sets). A folder is searched for
             files in any of the formats of `records`; in it, files named ``train...`` are left out. In every suite but
             those with lists of candidates, rows of ``prompt``, ``chosen``, ``rejected``, ``subset`` and ``id`` are
-            read beside the public layout. Where rows name no subset, the names of file and folders do.
+            read beside the public layout. Where rows name no subset, the names of file and folders do. Or rows in
+            memory, see `inform_rm.data.sources.open_parts`, which name their subset.
         revision: branch, tag or commit on the Hub.
         on_bad_row: ``"error"``, or ``"skip"``, which counts and lists rows that cannot be used.
 
@@ -106,9 +115,7 @@ class _Part:
     subset: str | None = None
 
 
-def _sources(
-    suite: Suite, data: str | Path | Sequence[str | Path] | None, revision: str | None
-) -> Iterator[tuple[str, list[_Part]]]:
+def _sources(suite: Suite, data: Sources | None, revision: str | None) -> Iterator[tuple[str, list[_Part]]]:
     if data is None:
         if not suite.hub:
             raise InputError(f"suite: {suite.name} is not on the Hub in a readable form. Name its files with data.")
@@ -116,10 +123,13 @@ def _sources(
             if source.by_default:
                 yield _hub_name(source), [_hub_part(suite, source, revision)]
         return
-    named = [data] if isinstance(data, str | Path) else list(data)
+    named = source_list(data)
     if not named:
         raise InputError(f"data: expected files of {suite.name}, or leave it out to read the Hub.")
     for each in named:
+        if not isinstance(each, str | Path):
+            yield source_label(each), [_Part(*part) for part in open_parts(each, revision=revision)]
+            continue
         where = parse_source(each)
         path = Path(where.name)
         if path.is_dir() and where.split is None and not is_saved_dataset(path):

@@ -30,6 +30,16 @@ def suite_page(suite: Suite, result: dict[str, Any], plot: bytes) -> Page:
     return Page(f"{result['title']}: {result['model']}", blocks)
 
 
+def subsets_table(suite: Suite, result: dict[str, Any]) -> Table:
+    """Every subset that is there."""
+    rows = [
+        (name, f"{part['accuracy']:.4f}", part.get("interval", "-"), part["num_items"],
+         "-" if part["published_items"] is None else part["published_items"], part["num_ties"], suite.section_of(name))
+        for name, part in result["subsets"].items()
+    ]  # fmt: skip
+    return Table(_SUBSET_HEADER, rows, align="lrrrrrl")
+
+
 def sections_figure(result: dict[str, Any]) -> Figure:
     """Horizontal bars: the score of each whole section, then the subsets."""
     bars = [(name, part["score"], part.get("interval"), "steelblue") for name, part in result["sections"].items()]
@@ -54,16 +64,11 @@ def _tables(suite: Suite, result: dict[str, Any]) -> dict[str, Table]:
          part["num_items"])
         for name, part in result["sections"].items()
     ]  # fmt: skip
-    subsets = [
-        (name, f"{part['accuracy']:.4f}", part.get("interval", "-"), part["num_items"],
-         "-" if part["published_items"] is None else part["published_items"], part["num_ties"], suite.section_of(name))
-        for name, part in result["subsets"].items()
-    ]  # fmt: skip
     sources = [(part["source"], part["items"], part["bad_rows"], part["fingerprint"][:12]) for part in result["data"]]
     return {
         "": Table(("section", "score", "95 % interval", "items"), sections),
         "Missing for a score": Table(("section: subset and items",), [(text,) for text in result["missing"]]),
-        "Subsets": Table(_SUBSET_HEADER, subsets, align="lrrrrrl"),
+        "Subsets": subsets_table(suite, result),
         "More of this suite": Table(("figure", "value"), _own_figures(result)),
         "Data": Table(("source", "items", "bad rows", "fingerprint"), sources),
         "Items": Table(tuple(result["counts"]), [tuple(result["counts"].values())]),

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.errors import InputError
 from inform_rm.eval.best_of_n.policies import CausalLMPolicy, choose_prompts
 from inform_rm.eval.best_of_n.simulate import (
+    SimulationSettings,
     best_of_n_expectation,
     best_of_n_weights,
     draw_best_of_n,
@@ -186,10 +188,10 @@ def build(backbone_configs, tokenizer):
 
 def test_the_world_end_to_end(build, tmp_path):
     scorers = {"inform": build(1), "other": build(2, "standard")}
-    options = {"num_prompts": 4, "num_responses": 12, "ns": [1, 3, 12], "seed": 7, "progress": False}
-    result = attack(scorers, tmp_path / "run", **options)
+    settings = SimulationSettings(num_prompts=4, num_responses=12, ns=[1, 3, 12], seed=7)
+    result = attack(scorers, tmp_path / "run", settings=settings, progress=False)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "responses.parquet", "curves.png", "result.html", "result.json",
+        "responses.parquet", "curves.png", "result.html", "result.md", "result.json",
     }  # fmt: skip
     table = pq.read_table(tmp_path / "run" / "responses.parquet").to_pydict()
     assert table["prompt_id"] == [number for number in range(4) for _ in range(12)]
@@ -203,19 +205,21 @@ def test_the_world_end_to_end(build, tmp_path):
         gold = [gold_reward(*row).total for row in zip(table["prompt"], table["response"], strict=True)]
         assert table["gold"] == gold
         means = best_of_n_expectation(grid, np.reshape(gold, (4, 12)), [1, 3, 12]).mean(axis=0)
-        curve = result["proxies"][name]
+        curve = result.proxies[name]
         assert curve["gold"]["mean"] == pytest.approx(means.tolist())
         assert curve["proxy"]["mean"][-1] == pytest.approx(grid.max(axis=1).mean())
         words = np.mean([len(text.split()) for text in table["response"]])
         assert curve["words"]["mean"][0] == pytest.approx(words)
         assert curve["identity"] == scorer.identity()
     written = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert written == json.loads(json.dumps(result))
+    assert written == result.to_dict()
     assert (written["num_prompts"], written["num_responses"], written["seed"]) == (4, 12, 7)
     page = (tmp_path / "run" / "result.html").read_text()
     assert "<img src=" in page and "inform" in page and "http" not in page.partition("<img")[0]
-    assert attack(scorers, **options) == result
-    assert attack(scorers, **{**options, "seed": 8})["prompts_fingerprint"] != result["prompts_fingerprint"]
+    assert "inform" in result._repr_html_()
+    assert attack(scorers, settings=settings, progress=False) == result
+    other = attack(scorers["inform"], settings=replace(settings, seed=8), progress=False)
+    assert other.prompts_fingerprint != result.prompts_fingerprint
 
 
 def test_a_language_model_as_policy_and_a_reward_model_as_gold(build, causal_lm_dir, tokenizer, tmp_path):
@@ -223,23 +227,23 @@ def test_a_language_model_as_policy_and_a_reward_model_as_gold(build, causal_lm_
     proxy.model.save_pretrained(tmp_path / "proxy")
     tokenizer.save_pretrained(tmp_path / "proxy")
     prompts = [f"Name a {word}." for word in WORDS]
-    options = {
-        "gold": gold, "policy": causal_lm_dir("llama"), "num_responses": 16, "ns": [1, 4, 16], "max_new_tokens": 6,
-        "progress": False,
-    }  # fmt: skip
+    settings = SimulationSettings(num_responses=16, ns=[1, 4, 16], max_new_tokens=6)
+    options = {"gold": gold, "policy": causal_lm_dir("llama"), "settings": settings, "progress": False}
     result = attack(str(tmp_path / "proxy"), tmp_path / "run", prompts=prompts, **options)
     table = pq.read_table(tmp_path / "run" / "responses.parquet").to_pydict()
     assert table["gold"] == pytest.approx(gold.score(table["prompt"], table["response"]).tolist(), abs=1e-4)
     assert table["proxy"] == pytest.approx(proxy.score(table["prompt"], table["response"]).tolist(), abs=1e-4)
-    assert len(set(table["response"])) > 40 and 0 < result["cut_responses"] <= 80
-    assert result["policy"]["identity"]["max_new_tokens"] == 6
+    assert len(set(table["response"])) > 40 and 0 < result.cut_responses <= 80
+    assert result.policy["identity"]["max_new_tokens"] == 6
     assert attack(str(tmp_path / "proxy"), prompts=prompts, **options) == result
 
     rows = [{"prompt": prompt, "chosen": "a", "rejected": side} for prompt in prompts for side in "bc"]
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    from_data = attack(proxy, data=data, num_prompts=3, **options)
-    assert from_data["num_prompts"] == 3 and from_data["settings"] == {"data": str(data)}
+    options["settings"] = replace(settings, num_prompts=3)
+    from_data, from_rows = (attack(proxy, data=source, **options) for source in (data, rows))
+    assert from_data.num_prompts == 3 and from_data.settings == {"data": str(data)}
+    assert from_rows.proxies == from_data.proxies and from_rows.settings == {"data": "list in memory"}
 
 
 @pytest.mark.parametrize("template", (True, False))
@@ -293,8 +297,8 @@ def test_prompts_of_the_world_and_of_data(tmp_path):
     assert choose_prompts(data=path) == prompts
     part = choose_prompts(data=[path], num_prompts=5, seed=1)
     assert len(part) == 5 and all(prompt in prompts for prompt in part)
-    result = attack(WorldGold(), data=path, num_prompts=5, num_responses=8, progress=False)
-    assert result["proxies"]["proxy"]["peak"]["fall"] == 0 and result["ns"] == [1, 2, 4, 8]
+    result = attack(WorldGold(), data=path, settings=SimulationSettings(5, 8), progress=False)
+    assert result.proxies["proxy"]["peak"]["fall"] == 0 and result.ns == [1, 2, 4, 8]
 
 
 class Broken:
@@ -312,26 +316,20 @@ class Broken:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ns": [1, 2, 16]}, r"ns: \[1, 2, 16\].*8 responses"),
-        ({"ns": [2, 1]}, r"ns: \[2, 1\].*rising"),
-        ({"ns": [0, 1]}, r"ns: \[0, 1\]"),
-        ({"ns": []}, r"ns: \[\]"),
-        ({"num_responses": 1}, "num_responses: 1"),
-        ({"num_responses": True}, "num_responses: True"),
-        ({"num_prompts": 0}, "num_prompts: 0"),
-        ({"num_prompts": 1}, "num_prompts: 1"),
-        ({"seed": -1}, "seed: -1"),
-        ({"num_prompts": None, "prompts": []}, "there are 0 distinct"),
-        ({"num_prompts": None, "prompts": ["Describe a red fox."]}, "there are 1 distinct"),
-        ({"num_prompts": None, "prompts": "Describe a red fox."}, "single text"),
-        ({"num_prompts": None, "prompts": ["Describe a red fox."] * 2}, r"number 1 .* repeats number 0"),
+        ({"prompts": []}, "there are 0 distinct"),
+        ({"prompts": ["Describe a red fox."]}, "there are 1 distinct"),
+        ({"prompts": "Describe a red fox."}, "single text"),
+        ({"prompts": ["Describe a red fox."] * 2}, r"number 1 .* repeats number 0"),
         ({"prompts": ["Describe a red fox.", " "]}, "prompt: .*only whitespace"),
-        ({"prompts": ["Describe a red fox.", "Describe a red wolf."], "num_prompts": 3}, "there are 2 .* least 3"),
+        (
+            {"prompts": ["Describe a red fox.", "Describe a red wolf."], "settings": SimulationSettings(3, 8)},
+            "there are 2 .* least 3",
+        ),
         ({"prompts": ["Describe a red fox.", "Who was Plato?"]}, "gold: without a gold reward model"),
         ({"prompts": ["a", "b"], "data": "x.jsonl"}, "prompts and data"),
         ({"data": "missing.jsonl"}, "missing.jsonl"),
-        ({"num_prompts": 20_000}, "there are .* distinct"),
-        ({"temprature": 0.5}, "temprature: no setting"),
+        ({"settings": SimulationSettings(20_000, 8)}, "there are .* distinct"),
+        ({"temperature": 0.5}, r"temperature: no setting of RewardScorer.*SimulationSettings"),
         ({"tokenizer": "x"}, "tokenizer: no setting"),
         ({"policy": 3}, "policy: got a int"),
         ({"policy": "/no/such/folder"}, "model: /no/such/folder"),
@@ -343,18 +341,36 @@ class Broken:
     ],
 )
 def test_bad_input_is_named(options, message, tmp_path):
-    arguments = {"proxy": WorldGold(), "num_prompts": 2, "num_responses": 8, "progress": False, **options}
-    if "prompts" in options and "num_prompts" not in options:
-        arguments["num_prompts"] = None
+    number = None if "prompts" in options else 2
+    arguments = {"proxy": WorldGold(), "settings": SimulationSettings(number, 8), "progress": False, **options}
     with pytest.raises(InputError, match=message):
         attack(arguments.pop("proxy"), tmp_path / "run", **arguments)
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ns": [1, 2, 16]}, r"ns: \[1, 2, 16\].*8 responses"),
+        ({"ns": [2, 1]}, r"ns: \[2, 1\].*rising"),
+        ({"ns": [0, 1]}, r"ns: \[0, 1\]"),
+        ({"ns": []}, r"ns: \[\]"),
+        ({"num_responses": 1}, "num_responses: 1"),
+        ({"num_responses": True}, "num_responses: True"),
+        ({"num_prompts": 0}, "num_prompts: 0"),
+        ({"num_prompts": 1}, "num_prompts: 1"),
+        ({"seed": -1}, "seed: -1"),
+    ],
+)
+def test_a_wrong_setting_is_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        SimulationSettings(**{"num_responses": 8} | changes)
+
+
 @pytest.mark.parametrize("settings", ({"temperature": 0}, {"temperature": math.nan}, {"max_new_tokens": 0}))
 def test_bad_settings_of_a_policy_are_named(causal_lm_dir, settings):
     with pytest.raises(InputError, match=next(iter(settings))):
-        attack(WorldGold(), policy=causal_lm_dir("llama"), num_prompts=2, progress=False, **settings)
+        CausalLMPolicy(causal_lm_dir("llama"), **settings)
 
 
 def test_a_prompt_without_room_for_the_response_is_named(causal_lm_dir, tokenizer):
@@ -369,7 +385,7 @@ def test_a_model_that_gives_nan_is_named_with_its_response(build):
     scorer = build(1)
     torch.nn.init.constant_(list(scorer.model.score.parameters())[-1], math.nan)
     with pytest.raises(NonFiniteRewardError, match=r"proxy: the response .* to prompt"):
-        attack(scorer, num_prompts=2, num_responses=2, progress=False)
+        attack(scorer, settings=SimulationSettings(2, 2), progress=False)
 
 
 @pytest.mark.parametrize(

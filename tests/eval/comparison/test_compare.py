@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from inform_rm import compare
+from inform_rm import RewardScorer, compare, evaluate
 from inform_rm.cli import main
 from inform_rm.errors import InputError
 from inform_rm.eval.comparison.paired import length_controlled_accuracy, length_scale, mcnemar_test, paired_bootstrap
@@ -93,10 +93,10 @@ def test_figures_are_those_of_the_rows_of_each_group(folders):
     margins = [np.array(random_margins(seed)) for seed in range(3)]
     credits = {name: 0.5 + 0.5 * np.sign(part) for name, part in zip(folders, margins, strict=True)}
     lengths = np.array([40 + (7 * row) % 90 - 60 - (11 * row) % 50 for row in range(60)])
-    assert [(group["level"], group["name"]) for group in result["groups"]] == [
+    assert [(group["level"], group["name"]) for group in result.groups] == [
         ("all", "all"), ("subset", "a"), ("subset", "b"), ("subset", "c")
     ]  # fmt: skip
-    for group in result["groups"]:
+    for group in result.groups:
         inside = np.arange(60) % 3 == "abc".index(group["name"]) if group["name"] != "all" else np.full(60, True)
         assert group["num_rows"] == inside.sum()
         for name, entry in group["models"].items():
@@ -120,7 +120,7 @@ def test_figures_are_those_of_the_rows_of_each_group(folders):
     for level, number in (("subset", 6), ("all", 2)):
         tests = [
             entry["mcnemar"]
-            for group in result["groups"]
+            for group in result.groups
             for entry in group["models"].values()
             if group["level"] == level and "mcnemar" in entry
         ]
@@ -145,7 +145,7 @@ def test_flips_are_exactly_the_rows_that_one_has_right_and_the_other_wrong(folde
         scale = scales[1 if flip["model"] == "two" else 2]
         assert flip["margin_change"] == pytest.approx(flip["margin"] / scale - flip["baseline_margin"] / scales[0])
     for name, change in itertools.product(("two", "six"), ("gained", "lost")):
-        assert result["flips"][name][change] == sum(flip[:2] == (name, change) for flip in expected)
+        assert result.flips[name][change] == sum(flip[:2] == (name, change) for flip in expected)
 
 
 def test_order_of_folders_and_of_rows_changes_no_models_own_figures(folders):
@@ -153,8 +153,8 @@ def test_order_of_folders_and_of_rows_changes_no_models_own_figures(folders):
     shuffled(folders["six"])
     turned = compare({name: folders[name] for name in ("six", "one", "two")}, num_resamples=50)
     own = ("accuracy", "accuracy_interval", "length_controlled_accuracy", "length_coefficient")
-    groups = {group["name"]: group["models"] for group in turned["groups"]}
-    for group in first["groups"]:
+    groups = {group["name"]: group["models"] for group in turned.groups}
+    for group in first.groups:
         for name, entry in group["models"].items():
             for statistic in own:
                 assert entry[statistic] == pytest.approx(groups[group["name"]][name][statistic], abs=1e-8)
@@ -168,11 +168,11 @@ def test_a_suite_gives_published_scores_sections_and_length_control_of_pairs_onl
     one = write_suite(tmp_path / "one", [1.0, 0.0, 0.25, 1.0, 1.0, 1.0] * 3)
     two = write_suite(tmp_path / "two", [1.0, 1.0, 1.0, 0.0, 1.0, 0.25] * 3, complete=False)
     result = compare([one, two], tmp_path / "out", num_resamples=50)
-    groups = {(group["level"], group["name"]): group["models"] for group in result["groups"]}
+    groups = {(group["level"], group["name"]): group["models"] for group in result.groups}
     # Each section has one subset: a table of the subsets would say the same again.
     assert list(groups) == [("all", "all"), ("section", "Chat"), ("section", "Safety"), ("section", "Ties")]
-    assert result["models"]["one"]["score"] == 0.75 and result["models"]["two"]["score"] is None
-    assert result["models"]["two"]["sections"] == {"Chat": 0.5, "Ties": 0.7}
+    assert result.models["one"]["score"] == 0.75 and result.models["two"]["score"] is None
+    assert result.models["two"]["sections"] == {"Chat": 0.5, "Ties": 0.7}
     assert (
         groups["section", "Chat"]["two"]["accuracy"] == 0.5 and groups["section", "Ties"]["one"]["accuracy"] == 0.625
     )
@@ -181,7 +181,7 @@ def test_a_suite_gives_published_scores_sections_and_length_control_of_pairs_onl
     assert "length_controlled_accuracy" not in groups["all", "all"]["one"]
     assert "mcnemar" not in groups["section", "Ties"]["two"]  # every row has part of a credit on one side
     assert groups["all", "all"]["two"]["mcnemar"]["left_out"] == 6
-    assert result["flips"]["two"] == {"gained": 3, "lost": 3}
+    assert result.flips["two"] == {"gained": 3, "lost": 3}
     page = (tmp_path / "out" / "result.md").read_text()
     assert "| rewardbench | 0.7500 | incomplete |" in page and "| Safety | 0.6000 | incomplete |" in page
 
@@ -190,23 +190,23 @@ def test_lengths_that_one_folder_holds_serve_all_and_without_any_length_control_
     one = write_pairs(tmp_path / "one", random_margins(0), lengths=False)
     two = write_pairs(tmp_path / "two", random_margins(1))
     with_lengths = compare([one, two], num_resamples=10)
-    assert all("length_coefficient" in entry for part in with_lengths["groups"] for entry in part["models"].values())
+    assert all("length_coefficient" in entry for part in with_lengths.groups for entry in part["models"].values())
     write_pairs(two, random_margins(1), lengths=False)
     without = compare([one, two], tmp_path / "out", num_resamples=10)
-    assert not any("length_coefficient" in entry for part in without["groups"] for entry in part["models"].values())
+    assert not any("length_coefficient" in entry for part in without.groups for entry in part["models"].values())
     assert "no lengths; evaluate again" in (tmp_path / "out" / "result.md").read_text()
 
 
 def test_one_folder_alone_has_accuracies_and_no_differences(tmp_path):
     folder = write_pairs(tmp_path / "one", random_margins(0), subsets="a")
     result = compare(folder, tmp_path / "out")
-    (group,) = result["groups"]  # its one subset would say the same again
-    assert "difference" not in group["models"]["one"] and result["flips"] == {}
+    (group,) = result.groups  # its one subset would say the same again
+    assert "difference" not in group["models"]["one"] and result.flips == {}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "result.json", "result.md", "result.html", "forest.png", "flips.jsonl"
     }  # fmt: skip
     assert (tmp_path / "out" / "flips.jsonl").read_text() == ""
-    assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == result.to_dict()
 
 
 # --- refusals
@@ -285,7 +285,7 @@ def test_folders_that_hold_no_finished_evaluation_are_refused(folders, tmp_path)
         ({"results": ["a/x", "b/x"]}, "two folders have the same name"),
         ({"results": ["a"], "data": "d"}, "data: belongs to models"),
         ({"results": ["a"], "max_length": 3}, "max_length: belongs to models"),
-        ({"models": {"a": "m"}}, "with data, and an output"),
+        ({"models": {"a": "m"}}, "at least one, with data"),
         ({"models": {"../a": "m"}, "data": "d"}, "cannot be that of a folder"),
         ({"models": {"result.json": "m"}, "data": "d"}, "cannot be that of a folder"),
     ],
@@ -382,7 +382,7 @@ def test_limits_that_cannot_be_checked_are_wrong_use(folders, tmp_path, capsys):
 def test_a_limit_is_held_by_a_value_that_differs_by_rounding_only(tmp_path):
     folder = write_suite(tmp_path / "one", [1.0], score=0.7 + 0.1 - 1e-16)
     assert 0.7 + 0.1 - 1e-16 < 0.8
-    assert compare(folder, fail_below={"rewardbench": 0.8})["below"] == []
+    assert compare(folder, fail_below={"rewardbench": 0.8}).below == []
 
 
 def test_names_on_the_command_line(folders, tmp_path, capsys):
@@ -415,7 +415,13 @@ def test_models_are_evaluated_into_their_folders_and_compared(model, tokenizer, 
     assert [(line["chosen_characters"], line["rejected_characters"]) for line in lines] == [(3, 8)] * 3
     assert "length_coefficient" in entry
     again = compare({"m": output / "m", "other": output / "other"})
-    assert again["groups"] == result["groups"]
+    assert again.groups == result["groups"]
+    scorer = RewardScorer(model, tokenizer, max_length=64)
+    in_memory = compare(models={"m": scorer, "other": tmp_path / "same"}, data=rows)
+    for group, written in zip(in_memory.groups, again.groups, strict=True):
+        assert group["models"] == written["models"]
+    results = {name: evaluate(scorer, rows, progress=False) for name in ("m", "other")}
+    assert compare(results).groups == in_memory.groups
 
 
 # --- the page

@@ -7,15 +7,25 @@ import subprocess
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from inform_rm.cli import main
 from inform_rm.errors import InputError
 from inform_rm.eval.detection.detect import detect, repeated_trigrams
 from inform_rm.eval.detection.latents import collect_latents
 from inform_rm.eval.detection.outliers import auto_eps, cluster_separation_index, fit_mahalanobis
+from inform_rm.eval.detection.settings import DetectionSettings
+from inform_rm.eval.detection.statistic import STATISTICS
+from inform_rm.util.page import figure_png
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
-QUICK = {"num_splits": 10, "num_resamples": 10, "progress": False, "alpha": 0.1}
+
+
+def quick(**changes):
+    return {
+        "settings": DetectionSettings(**{"num_splits": 10, "num_resamples": 10, "alpha": 0.1} | changes),
+        "progress": False,
+    }
 
 
 def write(path, responses):
@@ -41,7 +51,8 @@ def files(tmp_path):
 
 def test_figures_are_those_of_the_functions_behind(scorer, files, tmp_path):
     reference, candidates = files
-    result = detect(scorer, reference, candidates, tmp_path / "out", **QUICK)
+    found = detect(scorer, reference, candidates, tmp_path / "out", **quick())
+    result = found.to_dict()
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
     latents = {}
     for path in (reference, *candidates):
@@ -54,6 +65,7 @@ def test_figures_are_those_of_the_functions_behind(scorer, files, tmp_path):
     assert result["eps"] == pytest.approx(eps) and result["kind"] == "latent" and result["dimensions"] == 8
     fitted = fit_mahalanobis(base)
     table = pq.read_table(tmp_path / "out" / "responses.parquet").to_pydict()
+    notes = " ".join(block for block in found.page().blocks if isinstance(block, str))
     assert table["set"] == ["(reference)"] * 40 + ["one.jsonl"] * 40 + ["two.jsonl"] * 40
     for number, part in enumerate(result["candidates"]):
         own = latents[part["name"]]
@@ -61,10 +73,13 @@ def test_figures_are_those_of_the_functions_behind(scorer, files, tmp_path):
         squared = fitted.squared_distances(own.values)
         mop = float((fitted.tail_probabilities(squared, "reference") < 0.1).mean())
         assert part["mop"] == pytest.approx(mop)
-        low, high = part["mop_interval"]
-        assert low <= mop <= high
         assert part["mean_reward"] == pytest.approx(own.rewards.mean(), abs=1e-6)
-        assert 0 < part["mop_null_rank"] <= 1 and part["stop"] is False
+        assert part["stop"] is False and "knn_outliers" in part
+        for statistic in STATISTICS:
+            low, high = part[f"{statistic.name}_interval"]
+            assert low <= part[statistic.name] <= high and 0 < part[f"{statistic.name}_null_rank"] <= 1
+            shown = dict(zip(found.table().header, found.table().rows[number + 1], strict=True))
+            assert shown[statistic.title] == part[statistic.name] and statistic.meaning in notes
         assert table["squared_mahalanobis"][40 * (number + 1) : 40 * (number + 2)] == pytest.approx(squared.tolist())
         named = part["most_outlying"]
         assert len(named) == 20 and named[0]["squared_mahalanobis"] == pytest.approx(squared.max())
@@ -75,8 +90,26 @@ def test_figures_are_those_of_the_functions_behind(scorer, files, tmp_path):
 
 def test_the_same_seed_gives_the_same_and_one_candidate_needs_no_steps(scorer, files, tmp_path):
     reference, (candidate, _) = files
-    one, other = (detect(scorer, reference, candidate, tmp_path / "out", seed=3, **QUICK) for _ in range(2))
-    assert one == other and not (tmp_path / "out" / "steps.png").exists()
+    one, other = (detect(scorer, reference, candidate, tmp_path / "out", **quick(seed=3)) for _ in range(2))
+    assert one.to_dict() == other.to_dict() and not (tmp_path / "out" / "steps.png").exists()
+
+
+def test_responses_may_be_objects_and_give_what_their_files_give(scorer, files, tmp_path):
+    reference, candidates = files
+    rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in (reference, *candidates)]
+    named = detect(scorer, rows[0], {"one.jsonl": Dataset.from_list(rows[1]), "two.jsonl": rows[2]}, **quick())
+    plain = detect(scorer, reference, candidates, tmp_path / "out", **quick())
+    places = {"most_outlying": None}  # which say where each row was read
+    assert [part | places for part in named.candidates] == [part | places for part in plain.candidates]
+    assert [part["name"] for part in detect(scorer, *rows[:2], **quick()).candidates] == ["candidate"]
+    assert [part["name"] for part in detect(scorer, rows[0], rows[1:], **quick()).candidates] == [
+        "candidate (1)", "candidate (2)"
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"candidate: .*row 3.*prompt"):
+        detect(scorer, rows[0], [*rows[1][:2], {"response": "no"}], **quick())
+    # Without a folder, the map is drawn when it is asked for: the same.
+    assert figure_png(named.figure()) == (tmp_path / "out" / "map.png").read_bytes()
+    assert "one.jsonl" in named._repr_html_()
 
 
 def test_hidden_states_are_called_so(scorer, files, tmp_path, causal_lm_dir, tokenizer):
@@ -84,8 +117,8 @@ def test_hidden_states_are_called_so(scorer, files, tmp_path, causal_lm_dir, tok
 
     model = AutoModelForSequenceClassification.from_pretrained(causal_lm_dir("llama"), num_labels=1)
     reference, candidates = files
-    result = detect(model, reference, candidates[0], tmp_path / "out", tokenizer=tokenizer, **QUICK)
-    assert result["kind"] == "hidden_state" and "appendix F" in (tmp_path / "out" / "result.html").read_text()
+    result = detect(model, reference, candidates[0], tmp_path / "out", tokenizer=tokenizer, **quick())
+    assert result.kind == "hidden_state" and "appendix F" in (tmp_path / "out" / "result.html").read_text()
 
 
 def test_command_line(files, tmp_path, model, tokenizer, capsys):
@@ -96,7 +129,7 @@ def test_command_line(files, tmp_path, model, tokenizer, capsys):
                "--output", tmp_path / "out", "--eps", 0.7, "--max-responses", 30, "--alpha", 0.1]  # fmt: skip
     assert main([str(word) for word in command]) == 0
     out = capsys.readouterr().out
-    assert "one.jsonl: CSI per response" in out and "two.jsonl" in out
+    assert "one.jsonl: CSI per response" in out and "two.jsonl" in out and out.count("kNN outliers") == 2
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["eps"] == 0.7 and [part["num_responses"] for part in result["candidates"]] == [30, 30]
     (tmp_path / "empty.jsonl").write_text("")
@@ -110,33 +143,50 @@ def test_responses_may_be_splits_of_a_folder(scorer, files, tmp_path):
     folder.mkdir()
     for name, file in (("train", reference), ("test", one)):
         (folder / f"{name}.jsonl").write_text(file.read_text())
-    options = {"num_splits": 5, "num_resamples": 10, "tail": "chi2", "progress": False}
+    options = quick(num_splits=5, tail="chi2")
     named = detect(scorer, f"{folder}[train]", f"{folder}[test]", **options)
     plain = detect(scorer, reference, one, **options)
     for part in ("csi", "mop", "mean_reward"):
-        assert named["candidates"][0][part] == plain["candidates"][0][part]
-    assert len(set(named["digests"].values())) == 2
+        assert named.candidates[0][part] == plain.candidates[0][part]
+    assert len(set(named.digests.values())) == 2
 
 
 def test_bad_input_is_named(scorer, files, tmp_path):
     reference, (candidate, _) = files
     with pytest.raises(InputError, match="3 responses; a comparison of latents needs at least 20"):
-        detect(scorer, reference, write(tmp_path / "few.jsonl", ordinary(0, 3)), **QUICK)
+        detect(scorer, reference, write(tmp_path / "few.jsonl", ordinary(0, 3)), **quick())
     path = tmp_path / "same.jsonl"
     path.write_text("".join(json.dumps({"prompt": "x", "response": text}) + "\n" for text in ordinary(0)))
     with pytest.raises(InputError, match=r"same.jsonl: all responses have the same prompt"):
-        detect(scorer, reference, path, **QUICK)
+        detect(scorer, reference, path, **quick())
     long = write(tmp_path / "long.jsonl", [*ordinary(0), "no " * 600])
     with pytest.raises(InputError, match=r"long.jsonl, row 41 has \d+ tokens; the limit is"):
-        detect(scorer, reference, long, **QUICK)
-    with pytest.raises(InputError, match="at least one file"):
-        detect(scorer, reference, [], **QUICK)
-    with pytest.raises(InputError, match="map_points"):
-        detect(scorer, reference, candidate, map_points=1, **QUICK)
+        detect(scorer, reference, long, **quick())
+    with pytest.raises(InputError, match="at least one set"):
+        detect(scorer, reference, [], **quick())
     with pytest.raises(InputError, match=r"reference.jsonl: 40 responses.* at least 201"):
-        detect(scorer, reference, candidate, **QUICK | {"alpha": 0.01})
-    with pytest.raises(InputError, match="alpha: 0"):
-        detect(scorer, reference, candidate, **QUICK | {"alpha": 0})
+        detect(scorer, reference, candidate, **quick(alpha=0.01))
+    with pytest.raises(InputError, match=r"alpha: .*settings=DetectionSettings\(alpha="):
+        detect(scorer, reference, candidate, alpha=0.1)
+    with pytest.raises(InputError, match="none called"):
+        detect(scorer, reference, {"(reference)": candidate}, **quick())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 0}, "alpha: 0; it is a probability"),
+        ({"map_points": 1}, "map_points: 1; expected a whole number, at least 10"),
+        ({"max_responses": 2.5}, "max_responses: 2.5"),
+        ({"num_splits": True}, "num_splits: True"),
+        ({"eps": "automatic"}, "eps: 'automatic'"),
+        ({"tail": "normal"}, "tail: 'normal'; expected one of reference, chi2"),
+        ({"on_bad_row": "drop"}, "on_bad_row: 'drop'"),
+    ],
+)
+def test_a_wrong_setting_is_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        DetectionSettings(**changes)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +201,7 @@ def test_pointing_at_a_point_shows_its_response(scorer, files, tmp_path):
     if browser is None:
         pytest.skip("no Chromium")
     reference, candidates = files
-    detect(scorer, reference, candidates, tmp_path / "out", **QUICK)
+    detect(scorer, reference, candidates, tmp_path / "out", **quick())
     page = (tmp_path / "out" / "result.html").read_text()
     # Point at where a response that is markup was drawn.
     pointed = """<script>
@@ -175,7 +225,7 @@ def test_pointing_at_a_point_shows_its_response(scorer, files, tmp_path):
 
 def test_map_covers_all_sets_within_its_limit(scorer, files, tmp_path):
     reference, candidates = files
-    detect(scorer, reference, candidates, tmp_path / "out", map_points=15, **QUICK)
+    detect(scorer, reference, candidates, tmp_path / "out", **quick(map_points=15))
     page = (tmp_path / "out" / "result.html").read_text()
     data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
     sets, counts = np.unique(data["set"], return_counts=True)

@@ -84,7 +84,7 @@ def test_any_batch_size_gives_the_same_result(model, tokenizer, ties_file, tmp_p
         scorer = RewardScorer(model, tokenizer, tokens_per_batch=tokens)
         results.append(evaluate_suite(scorer, "rewardbench2", ties_file, tmp_path / str(tokens), progress=False))
     for name in FIGURES:
-        assert results[0][name] == results[1][name]
+        assert getattr(results[0], name) == getattr(results[1], name)
     for one, other in zip(lines(tmp_path / "20"), lines(tmp_path / "5000"), strict=True):
         assert one["rewards"] == pytest.approx(other["rewards"], abs=1e-5)
 
@@ -144,12 +144,12 @@ def test_files_hold_the_result_and_say_what_is_missing(scorer, pairs_file, tmp_p
     folder = tmp_path / "out"
     result = evaluate_suite(scorer, "rewardbench", pairs_file, folder, seed=3, progress=False)
     assert {path.name for path in folder.iterdir()} == FILES
-    assert json.loads((folder / "result.json").read_text()) == result
-    assert result["score"] is None and result["complete"] is False and result["sections"] == {}
-    assert len(result["missing"]) == 23  # every subset of the four sections: none has its published number
-    assert "Reasoning: hep-go 6 of 164 items" in result["missing"]
-    assert {"suite", "settings", "seed", "versions", "model_fingerprint", "data", "counts"} <= result.keys()
-    assert result["seed"] == 3 and result["data"][0]["items"] == 12
+    assert json.loads((folder / "result.json").read_text()) == result.to_dict()
+    assert result.score is None and result.complete is False and result.sections == {}
+    assert len(result.missing) == 23  # every subset of the four sections: none has its published number
+    assert "Reasoning: hep-go 6 of 164 items" in result.missing
+    assert {"suite", "settings", "seed", "versions", "model_fingerprint", "data", "counts"} <= result.to_dict().keys()
+    assert result.seed == 3 and result.data[0]["items"] == 12
     for text in ((folder / "result.md").read_text(), (folder / "result.html").read_text()):
         assert "No score: RewardBench is incomplete here" in text
         assert "Reasoning: hep-go 6 of 164 items" in text and "math-prm" in text
@@ -172,11 +172,11 @@ def test_a_whole_suite_has_a_score_everywhere(scorer, tmp_path):
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = evaluate_suite(scorer, "prompt-swap", tmp_path / "rows.jsonl", tmp_path / "out", progress=False)
-    assert result["complete"] and result["missing"] == []
+    assert result.complete and result.missing == []
     accuracy = sum(item["credit"] for item in lines(tmp_path / "out")) / 1352
-    assert result["score"] == pytest.approx(accuracy)
-    assert result["interval"][0] <= accuracy <= result["interval"][1]
-    assert result["twins"]["num_twins"] == 676
+    assert result.score == pytest.approx(accuracy)
+    assert result.interval[0] <= accuracy <= result.interval[1]
+    assert result.twins["num_twins"] == 676
     assert f"Score {accuracy:.4f}" in (tmp_path / "out" / "result.html").read_text()
     assert "676 twins right" in (tmp_path / "out" / "result.md").read_text()
 
@@ -197,13 +197,13 @@ def test_overlong_items_follow_the_policy(model, tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"rows.jsonl, row 2: \d+ tokens, over max_length 40. Raise max_length, or"):
         run("error")
     dropped = run("drop")
-    assert dropped["counts"] == {
+    assert dropped.counts == {
         "items": 3, "overlong": 2, "dropped": 2, "truncated": 0, "evaluated": 1, "indistinguishable": 0,
         "partly_rendered": 0,
     }  # fmt: skip
-    assert dropped["subsets"]["hep-go"]["num_dropped"] == 2
+    assert dropped.subsets["hep-go"]["num_dropped"] == 2
     cut = run("truncate_prompt")
-    assert cut["counts"]["truncated"] == 2 and cut["counts"]["evaluated"] == 3
+    assert cut.counts["truncated"] == 2 and cut.counts["evaluated"] == 3
     # The same tokens go from the left of the prompt for both candidates: what is left are the last ones.
     for row, item in zip(rows[1:], lines(tmp_path / "truncate_prompt")[1:], strict=True):
         both = [encode(tokenizer, row["prompt"], text).input_ids for text in ("yes", "no no")]
@@ -224,14 +224,14 @@ def test_candidates_that_become_the_same_tokens_are_counted_as_ties(scorer, tmp_
     row = {"prompt": "Why?", "chosen": "So.", "rejected": "So.", "subset": "hep-go", "id": 1}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     result = evaluate_suite(scorer, "rewardbench", tmp_path / "rows.jsonl", progress=False)
-    assert result["counts"]["indistinguishable"] == 1
-    assert result["subsets"]["hep-go"]["num_ties"] == 1 and result["subsets"]["hep-go"]["accuracy"] == 0.0
+    assert result.counts["indistinguishable"] == 1
+    assert result.subsets["hep-go"]["num_ties"] == 1 and result.subsets["hep-go"]["accuracy"] == 0.0
     # Beside other items, too, where equal tokens at different places of a batch may differ in the last bit.
     rows = [{**row, "id": number, "prompt": "Why? " * (number + 1)} for number in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     half = evaluate_suite(scorer, "rewardbench", tmp_path / "rows.jsonl", ties="half", progress=False)
-    assert half["subsets"]["hep-go"]["num_ties"] == 12
-    assert half["subsets"]["hep-go"]["accuracy"] == 0.5 and half["settings"]["ties"] == "half"
+    assert half.subsets["hep-go"]["num_ties"] == 12
+    assert half.subsets["hep-go"]["accuracy"] == 0.5 and half.settings["ties"] == "half"
     with pytest.raises(InputError, match="ties: 'half' is an option of rewardbench; hh counts a tie as wrong"):
         evaluate_suite(scorer, "hh", tmp_path / "rows.jsonl", ties="half")
     with pytest.raises(InputError, match="ties: 'none'; expected one of wrong, half"):
@@ -291,5 +291,5 @@ def test_real_items_from_text_to_page(suite, shared_dir, scorer, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in kept))
     result = evaluate_suite(scorer.model, suite, path, tmp_path / "out", tokenizer=scorer.tokenizer,
                             max_length=4000, progress=False)  # fmt: skip
-    assert result["score"] is None and result["counts"]["evaluated"] == len(kept)
-    assert sum(part["num_items"] for part in result["subsets"].values()) == len(kept)
+    assert result.score is None and result.counts["evaluated"] == len(kept)
+    assert sum(part["num_items"] for part in result.subsets.values()) == len(kept)

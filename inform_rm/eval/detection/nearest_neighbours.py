@@ -1,0 +1,71 @@
+"""Outliers by nearest neighbours: how far candidate latents lie from the reference latents around them.
+
+Needs neither clusters nor a covariance, so that a reference of several separate clouds is no harder than one.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.neighbors import NearestNeighbors
+
+from inform_rm.errors import InputError
+from inform_rm.eval.detection.latent_arrays import LatentArray, Measured, check_both, check_latents
+from inform_rm.eval.detection.settings import DetectionSettings
+from inform_rm.util.intervals import wilson_interval
+
+NUM_NEIGHBOURS = 5
+
+
+def neighbour_distances(
+    candidate: LatentArray | None, reference: LatentArray, num_neighbours: int = NUM_NEIGHBOURS
+) -> NDArray:
+    """``(N,)`` mean Euclidean distance of each candidate latent to its k nearest reference latents.
+
+    Ramaswamy et al. 2000 and Sun et al. 2022 (arXiv:2204.06507) take the distance to the k-th; their mean moves less
+    with the draw of the reference. Nothing is normalized: the unit is that of the latents, as for CSI.
+
+    Args:
+        candidate: ``(N, K)``; ``None``: the reference itself, each point left out of its own neighbours.
+        reference: ``(M, K)``, more than k.
+        num_neighbours: k.
+
+    Raises:
+        InputError: for bad latents, different K, or too small a reference.
+
+    Example:
+        >>> neighbour_distances(np.array([[0.0], [9.0]]), np.array([[1.0], [2.0], [4.0]]), 2).tolist()
+        [1.5, 6.0]
+    """
+    points, others = None, check_latents("reference", reference)
+    if candidate is not None:
+        points, others = check_both(candidate, reference)
+    if len(others) <= num_neighbours:
+        raise InputError(f"reference: {len(others)} points; {num_neighbours} neighbours of each need more than that.")
+    center = others.mean(axis=0, dtype=np.float64)  # far from the origin, scikit-learn's squares cancel
+    model = NearestNeighbors(n_neighbors=num_neighbours).fit(others - center)
+    found: NDArray = model.kneighbors(None if points is None else points - center)[0].mean(axis=1)
+    return found
+
+
+def fit_nearest_neighbours(reference: NDArray, settings: DetectionSettings) -> Callable[[NDArray, int], Measured]:
+    """A `Statistic`: the share of candidates farther from the reference than nearly all of it is from itself.
+
+    An outlier's `neighbour_distances` is above the 1 - alpha quantile of the reference's own; of fewer than 1/alpha
+    reference latents that is the largest.
+    """
+    own = neighbour_distances(None, reference)
+    limit = np.quantile(own, 1 - settings.alpha, method="higher")
+
+    def measure(candidate: NDArray, num_resamples: int) -> Measured:
+        # Against itself, a reference latent is not its own neighbour.
+        distances = own if candidate is reference else neighbour_distances(candidate, reference)
+        is_far = distances > limit
+        values = {
+            "knn_outliers": float(is_far.mean()),
+            "knn_outliers_interval": list(wilson_interval(int(is_far.sum()), len(is_far))),
+            "mean_knn_distance": float(distances.mean()),
+        }
+        return values, {"knn_distance": distances.tolist()}
+
+    return measure

@@ -1,0 +1,73 @@
+"""Settings of `inform_rm.detect`; the command line makes its flags of them. Imports nothing heavy."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from inform_rm.errors import InputError
+
+NOISE_POLICIES = ("cluster", "singletons", "drop")
+TAILS = ("reference", "chi2")
+
+
+def _setting(default: Any, help: str = "", least: int | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A field; with ``help`` it is a flag, too. ``least`` is the smallest whole number that it takes."""
+    return field(default=default, metadata={"help": help, "least": least, "choices": choices})
+
+
+@dataclass(frozen=True)
+class DetectionSettings:
+    """How latents of candidates are compared with those of a reference.
+
+    Attributes:
+        eps: radius of DBSCAN, see `inform_rm.eval.detection.clusters.cluster_separation_index`; ``"auto"`` takes one
+            radius from the reference, for all candidates and the null.
+        min_samples: see there.
+        noise: see there.
+        alpha: tail probability below which a response is an outlier.
+        tail: ``"reference"`` or ``"chi2"``, see `inform_rm.eval.detection.outliers.mahalanobis_outlier_probability`.
+        max_change_ratio: see `inform_rm.eval.detection.early_stopping.CSIEarlyStopping`, applied to the normalized CSI
+            over the candidates in order.
+        max_responses: use a random subset of this many responses of each set.
+        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists rows that cannot be scored. All rows
+            in use are checked before the first is scored.
+        num_outliers: outliers of each candidate that the result names, the farthest first.
+        num_splits: splits of the reference that show what comes by chance.
+        num_resamples: bootstrap resamples for intervals that have no closed form.
+        map_points: most points of each set on the map.
+        seed: of subsets, splits, resamples and the map.
+
+    Raises:
+        InputError: a value out of range, by name.
+    """
+
+    eps: float | str = _setting("auto", "radius of DBSCAN, or 'auto'")
+    min_samples: int = _setting(5, "of DBSCAN", least=1)
+    noise: str = _setting("cluster", "what DBSCAN's noise counts as", choices=NOISE_POLICIES)
+    alpha: float = _setting(0.01, "tail probability below which a response is an outlier")
+    tail: str = _setting(
+        "reference", "distribution of distances: the reference's own, or the paper's chi-square", choices=TAILS
+    )
+    max_change_ratio: float = _setting(10.0, "of the stopping rule, for several files")
+    max_responses: int | None = _setting(None, "use a seeded random subset of each file", least=1)
+    on_bad_row: str = _setting(
+        "error", "stop at a row that cannot be scored, or leave it out, count and list it", choices=("error", "skip")
+    )
+    num_outliers: int = _setting(20, least=0)
+    num_splits: int = _setting(100, least=1)
+    num_resamples: int = _setting(100, least=1)
+    map_points: int = _setting(600, least=10)
+    seed: int = _setting(0, "seed of all random choices", least=0)
+
+    def __post_init__(self) -> None:
+        for name, spec in self.__dataclass_fields__.items():
+            value, least, choices = getattr(self, name), spec.metadata["least"], spec.metadata["choices"]
+            if choices and value not in choices:
+                raise InputError(f"{name}: {value!r}; expected one of {', '.join(choices)}.")
+            wrong = isinstance(value, bool) or not isinstance(value, int) or value < (least or 0)
+            if least is not None and wrong and not (value is None and spec.default is None):
+                raise InputError(f"{name}: {value!r}; expected a whole number, at least {least}.")
+        if self.eps != "auto" and (isinstance(self.eps, bool | str) or not 0 < self.eps < math.inf):
+            raise InputError(f"eps: {self.eps!r}; expected a distance above 0, or 'auto'.")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < 1:
+            raise InputError(f"alpha: {self.alpha!r}; it is a probability, above 0 and below 1 (default 0.01).")

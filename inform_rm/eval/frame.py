@@ -1,0 +1,237 @@
+"""What every evaluation shares: where it writes, which model it asks, what decides its figures, and its result."""
+
+import contextlib
+import inspect
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+
+from inform_rm.data.encoding import BAD_ROW_POLICIES, OVERLONG_POLICIES
+from inform_rm.errors import InputError
+from inform_rm.scoring.scorer import RewardScorer, as_scorer
+from inform_rm.util.files import atomic_write_bytes, check_output_directory, versions, write_json
+from inform_rm.util.journal import RewardJournal
+from inform_rm.util.page import Image, Page, Table
+from inform_rm.util.processes import is_main_process
+
+RESULT_FILE = "result.json"
+JOURNAL_FILE = "rewards.partial"
+
+
+def unwritten(**options: Any) -> Any:
+    """A field of a `Result` that stands in none of its JSON: what plots and tables of single rows are drawn from."""
+    return field(repr=False, compare=False, metadata={"written": False}, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What an evaluation found, and what it was computed with.
+
+    A subclass adds its figures as fields, which JSON can hold, and says ``title`` (one line), `table`, `page` and
+    `figure`. A field whose default is ``None`` is absent from the JSON where it was not measured.
+
+    Attributes:
+        settings: those that were given, by name.
+        seed: of all that was random.
+        versions: of Python and the packages that decide a result.
+    """
+
+    settings: dict[str, Any]
+    seed: int
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``result.json``."""
+        found = {each: getattr(self, each.name) for each in fields(self) if each.metadata.get("written", True)}
+        return {each.name: value for each, value in found.items() if value is not None or each.default is MISSING}
+
+    if TYPE_CHECKING:  # a subclass may have it as a field, which an inherited property would forbid
+
+        @property
+        def title(self) -> str:
+            """What the result is about."""
+
+    def table(self) -> Table:
+        """The main figures."""
+        raise NotImplementedError
+
+    def page(self) -> Page:
+        """All that a reader should see; its images are named, so that they can lie beside a Markdown page."""
+        raise NotImplementedError
+
+    def figure(self) -> Figure:
+        """The main figures as a drawing."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return replace(self.table(), caption=self.title).html()
+
+    def save(self, folder: str | Path, files: Mapping[str, bytes | str] | None = None) -> None:
+        """Write ``files``, the page as HTML and Markdown with its images, and at last ``result.json``, each whole.
+
+        Args:
+            folder: where; made if absent.
+            files: further content by file name.
+        """
+        folder, page = Path(folder), self.page()
+        images = {block.file: block.png for block in page.blocks if isinstance(block, Image) and block.file}
+        content = {**(files or {}), **images, "result.md": page.markdown(), "result.html": page.html()}
+        for name, value in content.items():
+            atomic_write_bytes(folder / name, value.encode() if isinstance(value, str) else value)
+        write_json(folder / RESULT_FILE, self.to_dict())  # last: its presence says that the rest is complete
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelResult(Result):
+    """A `Result` about one model.
+
+    Attributes:
+        model: its folder, Hub id or class.
+        model_fingerprint: of its weights in the type in which they were asked.
+        tokenizer_fingerprint: of its tokenizer.
+    """
+
+    model: str
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """How the rows of an evaluation are read.
+
+    Attributes:
+        data_revision: revision of the data on the Hub.
+        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists bad rows, those among them that
+            cannot be encoded or do not fit (see `inform_rm.data.encoding.encode_pairs`).
+        overlong: what becomes of rows over the scorer's ``max_length``: ``"error"``, ``"drop"`` or
+            ``"truncate_prompt"``, which takes the same tokens from the left of the prompt for all responses; counted.
+        seed: of all that is random.
+    """
+
+    data_revision: str | None = None
+    on_bad_row: str = "error"
+    overlong: str = "error"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("on_bad_row", BAD_ROW_POLICIES), ("overlong", OVERLONG_POLICIES)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name}: got {getattr(self, name)!r}; expected one of {', '.join(choices)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the seed, as JSON can hold them."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "seed"}
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+
+
+Settings = TypeVar("Settings", bound=RowSettings)
+
+
+def settings_of(kind: type[Settings], options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
+    """Keywords that are fields of ``kind`` as such settings, and the others, which are those of `RewardScorer`.
+
+    Raises:
+        InputError: a name that neither has, or a wrong value.
+    """
+    own = {each.name for each in fields(kind)}
+    of_scorer = set(inspect.signature(RewardScorer).parameters) - {"model", "tokenizer"}
+    unknown = sorted(set(options) - own - of_scorer)
+    if unknown:
+        raise InputError(
+            f"{unknown[0]}: no setting of this name; expected one of {', '.join(sorted(own | of_scorer))}."
+        )
+    settings = kind(**{name: value for name, value in options.items() if name in own})
+    return settings, {name: value for name, value in options.items() if name not in own}
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One line a row."""
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def parquet(columns: Mapping[str, Any]) -> bytes:
+    """A Parquet file of these columns."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(dict(columns)), buffer)
+    return buffer.getvalue()
+
+
+class Frame:
+    """The steps of an evaluation of one model that do not depend on what is evaluated.
+
+    Args:
+        model: folder, Hub id, loaded model or `RewardScorer`.
+        output: folder for the results, checked before anything else; ``None`` keeps them in memory.
+        tokenizer: see `RewardScorer`.
+        scorer_options: keywords of `RewardScorer`.
+        progress: show progress bars; of several processes only the main one does.
+
+    Attributes:
+        folder: the folder, if any.
+        scorer: the model.
+        writes: whether this process is the one that writes: the main one, where the scorer splits its work.
+        progress: whether this process shows progress.
+    """
+
+    def __init__(self, model: Any, output: str | Path | None, tokenizer: Any, scorer_options: dict, progress: bool):
+        self.folder = None if output is None else check_output_directory(output)
+        self.scorer = as_scorer(model, tokenizer, scorer_options)
+        self.writes = not self.scorer.split_over_processes or is_main_process()
+        self.progress = progress and self.writes
+        self._journals: list[Path] = []
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """`RewardScorer.identity`, computed once."""
+        return self.scorer.identity()
+
+    def described(self, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """The fields of `ModelResult`; settings that are ``None`` were not given. Those of the scorer join them."""
+        settings = {**settings, "max_length": self.scorer.max_length, "dtype": self.identity["dtype"]}
+        return {
+            "model": self.scorer.name,
+            "model_fingerprint": self.identity["model"],
+            "tokenizer_fingerprint": self.identity["tokenizer"],
+            "settings": {name: value for name, value in settings.items() if value is not None},
+            "seed": seed,
+        }
+
+    @contextlib.contextmanager
+    def journal(self, name: str, run: Mapping[str, Any]) -> Iterator[RewardJournal | None]:
+        """A journal in the folder for as long as rewards are computed; ``None`` without a folder.
+
+        It stays after an error, for the next call, until `finish`.
+
+        Args:
+            name: of its file.
+            run: what decides the rewards beside the model.
+
+        Raises:
+            InputError: the file is there and belongs to another model or run.
+        """
+        if self.folder is None:
+            yield None
+            return
+        path = self.folder / name
+        journal = RewardJournal(path, {**self.identity, **run}, self.scorer.split_over_processes)
+        self._journals.append(path)
+        try:
+            yield journal
+        finally:
+            journal.close()
+
+    def finish(self, result: Result, files: Mapping[str, bytes | str] | None = None) -> None:
+        """Write the result where there is a folder and this process writes; its journals are no longer needed."""
+        if self.folder is not None and self.writes:
+            result.save(self.folder, files)
+            for path in self._journals:
+                path.unlink(missing_ok=True)
