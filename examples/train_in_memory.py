@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from inform_rm import RewardTrainer, RewardTrainingArguments, detect, evaluate, export_model
+from inform_rm import DetectionSettings, RewardTrainer, RewardTrainingArguments, detect, evaluate, export_model
 from inform_rm.world.backbone import write_backbone
 from inform_rm.world.worlds import WorldConfig, make_pairs, sample_responses
 
@@ -72,20 +72,21 @@ trainer.train(resume_from_checkpoint=True)
 trainer.save_model(str(folder / "adapters"))
 export_model(str(folder / "adapters"), str(folder / "hub"))
 
-test = folder / "test.jsonl"
-test.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(WorldConfig(), "in_distribution", 64)))
-evaluate(str(folder / "hub"), test, folder / "evaluation", device="cpu", progress=False)
-print("accuracy of the exported model:", json.loads((folder / "evaluation" / "result.json").read_text())["accuracy"])
+test = [
+    {name: row[name] for name in ("prompt", "chosen", "rejected")}
+    for row in make_pairs(WorldConfig(), "in_distribution", 64)
+]
+result = evaluate(str(folder / "hub"), test, folder / "evaluation", device="cpu", progress=False)
+print("accuracy of the exported model:", result.accuracy)
 
 # Do two samples of responses to the same prompts differ in the latents? They are of one policy: they should not.
-prompts = sorted({row["prompt"] for row in make_pairs(WorldConfig(), "in_distribution", 80)})
-for name, seed in (("before", 0), ("after", 1)):
-    rows = [{"prompt": prompt, "response": sample_responses(prompt, 1, seed=seed)[0]} for prompt in prompts]
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-detect(
-    str(folder / "hub"), folder / "before.jsonl", folder / "after.jsonl", folder / "detection", device="cpu",
-    alpha=0.05, num_splits=20, num_resamples=20, progress=False,
-)  # fmt: skip
+prompts = sorted({row["prompt"] for row in test})
+samples = [
+    [{"prompt": prompt, "response": sample_responses(prompt, 1, seed=seed)[0]} for prompt in prompts]
+    for seed in (0, 1)
+]
+settings = DetectionSettings(alpha=0.05, num_splits=20, num_resamples=20)
+detect(str(folder / "hub"), *samples, folder / "detection", settings=settings, device="cpu", progress=False)
 found = json.loads((folder / "detection" / "result.json").read_text())["candidates"][0]
 print(f"outlying responses (MOP): {found['mop']:.3f}")
 print(f"pages: {folder / 'evaluation' / 'result.html'}, {folder / 'detection' / 'result.html'}")

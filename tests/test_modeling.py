@@ -92,13 +92,17 @@ def test_head_samples_the_posterior_in_training_and_takes_its_mean_in_eval(backb
     assert draws.std().item() == pytest.approx(expected_std.item(), rel=0.03)
 
 
-def test_reward_samples_are_decoded_draws_from_seed_0_at_every_position(backbone_configs):
+@pytest.mark.parametrize("shape", [(2, 32), (2, 5, 32)])
+def test_rewards_are_decoded_draws_given_or_from_seed_0(shape, backbone_configs):
     head = InfoRMHead(InfoRMConfig(backbone_configs["llama"], latent_dim=3), 32).eval()
-    rewards, mean, log_variance, std = head(tensors(0, 2, 5, 32), return_latents=True, reward_samples=7)
+    hidden = tensors(0, *shape)
+    rewards, mean, log_variance, std = head(hidden, return_latents=True, reward_samples=7)
     draws = torch.stack([head.decode(mean + log_variance.exp().sqrt() * noise) for noise in tensors(0, 7, 3)])
-    assert rewards.shape == (2, 5, 1)
     torch.testing.assert_close(rewards, draws.mean(dim=0))
     torch.testing.assert_close(std, draws.std(dim=0))
+    noise = tensors(1, *mean.shape)
+    found = head.train()(hidden, latent_noise=noise)
+    torch.testing.assert_close(found, head.decode(mean + log_variance.exp().sqrt() * noise))
 
 
 def test_loss_matches_ten_lines_of_numpy(model):
@@ -394,3 +398,11 @@ def test_fresh_latent_means_are_as_large_as_the_hidden_states_and_log_variances_
     mean, log_variance = model.score.encode(torch.randn(64, 32))
     assert mean.std().item() == pytest.approx(1.0, rel=0.05)
     assert log_variance.std().item() == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_fresh_decoder_starts_almost_linear(backbone_configs):
+    torch.manual_seed(0)
+    config = InfoRMConfig(backbone_configs["llama"], latent_dim=1024)
+    first, _, last = InfoRMForSequenceClassification(config).score.decoder
+    assert first.weight.std().item() * 32 == pytest.approx(0.1, rel=0.01)
+    assert last.weight.std().item() * 32 == pytest.approx(10.0, rel=0.05)

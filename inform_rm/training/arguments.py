@@ -241,6 +241,16 @@ class RewardArguments:
             faults.append("load_best_model_at_end needs eval_steps equal to save_steps")
         return faults + self._against_trainer() + (self._against_streaming() if self.streaming else [])
 
+    def faults_without_adapters(self) -> list[str]:
+        """What needs LoRA, for a run that has none: neither ``lora_r`` nor a ``peft_config``."""
+        if self.lora_r:
+            return []
+        names = ("use_dora", "use_rslora", "load_in_4bit", "load_in_8bit")
+        faults = [f"{name} needs LoRA: set lora_r, 16 for instance" for name in names if getattr(self, name)]
+        if not self.merge_adapters:
+            faults.append("merge_adapters is false, but lora_r is 0: without LoRA there are no adapters")
+        return faults
+
     def _against_trainer(self) -> list[str]:
         """Settings of TrainingArguments that would do nothing here, or harm."""
         values: Any = self

@@ -139,9 +139,8 @@ def _encode(
     bad_rows: list[str] = []
     readings: dict[str, Any] = {}
     for source in sources:
-        reading: dict[str, Any] = {"columns": args.columns, "on_bad_row": args.on_bad_row}
-        loaded = load_preferences(source, **reading)
         name = source if isinstance(source, str) else in_memory(argument)
+        loaded = load_preferences(source, columns=args.columns, on_bad_row=args.on_bad_row)
         log_reading(name, loaded.reading)
         readings[name] = loaded.reading.to_dict()
         bad_rows += [str(row) for row in loaded.bad_rows]

@@ -93,6 +93,8 @@ class RewardTrainer(RewardLoop):
         **kwargs: Any,
     ):
         args = copy.copy(args if args is not None else RewardTrainingArguments())
+        if peft_config is None and (faults := args.faults_without_adapters()):
+            raise InputError("Training settings: " + "; ".join(faults) + ".")
         set_seed(args.seed)
         loaded = None if model is None or isinstance(model, str | Path) else model
         args.model = _name_of(model) if model is not None else args.model

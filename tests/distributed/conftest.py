@@ -35,7 +35,7 @@ FSDP2 = {
 # Says how many forward passes each process made.
 COUNT_PASSES = """
 import atexit, os
-from inform_rm.scoring.scorer import scorer as scoring
+from inform_rm.scoring import scorer as scoring
 passes = [0]
 plain = scoring.RewardScorer._packed_forward
 def counted(self, *arguments):
@@ -125,8 +125,9 @@ class Launcher:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        path = [str(self.folder), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {
-            **os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+            **os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
             "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
         started = []

@@ -131,6 +131,17 @@ def test_batches_keep_the_budget_and_part_no_prompt_that_fits(rows, budget):
                 assert prompts.count(prompt) == sum(tuple(ids[:length]) == prompt for ids, length in rows)
 
 
+def test_items_with_the_most_tokens_come_first():
+    assert packed_batches([[1], [2], [3]], [1, 9, 5], 5) == [[1], [2], [0]]
+
+
+def test_a_model_that_looks_for_padding_is_read_at_the_last_other_token():
+    rows = [[1, 2, 9, 9], [9, 9], [1, 2, 3, 9], [1, 2, 3, 4]]
+    row = pack_sequences(rows, [2, 0, 2, 2], pad_token_id=9)
+    # The shared prompt 1 2, three responses of two tokens; then the row of padding, read at its first token.
+    assert row.pooled_positions.tolist() == [1, 8, 4, 7]
+
+
 def test_a_long_prompt_is_not_computed_for_every_response():
     prompt = list(range(100, 200))
     sequences = [[*prompt, 5, reply] for reply in range(300)]

@@ -21,6 +21,7 @@ from inform_rm.scoring.packing import why_not_packed
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.training.models import add_adapters, load_model
 from inform_rm.training.run import train
+from inform_rm.training.trainer import RewardTrainer
 
 pytest.importorskip("peft", reason="peft is not installed")
 
@@ -450,7 +451,7 @@ def test_eight_bit_optimizer_trains_and_keeps_eight_bit_states(settings, optim, 
 )
 def test_settings_that_contradict_each_other_are_refused(settings, changes, message):
     with pytest.raises(InputError, match=message):
-        dataclasses.replace(settings, **changes)
+        RewardTrainer(args=dataclasses.replace(settings, **changes))
 
 
 def test_what_cannot_be_quantised_is_refused(settings, monkeypatch, tmp_path):
