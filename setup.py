@@ -31,7 +31,6 @@ setup(
         "transformers>=5.23,<5.24",
         "accelerate>=1.15,<1.16",
         "datasets>=5.2,<6",
-        "fsspec>=2025.3",
         "safetensors>=0.8,<0.9",
         "huggingface-hub>=2.4,<3",
         "tokenizers>=0.23,<0.24",

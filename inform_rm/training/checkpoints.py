@@ -151,6 +151,12 @@ def check_resume(
                 "what it has learnt with a new optimizer, train with model: one of its checkpoints (one of "
                 "SHARDED_STATE_DICT needs `accelerate merge-weights` first)."
             )
+        if "contents" not in before:
+            raise InputError(
+                f"output: {output} holds an unfinished run of an earlier version of inform_rm, which did not write "
+                "down all that must be the same. Finish it with that version, name another folder, pass --overwrite "
+                f"true, or go on from what it has learnt with a new optimizer: model: {resume_from}."
+            )
         if changed := _changed(args, before, now):
             raise InputError(
                 f"output: {output} holds an unfinished run with other settings or data ({'; '.join(changed)}). "
@@ -223,6 +229,7 @@ def _recorded_settings(path: Path) -> dict[str, Any]:
 def _with_todays_names(before: dict[str, Any]) -> dict[str, Any]:
     """What an earlier version recorded, as today's would have: other names, and what it set without a setting."""
     if "output" in before:
+        before["data_seed"] = before.get("seed")
         before["adam_beta2"] = COMPENSATED_BETA2 if before.get("optim") == COMPENSATED_OPTIM else 0.999
         if before.get("load_best_model_at_end"):
             before |= {"metric_for_best_model": "eval_accuracy", "greater_is_better": True}

@@ -47,6 +47,10 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
 
     ``output_dir`` gets the trained, Hub-ready model; checkpoints go to its subfolder ``checkpoints``.
 
+    Args:
+        output_dir: see above.
+        args: every other field, by keyword; ``inform-rm train --help`` says what ours mean.
+
     Raises:
         InputError: impossible settings, all of them in one message.
     """
@@ -157,6 +161,8 @@ def arguments_from_mapping(
             accepted[key] = _convert(value, hints[key])
         except ValueError as error:
             faults.append(f"{key}: {error}")
+    if accepted.get("report_to", "none") is None:  # which TrainingArguments takes for a tracker of this name
+        accepted["report_to"] = "none"
     faults += missing_settings(named)
     if "data" in accepted and not accepted["data"]:
         faults.append("data is empty: name at least one file, dataset folder or Hub id")

@@ -51,6 +51,9 @@ class RecordedHub:
     is_private: ClassVar[bool] = True
     failure: ClassVar[Exception | None] = None
 
+    def __init__(self, token=None):
+        pass
+
     def repo_exists(self, repository):
         self.calls.append(("repo_exists", repository))
         return self.holds is not None

@@ -115,15 +115,15 @@ FAULT = """
 import json, os, resource, sys
 from pathlib import Path
 from transformers import AutoModelForSequenceClassification
-from inform_rm.training import trainer
+from inform_rm.training import loop
 from inform_rm.util.checkpoints import complete_checkpoints
 from inform_rm.training.reward_arguments import arguments_from_mapping
 from inform_rm.training.run import train
 
 fault, settings = sys.argv[1], json.loads(sys.argv[2])
-checkpoints = Path(settings["output"]) / "checkpoints"
-filler = Path(settings["output"]) / "filler"
-mark = trainer.mark_complete
+checkpoints = Path(settings["output_dir"]) / "checkpoints"
+filler = Path(settings["output_dir"]) / "filler"
+mark = loop.mark_complete
 
 def mark_then_break(folder):
     mark(folder)
@@ -140,14 +140,14 @@ def mark_then_break(folder):
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
 
-trainer.mark_complete = mark_then_break
+loop.mark_complete = mark_then_break
 config = arguments_from_mapping(settings, "test")
 try:
     train(config)
     sys.exit("nothing failed")
 except OSError as error:
     message = str(error)
-trainer.mark_complete = mark
+loop.mark_complete = mark
 found = [path.name for path in complete_checkpoints(checkpoints)]
 _, loading = AutoModelForSequenceClassification.from_pretrained(checkpoints / found[-1], output_loading_info=True)
 if fault == "full":
@@ -158,7 +158,7 @@ else:
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 result = train(config)
 import hashlib
-weights = hashlib.sha256((Path(settings["output"]) / "model.safetensors").read_bytes()).hexdigest()
+weights = hashlib.sha256((Path(settings["output_dir"]) / "model.safetensors").read_bytes()).hexdigest()
 print(json.dumps({"message": message, "found": found, "missing": sorted(loading["missing_keys"]),
                   "resumed": result["resumed_from_step"], "weights": weights}))
 """

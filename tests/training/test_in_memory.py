@@ -196,7 +196,7 @@ def test_a_checkpoint_of_the_layout_before_goes_on_or_is_refused_by_name(argumen
     cut.train()
     path = tmp_path / "run" / "checkpoints" / "run.json"
     record = json.loads(path.read_text())
-    older = {  # what 66c4684 wrote: other names, and nothing of TrainingArguments that was no setting of its own
+    older = {  # other names, and nothing of TrainingArguments that was no setting of its own
         **{name: value for name, value in record.items() if name not in ("output_dir", "adam_beta2", "loss_type")},
         "output": str(tmp_path / "run"), "objective": "bradley_terry", "group_by_length": False,
     }  # fmt: skip
@@ -205,7 +205,11 @@ def test_a_checkpoint_of_the_layout_before_goes_on_or_is_refused_by_name(argumen
     changed = RewardTrainer(backbone, arguments(max_steps=4, adam_beta1=0.5), train_dataset=ROWS)
     with pytest.raises(InputError, match=r"other settings or data \(adam_beta1: 0.9 -> 0.5\)"):
         changed.train(resume_from_checkpoint=True)
+    path.write_text(json.dumps({name: value for name, value in older.items() if name != "contents"}))  # older still
     resumed = RewardTrainer(backbone, arguments(max_steps=4), train_dataset=ROWS)
+    with pytest.raises(InputError, match="run of an earlier version of inform_rm"):
+        resumed.train(resume_from_checkpoint=True)
+    path.write_text(json.dumps(older))
     resumed.train(resume_from_checkpoint=True)
     assert resumed.resumed_from.name == "checkpoint-2"
 

@@ -117,7 +117,7 @@ def test_gaps_are_those_of_single_forward_passes(settings, seen, tokenizer, weig
 
     model = InfoRMForSequenceClassification.from_pretrained(settings.output_dir)
     model.load_state_dict(call["weights"])
-    dataset = trainer.train_dataset
+    dataset = trainer._pairs
     generator = prioritized.np.random.default_rng([settings.seed, 0, *positions.tolist()])
     prompts = [dataset[int(row)]["prompt"] for row in trainer._prompt_rows]
     others = generator.choice(len(prompts), 3, replace=False)
