@@ -7,7 +7,6 @@ here. On two CPU cores it takes about a minute. The backbone is untrained, so th
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from inform_rm import DetectionSettings, RewardTrainer, RewardTrainingArguments, detect, evaluate, export_model
+from inform_rm import RewardTrainer, RewardTrainingArguments, detect, evaluate, export_model
 from inform_rm.world.backbone import write_backbone
 from inform_rm.world.worlds import WorldConfig, make_pairs, sample_responses
 
@@ -85,8 +84,10 @@ samples = [
     [{"prompt": prompt, "response": sample_responses(prompt, 1, seed=seed)[0]} for prompt in prompts]
     for seed in (0, 1)
 ]
-settings = DetectionSettings(alpha=0.05, num_splits=20, num_resamples=20)
-detect(str(folder / "hub"), *samples, folder / "detection", settings=settings, device="cpu", progress=False)
-found = json.loads((folder / "detection" / "result.json").read_text())["candidates"][0]
-print(f"outlying responses (MOP): {found['mop']:.3f}")
+found = detect(
+    str(folder / "hub"), *samples, folder / "detection", device="cpu", alpha=0.05, num_splits=20, num_resamples=20,
+    progress=False,
+)  # fmt: skip
+print(f"outlying responses (MOP): {found.candidates[0]['mop']:.3f}")
+# In a notebook `result` and `found` show themselves as tables, and their figure() as a plot.
 print(f"pages: {folder / 'evaluation' / 'result.html'}, {folder / 'detection' / 'result.html'}")
