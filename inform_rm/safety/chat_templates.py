@@ -12,7 +12,6 @@ your own (``chat_template``).
 import datetime
 import functools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -27,6 +26,8 @@ from inform_rm.safety import template_trial
 # The longest published chat templates have some 20,000 characters.
 _MOST_TEMPLATE_CHARACTERS = 1 << 20
 _MOST_WAITING_SECONDS = 60  # by the clock, where the machine is busy or knows no limit of processor time
+# Without site: what a sitecustomize or a .pth file imports (coverage, torch) would count as the template's.
+_TRIAL = "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 # Tool descriptions and a system message of the template's own, beside each message's few words.
 _SPARE_CHARACTERS = 1_000_000
 _SPARE_FACTOR = 20
@@ -59,9 +60,8 @@ def check_template(template: str, where: str) -> None:
 def _fault(template: str) -> str | None:
     try:
         tried = subprocess.run(
-            [sys.executable, "-P", template_trial.__file__],
+            [sys.executable, "-I", "-S", "-c", _TRIAL, template_trial.__file__, *filter(None, sys.path)],
             input=json.dumps(template), capture_output=True, text=True, timeout=_MOST_WAITING_SECONDS, check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return template_trial.TOO_MUCH

@@ -1,4 +1,4 @@
-"""The child process in which a chat template is tried, with little time and memory. Run as a script, by its path.
+"""The child process in which a chat template is tried, with little time and memory. Run by its path.
 
 It imports jinja2 and nothing of the package, which takes a tenth of a second. Standard input: the template, as JSON.
 Standard output: `STARTED`, and JSON of what is wrong with the template, or ``null``.

@@ -147,8 +147,8 @@ def choose_batching(model: Any, args: RewardTrainingArguments) -> str:
         reason = "one process drives several GPUs; start it with accelerate launch"
     elif args.neftune_noise_alpha:
         reason = "the noise of neftune_noise_alpha depends on a row's length"
-    elif args.torch_compile:
-        reason = "packed rows do not compile (torch 2.13's inductor fails on a CPU)"
+    elif args.torch_compile and args.device.type == "cpu":
+        reason = "packed rows do not compile on a CPU (torch 2.13's inductor fails)"
     elif model.config.model_type != "inform":
         reason = f"the model is a {type(model).__name__}, whose forward takes no packed rows"
     else:

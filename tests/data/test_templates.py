@@ -359,3 +359,9 @@ def test_scoring_without_a_template_says_once_that_nothing_is_put_between(bare, 
             scorer.score(["a?"], [" Yes."])
     assert sum("nothing is put between prompt and response" in record.message for record in caplog.records) == 1
     assert bare.decode(scorer.encode("a?", " Yes.", "row").input_ids) == "a? Yes.</s>"
+
+
+def test_what_python_imports_at_its_start_does_not_count_as_the_templates(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("held = bytearray(1 << 30)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    check_template("{{ messages[0].content }} once more", "here")
