@@ -28,6 +28,7 @@ from inform_rm.training.data import ARGUMENTS, TrainingPairs, choose_splits, in_
 from inform_rm.training.half_precision import LostUpdates
 from inform_rm.training.interruption import StopOnSignal
 from inform_rm.training.loop import OwnSteps, RewardLoop
+from inform_rm.training.losses import PAIR_LOSSES
 from inform_rm.training.metrics import compute_eval_metrics
 from inform_rm.training.models import (
     add_adapters,
@@ -113,6 +114,9 @@ class RewardTrainer(RewardLoop):
                 raise InputError("load_best_model_at_end needs eval_dataset (or eval_data) to choose by.")
             args.eval_strategy = IntervalStrategy.NO
         whole = load_model(args) if loaded is None else loaded
+        if whole.config.model_type == "inform":  # its own loss, and what it says of itself, are those of this run
+            whole.config.beta, whole.config.loss_type = args.beta, args.loss_type
+            whole.loss_function = PAIR_LOSSES[args.loss_type]
         check_max_length(whole, self.max_length)
         check_vocabulary(tokenizer, whole.config.get_text_config().vocab_size)
         whole.config.pad_token_id = tokenizer.pad_token_id

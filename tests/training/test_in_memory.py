@@ -214,6 +214,22 @@ def test_a_checkpoint_of_the_layout_before_goes_on_or_is_refused_by_name(argumen
     assert resumed.resumed_from.name == "checkpoint-2"
 
 
+def test_loss_type_is_the_loss_of_training_of_evaluation_and_of_the_model_itself(arguments, causal_lm_dir):
+    args = arguments(loss_type="hinge", architecture="standard", logging_steps=1, label_smoothing=0.0)
+    trainer = RewardTrainer(str(causal_lm_dir("llama")), args, train_dataset=ROWS, eval_dataset=ROWS[:4])
+    row = trainer.data_collator(list(trainer.eval_dataset))
+    with torch.no_grad():
+        output = trainer.model.eval()(
+            **{name: row[name] for name in row if name not in ("margin", "ids")}, return_loss=True
+        )
+        chosen, rejected = output.logits.flatten().chunk(2)
+    expected = (1 - (chosen - rejected)).clamp(min=0).mean()
+    torch.testing.assert_close(output.loss, expected)
+    assert trainer.evaluate()["eval_hinge_loss"] == pytest.approx(expected.item(), abs=1e-5)
+    trainer.train()
+    assert trainer.model.config.loss_type == "hinge"
+
+
 def test_push_to_hub_uploads_a_loadable_folder_with_its_card(arguments, causal_lm_dir, monkeypatch, tmp_path):
     pushed = {}
 
