@@ -40,7 +40,6 @@ setup(
         "matplotlib>=3.9,<4",
         "scikit-learn>=1.7,<2",
         "scipy>=1.15,<2",
-        "statsmodels>=0.15,<0.16",
         "PyYAML>=6,<7",
         "tqdm>=4.66,<5",
     ],

@@ -1,10 +1,12 @@
-"""Statistics of pairwise preference that training and evaluation both report."""
+"""Statistics of pairwise preference that training and evaluation both report; numpy only."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from statsmodels.stats.proportion import proportion_confint
+
+_NORMAL_QUANTILE_975 = 1.959963984540054
 
 
 def wilson_interval(num_correct: float, n: int) -> tuple[float, float]:
@@ -24,9 +26,11 @@ def wilson_interval(num_correct: float, n: int) -> tuple[float, float]:
     """
     if n < 1 or not 0 <= num_correct <= n:
         raise ValueError(f"num_correct={num_correct} of n={n}: expected 0 <= num_correct <= n and n >= 1.")
-    low, high = proportion_confint(num_correct, n, method="wilson")
+    share, square = num_correct / n, _NORMAL_QUANTILE_975**2
+    center = (share + square / (2 * n)) / (1 + square / n)
+    half = math.sqrt(share * (1 - share) * square / n + square**2 / (4 * n**2)) / (1 + square / n)
     # The interval holds the share itself; rounding may leave it out by 1e-16 where the share is 0 or 1.
-    return min(float(low), num_correct / n), max(float(high), num_correct / n)
+    return max(0.0, min(center - half, share)), min(1.0, max(center + half, share))
 
 
 def expected_calibration_error(margins: ArrayLike, num_bins: int = 10) -> float:

@@ -497,6 +497,7 @@ def reports(reward_dir, causal_lm_dir, read_all, tmp_path_factory):
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_hostile_folder_is_refused_or_harmless(name, reports):
     expected, report = CASES[name][2], reports[name]

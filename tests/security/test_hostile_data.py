@@ -308,6 +308,7 @@ def reports(read_all, tmp_path_factory):
     shutil.rmtree(base)  # some of these are large
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_hostile_file_is_refused_or_harmless(name, reports):
     expected, report = CASES[name][3], reports[name]

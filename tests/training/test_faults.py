@@ -164,9 +164,8 @@ print(json.dumps({"message": message, "found": found, "missing": sorted(loading[
 """
 
 
-@pytest.mark.parametrize(
-    "fault", ["file too large", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "read-only"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["file too large", "full", "read-only"])
 def test_a_failed_save_leaves_the_last_checkpoint(settings, tmp_path, fault):
     command = [sys.executable, "-c", FAULT, fault]
     cut = dataclasses.replace(settings, output_dir=str(tmp_path / "cut"))
@@ -191,6 +190,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(settings, tmp_path, fault):
     assert found["weights"] == file_digest(tmp_path / "run" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(settings, tmp_path):
     whole = dataclasses.replace(settings, save_steps=100, logging_steps=100)
     train(whole)

@@ -102,7 +102,7 @@ def test_final_weights_equal_a_plain_loop(settings, tokenizer):
         torch.testing.assert_close(trained[name], value, atol=2e-5, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
+@pytest.mark.parametrize("sampling", ["random", pytest.param("group_by_length", marks=pytest.mark.slow)])
 def test_resumed_run_equals_the_uninterrupted_one(settings, sampling, tmp_path, train_and_kill):
     whole = dataclasses.replace(settings, train_sampling_strategy=sampling, max_steps=8, save_steps=3)
     expected = train(whole)

@@ -8,7 +8,6 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq, minimize, minimize_scalar
 from scipy.special import expit
 from scipy.stats import binomtest, chi2
-from statsmodels.stats.multitest import multipletests
 
 from inform_rm.errors import InputError
 from inform_rm.util.intervals import Interval
@@ -109,7 +108,11 @@ def holm_adjusted(p_values: Sequence[float]) -> list[float]:
         >>> holm_adjusted([0.01, 0.04, 0.03])
         [0.03, 0.06, 0.06]
     """
-    return multipletests(p_values, method="holm")[1].tolist()
+    values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    adjusted = np.empty(len(values))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(np.arange(len(values), 0, -1) * values[order]))
+    return adjusted.tolist()
 
 
 @dataclass(frozen=True)
