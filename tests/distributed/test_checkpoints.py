@@ -19,9 +19,9 @@ pytestmark = pytest.mark.distributed
 PATCH = """
 import hashlib, os
 from inform_rm.errors import InputError
-from inform_rm.training import trainer
+from inform_rm.training import loop, trainer
 
-plain_step, plain_trainer_init = trainer.RewardTrainer.training_step, trainer.RewardTrainer.__init__
+plain_step, plain_loop_init = trainer.RewardTrainer.training_step, loop.RewardLoop.__init__
 stopped = []
 
 def step(self, *args):
@@ -31,14 +31,14 @@ def step(self, *args):
         raise InputError(f"stopped {name}")
     return plain_step(self, *args)
 
-def trainer_init(self, **kwargs):
+def loop_init(self, **kwargs):
     digest = hashlib.sha256()
     for name, value in sorted(kwargs["model"].named_parameters()):
         digest.update(name.encode() + value.detach().numpy().tobytes())
     os.write(1, f"WEIGHTS {digest.hexdigest()}\\n".encode())
-    plain_trainer_init(self, **kwargs)
+    plain_loop_init(self, **kwargs)
 
-trainer.RewardTrainer.training_step, trainer.RewardTrainer.__init__ = step, trainer_init
+trainer.RewardTrainer.training_step, loop.RewardLoop.__init__ = step, loop_init
 """
 LOADS = """
 import sys
