@@ -83,6 +83,11 @@ def flex_inputs(inputs: dict[str, Any], windows: Sequence[int | None], device: t
     return {**inputs, **filled, "packed_segments": {window: mask_of(window) for window in windows}}
 
 
+def for_device(inputs: dict[str, Any], config: Any, device: torch.device) -> dict[str, Any]:
+    """A packed row's inputs as they are or, for a GPU, `flex_inputs` for all windows of the model with this config."""
+    return inputs if device.type != "cuda" else flex_inputs(inputs, windows_of(config.get_text_config()), device)
+
+
 def windows_of(config: Any) -> list[int | None]:
     """The sliding windows that occur in a decoder, ``None`` for layers without."""
     window = getattr(config, "sliding_window", None)

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from inform_rm.scoring.packed_flex import flex_inputs, flex_packed_attention, windows_of
+from inform_rm.scoring.packed_flex import flex_packed_attention, for_device
 
 ATTENTION_NAME = "inform_rm_packed"
 # Keywords of an attention call that do not change what a token sees. Any other one (soft caps, sinks, position biases)
@@ -291,9 +291,7 @@ def packed_inputs(model: Any, row: PackedRow) -> dict[str, Any]:
         "position_ids": row.position_ids.to(device),
         "packed_segments": row.segments,
     }
-    if device.type == "cuda":
-        inputs = flex_inputs(inputs, windows_of(model.config.get_text_config()), device)
-    return inputs
+    return for_device(inputs, model.config, device)
 
 
 def packed_rewards(model: Any, row: PackedRow, reward_samples: int | None = None) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from inform_rm.hub.export import add_remote_code
 from inform_rm.scoring.adapters import complete_adapter_folder, holds_adapters
-from inform_rm.scoring.packed_flex import flex_inputs, windows_of
+from inform_rm.scoring.packed_flex import for_device
 from inform_rm.training.checkpoints import discard, discard_beyond, reading_checkpoint
 from inform_rm.training.collators import EpochSeededLengthSampler, counted_pairs
 from inform_rm.training.losses import PAIR_LOSSES, kl_weight, reward_model_loss
@@ -263,9 +263,8 @@ class RewardLoop(Trainer):
 
     def _rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Any]:
         given = {name: value for name, value in inputs.items() if name not in _NOT_FOR_MODEL}
-        if "packed_segments" in given and self.args.device.type == "cuda":
-            config: Any = self.accelerator.unwrap_model(self.model).config
-            given = flex_inputs(given, windows_of(config.get_text_config()), self.args.device)
+        if "packed_segments" in given:
+            given = for_device(given, self.accelerator.unwrap_model(self.model).config, self.args.device)
         output = model(**given)
         chosen, rejected = output.logits.float().flatten().chunk(2)
         kl = getattr(output, "kl", None)

@@ -126,7 +126,6 @@ def load_model(args: RewardTrainingArguments) -> PreTrainedModel:
         raise
     except Exception as error:  # transformers, safetensors and the Hub raise many types for a bad checkpoint
         raise InputError(f"model: {args.model} cannot be loaded as a backbone: {error}") from error
-    model.config.beta, model.config.loss_type = args.beta, args.loss_type
     if is_quantized(args):
         _prepare_quantized(model)
     return model
