@@ -159,7 +159,7 @@ def _add_endpoints(
         """OpenRLHF's remote reward: whole texts, tokenised as they stand."""
         texts = request.query
         result = await scored(len(texts), lambda: encode_texts(scorer, texts, add_special_tokens=False))
-        return wire.RemoteRewardResponse(rewards=result.rewards)
+        return wire.RemoteRewardResponse(rewards=result.rewards, scores=result.rewards)
 
     @app.post("/classify", **every)
     async def classify(request: wire.ClassifyRequest) -> wire.ClassifyResponse:
