@@ -25,8 +25,8 @@ class Gate:
 
     Args:
         app: the application.
-        token: bearer token that every path but ``/health`` asks for; ``None`` asks for none. The password of HTTP Basic
-            stands for it, too: OpenRLHF's client sends no header but what ``http://any:TOKEN@host`` makes of itself.
+        token: bearer token that every path but ``/health`` asks for; ``None`` asks for none. It may also come as
+            the password of HTTP Basic: OpenRLHF's client sends no header but what ``http://any:TOKEN@host`` makes.
         max_body_bytes: of one request, counted while it arrives, whatever its headers say. All requests that are under
             way may hold eight times as much.
         observe: called after each request with its path, status and seconds.
