@@ -16,11 +16,16 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCardData
 from torch import Tensor, nn
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from inform_rm.data.encoding import encode
 from inform_rm.errors import InputError
 from inform_rm.hub.cards import TAGS, card_text
+from inform_rm.hub.engine_inputs import EngineInput, compare_engine_inputs, drop_bos_token, reads_the_same
 from inform_rm.scoring.reward_models import fingerprint_model
 from inform_rm.util.files import atomic_write_text, write_json
 from inform_rm.util.page import fill_markdown
@@ -56,12 +61,17 @@ class FoldedModel:
         largest_difference: between ``folded + reward_offset`` and the original reward on a few random rows, computed
             with both before anything was written.
         added_pad_token: the token that was added because the tokenizer's own pad token may end a row, or ``None``.
+        dropped_bos_token: the BOS token that the tokenizer no longer names, because verl would take it away, or
+            ``None``.
+        engine_inputs: which engines feed the tokens that the model was trained on.
     """
 
     class_name: str
     reward_offset: float
     largest_difference: float
     added_pad_token: str | None
+    dropped_bos_token: str | None
+    engine_inputs: list[EngineInput]
 
 
 def fold_head(model: Any) -> FoldedHead:
@@ -101,7 +111,8 @@ def write_folded_model(model: Any, tokenizer: Any, folder: str | Path, *, source
 
     Raises:
         InputError: if the model cannot be folded: its decoder is not linear, it is quantized, transformers has no
-            classifier for its backbone or one of another form, or the classifier gives other rewards.
+            classifier for its backbone or one of another form, the classifier gives other rewards, or the tokenizer
+            is no longer the same once it is saved.
     """
     folder = Path(folder)
     _refuse_quantized(model)
@@ -111,10 +122,9 @@ def write_folded_model(model: Any, tokenizer: Any, folder: str | Path, *, source
     classifier = _classifier(model, head, tokenizer.pad_token_id)
     difference = _largest_difference(model, classifier, head.offset)
     classifier.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     _add_rope_settings_of_transformers_4(folder / "config.json")
-    _leave_out_token_types(folder / "tokenizer_config.json")
-    written = FoldedModel(type(classifier).__name__, head.offset, difference, added)
+    dropped, inputs = _save_tokenizer(tokenizer, folder)
+    written = FoldedModel(type(classifier).__name__, head.offset, difference, added, dropped, inputs)
     atomic_write_text(folder / "README.md", _card(written, model.config, fingerprint, source))
     return written
 
@@ -230,6 +240,30 @@ def _add_rope_settings_of_transformers_4(path: Path) -> None:
     write_json(path, config)
 
 
+def _save_tokenizer(tokenizer: Any, folder: Path) -> tuple[str | None, list[EngineInput]]:
+    """Write the tokenizer so that as many engines as can be feed the model's own tokens, and say which do not."""
+    mended, dropped = drop_bos_token(tokenizer)
+    mended.save_pretrained(folder)
+    _leave_out_token_types(folder / "tokenizer_config.json")
+    loaded = AutoTokenizer.from_pretrained(folder)
+    if not reads_the_same(tokenizer, loaded):
+        raise InputError(
+            "folded: the tokenizer makes other tokens of a conversation once it is saved and loaded again, so every "
+            "engine would give rewards of other text. Save the model with a tokenizer of one tokenizer.json."
+        )
+    if dropped is not None:
+        logger.warning(
+            "folded: the saved tokenizer names no bos_token: verl would take %r away from the front of each text, and "
+            "nothing would bring it back.",
+            dropped,
+        )
+    inputs = compare_engine_inputs(loaded)
+    wrong = [f"{item.way} {item.difference}. {item.remedy}" for item in inputs if item.is_wrong]
+    if wrong:
+        logger.warning("folded: not fed what the model was trained on: %s", " ".join(wrong))
+    return dropped, inputs
+
+
 def _leave_out_token_types(path: Path) -> None:
     """Keep transformers 4 from handing token types to the model: most refuse them, and GPT-2 adds embeddings."""
     settings = json.loads(path.read_text(encoding="utf-8"))
@@ -253,5 +287,7 @@ def _card(written: FoldedModel, config: Any, fingerprint: str, source: str | Non
         offset=written.reward_offset,
         largest_difference=f"{written.largest_difference:.1e}",
         added_pad_token=written.added_pad_token,
+        dropped_bos_token=written.dropped_bos_token,
+        engine_inputs=written.engine_inputs,
     )
     return card_text(metadata, body)
