@@ -2,9 +2,9 @@
 
     python folded_models.py FOLDER [FAMILY ...]     FOLDER/FAMILY/folded and FOLDER/FAMILY/cases.json of each family
 
-Not a pytest file: the engine lives in an environment of its own, where `vllm_rewards.py` is the second half. Each model
-has random weights and a tokenizer of few words. One, `smollm2`, has the real tokenizer and weights of the folder that
-``INFORM_RM_SHARED`` names, and is left out where there is none.
+Not a pytest file: the engine lives in an environment of its own, where `vllm_rewards.py` is the second half. Each
+model has random weights and a tokenizer of few words. One, `smollm2`, has the real tokenizer and weights of the folder
+that ``INFORM_RM_SHARED`` names, and is left out where there is none.
 """
 
 import json
