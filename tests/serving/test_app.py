@@ -115,6 +115,25 @@ def test_openrlhf_text_is_the_rendered_conversation_and_gets_its_reward(client, 
     assert client.post("/get_reward", json={"query": []}).json()["rewards"] == []
 
 
+@pytest.mark.parametrize(
+    ("end", "fault"),
+    [("</s>\\n", r"writes '\n' after the end token"), ("", "ends a reply without the end token"), ("</s>", None)],
+)
+def test_openrlhf_is_told_once_that_its_texts_end_elsewhere(
+    scorer, tokenizer, make_app, caplog, monkeypatch, end, fault
+):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("</s>", end)
+    monkeypatch.setattr(scorer, "tokenizer", other)
+    client = TestClient(make_app(scorer))
+    assert client.post("/score", json={"rows": [row("a", "b")]}).status_code == 200
+    assert "/get_reward" not in caplog.text
+    for _ in range(2):
+        assert client.post("/get_reward", json={"query": ["a"]}).status_code == 200
+    assert caplog.text.count("/get_reward: this model's chat template") == (fault is not None)
+    assert fault is None or fault in caplog.text
+
+
 def test_classify_takes_texts_ids_and_messages(client, scorer, tokenizer):
     texts = ["an apple", "the sea is blue"]
     ids = [tokenizer(text)["input_ids"] for text in texts]
