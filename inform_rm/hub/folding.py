@@ -25,11 +25,11 @@ from transformers import (
 from inform_rm.data.encoding import encode
 from inform_rm.errors import InputError
 from inform_rm.hub.cards import TAGS, card_text
-from inform_rm.hub.engine_advice import pooler_config
+from inform_rm.hub.engine_advice import vllm_command
 from inform_rm.hub.engine_inputs import EngineInput, compare_engine_inputs, drop_bos_token, reads_the_same
 from inform_rm.scoring.reward_models import fingerprint_model
 from inform_rm.util.files import atomic_write_text, write_json
-from inform_rm.util.page import fill_markdown
+from inform_rm.util.page import Markdown, fill_markdown
 
 logger = logging.getLogger(__name__)
 
@@ -290,6 +290,6 @@ def _card(written: FoldedModel, config: Any, fingerprint: str, source: str | Non
         added_pad_token=written.added_pad_token,
         dropped_bos_token=written.dropped_bos_token,
         engine_inputs=written.engine_inputs,
-        pooler_config=pooler_config(written.reward_offset),
+        vllm_command=Markdown(vllm_command("NAME", written.class_name, written.reward_offset)),
     )
     return card_text(metadata, body)
