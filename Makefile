@@ -2,7 +2,7 @@
 # make test   the fast tests      make test-slow   the slow and the distributed ones      make lint   ruff, mypy
 # make fuzz   other random input for the readers in each run; the tests take the same in every run
 # make mutants   mutation tests of the formulas: which changes to them no test sees (an hour on two cores)
-# make test-engines   vLLM serves folded models: are its rewards ours? (half an hour and 3.5 GB; its own environment)
+# make test-engines   vLLM serves folded models: are its rewards ours? (half an hour, 3.5 GB; an environment of its own)
 # Each installs the pinned versions into .venv first where they are not there yet.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 ENGINES ?= .venv-engines
-ENGINE_MODELS ?= .venv-engines/models
+ENGINE_MODELS ?= $(ENGINES)/models
 ENGINE_FAMILIES ?=
 DEMO_OUTPUT ?= demo-output
 WORKERS ?= 2
