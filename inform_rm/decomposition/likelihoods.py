@@ -67,11 +67,10 @@ class ResponseLikelihood:
         self.max_length = checked_max_length(model, None)
         self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(model)
         self.tokens_computed = 0
-        self.is_packed = True
         reason = self._why_not_packed()
+        self.is_packed = reason is None
         if reason is not None:
             logger.warning("Likelihoods are computed one response at a time: %s.", reason)
-            self.is_packed = False
 
     def identity(self) -> dict[str, Any]:
         """What decides a likelihood, as text that is equal on every machine."""
@@ -91,20 +90,15 @@ class ResponseLikelihood:
                 raise InputError(
                     f"likelihood model: no token id {max(ids)} among its {largest}. Use its own tokenizer."
                 )
+        batches = [[row] for row in range(len(sequences))]
         if self.is_packed:
-            batches = iter(packed_batches(*split_at(sequences, prompt_lengths), self.tokens_per_batch))
-        else:
-            batches = iter([row] for row in range(len(sequences)))
+            batches = packed_batches(*split_at(sequences, prompt_lengths), self.tokens_per_batch)
+
+        def compute(rows: list[int]) -> tuple[Tensor, int]:
+            return self._log_likelihoods([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
+
         with eval_mode_of(self.model):
-
-            def compute(rows: list[int]) -> tuple[Tensor, int]:
-                before = self.tokens_computed
-                part = [sequences[row] for row in rows]
-                values = self._log_likelihoods(part, [prompt_lengths[row] for row in rows])
-                tokens, self.tokens_computed = self.tokens_computed - before, before
-                return values, tokens
-
-            turns = computed_in_turn(list(batches), compute) if self.split_over_processes else (
+            turns = computed_in_turn(batches, compute) if self.split_over_processes else (
                 (rows, compute(rows)) for rows in batches
             )  # fmt: skip
             for rows, (values, tokens) in turns:
@@ -114,13 +108,15 @@ class ResponseLikelihood:
                 yield rows, values, None
 
     @torch.no_grad()
-    def _log_likelihoods(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> Tensor:
+    def _log_likelihoods(
+        self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
+    ) -> tuple[Tensor, int]:
+        """``(N,)`` log-likelihoods of rows in one pass, and the tokens of that pass."""
         row = pack_sequences(sequences, prompt_lengths)
-        self.tokens_computed += row.input_ids.numel()
-        places = _places_of_sequences(sequences, prompt_lengths, row)
         predictors: list[int] = []
         targets: list[int] = []
         numbers = []
+        places = _places_of_sequences(sequences, prompt_lengths, row)
         for ids, prompt_length, at in zip(sequences, prompt_lengths, places, strict=True):
             first = max(prompt_length, 1)  # nothing comes before a first token that could predict it
             predictors += at[first - 1 : len(ids) - 1]
@@ -128,20 +124,16 @@ class ResponseLikelihood:
             numbers.append(len(ids) - first)
         logs = self._log_probabilities(row, torch.tensor(predictors), torch.tensor(targets))
         sums = torch.stack([part.sum() for part in logs.split(numbers)])
-        return sums / torch.tensor(numbers).clamp(min=1) if self.length_normalized else sums
+        values = sums / torch.tensor(numbers).clamp(min=1) if self.length_normalized else sums
+        return values, row.input_ids.numel()
 
     def _log_probabilities(self, row: PackedRow, predictors: Tensor, targets: Tensor) -> Tensor:
         """``(N,)`` float32 on the CPU: log-probability of each target after the token at its predictor's place."""
         device = self.model.get_input_embeddings().weight.device
         predictors, targets = predictors.long().to(device), targets.long().to(device)
         if not self.is_packed:  # one sequence
-            logs = (
-                self.model(input_ids=row.input_ids.to(device), use_cache=False)
-                .logits[0, predictors]
-                .float()
-                .log_softmax(dim=-1)
-            )
-            return logs.gather(1, targets[:, None])[:, 0].cpu()
+            logits = self.model(input_ids=row.input_ids.to(device), use_cache=False).logits[0, predictors]
+            return logits.float().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0].cpu()
         with packed_attention_of(self.model):
             hidden = getattr(self.model, self.model.base_model_prefix)(
                 **packed_inputs(self.model, row), use_cache=False
@@ -154,26 +146,24 @@ class ResponseLikelihood:
         return torch.cat(found)
 
     def _why_not_packed(self) -> str | None:
+        """Why packed rows do not give the model's own likelihoods, tried on a few random tokens; else ``None``."""
         vocabulary = min(self.model.get_input_embeddings().weight.shape[0], 1000)
-        drawn = torch.randint(vocabulary, (20,), generator=torch.Generator().manual_seed(0)).tolist()
-        sequences = [drawn[:7] + drawn[7:10], drawn[:7] + drawn[10:18]]
+        drawn = torch.randint(vocabulary, (18,), generator=torch.Generator().manual_seed(0)).tolist()
+        sequences = [drawn[:10], drawn[:7] + drawn[10:]]
         try:
-            with torch.no_grad(), eval_mode_of(self.model):
-                together = self._log_likelihoods(sequences, [7, 7])
-                device = self.model.get_input_embeddings().weight.device
-                alone = []
-                for ids in sequences:
-                    logits = self.model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu()
-                    logs = logits.log_softmax(dim=-1)[torch.arange(6, len(ids) - 1), ids[7:]]
-                    alone.append(logs.mean() if self.length_normalized else logs.sum())
-            difference = (together - torch.stack(alone)).abs().max()
+            with eval_mode_of(self.model):
+                self.is_packed = True
+                together, _ = self._log_likelihoods(sequences, [7, 7])
+                self.is_packed = False
+                alone = torch.cat([self._log_likelihoods([ids], [7])[0] for ids in sequences])
+            difference = (together - alone).abs().max()
             tolerance = 1e-4 if self.model.dtype == torch.float32 else 0.5
-            if not difference <= tolerance * max(1.0, float(torch.stack(alone).abs().max())):
+            if not difference <= tolerance * max(1.0, float(alone.abs().max())):
                 return f"packed likelihoods differ by {difference:.2g}"
         except Exception as error:  # whatever a foreign model raises, it can still be run plainly
             return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         finally:
-            self.tokens_computed = 0
+            self.is_packed = False
         return None
 
 
