@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from inform_rm.data.encoding import encode_groups, not_encodable, skippable
+from inform_rm.data.encoding import (
+    Encoded,
+    TokenPair,
+    encode_groups,
+    fit_pair,
+    not_encodable,
+    removable_prompt_tokens,
+    skippable,
+)
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.data.sources import Sources
@@ -20,9 +28,9 @@ from inform_rm.eval.frame import Frame, ModelResult, RowSettings, json_lines, se
 from inform_rm.eval.sources import add_bad_rows, warn_of_left_out
 from inform_rm.eval.suites import report
 from inform_rm.eval.suites.items import MOST_REASONS, SuiteItem, load_suite_items
-from inform_rm.eval.suites.scores import TIES, ScoredItem
-from inform_rm.eval.suites.summary import item_credits, summarize_suite
-from inform_rm.eval.suites.tables import Suite, suite_named
+from inform_rm.eval.suites.scores import TIES, ScoredItem, item_credit
+from inform_rm.eval.suites.summary import summarize_suite
+from inform_rm.eval.suites.tables import suite_named
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import shortest_float
 from inform_rm.util.page import Page, Table, figure_png
@@ -144,23 +152,34 @@ def evaluate_suite(
         raise InputError(
             f"ties: {settings.ties!r} is an option of rewardbench; {suite} counts a tie as wrong. Leave it out."
         )
-    loaded = load_suite_items(table, data, revision=settings.data_revision, on_bad_row=settings.on_bad_row)
+    items, sources = load_suite_items(table, data, revision=settings.data_revision, on_bad_row=settings.on_bad_row)
     frame = Frame(model, output, tokenizer, scorer_options, progress)
-    encoded, counts, bad_rows = encode_items(loaded.items, frame.scorer, settings.overlong, settings.on_bad_row)
-    ends = np.cumsum([source["items"] for source in loaded.sources])
+    encoded, counts, bad_rows = encode_items(items, frame.scorer, settings.overlong, settings.on_bad_row)
+    ends = np.cumsum([source["items"] for source in sources])
     for place, bad in bad_rows:
-        add_bad_rows(loaded.sources[int(np.searchsorted(ends, place, side="right"))], [bad], MOST_REASONS)
-    dropped = Counter(item.subset for item in loaded.items) - Counter(each.item.subset for each in encoded)
-    for record in (*loaded.sources, {"source": suite, **counts}):
+        add_bad_rows(sources[int(np.searchsorted(ends, place, side="right"))], [bad], MOST_REASONS)
+    dropped = Counter(item.subset for item in items) - Counter(each.item.subset for each in encoded)
+    for record in (*sources, {"source": suite, **counts}):
         warn_of_left_out(record)
 
-    described, run = frame.described_with(settings, loaded.sources, suite=suite)
+    described, run = frame.described_with(settings, sources, suite=suite)
     # Rewards depend neither on ties nor on the seed of the bootstrap.
     run["settings"] = {name: value for name, value in run["settings"].items() if name != "ties"}
     del run["seed"]
     scored = _score(frame, encoded, run)
     figures = summarize_suite(table, scored, settings.ties, settings.seed, dropped)
-    rows = _rows(table, settings.ties, encoded, scored)
+    rows = [
+        {
+            "id": item.id,
+            "subset": item.subset,
+            "section": table.section_of(item.subset),
+            "rewards": list(item.rewards),
+            "num_correct": item.num_correct,
+            "characters": [len(text) for text in each.item.candidates],
+            "credit": item_credit(item, table.subsets[item.subset].credit, settings.ties),
+        }
+        for each, item in zip(encoded, scored, strict=True)
+    ]
     result = SuiteResult(**described, title=table.title, citation=table.citation, counts=counts, **figures, rows=rows)
     frame.finish(result, {"items.jsonl": json_lines(rows)})
     return result
@@ -185,7 +204,7 @@ class EncodedItem:
 
 
 def encode_items(
-    items: Sequence[SuiteItem], scorer: RewardScorer, overlong: str, on_bad_row: str = "error"
+    items: Sequence[SuiteItem], scorer: RewardScorer, overlong: str, on_bad_row: str
 ) -> tuple[list[EncodedItem], dict[str, int], list[tuple[int, BadRow]]]:
     """Token ids of all candidates, the counts that `evaluate_suite` reports, and bad rows with their items' places.
 
@@ -195,75 +214,64 @@ def encode_items(
         InputError: no item is left.
     """
     encoded: list[EncodedItem] = []
-    counts = {"items": len(items), "overlong": 0, "dropped": 0, "truncated": 0, "evaluated": 0, "indistinguishable": 0}
+    counts = Counter(items=len(items), overlong=0, dropped=0, truncated=0, evaluated=0, indistinguishable=0)
     losses: list[str | None] = []
     bad_rows: list[tuple[int, BadRow]] = []
-
-    def leave_out(place: int, bad: BadRow) -> None:
-        if on_bad_row == "error":
-            raise skippable(bad)
-        bad_rows.append((place, bad))
-
     for start in range(0, len(items), _ENCODED_AT_ONCE):
         group = items[start : start + _ENCODED_AT_ONCE]
         groups = encode_groups(scorer.tokenizer, [x.prompt for x in group], [x.candidates for x in group])
         for place, rows in enumerate(groups, start):
             item = items[place]
-            if isinstance(rows, InputError):
-                leave_out(place, not_encodable(item.file, item.row, rows))
+            try:
+                if isinstance(rows, InputError):
+                    raise not_encodable(item.file, item.row, rows)
+                found = _encoded_item(item, rows, scorer, overlong, counts)
+            except BadRow as bad:
+                if on_bad_row == "error":
+                    raise skippable(bad) from None
+                bad_rows.append((place, bad))
                 continue
-            sequences = [row.input_ids for row in rows]
-            prompt_length = min(len(row.prompt_ids) for row in rows)
-            excess = 0 if scorer.max_length is None else max(map(len, sequences)) - scorer.max_length
-            if excess > 0:
-                counts["overlong"] += 1
-                if overlong == "drop":
-                    counts["dropped"] += 1
-                    continue
-                try:
-                    sequences = _fitted(item, sequences, prompt_length, excess, overlong, scorer)
-                except BadRow as bad:
-                    leave_out(place, bad)
-                    continue
-                prompt_length -= excess
-                counts["truncated"] += 1
-            what = next((row.lost for row in rows if row.lost is not None), None)
-            losses.append(what and f"{item.file}, row {item.row}: {what}")
-            different: dict[tuple[int, ...], int] = {}
-            places = [different.setdefault(tuple(ids), len(different)) for ids in sequences]
-            shared = set(places[: item.num_correct]) & set(places[item.num_correct :])
-            counts["indistinguishable"] += bool(shared)
-            encoded.append(EncodedItem(item, [array("i", ids) for ids in different], places, prompt_length))
-    counts["evaluated"] = len(encoded)
+            if found is not None:
+                encoded.append(found)
+                what = next((row.lost for row in rows if row.lost is not None), None)
+                losses.append(what and f"{item.file}, row {item.row}: {what}")
     lost = partly_rendered(losses)
-    counts["partly_rendered"] = lost["n"]
     warn_of_loss(lost, len(encoded), "items")
     if not encoded and bad_rows:
         shown = "; ".join(str(bad) for _, bad in bad_rows[:3])
         raise InputError(f"data: none of the {len(items)} items can be used, {len(bad_rows)} are bad rows. {shown}")
     if not encoded:
         raise InputError(f"max_length: {scorer.max_length} leaves none of the {len(items)} items. Raise it.")
-    return encoded, counts, bad_rows
+    return encoded, {**counts, "evaluated": len(encoded), "partly_rendered": lost["n"]}, bad_rows
 
 
-def _fitted(
-    item: SuiteItem, sequences: list[list[int]], prompt_length: int, excess: int, overlong: str, scorer: RewardScorer
-) -> list[list[int]]:
-    """The sequences with ``excess`` prompt tokens fewer, the same ones of each; a BOS token stays."""
-    length = max(map(len, sequences))
-    if overlong == "error":
-        reason = (
-            f"{length} tokens, over max_length {scorer.max_length}. Raise max_length, or choose overlong='drop' or "
-        )
-        raise BadRow(item.file, item.row, reason + "'truncate_prompt'.", "overlong")
-    keep = int(prompt_length > 0 and sequences[0][0] == scorer.tokenizer.bos_token_id)
-    if excess > prompt_length - keep:
-        reason = (
-            f"its longest candidate alone takes {length - prompt_length + keep} of max_length {scorer.max_length} "
-            "tokens, and candidates are never cut. Raise max_length, or choose overlong='drop'."
-        )
-        raise BadRow(item.file, item.row, reason, "overlong")
-    return [ids[:keep] + ids[keep + excess :] for ids in sequences]
+def _encoded_item(
+    item: SuiteItem, rows: Sequence[Encoded], scorer: RewardScorer, overlong: str, counts: Counter[str]
+) -> EncodedItem | None:
+    """The item within the scorer's length, ``None`` if it is dropped; what was done is counted.
+
+    Raises:
+        BadRow: too long, as the policy does not allow.
+    """
+    sequences = [row.input_ids for row in rows]
+    prompt_length = min(len(row.prompt_ids) for row in rows)
+    longest = max(sequences, key=len)
+    if scorer.max_length is not None and len(longest) > scorer.max_length:
+        counts["overlong"] += 1
+        if overlong == "drop":
+            counts["dropped"] += 1
+            return None
+        # What the longest candidate needs is taken from the left of the prompt of all, after a BOS token.
+        pair = TokenPair(longest, longest, prompt_length)
+        bos = scorer.tokenizer.bos_token_id
+        prompt_length = fit_pair(pair, scorer.max_length, overlong, bos, item.file, item.row).prompt_length
+        keep, excess = removable_prompt_tokens(pair, bos)[0], len(longest) - scorer.max_length
+        sequences = [ids[:keep] + ids[keep + excess :] for ids in sequences]
+        counts["truncated"] += 1
+    different: dict[tuple[int, ...], int] = {}
+    places = [different.setdefault(tuple(ids), len(different)) for ids in sequences]
+    counts["indistinguishable"] += not set(places[: item.num_correct]).isdisjoint(places[item.num_correct :])
+    return EncodedItem(item, [array("i", ids) for ids in different], places, prompt_length)
 
 
 def _score(frame: Frame, encoded: list[EncodedItem], run: dict[str, Any]) -> list[ScoredItem]:
@@ -288,18 +296,3 @@ def _score(frame: Frame, encoded: list[EncodedItem], run: dict[str, Any]) -> lis
         own = tuple(values[place] for place in each.places)
         scored.append(ScoredItem(each.item.id, each.item.subset, own, each.item.num_correct))
     return scored
-
-
-def _rows(table: Suite, ties: str, encoded: list[EncodedItem], scored: list[ScoredItem]) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": item.id,
-            "subset": item.subset,
-            "section": table.section_of(item.subset),
-            "rewards": list(item.rewards),
-            "num_correct": item.num_correct,
-            "characters": [len(text) for text in each.item.candidates],
-            "credit": credit,
-        }
-        for each, item, credit in zip(encoded, scored, item_credits(table, scored, ties), strict=True)
-    ]

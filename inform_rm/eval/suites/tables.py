@@ -1,11 +1,12 @@
 """The benchmark suites that people quote, as tables: sections, subsets, published counts, weights, sources.
 
-How credits become scores is in `suite_scores`, how rows become items in `suite_items`. A subset's ``items`` is the
-number that the source publishes; with another number of items a section has no score. The sources were read in
-November 2026; only facts were taken from them.
+How credits become scores is in `scores`, how rows become items in `items`. A subset's ``items`` is the number
+that the source publishes; with another number of items a section has no score. The sources were read in November 2026;
+only facts were taken from them.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from inform_rm.errors import InputError
 
@@ -18,7 +19,7 @@ class Subset:
         name: as the source calls it.
         items: how many the source publishes; ``None`` where it gives no number.
         weight: share in its section, relative to the others; by default ``items``.
-        credit: how one item is marked; a name that `suite_scores.item_credit` knows.
+        credit: how one item is marked; a name that `scores.item_credit` knows.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Section:
 
 @dataclass(frozen=True)
 class HubSource:
-    """Where a suite lies on the Hub: ``subset`` names that of every row, ``half`` what the rows do not say."""
+    """Where a suite lies on the Hub; ``subset`` is that of every row, where the rows do not say it."""
 
     hub_id: str
     split: str
@@ -72,7 +73,7 @@ class Suite:
         citation: paper and repository of data and aggregation.
         rule: the aggregation in one or two sentences, for the report.
         sections: their weights make the score.
-        layouts: the row layouts that it takes, as `suite_items` calls them.
+        layouts: the row layouts that it takes, as `items` calls them.
         hub: its data sets; empty where only files can be given.
         aliases: other names of its subsets, in local files and folders.
     """
@@ -86,10 +87,15 @@ class Suite:
     hub: tuple[HubSource, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
 
-    @property
+    @cached_property
     def subsets(self) -> dict[str, Subset]:
         """All its subsets by name."""
         return {subset.name: subset for section in self.sections for subset in section.subsets}
+
+    @cached_property
+    def subset_names(self) -> dict[str, str]:
+        """What a subset may be called in data, in small letters, to its name."""
+        return {alias.lower(): name for alias, name in (*((name, name) for name in self.subsets), *self.aliases)}
 
     def section_of(self, subset: str) -> str:
         """The name of the section that a subset belongs to."""
@@ -162,6 +168,7 @@ _RM_BENCH = Suite(
     ),
     layouts=("styles",),
     hub=(HubSource("THU-KEG/RM-Bench", "train"),),
+    aliases=tuple((f"{name}_filtered", name) for name in ("chat", "math", "code", "safety-refuse", "safety-response")),
 )  # fmt: skip
 
 _JUDGEBENCH = Suite(
@@ -176,7 +183,7 @@ _JUDGEBENCH = Suite(
         Section("Claude 3.5 Sonnet", tuple(Subset(f"claude/{name}", items) for name, items in (
             ("knowledge", 154), ("reasoning", 51), ("math", 34), ("coding", 31))), weight=0),
     ),
-    layouts=("judge", "pair"),
+    layouts=("judge", "judge pair"),
     hub=(HubSource("ScalerLab/JudgeBench", "gpt"), HubSource("ScalerLab/JudgeBench", "claude")),
 )  # fmt: skip
 

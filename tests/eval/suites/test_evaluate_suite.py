@@ -215,7 +215,7 @@ def test_overlong_items_follow_the_policy(model, tokenizer, tmp_path):
             with torch.no_grad():
                 expected = model(input_ids=torch.tensor([ids[excess:]])).logits.item()
             assert reward == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(InputError, match=r"its longest candidate alone takes \d+ of max_length 3 tokens"):
+    with pytest.raises(InputError, match=r"its longer response alone takes \d+ of max_length 3 tokens"):
         run("truncate_prompt", max_length=3)
     with pytest.raises(InputError, match="max_length: 3 leaves none of the 3 items"):
         run("drop", max_length=3)
