@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from inform_rm.data.sources import Sources
 from inform_rm.eval import report
 from inform_rm.eval.accuracy import pairwise_accuracy
-from inform_rm.eval.frame import Frame, ModelResult, json_lines, settings_of, unwritten
+from inform_rm.eval.frame import Frame, ModelResult, json_lines, progress_bars, settings_of, unwritten
 from inform_rm.eval.sources import PairSettings, load_sources, warn_of_left_out
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import shortest_float
@@ -104,12 +104,13 @@ def evaluate(
     settings, scorer_options = settings_of(PairSettings, options)
     frame = Frame(model, output, tokenizer, scorer_options, progress)
     parts, records = [], []
-    for source in load_sources(data, settings):
-        encoded = source.encode(frame.scorer, settings)
-        counts = {name: encoded.counts[name] for name in _COUNTS}
-        records.append({**source.record, **counts, "evaluated": len(encoded.dataset)})
-        warn_of_left_out(records[-1])
-        parts.append(encoded.dataset)
+    with progress_bars(frame.progress):
+        for source in load_sources(data, settings):
+            encoded = source.encode(frame.scorer, settings)
+            counts = {name: encoded.counts[name] for name in _COUNTS}
+            records.append({**source.record, **counts, "evaluated": len(encoded.dataset)})
+            warn_of_left_out(records[-1])
+            parts.append(encoded.dataset)
     described, run = frame.described_with(settings, records)
     rows = [
         {"source": record["source"], **dict(zip(_ROW, values, strict=True))}

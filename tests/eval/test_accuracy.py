@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,8 +16,9 @@ from matplotlib.figure import Figure
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification, evaluate
 from inform_rm.data.encoding import encode
 from inform_rm.errors import InputError
-from inform_rm.eval.accuracy import expected_calibration_error, pairwise_accuracy, reliability_bins, wilson_interval
+from inform_rm.eval.accuracy import pairwise_accuracy, reliability_bins
 from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer
+from inform_rm.util.intervals import expected_calibration_error, wilson_interval
 
 REWARDS = st.one_of(st.integers(-3, 3).map(float), st.floats(-1e4, 1e4, width=32))
 PAIRS = st.lists(
@@ -401,10 +403,13 @@ def test_a_loaded_model_without_tokenizer_is_refused(model, data):
         evaluate(model, data, progress=False)
 
 
-def test_progress_bar_counts_responses(scorer, data, capsys):
+def test_progress_bars_are_shown_where_they_are_asked_for_alone(scorer, data, capsys):
     evaluate(scorer, data)
     shown = capsys.readouterr().err
-    assert "48/48" in shown and "response/s" in shown
+    assert "48/48" in shown and "response/s" in shown and "Encoding pairs" in shown
+    evaluate(scorer, data, progress=False)
+    assert capsys.readouterr().err == ""
+    assert not datasets.are_progress_bars_disabled()  # for others' data sets they are as before
 
 
 def test_real_data_with_a_real_backbone(shared_dir, tmp_path):

@@ -24,7 +24,7 @@ from inform_rm.data.pairs import BadRow
 from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.data.sources import Sources
 from inform_rm.errors import InputError
-from inform_rm.eval.frame import Frame, ModelResult, RowSettings, json_lines, settings_of, unwritten
+from inform_rm.eval.frame import Frame, ModelResult, RowSettings, json_lines, progress_bars, settings_of, unwritten
 from inform_rm.eval.sources import add_bad_rows, warn_of_left_out
 from inform_rm.eval.suites import report
 from inform_rm.eval.suites.items import MOST_REASONS, SuiteItem, load_suite_items
@@ -152,7 +152,8 @@ def evaluate_suite(
         raise InputError(
             f"ties: {settings.ties!r} is an option of rewardbench; {suite} counts a tie as wrong. Leave it out."
         )
-    items, sources = load_suite_items(table, data, revision=settings.data_revision, on_bad_row=settings.on_bad_row)
+    with progress_bars(progress):
+        items, sources = load_suite_items(table, data, revision=settings.data_revision, on_bad_row=settings.on_bad_row)
     frame = Frame(model, output, tokenizer, scorer_options, progress)
     encoded, counts, bad_rows = encode_items(items, frame.scorer, settings.overlong, settings.on_bad_row)
     ends = np.cumsum([source["items"] for source in sources])
