@@ -252,10 +252,8 @@ def _likelihood(
     }  # fmt: skip
     if not isinstance(model, str | Path):
         return ResponseLikelihood(model, scorer.tokenizer, **own)
-    passed_on = ("chat_template", "device", "trust_remote_code")
-    return load_likelihood(
-        model, **own, **{name: scorer_options[name] for name in passed_on if name in scorer_options}
-    )
+    passed_on = {"chat_template", "device", "trust_remote_code"} & scorer_options.keys()
+    return load_likelihood(model, **own, **{name: scorer_options[name] for name in passed_on})
 
 
 def _decomposable(pairs: Dataset, grid: GapGrid, log_likelihoods: Tensor | None) -> tuple[Tensor, dict[str, Any]]:

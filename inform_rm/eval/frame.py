@@ -209,7 +209,7 @@ class Frame:
     def described_with(
         self, settings: RowSettings, records: Sequence[Mapping[str, Any]], **more: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The fields of a `ModelResult` with ``data``, the records of the sources; and what `journal` takes as a run."""
+        """The fields of a `ModelResult` with ``data``, records of the sources; and what `journal` takes as a run."""
         given = {**more, "data": [record["source"] for record in records], **settings.to_dict()}
         described = {**self.described(given, settings.seed), "data": list(records)}
         fingerprints = [record["fingerprint"] for record in records]
