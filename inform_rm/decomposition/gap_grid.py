@@ -26,10 +26,9 @@ class GapGrid:
     """Rewards of P pairs under M prompts each.
 
     Attributes:
-        rewards: ``(P, M, 2)`` float32 of the chosen and the rejected response; NaN where the cell is not used. What
-            the model gave as NaN or infinity stands there as it is.
-        used: ``(P, M)`` bool; false where there is no prompt, prompt and response are longer than the model takes, or
-            the chat template refuses the prompt.
+        rewards: ``(P, M, 2)`` float32 of the chosen and the rejected response, as the model gave them; NaN where the
+            cell is not used.
+        used: ``(P, M)`` bool; false where there is no prompt, or it is too long or refused with this response.
         tokens_computed: tokens that went through the model in this call.
         tokens_plain: tokens that one forward pass for every reward would have taken, without padding.
     """
@@ -84,9 +83,9 @@ def gap_grid(
 ) -> GapGrid:
     """Score both responses of each pair under each of its prompts.
 
-    The text of every prompt and response is encoded together, as `inform_rm.data.encoding` does it: nothing is spliced
-    at the level of tokens. Cells are computed prompt by prompt, so that a prompt goes through the model once for all
-    responses that follow it in a batch, whichever pairs they belong to. Memory holds a thousand cells at a time.
+    Prompt and response are encoded as one text: nothing is spliced at the level of tokens. Cells are computed prompt
+    by prompt, so that a prompt goes through the model once for all responses that follow it in a batch, whichever
+    pairs they belong to. Memory holds a thousand cells at a time.
 
     Args:
         scorer: the model; with a `ResponseLikelihood`, log-likelihoods take the place of rewards.
@@ -97,11 +96,10 @@ def gap_grid(
         rows: ``(P,)`` rows of ``pairs`` that the grid is for; ``None`` for all.
         encoded: ``pairs`` hold the token ids of each pair under its own prompt, which are then not made again: the
             columns that `inform_rm.data.encoding.encode_pairs` makes with this scorer's tokenizer and ``keep_text``.
-        overlong: what becomes of a cell that is longer than the scorer's ``max_length``: ``"error"`` if it is a pair
-            under its own prompt, ``"drop"``, or ``"truncate_prompt"``. Under another prompt ``"error"`` leaves the
-            cell out, too: the data are not at fault.
-        on_bad_row: what becomes of a pair under its own prompt that cannot be encoded, or is too long as ``overlong``
-            does not allow: ``"error"``, or ``"skip"``, which leaves the cell out. Under another prompt it is always
+        overlong: what becomes of a cell that is longer than the scorer's ``max_length``: it is a bad row
+            (``"error"``), is left out (``"drop"``), or loses tokens of its prompt (``"truncate_prompt"``).
+        on_bad_row: what becomes of a pair that cannot be encoded or does not fit under its own prompt: ``"error"``, or
+            ``"skip"``, which leaves the cell out. Under another prompt, where the data are not at fault, it is always
             left out.
         journal: rewards of an earlier call that was cut off, continued and written to.
         progress: show a progress bar.
@@ -170,8 +168,7 @@ def _encoded_cells(
 ) -> Iterator[TokenPair | BadRow | None]:
     """Each cell within the model's length, or why it is not; ``None`` where it is too long and to be dropped.
 
-    ``wanted`` and ``prompts_at`` are the rows of a cell's responses and of its prompt; the ids of a cell that is
-    encoded already stand in the former.
+    ``wanted`` and ``prompts_at`` are the rows of a cell's responses, with ids where it is encoded, and of its prompt.
     """
     needed, place = torch.cat([wanted, prompts_at]).unique(return_inverse=True)
     batch = pairs[needed.tolist()]

@@ -37,19 +37,10 @@ _LOGITS_IN_MEMORY = 1 << 26  # numbers; 256 MiB in float32
 class ResponseLikelihood:
     """Log-likelihoods of responses under a causal language model, with the interface that `gap_grid` asks of a scorer.
 
-    The "reward" of a row is ``log p(response tokens | prompt tokens)`` in nats, or its mean over the response tokens.
-    A prompt is computed once for its responses, as in `inform_rm.scoring.packing`; where that gives other likelihoods,
-    found out on a few random tokens, rows are computed one at a time, and a log line says so.
-
-    Args:
-        model: a loaded causal language model.
-        tokenizer: its tokenizer.
-        length_normalized: the mean over the response's tokens instead of the sum.
-        tokens_per_batch: see `inform_rm.scoring.scorer.RewardScorer`.
-        split_over_processes: likewise.
-
-    Attributes:
-        tokens_computed: tokens that went through the model so far.
+    The "reward" of a row is ``log p(response tokens | prompt tokens)`` in nats, or with ``length_normalized`` its mean
+    over the response tokens. A prompt is computed once for its responses, as in `inform_rm.scoring.packing`; where
+    that gives other likelihoods, found out on a few random tokens, rows are computed one at a time, and a log line
+    says so. For the other arguments see `inform_rm.scoring.scorer.RewardScorer`.
     """
 
     def __init__(
@@ -73,7 +64,7 @@ class ResponseLikelihood:
             logger.warning("Likelihoods are computed one response at a time: %s.", reason)
 
     def identity(self) -> dict[str, Any]:
-        """What decides a likelihood, as text that is equal on every machine."""
+        """What decides a likelihood; equal on every machine."""
         return {
             "model": fingerprint_model(self.model),
             "tokenizer": fingerprint_tokenizer(self.tokenizer),
@@ -170,20 +161,15 @@ class ResponseLikelihood:
 def load_likelihood(
     model: str | Path,
     *,
-    length_normalized: bool = False,
     chat_template: str | None = None,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
-    split_over_processes: bool = False,
+    **options: Any,
 ) -> ResponseLikelihood:
-    """A causal language model and its tokenizer from a folder or the Hub, as `ResponseLikelihood`.
-
-    Raises:
-        InputError: if either cannot be loaded.
-    """
+    """`ResponseLikelihood` of a causal language model and its tokenizer from a folder or the Hub; see there."""
     loaded = load_causal_lm(model, device=device, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, chat_template=chat_template, trust_remote_code=trust_remote_code)
-    return ResponseLikelihood(loaded, tokenizer, length_normalized, split_over_processes=split_over_processes)
+    return ResponseLikelihood(loaded, tokenizer, **options)
 
 
 def _places_of_sequences(

@@ -30,17 +30,16 @@ _TEMPERING_STEPS = 60
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Gaps of P pairs taken apart, with what is known about their precision.
+    """Gaps of P pairs taken apart, each field ``(P,)``.
 
     Attributes:
-        own_gap: ``(P,)`` D under the pair's own prompt.
-        prompt_related_gap: ``(P,)`` D1 = D - D2.
-        prompt_free_gap: ``(P,)`` D2; NaN where a gap that counts is not finite.
-        effective_sample_size: ``(P,)`` ``(sum w)^2 / sum w^2``, between 1 and M. At 1, D2 is the gap of one prompt: if
-            that is the own prompt, D1 is 0.
-        standard_error: ``(P,)`` of D2, from the draw of prompts; see :func:`decompose_gaps` for NaN, 0 and inf.
-        converged: ``(P,)`` bool; false where D2 is NaN or known less closely than the tolerance, as for gaps so large
-            that neighbouring floats lie further apart.
+        own_gap: D under the pair's own prompt.
+        prompt_related_gap: D1 = D - D2.
+        prompt_free_gap: D2; NaN where a gap that counts is not finite.
+        effective_sample_size: ``(sum w)^2 / sum w^2``, from 1 (D2 is the gap of one prompt) to M.
+        standard_error: of D2, from the draw of prompts; see :func:`decompose_gaps` for NaN, 0 and inf.
+        converged: false where D2 is NaN or known less closely than 1e-6, as for gaps so large that neighbouring floats
+            lie further apart.
     """
 
     own_gap: Tensor
@@ -84,24 +83,19 @@ def decompose_gaps(
 ) -> Decomposition:
     """Take each pair's gap under its own prompt apart into D1 + D2, with the standard error of D2.
 
-    D2 solves ``S(c) = sum_k w_k psi(D_k - c) = 0`` with ``psi(z) = sigmoid(z) - 1/2``: an M-estimator of the root that
-    all prompts together would give. To first order around the root, ``D2 - root = S(root) / sum_k w_k sigmoid'``. S is
-    a sum of independent terms of mean 0 over drawn prompts, so ``sum_k w_k^2 psi_k^2`` estimates its variance, and ::
+    D2 solves ``sum_k w_k psi(D_k - c) = 0`` with ``psi(z) = sigmoid(z) - 1/2``: an M-estimator of the root that all
+    prompts together would give, a sum of independent terms of mean 0 over drawn prompts. Its usual sandwich formula ::
 
         se = sqrt(sum_k w_k^2 psi(D_k - D2)^2) / sum_k w_k sigmoid'(D_k - D2)
 
-    It is the usual sandwich formula, without a correction for few prompts: with m prompts of equal weight it is too
-    small by a factor of about ``sqrt(1 - 1/m)``.
+    is too small by a factor of about ``sqrt(1 - 1/m)`` with m prompts of equal weight. Drawing them from
+    ``population`` = N prompts without replacement leaves less to chance: se is multiplied by ``sqrt(1 - m/N)``, as if
+    the own prompt were drawn like the others, which is right up to 1/(2N). se does not cover that the own prompt
+    counts 1/m where it would count 1/N: that pulls D2 towards the own gap by about
+    ``(1/m - 1/N) psi(D1) / sum_k w_k sigmoid'``.
 
-    Drawing m of ``population`` = N prompts without replacement leaves less to chance: se is multiplied by
-    ``sqrt(1 - m/N)``. The own prompt is treated as a draw like the others. In truth it is always there, which makes
-    the random part a draw of m - 1 from N - 1, whose factor ``sqrt((N - m) / (N - 1))`` is the same up to 1/(2N). What
-    se does not cover is that the own prompt counts 1/m where it would count 1/N: that pulls D2 towards the own gap by
-    about ``(1/m - 1/N) psi(D1) / sum_k w_k sigmoid'``.
-
-    se is NaN where one prompt alone has weight, because one prompt tells nothing about the others, and where D2 is
-    NaN; 0 where all N prompts are used, even if N = 1; very large or inf where equal halves of the mass lie so far
-    apart that D2, between them, hangs on nothing.
+    se is NaN where D2 is NaN or one prompt alone has weight, which tells nothing about the others; 0 where all N
+    prompts are used; very large or inf where equal halves of the mass lie so far apart that D2 hangs on nothing.
 
     Args:
         gaps: ``(P, M)`` gap of each pair under each of its prompts, its own one first.
@@ -109,8 +103,7 @@ def decompose_gaps(
         population: how many prompts there were to draw from, one number for all or ``(P,)``; ``None`` for very many.
 
     Raises:
-        InputError: as in :func:`prompt_free_gap`, and for a ``population`` smaller than the number of prompts with
-            weight.
+        InputError: as in :func:`prompt_free_gap`, and for a ``population`` smaller than the prompts with weight.
 
     Example:
         >>> parts = decompose_gaps(torch.tensor([[2.0, 0.0, 1.0]]))
@@ -148,14 +141,13 @@ def decompose_gaps(
 def tempered_weights(log_likelihoods: Tensor, target: float = 0.25) -> tuple[Tensor, Tensor]:
     """``softmax(a * log_likelihoods)`` with the largest a in [0, 1] that keeps enough prompts in play.
 
-    The likelihood of a long response differs so much between prompts that the plain softmax puts all weight on one.
-    The exponent a is the largest one at which the effective sample size is at least ``target`` times the number of
-    usable prompts of the row.
+    The likelihood of a long response differs so much between prompts that the plain softmax puts all weight on one. a
+    is the largest exponent with an effective sample size of at least ``target`` times the row's usable prompts.
 
     Args:
         log_likelihoods: ``(P, M)`` in nats; -inf marks a prompt that cannot be used and gets weight 0.
-        target: share of the usable prompts, above 0 and at most 1. At 1 every row gets exponent 0, except rows whose
-            log-likelihoods are all equal: they are equally weighted at any exponent and get 1.
+        target: share of the usable prompts, above 0 and at most 1. At 1 every row gets exponent 0, but 1 where all
+            log-likelihoods are equal.
 
     Returns:
         Weights ``(P, M)`` with rows that add up to 1 and exponents ``(P,)``; both float64.
@@ -286,10 +278,9 @@ def _solve(gaps: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor
 def _polish_flat(root: Tensor, values: Tensor, shares: Tensor) -> Tensor:
     """Find the root of rows whose mass lies in equal halves, further apart than float64 can see the balance tilt.
 
-    All sigmoids are then 0 or 1 up to rounding, and bisection stops anywhere between the halves. With the halves'
-    weights equal, what decides are the tails: ``sum_below w sigmoid(D - c) = sum_above w sigmoid(c - D)``. In logs
-    both sides are lines in c, of slopes -1 and 1, so one Newton step reaches the root; the second removes what the
-    first left because the lines bend by up to the slope of the balance.
+    Bisection stops anywhere between the halves, where all sigmoids are 0 or 1 up to rounding. What decides are the
+    tails: ``sum_below w sigmoid(D - c) = sum_above w sigmoid(c - D)``. In logs both sides are nearly lines in c, of
+    slopes -1 and 1, so one Newton step reaches the root, and a second removes what their bend left.
     """
     distance = values - root[:, None]
     tilt = (shares * distance.sign()).sum(1)

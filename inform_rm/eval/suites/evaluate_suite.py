@@ -11,15 +11,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from inform_rm.data.encoding import (
-    Encoded,
-    TokenPair,
-    encode_groups,
-    fit_pair,
-    not_encodable,
-    removable_prompt_tokens,
-    skippable,
-)
+from inform_rm.data import encoding
+from inform_rm.data.encoding import Encoded, TokenPair
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.data.sources import Sources
@@ -58,13 +51,9 @@ class SuiteSettings(RowSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult(ModelResult):
-    """The score of a reward model on a benchmark suite.
-
-    The figures are those of `summarize_suite`; what only some suites have is ``None`` for the others.
+    """The score of a reward model on a benchmark suite: the figures of `summarize_suite`.
 
     Attributes:
-        title: of the suite.
-        citation: of the suite.
         counts: items read, over-long, dropped, truncated, evaluated, those of which a correct and a wrong candidate
             become the same tokens (``indistinguishable``), and those of which the chat template deleted text
             (``partly_rendered``).
@@ -123,10 +112,8 @@ def evaluate_suite(
 
     A suite of which something is missing has no score, only the sections that are whole and the subsets that are
     there. With ``output`` the folder receives ``items.jsonl`` (for each item the rewards of its candidates, the
-    correct ones first, and its mark), ``sections.png``, ``result.md``, ``result.html`` and at last ``result.json``,
-    each written whole. After a kill the same call takes up the rewards computed before, and refuses if model, data or
-    settings have changed. With a scorer that splits its work over processes, all read the data and the main one
-    writes.
+    correct ones first, and its mark), ``sections.png``, ``result.md``, ``result.html`` and at last ``result.json``.
+    For interruptions and several processes see `inform_rm.evaluate`.
 
     Args:
         model: folder, Hub id, loaded model, or a `RewardScorer`, which several evaluations can share.
@@ -135,7 +122,7 @@ def evaluate_suite(
             `load_suite_items`.
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
-        progress: show a progress bar.
+        progress: show progress bars.
         options: fields of `SuiteSettings` (``data_revision``, ``on_bad_row``, ``overlong``, ``ties``, ``seed``) and
             keywords of `RewardScorer`.
 
@@ -188,14 +175,10 @@ def evaluate_suite(
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """An item with its candidates as token ids.
+    """An item with the different ones among its candidates' token ids, and the place of each candidate among them.
 
-    Attributes:
-        item: the item.
-        sequences: the different ones among the candidates' token ids. Candidates that become the same tokens must
-            tie, so they share one reward; computed twice, they may differ in the last bit.
-        places: for each candidate its place in ``sequences``.
-        prompt_length: tokens at the start that are the prompt.
+    Candidates that become the same tokens must tie, so they share one reward: computed twice, they may differ in the
+    last bit.
     """
 
     item: SuiteItem
@@ -207,29 +190,23 @@ class EncodedItem:
 def encode_items(
     items: Sequence[SuiteItem], scorer: RewardScorer, overlong: str, on_bad_row: str
 ) -> tuple[list[EncodedItem], dict[str, int], list[tuple[int, BadRow]]]:
-    """Token ids of all candidates, the counts that `evaluate_suite` reports, and bad rows with their items' places.
-
-    Raises:
-        BadRow: an item that cannot be encoded, or is over the limit as the policy does not allow, under
-            ``on_bad_row="error"``.
-        InputError: no item is left.
-    """
+    """Token ids of all candidates, the counts that `evaluate_suite` reports, and bad rows with their items' places."""
     encoded: list[EncodedItem] = []
     counts = Counter(items=len(items), overlong=0, dropped=0, truncated=0, evaluated=0, indistinguishable=0)
     losses: list[str | None] = []
     bad_rows: list[tuple[int, BadRow]] = []
     for start in range(0, len(items), _ENCODED_AT_ONCE):
         group = items[start : start + _ENCODED_AT_ONCE]
-        groups = encode_groups(scorer.tokenizer, [x.prompt for x in group], [x.candidates for x in group])
+        groups = encoding.encode_groups(scorer.tokenizer, [x.prompt for x in group], [x.candidates for x in group])
         for place, rows in enumerate(groups, start):
             item = items[place]
             try:
                 if isinstance(rows, InputError):
-                    raise not_encodable(item.file, item.row, rows)
+                    raise encoding.not_encodable(item.file, item.row, rows)
                 found = _encoded_item(item, rows, scorer, overlong, counts)
             except BadRow as bad:
                 if on_bad_row == "error":
-                    raise skippable(bad) from None
+                    raise encoding.skippable(bad) from None
                 bad_rows.append((place, bad))
                 continue
             if found is not None:
@@ -249,11 +226,7 @@ def encode_items(
 def _encoded_item(
     item: SuiteItem, rows: Sequence[Encoded], scorer: RewardScorer, overlong: str, counts: Counter[str]
 ) -> EncodedItem | None:
-    """The item within the scorer's length, ``None`` if it is dropped; what was done is counted.
-
-    Raises:
-        BadRow: too long, as the policy does not allow.
-    """
+    """The item within the scorer's length, ``None`` if it is dropped; what was done is counted."""
     sequences = [row.input_ids for row in rows]
     prompt_length = min(len(row.prompt_ids) for row in rows)
     longest = max(sequences, key=len)
@@ -265,8 +238,9 @@ def _encoded_item(
         # What the longest candidate needs is taken from the left of the prompt of all, after a BOS token.
         pair = TokenPair(longest, longest, prompt_length)
         bos = scorer.tokenizer.bos_token_id
-        prompt_length = fit_pair(pair, scorer.max_length, overlong, bos, item.file, item.row).prompt_length
-        keep, excess = removable_prompt_tokens(pair, bos)[0], len(longest) - scorer.max_length
+        fitted = encoding.fit_pair(pair, scorer.max_length, overlong, bos, item.file, item.row)
+        prompt_length = fitted.prompt_length
+        keep, excess = encoding.removable_prompt_tokens(pair, bos)[0], len(longest) - scorer.max_length
         sequences = [ids[:keep] + ids[keep + excess :] for ids in sequences]
         counts["truncated"] += 1
     different: dict[tuple[int, ...], int] = {}

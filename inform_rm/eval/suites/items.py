@@ -7,20 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from inform_rm.data import sources as places
 from inform_rm.data.columns import Columns
 from inform_rm.data.encoding import skippable
 from inform_rm.data.messages import Fault, Message, check_unicode, prompt_messages
 from inform_rm.data.pairs import BadRow, parse_pair
 from inform_rm.data.records import Records, data_suffix, open_file
-from inform_rm.data.sources import (
-    Sources,
-    is_saved_dataset,
-    load_hub,
-    open_parts,
-    parse_source,
-    source_label,
-    source_list,
-)
+from inform_rm.data.sources import Sources, open_parts
 from inform_rm.errors import InputError, shortened
 from inform_rm.eval.suites.scores import NUM_STYLES, ties_id, twin_id
 from inform_rm.eval.suites.tables import HubSource, Suite
@@ -112,27 +105,24 @@ def _sources(suite: Suite, data: Sources | None, revision: str | None) -> Iterat
             raise InputError(f"suite: {suite.name} is not on the Hub in a readable form. Name its files with data.")
         yield from (_from_hub(suite, known, revision) for known in suite.hub if known.by_default)
         return
-    named = source_list(data)
+    named = places.source_list(data)
     if not named:
         raise InputError(f"data: expected files of {suite.name}, or leave it out to read the Hub.")
     for each in named:
         if not isinstance(each, str | Path):
-            yield source_label(each), [_Part(*part) for part in open_parts(each, revision=revision)]
+            yield places.source_label(each), [_Part(*part) for part in open_parts(each, revision=revision)]
             continue
-        where = parse_source(each)
+        where = places.parse_source(each)
         path = Path(where.name)
         on_hub = [] if path.exists() else [known for known in suite.hub if known.hub_id == where.name]
         if on_hub:
-            wanted = [
-                known
-                for known in on_hub
-                if where.split in (None, known.split) and where.config in (None, known.config)
-            ]
+            named_part = {name: value for name, value in (("split", where.split), ("config", where.config)) if value}
+            wanted = [known for known in on_hub if named_part.items() <= vars(known).items()]
             if not wanted:
                 splits = ", ".join(f"{known.hub_id}[{known.split}]" for known in suite.hub)
                 raise InputError(f"data: {suite.name} has no part {each}; its parts are {splits}.")
             yield from (_from_hub(suite, known, revision) for known in wanted)
-        elif path.is_dir() and where.split is None and not is_saved_dataset(path):
+        elif path.is_dir() and where.split is None and not places.is_saved_dataset(path):
             if revision is not None:
                 raise InputError(f"revision: {revision!r} was given, but {each} is a local folder. Leave it out.")
             # Names of folders above the one that was named say nothing.
@@ -146,7 +136,7 @@ def _sources(suite: Suite, data: Sources | None, revision: str | None) -> Iterat
 def _from_hub(suite: Suite, source: HubSource, revision: str | None) -> tuple[str, list[_Part]]:
     name = "/".join(part for part in (source.hub_id, source.config, source.data_dir, source.split) if part)
     try:
-        rows = load_hub(source.hub_id, source.split, revision, config=source.config, data_dir=source.data_dir)
+        rows = places.load_hub(source.hub_id, source.split, revision, config=source.config, data_dir=source.data_dir)
     except InputError as error:
         raise InputError(
             f"suite: {suite.name} could not be read from the Hub ({shortened(str(error), 300)}). Check the "

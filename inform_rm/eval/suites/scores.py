@@ -1,7 +1,4 @@
-"""How the benchmark suites mark an item and a subset: pure functions of rewards, each with a worked example.
-
-The rewards of an item stand with those of the correct candidates first. Nothing here knows files or models.
-"""
+"""How the benchmark suites mark an item and a subset: pure functions of rewards, the correct candidates' first."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -29,13 +26,7 @@ class ScoredItem:
 
 
 def item_credit(item: ScoredItem, rule: str, ties: str = "wrong") -> float:
-    """What an item gives, between 0 and 1.
-
-    Args:
-        item: the item.
-        rule: ``"strict"``, ``"shared"``, ``"styles"`` or ``"mass"``: the function of that name below.
-        ties: of ``"strict"``: what a tie gives, nothing (``"wrong"``, as published) or ``"half"``.
-    """
+    """What an item gives, between 0 and 1, by one of the functions below; ``ties`` is that of ``"strict"``."""
     match rule:
         case "strict":
             return strict_credit(item.rewards, item.num_correct, ties)
@@ -49,7 +40,7 @@ def item_credit(item: ScoredItem, rule: str, ties: str = "wrong") -> float:
 
 
 def strict_credit(rewards: Sequence[float], num_correct: int, ties: str = "wrong") -> float:
-    """1 if every correct candidate has a strictly larger reward than every wrong one, else 0.
+    """1 if every correct candidate has a strictly larger reward than every wrong one, else 0; ties may give half.
 
     With two candidates this is RewardBench's mark of a pair; with one correct of several, TruthfulQA's MC1; with
     several correct ones, the accuracy of RewardBench 2's Ties.
@@ -93,8 +84,7 @@ def correct_mass(rewards: Sequence[float], num_correct: int) -> float:
 def style_matrix(rewards: Sequence[float]) -> NDArray[np.float64]:
     """RM-Bench: ``(3, 3)``, cell (i, j) is 1 if chosen style i has a strictly larger reward than rejected style j.
 
-    Args:
-        rewards: six: chosen concise, detailed, markdown; rejected concise, detailed, markdown.
+    The six rewards are those of chosen concise, detailed, markdown, and rejected concise, detailed, markdown.
 
     Example:
         >>> style_matrix([1.0, 2.0, 3.0, 0.0, 1.5, 2.5])
@@ -116,19 +106,14 @@ def style_difficulties(matrix: NDArray[np.float64]) -> dict[str, float]:
         >>> style_difficulties(style_matrix([1.0, 2.0, 3.0, 0.0, 1.5, 2.5]))
         {'hard': 0.0, 'normal': 1.0, 'easy': 1.0}
     """
-    matrix = np.asarray(matrix, dtype=np.float64)
+    matrix = np.asarray(matrix)
     rows, columns = np.indices(matrix.shape)
     parts = {"hard": columns > rows, "normal": columns == rows, "easy": columns < rows}
     return {name: float(matrix[part].mean()) for name, part in parts.items()}
 
 
 def ties_id(identifier: str) -> tuple[str, int] | None:
-    """``("tied", 3)`` of an id that ends in ``tied:3``; ``None`` if it is not an id of Ties.
-
-    Example:
-        >>> ties_id("Ties/ref:12"), ties_id("12")
-        (('ref', 12), None)
-    """
+    """``("tied", 3)`` of an id that ends in ``tied:3``; ``None`` if it is not an id of Ties."""
     match = _TIES_ID.fullmatch(identifier)
     return None if match is None else (match[1], int(match[2]))
 
@@ -147,9 +132,6 @@ def ties_score(items: Iterable[ScoredItem]) -> dict[str, float] | None:
     largest value is thus 1.01.
 
     Source: ``process_single_model`` of github.com/allenai/reward-bench (rewardbench/utils.py), in own words.
-
-    Args:
-        items: ids end in ``tied:NUMBER`` or ``ref:NUMBER``.
 
     Returns:
         ``score``, its five terms and ``num_questions`` (those with both items); ``None`` where no question has both.
@@ -204,21 +186,13 @@ def score_with_prior_sets(sections: Sequence[float], prior_sets: float) -> float
 
 
 def twin_id(identifier: str) -> tuple[str, str] | None:
-    """``("x/7", "a")`` of the id ``"x/7/a"``; ``None`` if it does not end in ``/a`` or ``/b``.
-
-    Example:
-        >>> twin_id("swap-piqa/7/b"), twin_id("7")
-        (('swap-piqa/7', 'b'), None)
-    """
+    """``("x/7", "a")`` of the id ``"x/7/a"``; ``None`` if it does not end in ``/a`` or ``/b``."""
     match = _TWIN_ID.fullmatch(identifier)
     return None if match is None else (match[1], match[2])
 
 
 def both_twins_right(credits: dict[str, float]) -> tuple[int, int]:
-    """How many twins have both items right, of how many whose two items are there.
-
-    Args:
-        credits: credit by item id; ids of twins end in ``/a`` and ``/b``.
+    """How many twins have both items right, of how many whose two items are there; ``credits`` are by item id.
 
     Example:
         >>> both_twins_right({"1/a": 1.0, "1/b": 1.0, "2/a": 1.0, "2/b": 0.0, "3/a": 1.0})

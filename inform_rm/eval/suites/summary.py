@@ -6,16 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from inform_rm.errors import InputError
-from inform_rm.eval.suites.scores import (
-    ScoredItem,
-    both_twins_right,
-    item_credit,
-    score_with_prior_sets,
-    style_difficulties,
-    style_matrix,
-    ties_score,
-)
+from inform_rm.eval.suites import scores
+from inform_rm.eval.suites.scores import ScoredItem, item_credit
 from inform_rm.eval.suites.tables import Section, Suite
 from inform_rm.util.intervals import wilson_interval
 
@@ -40,7 +32,7 @@ def summarize_suite(
 
     Args:
         suite: which.
-        items: scored items.
+        items: scored items of its subsets.
         ties: see `item_credit`.
         seed: of the bootstrap.
         dropped: by subset, how many items were read and not scored.
@@ -52,16 +44,9 @@ def summarize_suite(
         ``num_dropped``), and what a suite has of its own: ``score_with_prior_sets`` and ``prior_sets_missing``
         (RewardBench), ``ties`` (RewardBench 2), ``styles`` (RM-Bench: hard, normal, easy, overall and by domain, of
         whole domains), ``twins`` (prompt-swap).
-
-    Raises:
-        InputError: if there are no items, or one belongs to no subset of the suite.
     """
-    if not items:
-        raise InputError(f"suite: no items of {suite.name}. Name its files or its data set on the Hub.")
     groups: dict[str, list[ScoredItem]] = {name: [] for name in suite.subsets}
     for item in items:
-        if item.subset not in groups:
-            raise InputError(f"{item.id}: {item.subset!r} is no subset of {suite.name}.")
         groups[item.subset].append(item)
     credits = {
         name: np.sort([item_credit(item, suite.subsets[name].credit, ties) for item in group])
@@ -70,7 +55,7 @@ def summarize_suite(
     dropped = dropped or {}
     lacks = {section.name: _lacks(section, credits, dropped) for section in suite.sections}
     values = {name: float(marks.mean()) for name, marks in credits.items() if len(marks)}
-    ties_parts = ties_score(groups["Ties"]) if "Ties" in groups else None
+    ties_parts = scores.ties_score(groups["Ties"]) if "Ties" in groups else None
     if ties_parts is not None:
         values["Ties"] = ties_parts["score"]
     elif "Ties" in values:  # items, but no question with both of its parts
@@ -119,9 +104,8 @@ def _lacks(section: Section, credits: dict[str, NDArray[np.float64]], dropped: M
             found.append(f"{subset.name} {number} of {expected} items" if expected else f"{subset.name} 0 items")
     total = sum(len(credits[subset.name]) for subset in section.subsets)
     if section.pooled_items not in (None, total):
-        found.append(
-            f"{' and '.join(subset.name for subset in section.subsets)} {total} of {section.pooled_items} items"
-        )
+        names = " and ".join(subset.name for subset in section.subsets)
+        found.append(f"{names} {total} of {section.pooled_items} items")
     return found
 
 
@@ -147,10 +131,7 @@ def _percentiles(draws: NDArray[np.float64]) -> list[float]:
 
 
 def _subset_figures(
-    suite: Suite,
-    groups: dict[str, list[ScoredItem]],
-    credits: dict[str, NDArray[np.float64]],
-    dropped: Mapping[str, int],
+    suite: Suite, groups: dict[str, list[ScoredItem]], credits: dict[str, Any], dropped: Mapping[str, int]
 ) -> dict[str, Any]:
     return {
         name: {
@@ -175,15 +156,15 @@ def _own_figures(
         prior, with_prior = sections.get("Prior Sets"), None
         if prior is not None and result["complete"]:
             four = [sections[section.name]["score"] for section in suite.sections[:-1]]
-            with_prior = score_with_prior_sets(four, prior["score"])
+            with_prior = scores.score_with_prior_sets(four, prior["score"])
         return {"score_with_prior_sets": with_prior, "prior_sets_missing": lacks["Prior Sets"]}
     if suite.name == "rm-bench":
         domains = {}
         for section in suite.sections:
             if section.name in sections:
                 pooled = [item for subset in section.subsets for item in groups[subset.name]]
-                matrix = np.mean([style_matrix(item.rewards) for item in pooled], axis=0)
-                domains[section.name] = {**style_difficulties(matrix), "matrix": matrix.tolist()}
+                matrix = np.mean([scores.style_matrix(item.rewards) for item in pooled], axis=0)
+                domains[section.name] = {**scores.style_difficulties(matrix), "matrix": matrix.tolist()}
         styles: dict[str, Any] = {"domains": domains}
         if result["complete"]:
             for kind in ("hard", "normal", "easy"):
@@ -191,7 +172,7 @@ def _own_figures(
         return {"styles": styles}
     if suite.name == "prompt-swap":
         marks = {item.id: item_credit(item, "strict") for group in groups.values() for item in group}
-        right, number = both_twins_right(marks)
+        right, number = scores.both_twins_right(marks)
         if number:
             interval = list(wilson_interval(right, number))
             return {"twins": {"both_right": right / number, "interval": interval, "num_twins": number}}

@@ -17,9 +17,9 @@ class Subset:
 
     Attributes:
         name: as the source calls it.
-        items: how many the source publishes; ``None`` where it gives no number.
+        items: how many the source publishes, if it says so.
         weight: share in its section, relative to the others; by default ``items``.
-        credit: how one item is marked; a name that `scores.item_credit` knows.
+        credit: how one item is marked, see `scores.item_credit`.
     """
 
     name: str
@@ -41,8 +41,7 @@ class Section:
         name: as the source calls it.
         subsets: its parts.
         weight: its own in the suite's score; with 0 it is reported beside the score.
-        pooled_items: where the source gives a number only for all parts together. They are then weighted by the
-            items that they have, as if they were one.
+        pooled_items: the number of items, where the source gives it for all parts together: they count as one.
     """
 
     name: str
@@ -65,11 +64,9 @@ class HubSource:
 
 @dataclass(frozen=True)
 class Suite:
-    """One suite.
+    """One suite; ``name`` is that of the command line, ``title`` is for people.
 
     Attributes:
-        name: as on the command line.
-        title: for people.
         citation: paper and repository of data and aggregation.
         rule: the aggregation in one or two sentences, for the report.
         sections: their weights make the score.
@@ -265,11 +262,7 @@ SUITES = {
 
 
 def suite_named(name: str) -> Suite:
-    """The suite of that name.
-
-    Raises:
-        InputError: if there is none.
-    """
+    """The suite of that name; `InputError` if there is none."""
     if name not in SUITES:
         raise InputError(f"suite: {name!r}; expected one of {', '.join(SUITES)}.")
     return SUITES[name]

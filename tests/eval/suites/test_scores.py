@@ -372,10 +372,3 @@ def test_intervals_cover_the_score_and_shrink_with_more_items():
     assert high - low == pytest.approx(2 * 0.0524, rel=0.1)
     low, high = result["sections"]["Coding"]["interval"]
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 42), rel=0.15)
-
-
-def test_what_does_not_belong_is_refused():
-    with pytest.raises(InputError, match="no items of llmbar"):
-        summarize_suite(SUITES["llmbar"], [])
-    with pytest.raises(InputError, match="'chat' is no subset of llmbar"):
-        summarize_suite(SUITES["llmbar"], [ScoredItem("1", "chat", (1.0, 0.0), 1)])
