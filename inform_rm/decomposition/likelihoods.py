@@ -10,23 +10,8 @@ from torch import Tensor
 
 from inform_rm.data.tokenizer import fix_date, load_tokenizer, warn_of_no_template
 from inform_rm.errors import InputError
-from inform_rm.scoring.packing import (
-    PackedRow,
-    default_tokens_per_batch,
-    eval_mode_of,
-    pack_sequences,
-    packed_attention_of,
-    packed_batches,
-    packed_inputs,
-    rows_by_prompt,
-    split_at,
-)
-from inform_rm.scoring.reward_models import (
-    checked_max_length,
-    fingerprint_model,
-    fingerprint_tokenizer,
-    load_causal_lm,
-)
+from inform_rm.scoring import packing, reward_models
+from inform_rm.scoring.packing import PackedRow
 from inform_rm.util.processes import computed_in_turn
 
 logger = logging.getLogger(__name__)
@@ -55,8 +40,8 @@ class ResponseLikelihood:
         self.model, self.length_normalized = model, length_normalized
         self.tokenizer = fix_date(tokenizer, "likelihood model")
         warn_of_no_template(self.tokenizer, "likelihood model")
-        self.max_length = checked_max_length(model, None)
-        self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(model)
+        self.max_length = reward_models.checked_max_length(model, None)
+        self.tokens_per_batch = tokens_per_batch or packing.default_tokens_per_batch(model)
         self.tokens_computed = 0
         reason = self._why_not_packed()
         self.is_packed = reason is None
@@ -66,8 +51,8 @@ class ResponseLikelihood:
     def identity(self) -> dict[str, Any]:
         """What decides a likelihood; equal on every machine."""
         return {
-            "model": fingerprint_model(self.model),
-            "tokenizer": fingerprint_tokenizer(self.tokenizer),
+            "model": reward_models.fingerprint_model(self.model),
+            "tokenizer": reward_models.fingerprint_tokenizer(self.tokenizer),
             "length_normalized": self.length_normalized,
         }
 
@@ -83,12 +68,12 @@ class ResponseLikelihood:
                 )
         batches = [[row] for row in range(len(sequences))]
         if self.is_packed:
-            batches = packed_batches(*split_at(sequences, prompt_lengths), self.tokens_per_batch)
+            batches = packing.packed_batches(*packing.split_at(sequences, prompt_lengths), self.tokens_per_batch)
 
         def compute(rows: list[int]) -> tuple[Tensor, int]:
             return self._log_likelihoods([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
 
-        with eval_mode_of(self.model):
+        with packing.eval_mode_of(self.model):
             turns = computed_in_turn(batches, compute) if self.split_over_processes else (
                 (rows, compute(rows)) for rows in batches
             )  # fmt: skip
@@ -103,20 +88,24 @@ class ResponseLikelihood:
         self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
     ) -> tuple[Tensor, int]:
         """``(N,)`` log-likelihoods of rows in one pass, and the tokens of that pass."""
-        row = pack_sequences(sequences, prompt_lengths)
-        predictors: list[int] = []
-        targets: list[int] = []
-        numbers = []
-        places = _places_of_sequences(sequences, prompt_lengths, row)
-        for ids, prompt_length, at in zip(sequences, prompt_lengths, places, strict=True):
-            first = max(prompt_length, 1)  # nothing comes before a first token that could predict it
-            predictors += at[first - 1 : len(ids) - 1]
-            targets += ids[first:]
-            numbers.append(len(ids) - first)
-        logs = self._log_probabilities(row, torch.tensor(predictors), torch.tensor(targets))
+        packed = packing.pack_sequences(sequences, prompt_lengths)
+        predictors: list[list[int]] = [[]] * len(sequences)  # of each response token, the place of the one before it
+        start = 0
+        groups = packing.rows_by_prompt(sequences, prompt_lengths).items()
+        for (prompt, rows), lengths in zip(groups, packed.segments, strict=True):
+            for row in rows:
+                last = int(packed.pooled_positions[row])
+                number = len(sequences[row]) - max(len(prompt), 1)  # nothing could predict a first token
+                before = start + len(prompt) - 1 if prompt else last - number
+                predictors[row] = [before, *range(last - number + 1, last)][:number]
+            start += sum(lengths)
+        numbers = [len(places) for places in predictors]
+        targets = [token for ids, number in zip(sequences, numbers, strict=True) for token in ids[len(ids) - number :]]
+        places = torch.tensor([place for own in predictors for place in own])
+        logs = self._log_probabilities(packed, places, torch.tensor(targets))
         sums = torch.stack([part.sum() for part in logs.split(numbers)])
         values = sums / torch.tensor(numbers).clamp(min=1) if self.length_normalized else sums
-        return values, row.input_ids.numel()
+        return values, packed.input_ids.numel()
 
     def _log_probabilities(self, row: PackedRow, predictors: Tensor, targets: Tensor) -> Tensor:
         """``(N,)`` float32 on the CPU: log-probability of each target after the token at its predictor's place."""
@@ -125,9 +114,9 @@ class ResponseLikelihood:
         if not self.is_packed:  # one sequence
             logits = self.model(input_ids=row.input_ids.to(device), use_cache=False).logits[0, predictors]
             return logits.float().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0].cpu()
-        with packed_attention_of(self.model):
+        with packing.packed_attention_of(self.model):
             hidden = getattr(self.model, self.model.base_model_prefix)(
-                **packed_inputs(self.model, row), use_cache=False
+                **packing.packed_inputs(self.model, row), use_cache=False
             ).last_hidden_state[0]
         head = self.model.get_output_embeddings()
         found = [torch.zeros(0)]
@@ -142,7 +131,7 @@ class ResponseLikelihood:
         drawn = torch.randint(vocabulary, (18,), generator=torch.Generator().manual_seed(0)).tolist()
         sequences = [drawn[:10], drawn[:7] + drawn[10:]]
         try:
-            with eval_mode_of(self.model):
+            with packing.eval_mode_of(self.model):
                 self.is_packed = True
                 together, _ = self._log_likelihoods(sequences, [7, 7])
                 self.is_packed = False
@@ -167,23 +156,6 @@ def load_likelihood(
     **options: Any,
 ) -> ResponseLikelihood:
     """`ResponseLikelihood` of a causal language model and its tokenizer from a folder or the Hub; see there."""
-    loaded = load_causal_lm(model, device=device, trust_remote_code=trust_remote_code)
+    loaded = reward_models.load_causal_lm(model, device=device, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, chat_template=chat_template, trust_remote_code=trust_remote_code)
     return ResponseLikelihood(loaded, tokenizer, **options)
-
-
-def _places_of_sequences(
-    sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], row: PackedRow
-) -> list[list[int]]:
-    """For each sequence the places of its tokens in a packed row."""
-    places: list[list[int]] = [[] for _ in sequences]
-    start = 0
-    for rows, lengths in zip(rows_by_prompt(sequences, prompt_lengths).values(), row.segments, strict=True):
-        prompt = list(range(start, start + lengths[0]))
-        start += lengths[0]
-        if len(lengths) == 1:
-            places[rows[0]] = prompt
-        for sequence, length in zip(rows, lengths[1:], strict=len(lengths) > 1):
-            places[sequence] = prompt + list(range(start, start + length))
-            start += length
-    return places

@@ -44,8 +44,7 @@ class DecompositionSettings(PairSettings):
     """How reward gaps are decomposed: keywords of `decompose`.
 
     Attributes:
-        num_prompts: prompts for each pair, its own among them; all others are drawn without replacement, with
-            ``seed``.
+        num_prompts: prompts for each pair, its own among them.
         stratify: draw only prompts of the same ``subset``: those of a maths set say little about a chat pair.
         weights: ``"uniform"``: all prompts of a pair count the same; ``"behavior"``: as likely as ``behavior_model``
             finds both responses under them, tempered (`inform_rm.decomposition.prompt_free_gap.tempered_weights`).
@@ -91,24 +90,19 @@ class DecompositionResult(ModelResult):
 
     Attributes:
         data: per source what was read and left out.
-        distinct_prompts: in all sources.
         left_out: pairs by reason, non-finite rewards with the pairs' ids.
         cost: tokens that were computed, and that one pass a reward would take.
-        num_pairs: that were decomposed.
         accuracy: share of pairs with the larger reward for the chosen response, ties half.
         response_decides: share of pairs with abs(D2) > abs(D1): no prompt-related part of this size could turn the
             preference.
         prompt_sensitivity: share of the gaps' variance that lies between prompts of one pair; 0 for a model blind to
             prompts.
         sign_flips: share of pairs whose preference is another one under at least one other prompt.
-        mean_standard_error: of the prompt-free gaps.
-        mean_effective_sample_size: of the prompts behind them.
         not_converged: gaps whose root was not found.
         correlations: Spearman, of each gap with differences of features that the response alone has.
         quadrants: pairs and accuracy by the signs of both parts.
         subsets: shares by subset, where there are several.
         pairs: column by name, one row a pair: the content of ``pairs.parquet``.
-        color: of the plane.
     """
 
     data: list[dict[str, Any]]
@@ -164,10 +158,8 @@ def decompose(
 
     Both responses of every pair are scored under the pair's own prompt and under prompts of other pairs; see
     `inform_rm.decomposition.prompt_free_gap` for what is made of the gaps. With ``output`` the folder receives
-    ``pairs.parquet`` (one row a pair), two plots, ``result.md``, ``result.html`` and at last ``result.json``. After a
-    kill the same call takes up the rewards computed before (``rewards.partial``), and refuses if model, data or
-    settings have changed. With a scorer that splits its work over processes, all of them read the data and the main
-    one writes.
+    ``pairs.parquet`` (one row a pair), two plots, ``result.md``, ``result.html`` and at last ``result.json``. For
+    interruptions and several processes see `inform_rm.evaluate`.
 
     Args:
         model: folder, Hub id, loaded model, or a `RewardScorer`.
@@ -175,11 +167,10 @@ def decompose(
             drawn from them, too.
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
-        progress: show a progress bar.
+        progress: show progress bars.
         options: fields of `DecompositionSettings` (``num_prompts``, ``stratify``, ``weights``, ...; those of
             `inform_rm.eval.sources.PairSettings` are among them) and keywords of `RewardScorer`. A pair that cannot be
-            rendered under another's prompt does without it; see `inform_rm.decomposition.gap_grid.gap_grid` for
-            ``overlong``.
+            rendered under another's prompt, or becomes too long, does without it.
 
     Returns:
         The shares, what was left out, and what they were computed with.
@@ -278,7 +269,7 @@ def _decomposable(pairs: Dataset, grid: GapGrid, log_likelihoods: Tensor | None)
 
 
 def _table(pairs: Dataset, gaps: Tensor, used: Tensor, weights: Tensor, population: Tensor) -> dict[str, np.ndarray]:
-    """Columns by name, one row a pair; of ``(P, M)`` gaps those that are ``used`` count."""
+    """Columns by name, one row a pair; of the gaps ``(P, M)`` those that are ``used`` count."""
     table: dict[str, Any] = {"id": [], "subset": [], **{f"{name} difference": [] for name in FEATURES}}
     for batch in pairs.iter(1000):
         table["id"] += batch["id"]
@@ -341,12 +332,12 @@ def _accuracy(gaps: np.ndarray) -> dict[str, Any]:
 
 
 def _shares(table: dict[str, np.ndarray]) -> dict[str, Any]:
-    own, free, related = (table[name] for name in ("reward_gap", "prompt_free_gap", "prompt_related_gap"))
-    decided, flips = np.abs(free) > np.abs(related), table["sign_flips"]
+    free, flips = table["prompt_free_gap"], table["sign_flips"]
+    decided = np.abs(free) > np.abs(table["prompt_related_gap"])
     within = float(table["variance_between_prompts"].mean())
     between = float(np.var(free, ddof=1)) if len(free) > 1 else 0.0
     result = {
-        **_accuracy(own),
+        **_accuracy(table["reward_gap"]),
         "response_decides": float(decided.mean()),
         "response_decides_interval": list(wilson_interval(int(decided.sum()), len(decided))),
         "sign_flips": float(flips.mean()),

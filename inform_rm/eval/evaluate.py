@@ -80,16 +80,16 @@ def evaluate(
     """Accuracy of any sequence-classification reward model on preference pairs, overall and per subset.
 
     With ``output`` the folder receives ``pairs.jsonl`` (both rewards and lengths of every pair), ``reliability.png``,
-    ``result.md``, ``result.html`` and at last ``result.json``, each written whole. After a kill the same call takes up
-    the rewards computed before (``rewards.partial``), and refuses if model, data or settings have changed. With a
-    scorer that splits its work over processes, all of them read the data and the main one writes.
+    ``result.md``, ``result.html`` and at last ``result.json``. After a kill the same call takes up the rewards
+    computed before (``rewards.partial``), and refuses if model, data or settings have changed. With a scorer that
+    splits its work over processes, all of them read the data and the main one writes.
 
     Args:
         model: folder, Hub id, loaded model, or a `RewardScorer`, which several evaluations can share.
         data: one or several sources of pairs, by name or in memory, as `load_preferences` reads them.
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
-        progress: show a progress bar.
+        progress: show progress bars.
         options: fields of `inform_rm.eval.sources.PairSettings` (``columns``, ``data_revision``, ``on_bad_row``,
             ``overlong``, ``max_pairs``, ``seed``) and keywords of `RewardScorer` (``max_length``, ``device``,
             ``trust_remote_code``, ...).
@@ -121,7 +121,6 @@ def evaluate(
     def where(entry: int) -> str:
         return f"the {_SIDES[entry % 2]} response of pair {rows[entry // 2]['id']}"
 
-    # Entry 2 i + side of the journal is side ``side`` of pair i.
     rewards = frame.rewards(_chunks(parts), 2 * len(rows), run, where).reshape(-1, 2)
     for row, values in zip(rows, rewards, strict=True):
         row |= {f"{side}_reward": shortest_float(value) for side, value in zip(_SIDES, values, strict=True)}
