@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from inform_rm.errors import InputError
+from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
 
 NOISE_POLICIES = ("cluster", "singletons", "drop")
 TAILS = ("reference", "chi2")
@@ -22,10 +23,10 @@ class DetectionSettings:
 
     Attributes:
         columns: which columns are prompt, response, system and history: see `inform_rm.data.columns.Columns.of`.
-        eps: radius of DBSCAN, see `inform_rm.eval.detection.clusters.cluster_separation_index`; ``"auto"`` takes one
-            radius from the reference, for all candidates and the null.
-        min_samples: see there.
-        noise: see there.
+        eps: radius of DBSCAN, see `inform_rm.eval.detection.clusters.cluster_separation_index`, as for the next two;
+            ``"auto"`` takes one radius from the reference, for all candidates and the null.
+        min_samples: points that make a core point.
+        noise: what DBSCAN's noise counts as.
         alpha: tail probability below which a response is an outlier.
         tail: ``"reference"`` or ``"chi2"``, see `inform_rm.eval.detection.outliers.mahalanobis_outlier_probability`.
         max_change_ratio: see `inform_rm.eval.detection.early_stopping.CSIEarlyStopping`, applied to the normalized CSI
@@ -63,14 +64,16 @@ class DetectionSettings:
     seed: int = _setting(0, "seed of all random choices", least=0)
 
     def __post_init__(self) -> None:
-        for name, spec in self.__dataclass_fields__.items():
-            value, least, choices = getattr(self, name), spec.metadata["least"], spec.metadata["choices"]
+        for spec in fields(self):
+            value, least, choices = getattr(self, spec.name), spec.metadata["least"], spec.metadata["choices"]
             if choices and value not in choices:
-                raise InputError(f"{name}: {value!r}; expected one of {', '.join(choices)}.")
-            wrong = isinstance(value, bool) or not isinstance(value, int) or value < (least or 0)
-            if least is not None and wrong and not (value is None and spec.default is None):
-                raise InputError(f"{name}: {value!r}; expected a whole number, at least {least}.")
+                raise InputError(f"{spec.name}: {value!r}; expected one of {', '.join(choices)}.")
+            if least is None or value is spec.default is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{spec.name}: {value!r}; expected a whole number, at least {least}.")
         if self.eps != "auto" and (isinstance(self.eps, bool | str) or not 0 < self.eps < math.inf):
             raise InputError(f"eps: {self.eps!r}; expected a distance above 0, or 'auto'.")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < 1:
             raise InputError(f"alpha: {self.alpha!r}; it is a probability, above 0 and below 1 (default 0.01).")
+        CSIEarlyStopping(self.max_change_ratio)  # refuses a wrong ratio
