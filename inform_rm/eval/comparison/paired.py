@@ -12,7 +12,6 @@ from scipy.stats import binomtest, chi2
 from inform_rm.errors import InputError
 from inform_rm.util.intervals import Interval
 
-_MOST_VALUES_AT_ONCE = 1 << 22
 # Ridges on quality and length, as of normal priors with standard deviations 100 and 5 (log odds): they keep the fit
 # finite where a rule fits every pair.
 _RIDGES = np.array([1e-4, 0.04])
@@ -44,12 +43,8 @@ def paired_bootstrap(differences: ArrayLike, *, num_resamples: int = 10_000, see
     if isinstance(num_resamples, bool) or not isinstance(num_resamples, int) or num_resamples < 1:
         raise InputError(f"num_resamples: {num_resamples!r}; expected a whole number of at least 1.")
     number = int(counts.sum())
-    generator = np.random.default_rng(seed)
-    means = np.empty(num_resamples)
-    block = max(1, _MOST_VALUES_AT_ONCE // len(values))
-    for start in range(0, num_resamples, block):
-        part = means[start : start + block]
-        part[:] = generator.multinomial(number, counts / number, size=len(part)) @ values / number
+    draws = np.random.default_rng(seed).multinomial(number, counts / number, size=num_resamples)
+    means = draws @ values / number
     low, high = np.quantile(means, [0.025, 0.975]).tolist()
     return Interval(float(values @ counts) / number, low, high, number, num_resamples)
 
@@ -117,13 +112,7 @@ def holm_adjusted(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class LengthControlled:
-    """What `length_controlled_accuracy` finds.
-
-    Attributes:
-        accuracy: predicted accuracy on pairs of equal length, with its 95 % interval.
-        length_coefficient: log odds that a chosen response gains by being much longer than the rejected one, against
-            one of equal length; negative for a model that likes short responses.
-    """
+    """Accuracy on pairs of equal length; and the log odds that a chosen response gains by being much longer."""
 
     accuracy: Interval
     length_coefficient: float
