@@ -224,7 +224,6 @@ def watch(scorer: Any, responses: Path, ns: list[int], seed: int) -> dict[str, A
     import numpy as np
     import pyarrow.parquet as pq
 
-    from inform_rm.eval.best_of_n.simulate import draw_best_of_n
     from inform_rm.eval.detection.clusters import auto_eps, cluster_separation_index
     from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
     from inform_rm.eval.detection.latents import collect_latents
@@ -255,7 +254,11 @@ def watch(scorer: Any, responses: Path, ns: list[int], seed: int) -> dict[str, A
     nulls = {"csi": split_half_null(pool, csi_of, seed=seed), "mop": split_half_null(pool, mop_of, seed=seed)}
     found: dict[str, Any] = {}
     for kind in WATCHED:
-        places = draw_best_of_n(np.array(table[kind]).reshape(WATCHED_PROMPTS, RESPONSES), ns, seed=seed)
+        rewards = np.array(table[kind]).reshape(WATCHED_PROMPTS, RESPONSES)
+        # The same n of a prompt's responses for every kind, those of a smaller n among them; ties are shuffled, too.
+        order = np.random.default_rng(seed).permuted(np.tile(np.arange(RESPONSES), (WATCHED_PROMPTS, 1)), axis=1)
+        shuffled = np.take_along_axis(rewards, order, axis=1)
+        places = np.take_along_axis(order, np.stack([shuffled[:, :n].argmax(axis=1) for n in ns], axis=1), axis=1)
         rule = CSIEarlyStopping()
         found[kind] = {name: [] for name in ("csi", "csi_rank", "mop", "mop_rank", "stop")}
         for column in range(len(ns)):

@@ -37,11 +37,9 @@ class Policy(Protocol):
 
     def sample(self, prompt: Prompt, num_responses: int, seed: int) -> list[str]:
         """``num_responses`` independent responses."""
-        ...
 
     def identity(self) -> dict[str, Any]:
         """What decides the responses, apart from the seed, as JSON values."""
-        ...
 
 
 class CausalLMPolicy:

@@ -24,14 +24,10 @@ class BestOfNResult(Result):
     Attributes:
         ns: numbers of responses to choose from.
         kl_nats: of the policy that chooses from so many.
-        num_prompts: that were answered.
-        num_responses: to each of them.
+        num_prompts: that were answered, each ``num_responses`` times.
         distinct_responses: within their prompt, of all prompts together.
-        empty_responses: of all.
         cut_responses: of a language model, those that had not ended.
-        intervals: what they are.
-        gold: ``model`` and ``identity``.
-        policy: likewise.
+        gold: ``model`` and ``identity``; so has ``policy``.
         proxies: by name (``"proxy"`` if there is one): likewise, and what
             `inform_rm.eval.best_of_n.simulate.overoptimization_curves` gives.
         prompts_fingerprint: SHA-256.

@@ -32,11 +32,9 @@ class Scorer(Protocol):
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Any:
         """``(N,)`` rewards."""
-        ...
 
     def identity(self) -> dict[str, Any]:
         """What decides a reward, as JSON values."""
-        ...
 
 
 def kl_nats(ns: ArrayLike) -> np.ndarray:
@@ -97,36 +95,13 @@ def best_of_n_expectation(proxy: ArrayLike, values: ArrayLike, ns: Sequence[int]
     return (sums / np.bincount(tie))[tie].reshape(proxy.shape) @ best_of_n_weights(proxy.shape[1], ns).T
 
 
-def draw_best_of_n(proxy: ArrayLike, ns: Sequence[int], seed: int = 0) -> np.ndarray:
-    """One draw of the chosen response for each prompt and n, for what needs the responses themselves.
-
-    The n responses are drawn without replacement; a larger n keeps those of a smaller one. Responses with equal proxy
-    are as likely chosen as each other. Proxies of one shape and seed choose from the same responses.
-
-    Args:
-        proxy: ``(P, N)`` rewards by which the response is chosen.
-        ns: M numbers from 1 to N, rising.
-        seed: seed of the draw.
-
-    Returns:
-        ``(P, M)`` int64: places in the N responses.
-    """
-    proxy = _table(proxy, "proxy")
-    places = np.random.default_rng(seed).permuted(np.tile(np.arange(proxy.shape[1]), (len(proxy), 1)), axis=1)
-    shuffled = np.take_along_axis(proxy, places, axis=1)
-    # argmax takes the first of equals, which after the shuffle is any of them.
-    first = np.stack([shuffled[:, :n].argmax(axis=1) for n in ns], axis=1)
-    return np.take_along_axis(places, first, axis=1)
-
-
 def overoptimization_curves(
     proxy: ArrayLike, gold: ArrayLike, ns: Sequence[int], *, lengths: ArrayLike | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Mean proxy and gold reward of the best of n by proxy, and the gold reward's peak (arXiv:2402.09345, Fig. 3).
 
     Intervals are 95 % percentile bootstrap intervals over prompts; one seed draws the same prompts for every proxy.
-    A peak is found again in every bootstrap sample. A fall is never negative, and noise alone makes it positive: it is
-    shown by the lower end of its interval, not by its value.
+    A peak is found again in every bootstrap sample. A fall is never negative, and noise alone makes it positive.
 
     Args:
         proxy: ``(P, N)`` rewards by which the response is chosen.
@@ -190,8 +165,7 @@ class SimulationSettings:
         num_prompts: use a random subset of this many prompts; ``None``: all.
         num_responses: N, responses to each prompt.
         ns: numbers to choose from, at most N; by default powers of two up to N.
-        temperature: of a policy named by folder or Hub id.
-        max_new_tokens: of such a policy.
+        temperature: of a policy named by folder or Hub id, as is ``max_new_tokens``.
         seed: of prompts, responses and bootstrap.
 
     Raises:
@@ -246,9 +220,8 @@ def simulate(
         prompts: distinct prompts.
         data: in place of these, sources of preference pairs, whose distinct prompts are used.
         progress: show progress bars.
-        options: fields of `SimulationSettings` (``num_prompts``, ``num_responses``, ``ns``, ``seed``, ...) and
-            keywords of `RewardScorer` for all models named by folder or Hub id; ``device`` and ``trust_remote_code``
-            hold for such a policy, too.
+        options: fields of `SimulationSettings`, and keywords of `RewardScorer` for all models named by folder or Hub
+            id; ``device`` and ``trust_remote_code`` hold for such a policy, too.
 
     Returns:
         By proxy the curves of `overoptimization_curves`, and what they were computed with.
@@ -275,6 +248,7 @@ def simulate(
     gold_rewards = _score(judge, "gold", asked, responses, progress)
     rewards = {name: _score(scorer, name, asked, responses, progress) for name, scorer in proxies.items()}
     words = np.array([[len(text.split()) for text in texts] for texts in responses])
+    texts_of_prompts = [each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in asked]
     sources = None if data is None else ", ".join(map(source_label, source_list(data)))
     given = {"data": sources, "columns": settings.columns, **scorer_options}
     flat = [text for texts in responses for text in texts]
@@ -299,7 +273,7 @@ def simulate(
         seed=settings.seed,
         responses={
             "prompt_id": np.repeat(np.arange(len(asked)), settings.num_responses),
-            "prompt": [_as_text(prompt) for prompt in asked for _ in range(settings.num_responses)],
+            "prompt": [text for text in texts_of_prompts for _ in range(settings.num_responses)],
             "response": flat,
             "gold": gold_rewards.ravel(),
             **{name: values.ravel() for name, values in rewards.items()},
@@ -312,10 +286,6 @@ def simulate(
 
 def _about(model: Scorer | Policy) -> dict[str, Any]:
     return {"model": model.name, "identity": model.identity()}
-
-
-def _as_text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
 def _table(values: ArrayLike, name: str) -> np.ndarray:

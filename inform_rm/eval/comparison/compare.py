@@ -52,8 +52,7 @@ class ComparisonResult(Result):
         limits: least values.
         below: what is less: ``model``, ``name``, ``value`` and ``limit``.
         data: of the baseline.
-        flipped_rows: every row that one model has right and the baseline wrong, or the other way round: the lines of
-            ``flips.jsonl``.
+        flipped_rows: the lines of ``flips.jsonl``: rows that one of model and baseline has right, the other wrong.
     """
 
     baseline: str
@@ -107,8 +106,8 @@ def compare(
     `inform_rm.eval.comparison.paired` for the statistics. P-values come as they are and adjusted by Holm's method,
     where one family is all tests of a level (all rows, sections, subsets) against the baseline.
 
-    With ``output`` the folder receives ``flips.jsonl`` (every row that one model has right and the baseline wrong, or
-    the other way round), ``forest.png``, ``result.md``, ``result.html`` and at last ``result.json``.
+    With ``output`` the folder receives ``flips.jsonl``, ``forest.png``, ``result.md``, ``result.html`` and at last
+    ``result.json``.
 
     Args:
         results: folders or results by name, or folders that are named by their last part; one is enough for
@@ -232,9 +231,10 @@ def _limited_values(rows: ResultRows, limits: dict[str, float]) -> dict[str, flo
 
 
 def _described(rows: ResultRows) -> dict[str, Any]:
-    names = ("model", "model_fingerprint", "settings", "seed", "versions")
     found: dict[str, Any] = {"folder": rows.folder}
-    found |= {name: rows.result[name] for name in names if name in rows.result}
+    for name in ("model", "model_fingerprint", "settings", "seed", "versions"):
+        if name in rows.result:
+            found[name] = rows.result[name]
     if rows.suite is not None:
         found |= {name: rows.result.get(name) for name in ("complete", "score")}
         found["sections"] = {name: part.get("score") for name, part in rows.result.get("sections", {}).items()}
@@ -304,15 +304,14 @@ def _difference(base: np.ndarray, credits: np.ndarray, num_resamples: int, seed:
 def _flips(baseline: ResultRows, other: ResultRows) -> list[dict[str, Any]]:
     """Rows that exactly one of the two has right and the other wrong, in the baseline's order.
 
-    ``margin_change`` is that of the margins in units of each model's root mean square margin: reward models have no
-    common unit.
+    Reward models have no common unit: ``margin_change`` is in units of each one's root mean square margin.
     """
     sources = baseline.source_names()
     scales = [_root_mean_square(part.margins) for part in (baseline, other)]
     flips = []
     for place in np.flatnonzero(np.abs(other.credits - baseline.credits) == 1).tolist():
         source, subset, identifier = baseline.keys[place]
-        margins = [float(part.margins[place]) for part in (baseline, other)]
+        one, two = (float(part.margins[place]) for part in (baseline, other))
         flip: dict[str, Any] = {
             "model": other.name,
             "change": "gained" if other.credits[place] == 1 else "lost",
@@ -321,10 +320,10 @@ def _flips(baseline: ResultRows, other: ResultRows) -> list[dict[str, Any]]:
             "subset": subset,
             "id": identifier,
         }
-        if all(math.isfinite(margin) for margin in margins):
+        if math.isfinite(one) and math.isfinite(two):
             # Rewards are float32: more digits than 7 are noise of the subtraction.
-            flip |= {"baseline_margin": float(f"{margins[0]:.7g}"), "margin": float(f"{margins[1]:.7g}")}
-            flip["margin_change"] = margins[1] / scales[1] - margins[0] / scales[0]
+            flip |= {"baseline_margin": float(f"{one:.7g}"), "margin": float(f"{two:.7g}")}
+            flip["margin_change"] = two / scales[1] - one / scales[0]
         flips.append({name: value for name, value in flip.items() if value is not None})
     return flips
 

@@ -28,9 +28,8 @@ class ResultRows:
         name: of the model, in tables.
         folder: where the rows were read, or that they are in memory.
         result: its ``result.json``.
-        suite: name of the suite; ``None`` for pairs of ``--data``.
+        suite: its name; of pairs of ``--data`` there is none, nor are there ``sections``.
         keys: what tells rows apart.
-        sections: of the suite; ``None`` for pairs of ``--data``.
         credits: ``(N,)`` from 0 (wrong) to 1 (right); of a pair of ``--data`` 0.5 for a tie.
         margins: ``(N,)`` lowest reward of the right candidates minus the highest of the others; NaN without both.
         length_differences: ``(N,)`` characters of the chosen minus the rejected response; NaN where the row is no

@@ -130,14 +130,13 @@ def csi_interval(
 def auto_eps(reference: LatentArray, *, min_samples: int = 5, num_points: int | None = None, seed: int = 0) -> float:
     """A radius for DBSCAN from the reference: the one at which 90 % of its points would be core points.
 
-    That is the 0.9 quantile of the k-distance curve: of the distance of each point to its ``min_samples``-th nearest
-    one, itself counted. A candidate from the same policy, of the same size, then has about 10 % of noise and border.
+    That is the 0.9 quantile of the distance of each point to its ``min_samples``-th nearest one, itself counted. A
+    candidate from the same policy, of the same size, then has about 10 % of noise and border.
 
     Args:
         reference: ``(M, K)``, at least ``min_samples`` of them.
         min_samples: as in :func:`cluster_separation_index`.
-        num_points: draw this many of them, since distances to neighbours shrink with the number of points; ``None``
-            for at most 5000.
+        num_points: draw so many, since distances shrink with the number of points; ``None``: at most 5000.
         seed: of the draw.
 
     Raises:

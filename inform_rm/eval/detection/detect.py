@@ -56,8 +56,7 @@ def detect(
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
         progress: show progress bars.
-        options: fields of `inform_rm.eval.detection.settings.DetectionSettings` (``columns``, ``alpha``, ``eps``,
-            ``on_bad_row``, ``max_responses``, ``seed``, ...) and keywords of `RewardScorer`.
+        options: fields of `inform_rm.eval.detection.settings.DetectionSettings` and keywords of `RewardScorer`.
 
     Returns:
         The statistics of each candidate, and what they are by chance.
@@ -71,8 +70,22 @@ def detect(
     frame = Frame(model, output, tokenizer, scorer_options, progress)
     read = {name: _read(frame.scorer, source, name, settings) for name, source in sources.items()}
     rows = {name: part for name, (part, _) in read.items()}
-    _check_size(labels[REFERENCE], len(rows[REFERENCE]), settings)
-    latents = {name: _latents(frame, part) for name, part in rows.items()}
+    size, least = len(rows[REFERENCE]), 2 * math.floor(1 / settings.alpha) + 1
+    if settings.tail == "reference" and size < least:  # halves stand for it in the null, and need ranks below alpha
+        raise InputError(
+            f"{labels[REFERENCE]}: {size} responses; with alpha {settings.alpha} their halves show no outliers by "
+            f"rank: pass at least {least}, a larger alpha, or tail='chi2'."
+        )
+    latents = {
+        name: collect_latents(
+            frame.scorer,
+            [row.prompt for row in part],
+            [row.response for row in part],
+            places=[row.where for row in part],
+            progress=frame.progress,
+        )
+        for name, part in rows.items()
+    }
     base = latents[REFERENCE].values
     if settings.eps == "auto":  # one radius for all candidates and the null
         smallest = min(map(len, rows.values()))
@@ -91,7 +104,11 @@ def detect(
         eps=eps,
         reference=found.pop(REFERENCE),
         candidates=[{"name": name, **values} for name, values in found.items()],
-        null={"splits": settings.num_splits, **{name: _spread(values) for name, values in null.items()}},
+        null={"splits": settings.num_splits}
+        | {
+            name: {"mean": float(values.mean()), "interval": np.quantile(values, [0.025, 0.975]).tolist()}
+            for name, values in null.items()
+        },
         digests={_label(name, source): source_digest(source) for name, source in sources.items()},
         responses=table,
         values=np.concatenate([part.values for part in latents.values()]),
@@ -168,21 +185,6 @@ def _read(
     return rows, left_out
 
 
-def _check_size(reference: str, size: int, settings: DetectionSettings) -> None:
-    """Halves of the reference stand for it in the null, and must have ranks below alpha."""
-    least = 2 * math.floor(1 / settings.alpha) + 1
-    if settings.tail == "reference" and size < least:
-        raise InputError(
-            f"{reference}: {size} responses; with alpha {settings.alpha} their halves show no outliers by rank: pass "
-            f"at least {least}, a larger alpha, or tail='chi2'."
-        )
-
-
-def _latents(frame: Frame, rows: list[ScoreRow]) -> Latents:
-    prompts, responses, places = zip(*((row.prompt, row.response, row.where) for row in rows), strict=True)
-    return collect_latents(frame.scorer, prompts, responses, places=places, progress=frame.progress)
-
-
 def _null(reference: np.ndarray, settings: DetectionSettings, progress: bool) -> dict[str, np.ndarray]:
     """What each statistic is when candidate and reference are halves of the same responses: one value a split."""
 
@@ -223,10 +225,6 @@ def _measure(
             values |= {f"{key}_null_rank": null_rank(values[key], by_chance) for key, by_chance in null.items()}
             found[name] = {**values, "stop": stopping.update(values["csi_normalized"])}
     return table, found
-
-
-def _spread(values: np.ndarray) -> dict[str, Any]:
-    return {"mean": float(values.mean()), "interval": np.quantile(values, [0.025, 0.975]).tolist()}
 
 
 def _text_statistics(rows: list[ScoreRow], own: Latents) -> dict[str, Any]:

@@ -10,15 +10,13 @@ class CSIEarlyStopping:
     """Stop when ``|C_t - C_{t-1}| > max_change_ratio * mean of the earlier absolute changes``.
 
     The first two values cannot fire: there is no earlier change to compare with. Nor can any value as long as all
-    earlier changes are 0. The formula would then stop at the least change; but equal values mean that the same
-    latents were measured again (the policy has not moved yet, as in a warm-up), which tells nothing about how far CSI
-    moves by chance. Zeros count in the mean once there is a change above 0. A change that fires joins the mean, too,
-    for a run that goes on after a warning.
+    earlier changes are 0: equal values mean that the same latents were measured again (the policy has not moved yet,
+    as in a warm-up), which tells nothing about how far CSI moves by chance. Zeros count in the mean once there is a
+    change above 0. A change that fires joins the mean, too, for a run that goes on after a warning.
 
-    From few changes their mean is not well known, and noise alone can be a tenfold jump: of 2,000 sequences of 61
-    independent normal values 6 % fired at a ratio of 10, all of them within the first five changes.
-
-    The rule has the unit of CSI: give it values of the same number of responses and the same settings each time.
+    From few changes their mean is not well known: of 2,000 sequences of 61 independent normal values 6 % fired at a
+    ratio of 10, all of them within the first five changes. The rule has the unit of CSI: give it values of the same
+    number of responses and the same settings each time.
 
     Args:
         max_change_ratio: above 0; 10 in the paper.

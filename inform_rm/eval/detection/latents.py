@@ -41,8 +41,7 @@ def collect_latents(
     Memory holds what is returned and one batch.
 
     Args:
-        scorer: the model; its head must be its module ``score``, as in all sequence classifiers of transformers that
-            decode.
+        scorer: the model; its head must be its module ``score``, as in all decoders of transformers that classify.
         prompts: N prompts.
         responses: N responses.
         places: what an error calls each row; by default its number, from 0.

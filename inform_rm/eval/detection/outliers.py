@@ -155,11 +155,10 @@ def mahalanobis_outlier_probability(
     """MOP: share of candidate latents whose tail probability, given the reference, is below alpha (arXiv:2510.13694).
 
     For a candidate from the same Gaussian as the reference it should be alpha. With the paper's chi-square tail it is
-    if all dimensions have the same variance or the reference is very large. Measured for K = 128, alpha = 0.01 and
-    variances 1, 1/2, ... 1/128: 0.68 at M = 110 (refused), 0.41 at 256 (warned of), 0.074 at 1024, 0.019 at 4096,
-    0.012 at 8192. With most variances near 0, as in a latent of which few dimensions are used, it was 0 at any M up to
-    16384: shrinkage widens the narrow dimensions, and outliers hide there. ``tail="reference"`` gave 0.005 to 0.016 in
-    all of these, as alpha and the chance of the draws allow; it does not ask for a Gaussian, either.
+    if all dimensions have the same variance or the reference is very large. For K = 128, alpha = 0.01 and variances 1,
+    1/2, ... 1/128 it was 0.68 at M = 110 (refused), 0.41 at 256 (warned of), 0.074 at 1024, 0.012 at 8192; with most
+    variances near 0 it was 0 at any M: shrinkage widens the narrow dimensions, and outliers hide there.
+    ``tail="reference"`` gave 0.005 to 0.016 in all of these; it does not ask for a Gaussian, either.
 
     Args:
         candidate: ``(N, K)``.
@@ -185,14 +184,13 @@ def split_half_null(
     """``(num_splits,)`` values of a statistic when the candidate comes from the same policy as the reference.
 
     Each time the reference is shuffled, and one half of it (of a random 10,000, if it has more) plays the candidate,
-    the other the reference. CSI and MOP both depend on the sizes of the sets: with as many latents in each half as the
-    real call has, the values compare best; with fewer reference latents both tend to be larger, and so the test is on
-    the safe side. CSI must be ``normalized`` and have a number for ``eps``, the one of the real call.
+    the other the reference. CSI and MOP depend on the sizes of the sets; with fewer reference latents than the real
+    call has both tend to be larger, and so the test is on the safe side. CSI must be ``normalized`` and have a number
+    for ``eps``, the one of the real call.
 
     Args:
         reference: ``(M, K)``.
-        statistic: of candidate and reference, such as ``lambda candidate, reference:
-            cluster_separation_index(candidate, reference, eps=eps, normalized=True)``.
+        statistic: of candidate and reference.
         num_splits: how many splits.
         seed: of all shuffles.
         progress: show a progress bar.

@@ -37,16 +37,13 @@ class DetectionResult(ModelResult):
         kind: of the latents, see `inform_rm.eval.detection.latents.Latents`.
         dimensions: of the latents.
         eps: radius of DBSCAN.
-        reference: ``num_responses``, ``num_prompts``, ``bad_rows`` and where there are any the first
-            ``bad_row_reasons``, ``mean_reward``, ``mean_words`` and ``repeated_trigrams`` of the reference.
+        reference: counts, mean reward and what its texts are like.
         candidates: the same of each candidate, in order, with its ``name``; for every statistic (``csi_normalized``,
             ``mop``, ``knn_outliers``) its value, ``NAME_interval`` and ``NAME_null_rank``; ``most_outlying``; and
             ``stop``, whether CSI's stopping rule fires.
-        null: what halves of the reference give against each other: ``splits``, and of every statistic ``mean`` and
-            ``interval``.
+        null: ``mean`` and ``interval`` of every statistic for halves of the reference against each other, ``splits``.
         digests: of the sources.
-        responses: columns ``set``, ``row``, ``response``, ``reward`` and those of the statistics, each with one entry
-            a response.
+        responses: columns ``set``, ``row``, ``response``, ``reward`` those of the statistics: an entry a response.
         values: ``(N, K)`` latents of these responses.
     """
 

@@ -23,17 +23,16 @@ class DetectionSettings:
 
     Attributes:
         columns: which columns are prompt, response, system and history: see `inform_rm.data.columns.Columns.of`.
-        eps: radius of DBSCAN, see `inform_rm.eval.detection.clusters.cluster_separation_index`, as for the next two;
-            ``"auto"`` takes one radius from the reference, for all candidates and the null.
-        min_samples: points that make a core point.
-        noise: what DBSCAN's noise counts as.
+        eps: see `inform_rm.eval.detection.clusters.cluster_separation_index`, like the next two; ``"auto"`` takes one
+            radius from the reference, for all candidates and the null.
+        min_samples: of DBSCAN.
+        noise: of DBSCAN.
         alpha: tail probability below which a response is an outlier.
-        tail: ``"reference"`` or ``"chi2"``, see `inform_rm.eval.detection.outliers.mahalanobis_outlier_probability`.
-        max_change_ratio: see `inform_rm.eval.detection.early_stopping.CSIEarlyStopping`, applied to the normalized CSI
+        tail: see `inform_rm.eval.detection.outliers.MahalanobisReference.tail_probabilities`.
+        max_change_ratio: of `inform_rm.eval.detection.early_stopping.CSIEarlyStopping`, applied to the normalized CSI
             over the candidates in order.
         max_responses: use a random subset of this many responses of each set.
-        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists rows that cannot be scored. All rows
-            in use are checked before the first is scored.
+        on_bad_row: ``"error"`` or ``"skip"``. All rows in use are checked before the first is scored.
         num_outliers: outliers of each candidate that the result names, the farthest first.
         num_splits: splits of the reference that show what comes by chance.
         num_resamples: bootstrap resamples for intervals that have no closed form.
