@@ -229,12 +229,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["score"]
     # A causal-LM checkpoint brings its output layer (`embed_out` in GPT-NeoX, `head` in RWKV, `decoder` in
     # ModernBERT); a reward model has no use for it.
-    _keys_to_ignore_on_load_unexpected = [
-        r"^lm_head\.",
-        r"^embed_out\.",
-        r"^head\.weight$",
-        r"^decoder\.(weight|bias)$",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"^(lm_head|embed_out)\.", r"^head\.weight$", r"^decoder\.(weight|bias)$"]
 
     def __init__(self, config: InfoRMConfig):
         super().__init__(config)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from inform_rm.scoring.packed_flex import flex_inputs, may_attend, row_layout, windows_of
+from inform_rm.scoring.packed_flex import flex_inputs, may_attend, row_layout
 from inform_rm.scoring.packing import pack_sequences, packed_attention_of, packed_rewards
 
 SIZES = {
@@ -69,7 +69,7 @@ def test_rewards_and_gradients_are_those_of_one_sequence_at_a_time(name, device)
 
     row = pack_sequences(sequences, lengths)
     inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "packed_segments": row.segments}
-    inputs = flex_inputs(inputs, windows_of(config), torch.device(device))
+    inputs = flex_inputs(inputs, config, torch.device(device))
     # On a CPU FlexAttention has no backward pass.
     with packed_attention_of(model), torch.set_grad_enabled(device == "cuda"):
         backbone = getattr(model, model.base_model_prefix)

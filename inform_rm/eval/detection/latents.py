@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from inform_rm.errors import InputError
-from inform_rm.scoring.scorer import Prompt, RewardScorer
+from inform_rm.scoring.scorer import Prompt, RewardScorer, row_name
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,7 @@ def collect_latents(
     head = getattr(model, "score", None)
     if not isinstance(head, torch.nn.Module):
         raise InputError(f"latents: {scorer.name} has no head named 'score' from whose input latents could be read.")
-    encoded = [
-        scorer.encode(prompt, response, places[row] if places else f"row {row} (counted from 0)")
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-    ]
-    scorer.tell_of_loss(encoded, places or [f"row {row} (counted from 0)" for row in range(len(encoded))])
+    encoded = scorer.encode_all(prompts, responses, places or [row_name(row) for row in range(len(prompts))])
     sequences = [row.input_ids for row in encoded]
     is_inform = model.config.model_type == "inform"
     pads = None if is_inform else getattr(model.config.get_text_config(), "pad_token_id", None)
