@@ -31,6 +31,12 @@ class Interrupted(RuntimeError):
         self.number = number
 
 
+def check_whole_number(name: str, value: Any, least: int = 1) -> None:
+    """Raise `InputError` unless the value of an argument is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name}: {value!r}; expected a whole number of at least {least}.")
+
+
 def shown(value: Any, length: int = 80) -> str:
     """A value of whatever type, size and depth, in at most `length` characters."""
     try:

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from inform_rm.errors import InputError
-from inform_rm.scoring.scorer import Prompt, RewardScorer
+from inform_rm.scoring.scorer import Prompt, RewardScorer, row_name
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,7 @@ def collect_latents(
     head: Any = getattr(getattr(scorer, "model", None), "score", None)
     if not isinstance(head, torch.nn.Module):
         raise InputError(f"latents: {scorer.name} has no head named 'score' from whose input latents could be read.")
-    places = places or [f"row {row} (counted from 0)" for row in range(len(prompts))]
-    encoded = [scorer.encode(*row) for row in zip(prompts, responses, places, strict=True)]
-    scorer.tell_of_loss(encoded, places)
+    encoded = scorer.encode_all(prompts, responses, places or [row_name(row) for row in range(len(prompts))])
     config = scorer.model.config
     pad_id = None if config.model_type == "inform" else getattr(config.get_text_config(), "pad_token_id", None)
     rewards = np.empty(len(encoded), dtype=np.float32)
