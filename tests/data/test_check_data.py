@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from inform_rm.data.check_data import check_data, format_report, write_report
+from inform_rm.data.check_data import check_data, write_report
+from inform_rm.data.check_data_text import format_report
 from inform_rm.data.encoding import encode, encode_pairs
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import load_preferences
