@@ -59,6 +59,12 @@ class BadRow(InputError):
         return f"{self.file}, row {self.row}: {self.reason}"
 
 
+def skippable(bad: BadRow) -> BadRow:
+    """The same fault for whoever meets it under ``on_bad_row="error"``: its reason names the way round it."""
+    reason = f"{bad.reason} (on_bad_row='skip' leaves bad rows out and lists them.)"
+    return BadRow(bad.file, bad.row, reason, bad.kind)
+
+
 @dataclass(frozen=True)
 class PreferencePair:
     """A prompt, the preferred and the other reply, and where they were read."""
@@ -167,8 +173,7 @@ def pair_or_fault(record: Any, file: str, row: int, on_bad_row: str, **options: 
     except BadRow as bad:
         if on_bad_row == "skip":
             return bad
-        reason = f"{bad.reason} (on_bad_row='skip' leaves bad rows out and lists them.)"
-        raise BadRow(bad.file, bad.row, reason, bad.kind) from None
+        raise skippable(bad) from None
 
 
 def _sides(record: dict, columns: Columns, reading: Reading) -> tuple[list[Message], str, str]:

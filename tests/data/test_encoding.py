@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from inform_rm.data.encoding import TokenPair, encode, encode_many, encode_pairs, shared_prefix_length, truncate_prompt
+from inform_rm.data.encoding import TokenPair, encode, encode_many, encode_pairs, fit_pair, shared_prefix_length
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import FEATURES, load_preferences
 from inform_rm.data.tokenizer import check_vocabulary, load_tokenizer
@@ -277,11 +277,12 @@ ids = st.lists(st.integers(0, 3), max_size=6)
 def test_truncation_keeps_bos_and_responses_and_the_difference(prompt, chosen, rejected, bos, limit):
     whole = TokenPair([*prompt, *chosen], [*prompt, *rejected], len(prompt))
     keep = int(prompt[:1] == [bos])
-    cut = truncate_prompt(whole, limit, bos)
     responses = max(len(chosen), len(rejected))
     if keep + responses > limit and len(prompt) + responses > limit:
-        assert cut is None
+        with pytest.raises(BadRow, match=f"alone takes {keep + responses} of max_length {limit} tokens"):
+            fit_pair(whole, limit, "truncate_prompt", bos, "f", 1)
         return
+    cut = fit_pair(whole, limit, "truncate_prompt", bos, "f", 1)
     left = min(len(prompt), limit - responses)
     kept = [*prompt[:keep], *prompt[len(prompt) - left + keep :]]  # BOS and the prompt's end, as much as fits
     assert cut == TokenPair([*kept, *chosen], [*kept, *rejected], len(kept)) and len(kept) == left
