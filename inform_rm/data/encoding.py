@@ -251,7 +251,8 @@ def fit_pair(
     if excess > removable:
         raise BadRow(
             file, row, f"its longer response alone takes {pair.longest - removable} of max_length {max_length} "
-            "tokens, and responses are never cut. Raise max_length, choose overlong='drop', or remove the row.", "overlong",
+            "tokens, and responses are never cut. Raise max_length, choose overlong='drop', or remove the row.",
+            "overlong",
         )  # fmt: skip
     chosen, rejected = (ids[:keep] + ids[keep + excess :] for ids in (pair.chosen_ids, pair.rejected_ids))
     return TokenPair(chosen, rejected, pair.prompt_length - excess, pair.lost)
