@@ -29,9 +29,10 @@ _NOT_ENCODED = (
 )  # fmt: skip
 # Very likely the field, under another name; to read it or not would be a guess.
 _OTHER_NAMES = {
-    "system": ("system_prompt", "system_message", "sys_prompt", "system_instruction"),
-    "history": ("chat_history", "conversation_history", "dialogue_history", "previous_messages", "past_messages"),
-}
+    "system_prompt": "system", "system_message": "system", "sys_prompt": "system", "system_instruction": "system",
+    "chat_history": "history", "conversation_history": "history", "dialogue_history": "history",
+    "previous_messages": "history", "past_messages": "history",
+}  # fmt: skip
 _PARTS_OF_PROMPT = ("input", "context")
 _LIKE_PROMPT = (
     "question", "instruction", "query", "problem", "user_prompt", "user", "request", "task", "post", "article",
@@ -200,14 +201,13 @@ def check_not_encoded(record: Mapping[str, Any], columns: Columns) -> None:
     Raises:
         Fault: naming the column and both ways out.
     """
-
-    def is_there(column: str) -> bool:
-        if _is_empty(record.get(column)) or column in columns.ignored:
-            return False
-        return column not in columns.read(("prompt", "system", "history"))
-
-    not_encoded = [column for column in _NOT_ENCODED if is_there(column)]
-    if not_encoded:
+    read = columns.read(("prompt", "system", "history"))
+    unread = {
+        column
+        for column, value in record.items()
+        if not _is_empty(value) and column not in read and column not in columns.ignored
+    }
+    if not_encoded := [column for column in _NOT_ENCODED if column in unread]:
         listed, ignore = ", ".join(map(repr, not_encoded)), "ignore=" + "+".join(not_encoded)
         hint = " Write the tools into the system message." if {"tools", "functions"} & set(not_encoded) else ""
         raise Fault(
@@ -215,21 +215,17 @@ def check_not_encoded(record: Mapping[str, Any], columns: Columns) -> None:
             f"{listed} {'is' if len(not_encoded) == 1 else 'are'} not encoded, and would change what a model reads."
             f"{hint} To read the rows without: columns {ignore} (--columns {ignore}).",
         )
-    for name, others in _OTHER_NAMES.items():
-        for column in others:
-            if is_there(column):
-                raise Fault(
-                    "unread column",
-                    f"{column!r} looks like the field {name!r}, but is not read. Say columns {name}={column} "
-                    f"(--columns {name}={column}), or ignore={column}.",
-                )
-    for column in _PARTS_OF_PROMPT:
-        if is_there(column) and record.get("prompt") is not None and "prompt" not in columns.given:
-            raise Fault(
-                "unread column",
-                f"{column!r} beside 'prompt' may be a part of it, but is not read. Say columns prompt=prompt+{column} "
-                f"(--columns prompt=prompt+{column}), or ignore={column}.",
-            )
+    guess = next((column for column in _OTHER_NAMES if column in unread), None)
+    if guess is not None:
+        what, mapping = f"looks like the field {_OTHER_NAMES[guess]!r}", f"{_OTHER_NAMES[guess]}={guess}"
+    elif record.get("prompt") is not None and "prompt" not in columns.given:
+        guess = next((column for column in _PARTS_OF_PROMPT if column in unread), None)
+        what, mapping = "beside 'prompt' may be a part of it", f"prompt=prompt+{guess}"
+    if guess is not None:
+        raise Fault(
+            "unread column",
+            f"{guess!r} {what}, but is not read. Say columns {mapping} (--columns {mapping}), or ignore={guess}.",
+        )
 
 
 def no_prompt(record: Mapping[str, Any], reason: str, fields: tuple[str, ...] = PAIR_FIELDS) -> Fault:
@@ -240,11 +236,10 @@ def no_prompt(record: Mapping[str, Any], reason: str, fields: tuple[str, ...] = 
         likely = "instruction+input"
     advice = "Add 'prompt'"
     if unread:
-        advice = f"Not read: {', '.join(map(repr, unread[:12]))}. " + (
-            f"{likely!r} may be it: say columns prompt={likely} (--columns prompt={likely}), or rename it"
-            if likely
-            else "Say columns prompt=COLUMN (--columns prompt=COLUMN), or rename it"
-        )
+        say = f"{likely!r} may be it: say" if likely else "Say"
+        mapping = f"prompt={likely or 'COLUMN'}"
+        advice = f"Not read: {', '.join(map(repr, unread[:12]))}. "
+        advice += f"{say} columns {mapping} (--columns {mapping}), or rename it"
     if "chosen" in fields:
         advice += (
             f". What both sides begin with is taken for the prompt only on demand: columns prompt={SHARED_PREFIX}"
@@ -319,14 +314,10 @@ def _history(history: Any) -> list[Message]:
         isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
         for pair in history
     ):
-        turns = [
-            {"role": role, "content": text}
-            for pair in history
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
-        messages = conversation("'history'", turns)
-    else:
-        messages = conversation("'history'", history)
+        speakers = ("user", "assistant")
+        texts = ((role, text) for pair in history for role, text in zip(speakers, pair, strict=True))
+        history = [{"role": role, "content": text} for role, text in texts]
+    messages = conversation("'history'", history)
     if messages is None:
         raise Fault(
             "wrong type", f"'history' is {found(history)}; expected [user, assistant] pairs of texts, or messages."

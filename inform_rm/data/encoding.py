@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from inform_rm.data.messages import Message, to_messages
-from inform_rm.data.pairs import BadRow, skippable
+from inform_rm.data.pairs import BadRow, shared_prefix_length, skippable
 from inform_rm.data.preferences import FEATURES
 from inform_rm.data.rendered_text import (
     NotRenderedError,
@@ -157,17 +157,6 @@ def encode_groups(
         if len(prompts) == 1:
             return [error]
     return [encode_groups(tokenizer, prompts[at : at + 1], groups[at : at + 1])[0] for at in range(len(prompts))]
-
-
-def shared_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Number of tokens at the start that two sequences have in common.
-
-    Example:
-        >>> shared_prefix_length([1, 2, 3], [1, 2, 4, 3])
-        2
-    """
-    both = zip(first, second, strict=False)
-    return next((at for at, (one, other) in enumerate(both) if one != other), min(len(first), len(second)))
 
 
 @dataclass(frozen=True)

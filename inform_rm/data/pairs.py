@@ -5,7 +5,7 @@ Which columns are read, and what is not, is the matter of `columns`; what a conv
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,10 +27,10 @@ from inform_rm.data.messages import (
     conversation,
     found,
     has_text,
-    is_transcript,
     json_messages,
+    one_line_end,
     prompt_messages,
-    transcript_turns,
+    transcript,
 )
 from inform_rm.data.sources import source_name
 from inform_rm.errors import InputError
@@ -77,6 +77,17 @@ class PreferencePair:
     id: str
     file: str
     row: int
+
+
+def shared_prefix_length(first: Sequence, second: Sequence) -> int:
+    """How many tokens or characters at the start two sequences have in common.
+
+    Example:
+        >>> shared_prefix_length([1, 2, 3], [1, 2, 4, 3])
+        2
+    """
+    both = zip(first, second, strict=False)
+    return next((at for at, (one, other) in enumerate(both) if one != other), min(len(first), len(second)))
 
 
 def with_layout(columns: Columns, records: Iterable[tuple[int, Any]]) -> Columns:
@@ -218,31 +229,35 @@ def _sides_without_prompt(
         reading.layouts["the words that both sides begin with are the prompt"] += 1
         start, chosen, rejected = _shared_words(chosen, rejected)
         return with_earlier_turns(record, columns, prompt_messages("'prompt'", start), reading), chosen, rejected
-    spoken = [is_transcript("'chosen'", chosen), is_transcript("'rejected'", rejected)]
-    if not all(spoken):
-        raise no_prompt(record, "only one side is a transcript" if any(spoken) else "the sides are plain text")
+    first, second = transcript("'chosen'", chosen), transcript("'rejected'", rejected)
+    if first is None or second is None:
+        what = "the sides are plain text" if first is second else "only one side is a transcript"
+        raise no_prompt(record, what)
     reading.layouts["both sides are transcripts"] += 1
-    turns = transcript_turns("'chosen'", chosen), transcript_turns("'rejected'", rejected)
-    return _message_sides(record, columns, reading, None, *turns)
+    return _message_sides(record, columns, reading, None, first, second)
 
 
 def _sides_after_prompt(
     record: dict, columns: Columns, reading: Reading, prompt: list[Message], chosen: str, rejected: str
 ) -> tuple[list[Message], str, str]:
-    stated = columns.value(record, "prompt")
+    asked, cut_off = prompt[-1]["content"], "the prompt is cut off both sides, which begin with it"
     if columns.sides != "reply":
-        dialogues = _dialogues(prompt[-1]["content"], chosen, rejected)
-        if dialogues is not None:
-            reading.layouts["the prompt is cut off both sides, which begin with it"] += 1
-            return _message_sides(record, columns, reading, prompt, *dialogues)
-    rests = _after(chosen, prompt[-1]["content"]), _after(rejected, prompt[-1]["content"])
+        first, second = (_dialogue_about(side, asked) for side in (chosen, rejected))
+        if first is not None and second is not None:
+            reading.layouts[cut_off] += 1
+            return _message_sides(record, columns, reading, prompt, first, second)
+        if first is not None or second is not None:
+            one = "'chosen'" if first is not None else "'rejected'"
+            message = f"only {one} is a transcript that holds the prompt. Give both in the same form."
+            raise Fault("sides diverge", message)
+    rests = _after(chosen, asked), _after(rejected, asked)
     repeats = [rest is not None for rest in rests]
     layout = columns.sides or columns.layout
     if layout == "reply":
         if any(repeats):
             reading.layouts["a reply begins with the prompt, and is left as it is"] += 1
     elif all(repeats) and layout != "unclear":
-        reading.layouts["the prompt is cut off both sides, which begin with it"] += 1
+        reading.layouts[cut_off] += 1
         chosen, rejected = map(str, rests)
     elif layout == "whole" or any(repeats):
         which = "both sides begin" if all(repeats) else "only one side begins" if any(repeats) else "no side begins"
@@ -251,29 +266,15 @@ def _sides_after_prompt(
             f"{which} with the prompt, {'like some' if layout == 'unclear' else 'unlike'} other rows: whole "
             "dialogues, or replies? Say columns sides=reply or sides=whole (--columns sides=...), or correct the row.",
         )
-    if isinstance(stated, str) and is_transcript("'prompt'", stated):
+    stated = columns.value(record, "prompt")
+    if isinstance(stated, str) and transcript("'prompt'", stated, is_prompt=True) is not None:
         chosen, rejected = chosen.strip(), rejected.strip()  # space around a turn belongs to the transcript
     return with_earlier_turns(record, columns, prompt, reading), chosen, rejected
 
 
-def _dialogues(asked: str, chosen: str, rejected: str) -> tuple[list[Message], list[Message]] | None:
-    """Both sides as messages where they are transcripts that hold what the user asked; ``None`` for other text.
-
-    Raises:
-        Fault: only one of them is.
-    """
-    first, second = (_dialogue_about(side, asked) for side in (chosen, rejected))
-    if first is not None and second is not None:
-        return first, second
-    if first is not None or second is not None:
-        one = "'chosen'" if first is not None else "'rejected'"
-        raise Fault("sides diverge", f"only {one} is a transcript that holds the prompt. Give both in the same form.")
-    return None
-
-
 def _after(side: str, prompt: str) -> str | None:
     """What follows the prompt in a side that begins with it, whatever the line ends; ``None`` for another side."""
-    side, prompt = (text.replace("\r\n", "\n").replace("\r", "\n").strip() for text in (side, prompt))
+    side, prompt = (one_line_end(text).strip() for text in (side, prompt))
     if not side.startswith(prompt):
         return None
     rest = side[len(prompt) :]
@@ -285,7 +286,7 @@ def _after(side: str, prompt: str) -> str | None:
 def _dialogue_about(side: str, asked: str) -> list[Message] | None:
     """The messages of a transcript one of whose user turns is what was asked; ``None`` for other text."""
     try:
-        messages = transcript_turns("a side", side) if is_transcript("a side", side) else []
+        messages = transcript("a side", side) or []
     except Fault:
         return None  # begins like a transcript, as a reply may
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -296,8 +297,7 @@ def _dialogue_about(side: str, asked: str) -> list[Message] | None:
 
 def _shared_words(chosen: str, rejected: str) -> tuple[str, str, str]:
     """The words that both texts begin with, and what is left of each, its leading space included."""
-    both = zip(chosen, rejected, strict=False)
-    cut = next((at for at, (one, other) in enumerate(both) if one != other), min(len(chosen), len(rejected)))
+    cut = shared_prefix_length(chosen, rejected)
     while cut and not (cut < min(len(chosen), len(rejected)) and chosen[cut].isspace()):
         cut -= 1
     while cut and chosen[cut - 1].isspace():
@@ -344,20 +344,13 @@ def _trimmed(message: Message) -> Message:
 def _margin(value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, str):  # a cell of a CSV file
-        try:
-            value = float(value)
-        except ValueError:
-            pass  # refused below
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Fault("bad margin", f"'margin' is {found(value)}; expected a number or null.")
     try:
-        finite = math.isfinite(value)
-    except OverflowError:
-        finite = False
-    if not finite:
+        number = math.nan if isinstance(value, bool) else float(value)  # a cell of a CSV file is text
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
         raise Fault("bad margin", f"'margin' is {found(value)}; expected a finite number or null.")
-    return float(value)
+    return number
 
 
 def _label(value: Any, field: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,21 +45,6 @@ class RowFault:
     reason: str
 
 
-def read_score_rows(
-    source: Source, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
-) -> Iterator[ScoreRow]:
-    """Yield the rows of a source in order, checked, one in memory at a time; see `score_rows_or_faults`.
-
-    Raises:
-        InputError: if the source is missing, of another kind or broken, or a row has no usable ``prompt`` or
-            ``response``; the message names file and row (from 1; in JSONL the line).
-    """
-    for row in score_rows_or_faults(source, columns, reading):
-        if isinstance(row, RowFault):
-            raise InputError(row.reason)
-        yield row
-
-
 def score_rows_or_faults(
     source: Source, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
 ) -> Iterator[ScoreRow | RowFault]:
@@ -91,21 +77,20 @@ def score_rows_or_faults(
 
 def _plain(value: Any, column: str, where: str) -> Any:
     """The value as JSON can hold it; dates become ISO text."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where}: {column!r} is not valid Unicode ({error.reason}). Repair the text.") from error
-        return value
-    if isinstance(value, list):
-        return [_plain(item, column, where) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item, column, where) for key, item in value.items()}
-    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_iso)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: {column!r} is not valid Unicode ({error.reason}). Repair the text.") from error
+    except TypeError as error:
+        raise InputError(f"{where}: column {column!r} holds a {error}, which JSON cannot. Drop the column.") from None
+    return json.loads(text)
+
+
+def _iso(value: Any) -> str:
+    if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    raise InputError(f"{where}: column {column!r} holds a {type(value).__name__}, which JSON cannot. Drop the column.")
+    raise TypeError(type(value).__name__)
 
 
 def _writable(record: Any, where: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from inform_rm.data.encoding import TokenPair, encode, encode_many, encode_pairs, fit_pair, shared_prefix_length
-from inform_rm.data.pairs import BadRow
+from inform_rm.data.encoding import TokenPair, encode, encode_many, encode_pairs, fit_pair
+from inform_rm.data.pairs import BadRow, shared_prefix_length
 from inform_rm.data.preferences import FEATURES, load_preferences
 from inform_rm.data.tokenizer import check_vocabulary, load_tokenizer
 from inform_rm.errors import InputError

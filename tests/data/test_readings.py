@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from inform_rm.data.encoding import encode
 from inform_rm.data.messages import to_messages
 from inform_rm.data.pairs import BadRow, parse_pair
 from inform_rm.data.preferences import load_preferences
-from inform_rm.data.response_rows import read_score_rows
+from inform_rm.data.response_rows import RowFault, score_rows_or_faults
 from inform_rm.errors import InputError
 
 USER, BLUE, CAR = "Name a colour, please.", "Blue.", "A car."
@@ -321,7 +322,7 @@ def test_wrong_mappings_are_refused(tmp_path):
 
 def test_rows_to_score_are_read_by_the_same_rules(tmp_path):
     def read(row: dict, **options):
-        (found,) = read_score_rows(write(tmp_path / "rows.jsonl", [row]), **options)
+        (found,) = score_rows_or_faults(write(tmp_path / "rows.jsonl", [row]), **options)
         return found
 
     reading = Reading()
@@ -335,8 +336,8 @@ def test_rows_to_score_are_read_by_the_same_rules(tmp_path):
         ({"prompt": USER, "completion": BLUE}, "--columns response=completion"),
         ({"prompt": USER, "response": BLUE, "images": ["a"]}, "--columns ignore=images"),
     ):
-        with pytest.raises(InputError, match=rf"row 1: .*{message}"):
-            read(bad)
+        found = read(bad)
+        assert isinstance(found, RowFault) and re.search(rf"row 1: .*{message}", found.reason)
 
 
 # Every layout in every container gives the same token ids.
