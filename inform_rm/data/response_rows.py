@@ -11,6 +11,7 @@ from inform_rm.data.columns import (
     ROW_FIELDS,
     Columns,
     Reading,
+    Row,
     check_not_encoded,
     no_prompt,
     no_response,
@@ -111,22 +112,22 @@ def _checked_row(record: Any, where: str, columns: Columns, reading: Reading, is
             raise InputError(f"{where} has a field {field!r} already, which the result would replace. Rename it.")
     try:
         reading.add_row(record, columns, ROW_FIELDS)
-        prompt, response = _prompt_and_response(record, columns, reading, is_csv)
+        prompt, response = _prompt_and_response(Row(record, columns, reading), is_csv)
     except Fault as fault:
         raise InputError(f"{where}: {fault}") from None
     return ScoreRow(prompt, response, {key: _plain(value, key, where) for key, value in record.items()}, where)
 
 
-def _prompt_and_response(record: dict, columns: Columns, reading: Reading, is_csv: bool) -> tuple[list[Message], str]:
-    response = columns.value(record, "response", required=True)
-    if response is None and is_csv and columns.given.get("response", "response") in record:
+def _prompt_and_response(row: Row, is_csv: bool) -> tuple[list[Message], str]:
+    response = row.value("response", required=True)
+    if response is None and is_csv and row.columns.given.get("response", "response") in row.record:
         response = ""
     if response is None:
-        raise no_response(record)
-    check_not_encoded(record, columns)
-    prompt = stated_prompt(record, columns, reading)
+        raise no_response(row.record)
+    check_not_encoded(row)
+    prompt = stated_prompt(row)
     if prompt is None:
-        raise no_prompt(record, "a row to score needs one", ROW_FIELDS)
+        raise no_prompt(row.record, "a row to score needs one", ROW_FIELDS)
     listed = conversation("'response'", response) if not isinstance(response, str) else None
     if listed is not None:  # the last message of a chat, as an API gives it
         if len(listed) > 1 or listed[0]["role"] != "assistant":
@@ -135,4 +136,4 @@ def _prompt_and_response(record: dict, columns: Columns, reading: Reading, is_cs
     if not isinstance(response, str):
         raise Fault("wrong type", f"'response' is {found(response)}; expected text.")
     check_unicode("'response'", response)  # an empty one is a response: policies in training write some
-    return with_earlier_turns(record, columns, prompt, reading), response
+    return with_earlier_turns(row, prompt), response
