@@ -56,8 +56,8 @@ class Columns:
         ignored: columns that are knowingly not read.
         sides: ``"reply"``: chosen and rejected are replies, whatever they begin with; ``"whole"``: they begin with the
             prompt, which is cut off; ``None``: not said.
-        layout: the same as most rows of the source show it, for plain text where ``sides`` is not said; ``"unclear"``:
-            some begin with the prompt and some do not, so that one that does is refused. ``None``: what the row shows.
+        layout: the same as most rows show it, where ``sides`` is not said; ``"unclear"``: a row whose sides begin with
+            the prompt is refused; ``None``: what the row shows.
     """
 
     given: Mapping[str, str] = field(default_factory=dict)
@@ -150,11 +150,7 @@ class Row:
     reading: Reading
 
     def value(self, name: str, required: bool = False) -> Any:
-        """What the row holds for a field; ``None`` where it holds nothing.
-
-        Raises:
-            Fault: a column that the mapping names for a required field is not there.
-        """
+        """What the row holds for a field, or ``None``; a `Fault` if a column of the mapping is `required` and not there."""
         column = self.columns.given.get(name, name)
         if column in self.record:
             return self.record[column]
@@ -268,7 +264,7 @@ def no_response(record: Mapping[str, Any]) -> Fault:
 
 
 def stated_prompt(row: Row) -> list[Message] | None:
-    """The prompt that a row states, without its `system` and `history`; ``None`` without one; a `Fault` if it is none."""
+    """The prompt that a row states, without its `system` and `history`; ``None`` without one."""
     column = row.columns.given.get("prompt", "prompt")
     value = row.value("prompt", required=column != SHARED_PREFIX)
     if value is None:
@@ -279,11 +275,7 @@ def stated_prompt(row: Row) -> list[Message] | None:
 
 
 def with_earlier_turns(row: Row, messages: list[Message]) -> list[Message]:
-    """The turns of a row's ``system`` and ``history`` in front of a prompt.
-
-    Raises:
-        Fault: they are no turns, or the prompt has such turns already.
-    """
+    """The turns of a row's ``system`` and ``history`` in front of a prompt, which has none such already."""
     history = _from_json(row.value("history"))
     if not _is_empty(history):
         if any(message["role"] == "assistant" for message in messages):

@@ -74,9 +74,8 @@ class EncodedPairs:
     Attributes:
         dataset: Columns chosen_input_ids, rejected_input_ids, prompt_length (tokens at the start that both sides
             share), length (tokens of the longer side), margin, subset, id, chosen_characters, rejected_characters.
-        counts: ``pairs`` given, ``overlong`` among them, and how many of those were ``dropped`` or ``truncated``; the
-            others are bad rows. ``partly_rendered``: ``n`` of the pairs in ``dataset`` of which the chat template
-            deleted text, and up to 5 ``examples``.
+        counts: ``pairs`` given, ``overlong`` among them, and of those ``dropped`` or ``truncated`` (the others are bad
+            rows); ``partly_rendered``: ``n`` of which the chat template deleted text, and up to 5 ``examples``.
         bad_rows: the pairs left out under ``on_bad_row="skip"``, in order.
     """
 
@@ -267,9 +266,8 @@ def encode_columns(
     """Encode a batch of pairs; the arguments, the rules for them and the errors are those of `encode_pairs`.
 
     Returns:
-        Its columns, ``truncated`` (whether the prompt was cut), ``lost`` (file, row and what the chat template
-        deleted, or None) and those named in ``kept``, without the pairs that were dropped or are bad; and the bad
-        rows.
+        Its columns, ``truncated`` (whether the prompt was cut), ``lost`` (place and text that the chat template
+        deleted, or None) and those in ``kept``, without the pairs that were dropped or are bad; and the bad rows.
     """
     columns: dict[str, list] = {name: [] for name in (*_ENCODED_FEATURES, *kept)}
     bad_rows: list[BadRow] = []

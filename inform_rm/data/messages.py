@@ -33,11 +33,7 @@ _RENDERED_START = re.compile(
 
 
 class Fault(Exception):
-    """What is wrong with a row, before its place is known.
-
-    Attributes:
-        kind: short class of the fault, for counting.
-    """
+    """What is wrong with a row, before its place is known; ``kind`` is for counting."""
 
     def __init__(self, kind: str, reason: str):
         super().__init__(reason)
@@ -90,9 +86,7 @@ def json_messages(where: str, text: str) -> list[Any] | None:
     try:
         value = json.loads(text)
     except RecursionError:
-        raise Fault(
-            "unreadable", f"{where} is a message list that is nested too deeply. Correct or remove the row."
-        ) from None
+        raise Fault("unreadable", f"{where} is a message list that is nested too deeply. Remove the row.") from None
     except ValueError as error:
         raise Fault(
             "unreadable", f"{where} looks like a message list but is not JSON ({error}). Write it with json.dumps."

@@ -47,11 +47,8 @@ _FEW = 0.1
 class BadRow(InputError):
     """One row that cannot be used.
 
-    Attributes:
-        file: The file, folder or Hub id.
-        row: Row number counted from 1 (the line in JSON Lines; a CSV header is not counted).
-        reason: What is wrong and what to do about it.
-        kind: Short class of the fault, for counting.
+    Its `file` (or folder, Hub id), its `row` from 1 (the line in JSON Lines; a CSV header is not counted), the
+    `reason` with what to do about it, and the `kind` of fault, for counting.
     """
 
     def __init__(self, file: str, row: int, reason: str, kind: str = "invalid"):
