@@ -150,7 +150,7 @@ class Row:
     reading: Reading
 
     def value(self, name: str, required: bool = False) -> Any:
-        """What the row holds for a field, or ``None``; a `Fault` if a column of the mapping is `required` and not there."""
+        """What the row holds for a field, or ``None``; a `Fault` if a mapped column is `required` and not there."""
         column = self.columns.given.get(name, name)
         if column in self.record:
             return self.record[column]
