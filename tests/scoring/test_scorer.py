@@ -25,7 +25,7 @@ from transformers import (
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.data.encoding import encode
-from inform_rm.data.response_rows import read_score_rows
+from inform_rm.data.response_rows import score_rows_or_faults
 from inform_rm.errors import InputError
 from inform_rm.scoring.reward_models import fingerprint_model, fingerprint_tokenizer, load_reward_model
 from inform_rm.scoring.score_files import _FinishedRewards, score_file
@@ -807,7 +807,7 @@ def test_no_more_rows_than_a_chunk_are_held_and_rows_are_read_lazily(scorer, tmp
     score_file(scorer, source, tmp_path / "out.jsonl", chunk_rows=8, progress=False)
     assert held == [8, 8, 8, 6]
     source.write_text(json.dumps(row(0)) + "\nbroken\n")
-    assert next(read_score_rows(source)).fields == row(0)
+    assert next(score_rows_or_faults(source)).fields == row(0)
 
 
 @pytest.mark.parametrize(
