@@ -22,6 +22,7 @@ from inform_rm.hub.result_folders import (
     read_result_folder,
     refuse_other_models,
 )
+from inform_rm.util.checkpoints import last_complete
 from inform_rm.util.files import atomic_write_text
 from inform_rm.util.page import (
     Block,
@@ -125,8 +126,6 @@ def read_run(folder: str | Path) -> Run:
     Raises:
         InputError: there is neither, or it is damaged.
     """
-    from inform_rm.util.checkpoints import last_complete
-
     folder = Path(folder)
     name, finished = folder.resolve().name, folder / RUN_RESULT_FILE
     if finished.is_file():
@@ -139,12 +138,13 @@ def read_run(folder: str | Path) -> Run:
             f"run: {folder} holds no training run: neither {RUN_RESULT_FILE} nor a complete checkpoint. Pass the "
             "folder that inform-rm train wrote."
         )
-    with naming_damage("run", folder / "checkpoints" / "run.json"):
-        settings = json.loads((folder / "checkpoints" / "run.json").read_text(encoding="utf-8"))
+    started, progress = folder / "checkpoints" / "run.json", checkpoint / "trainer_state.json"
+    with naming_damage("run", started):
+        settings = json.loads(started.read_text(encoding="utf-8"))
         record = {name: settings.pop(name, {}) for name in ("data_fingerprints", "versions", "contents")}
         record["settings"] = settings
-    with naming_damage("run", checkpoint / "trainer_state.json"):
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    with naming_damage("run", progress):
+        state = json.loads(progress.read_text(encoding="utf-8"))
         return Run(name, False, record, int(state["global_step"]), state["max_steps"], state["log_history"])
 
 
@@ -153,7 +153,7 @@ def curves_figure(log: Sequence[dict[str, Any]]) -> Figure:
     panels = _panels(log)
     figure = Figure(figsize=(6.4, 0.5 + 1.9 * len(panels)), layout="constrained")
     column = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (title, lines) in zip(column, panels, strict=True):
+    for axes, (title, lines) in zip(column, panels.items(), strict=True):
         for label, color, points in lines:
             marker = "o-" if len(points) < _FEW_POINTS else "-"
             axes.plot(*zip(*points, strict=True), marker, markersize=4, color=color, label=label)
@@ -164,30 +164,28 @@ def curves_figure(log: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _panels(log: Sequence[dict[str, Any]]) -> list[tuple[str, list[_Line]]]:
-    return [(title, lines) for title, keys in _PANELS if (lines := _lines(log, keys))]
-
-
-def _lines(log: Sequence[dict[str, Any]], keys: Sequence[tuple[str, str]]) -> list[_Line]:
-    """Label, colour and points of each line that has any; NaN and infinity cannot be drawn."""
-    found = []
-    for (key, label), color in zip(keys, _COLORS, strict=False):
-        points = [(float(line["step"]), float(line[key])) for line in log if key in line and "step" in line]
-        points = [point for point in points if all(map(math.isfinite, point))]
-        if points:
-            found.append((label, color, points))
-    return found
+def _panels(log: Sequence[dict[str, Any]]) -> dict[str, list[_Line]]:
+    """Title to its lines, where there are any; NaN and infinity cannot be drawn."""
+    panels: dict[str, list[_Line]] = {}
+    for title, keys in _PANELS:
+        for (key, label), color in zip(keys, _COLORS, strict=False):
+            found = [(float(line["step"]), float(line[key])) for line in log if key in line and "step" in line]
+            points = [point for point in found if all(map(math.isfinite, point))]
+            if points:
+                panels.setdefault(title, []).append((label, color, points))
+    return panels
 
 
 def _summary(run: Run) -> list[Block]:
-    settings, evaluation = run.record["settings"], run.record.get("evaluation")
-    kind = {"inform": "InfoRM", "standard": "standard reward model"}.get(
-        str(settings.get("architecture")), str(settings.get("architecture"))
-    )
-    steps = f"{run.steps} steps" if run.is_finished else f"{run.steps} of {run.max_steps} steps"
-    rows: list[tuple[str, Any]] = [("model", kind), ("started from", settings.get("model")), ("trained for", steps)]
-    counts = run.record.get("train_pairs") or {}
-    rows += [("training pairs", counts["pairs"])] if "pairs" in counts else []
+    settings, evaluation, counts = run.record["settings"], run.record.get("evaluation"), run.record.get("train_pairs")
+    kind = str(settings.get("architecture"))
+    rows: list[tuple[str, Any]] = [
+        ("model", {"inform": "InfoRM", "standard": "standard reward model"}.get(kind, kind)),
+        ("started from", settings.get("model")),
+        ("trained for", f"{run.steps} steps" if run.is_finished else f"{run.steps} of {run.max_steps} steps"),
+    ]
+    if counts and "pairs" in counts:
+        rows.append(("training pairs", counts["pairs"]))
     if "train_runtime_seconds" in run.record:
         rows.append(("training time", f"{run.record['train_runtime_seconds']:.0f} s since the last start"))
     if run.record.get("resumed_from_step") is not None:
@@ -199,7 +197,7 @@ def _summary(run: Run) -> list[Block]:
     blocks: list[Block] = [words_table(("this run", ""), rows)]
     if not run.is_finished:
         blocks.append("This run is not finished; the page shows its last complete checkpoint.")
-    if evaluation is None and run.is_finished:
+    elif evaluation is None:
         blocks.append("The run had no evaluation pairs.")
     return blocks
 

@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, metadata_load
 from inform_rm import InfoRMForSequenceClassification, evaluate
 from inform_rm.cli import main
 from inform_rm.errors import InputError
-from inform_rm.hub.cards import average_card, complete_card, eval_results, model_card
+from inform_rm.hub.cards import average_card, complete_card, model_card
+from inform_rm.hub.eval_results import eval_results
 from inform_rm.hub.export import export_model
 from inform_rm.hub.result_folders import read_result_folder
 from inform_rm.scoring.reward_models import fingerprint_model, load_reward_model
@@ -255,7 +256,7 @@ def test_one_data_set_twice_is_refused(model_dir, results, tmp_path):
         exported(model_dir, tmp_path / "out", results("one"), results("two"))
 
 
-@pytest.mark.parametrize("license", ["", "Apache 2.0", "mit\nbase_model: x"])
+@pytest.mark.parametrize("license", ["", "mit\nbase_model: x"])
 def test_a_licence_is_a_name(model_dir, tmp_path, license):
     with pytest.raises(InputError, match=r"license: .* is no name of a licence"):
         export_model(str(model_dir), str(tmp_path / "out"), license=license)
@@ -265,7 +266,7 @@ def test_a_licence_is_a_name(model_dir, tmp_path, license):
 @pytest.mark.parametrize(
     "header",
     ["a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "- a list", "a: [", "model-index: 3", "model-index: [{name: x}]",
-     "x: " + "[" * 5000],
+     "x: " + "[" * 50],
 )  # fmt: skip
 def test_a_card_that_cannot_be_completed_is_named(results, tmp_path, header):
     path = tmp_path / "README.md"
