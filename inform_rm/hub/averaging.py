@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -184,12 +184,9 @@ def _files(folder: Path) -> list[str]:
 
 def _open_weights(folder: Path, stack: contextlib.ExitStack) -> _Weights:
     found: _Weights = {}
-    try:
-        for name in _files(folder):
-            file: Any = stack.enter_context(safe_open(folder / name, framework="pt"))
-            found |= {key: (name, file) for key in file.keys()}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"members: cannot read the weights of {folder}: {error}") from error
+    for name in _files(folder):
+        file: Any = stack.enter_context(safe_open(folder / name, framework="pt"))
+        found |= {key: (name, file) for key in file.keys()}
     return found
 
 

@@ -3,9 +3,8 @@
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from inform_rm.errors import InputError
 from inform_rm.scoring.reward_models import fingerprint_model, load_reward_model
@@ -20,15 +19,8 @@ _KEYS = {
 }
 
 
-@dataclass(frozen=True)
-class ResultFolder:
-    """A finished folder of results.
-
-    Attributes:
-        path: the folder.
-        kind: ``"evaluate"``, ``"suite"``, ``"decompose"`` or ``"detect"``.
-        result: the content of its ``result.json``.
-    """
+class ResultFolder(NamedTuple):
+    """A finished folder of results: its path, what made it (a key of `_KEYS`), and its ``result.json``."""
 
     path: Path
     kind: str

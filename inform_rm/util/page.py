@@ -191,10 +191,10 @@ def _setting_text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def figure_png(figure: "Figure", dots_per_inch: int = 130) -> bytes:
+def figure_png(figure: "Figure") -> bytes:
     """The figure as a PNG file's bytes, drawn without a display."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dots_per_inch)
+    figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
 
 

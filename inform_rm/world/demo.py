@@ -198,28 +198,16 @@ def _audit_both(
 def _training_arguments(
     folder: Path, architecture: str, backbone: str | None, seed: int, steps: int, budget: DemoBudget
 ) -> RewardTrainingArguments:
+    is_own = backbone is None
     return RewardTrainingArguments(
-        model=str(folder / "backbone") if backbone is None else backbone,
-        data=(str(folder / "world" / "train.jsonl"),),
-        eval_data=(str(folder / "world" / "validation.jsonl"),),
-        max_length=MAX_LENGTH if backbone is None else None,
-        output_dir=str(folder / architecture),
-        architecture=architecture,  # type: ignore[arg-type]
-        latent_dim=budget.latent_dim,
-        beta=budget.beta,
-        learning_rate=budget.learning_rate if backbone is None else budget.pretrained_learning_rate,
-        max_steps=steps,
-        per_device_train_batch_size=budget.pairs_per_step,
-        per_device_eval_batch_size=64,
-        gradient_accumulation_steps=1,
-        warmup_steps=0.05,
-        logging_steps=10,
-        eval_steps=0.125,
-        save_steps=steps,
-        save_total_limit=1,
-        seed=seed,
-        overwrite=True,
-    )
+        output_dir=str(folder / architecture), overwrite=True, seed=seed,
+        model=str(folder / "backbone") if is_own else backbone, max_length=MAX_LENGTH if is_own else None,
+        data=(str(folder / "world" / "train.jsonl"),), eval_data=(str(folder / "world" / "validation.jsonl"),),
+        architecture=architecture, latent_dim=budget.latent_dim, beta=budget.beta,  # type: ignore[arg-type]
+        learning_rate=budget.learning_rate if is_own else budget.pretrained_learning_rate, warmup_steps=0.05,
+        per_device_train_batch_size=budget.pairs_per_step, gradient_accumulation_steps=1, max_steps=steps,
+        per_device_eval_batch_size=64, eval_steps=0.125, logging_steps=10, save_steps=steps, save_total_limit=1,
+    )  # fmt: skip
 
 
 def _detect_best_of_n(folder: Path, scorer: RewardScorer, responses: dict[str, Any], seed: int) -> DetectionResult:
@@ -265,19 +253,15 @@ def _pair_rewards(pairs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 def _compare(test_set: str, rows: list[dict[str, Any]], rewards: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
     """The statistics of both models on a test set, lengths in words, and the difference in accuracy."""
-    chosen_lengths, rejected_lengths = ([len(row[side].split()) for row in rows] for side in ("chosen", "rejected"))
     pairs = {architecture: rewards[architecture][test_set] for architecture in ARCHITECTURES}
     right = {architecture: 0.5 + 0.5 * np.sign(part @ [1.0, -1.0]) for architecture, part in pairs.items()}
     # Twins share their responses, so they are drawn together.
     block = 2 if test_set == "adversarial_prompt" else 1
     found = paired_bootstrap((right["inform"] - right["standard"]).reshape(-1, block).mean(axis=1))
-    return {
-        **{
-            name: pairwise_accuracy(part[:, 0], part[:, 1], None, chosen_lengths, rejected_lengths)
-            for name, part in pairs.items()
-        },
-        "inform_minus_standard": {"accuracy_difference": found.estimate, "interval": [found.low, found.high]},
-    }
+    lengths = [[len(row[side].split()) for row in rows] for side in ("chosen", "rejected")]
+    compared = {name: pairwise_accuracy(*part.T, None, *lengths) for name, part in pairs.items()}
+    difference = {"accuracy_difference": found.estimate, "interval": [found.low, found.high]}
+    return {**compared, "inform_minus_standard": difference}
 
 
 @torch.no_grad()
