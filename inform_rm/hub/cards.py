@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from inform_rm.data.sources import parse_source
 from inform_rm.errors import InputError
 from inform_rm.hub.eval_results import LEFT_OUT, eval_results, evaluation_of_run, is_local, public_name
 from inform_rm.hub.result_folders import RESULT_FILE, ResultFolder, naming_damage
@@ -45,11 +46,14 @@ def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | N
     """
     is_adapter = settings.get("merge_adapters") is False
     base_model = settings.get("model")
+    is_public = base_model is not None and not is_local(base_model)
     metadata = _metadata(
         TAGS,
         library_name="peft" if is_adapter else "transformers",
-        base_model=None if base_model is None or is_local(base_model) else base_model,
-        datasets=[source for source in settings.get("data", ()) if not is_local(source)] or None,
+        base_model=base_model if is_public else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if is_public else None,
+        datasets=list({parse_source(source).name: 0 for source in settings.get("data", ()) if not is_local(source)})
+        or None,
     )
     values: dict[str, Any] = {"load_template": _LOAD_ADAPTERS if is_adapter else _LOAD_MODEL}
     if result is not None:
@@ -107,6 +111,8 @@ def whole_model_card(path: Path) -> None:
 
     def change(data: ModelCardData, text: str) -> str:
         data.library_name = "transformers"
+        if data.base_model is not None:
+            data.base_model_relation = "finetune"  # type: ignore[attr-defined]  # not one of its own names
         return card_text(data, text.replace(fill_markdown(_LOAD_ADAPTERS), fill_markdown(_LOAD_MODEL)))
 
     _edit(path, change)

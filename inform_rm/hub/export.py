@@ -15,7 +15,7 @@ from inform_rm import configuration_inform, modeling_inform
 from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.hub.cards import complete_card, model_card, whole_model_card
-from inform_rm.hub.eval_results import is_local
+from inform_rm.hub.eval_results import ENTRIES_FOLDER, eval_entries, is_local, write_entries
 from inform_rm.hub.folding import write_folded_model
 from inform_rm.hub.result_folders import read_result_folder, refuse_other_models
 from inform_rm.safety.checkpoints import check_own_file
@@ -76,13 +76,12 @@ def export_model(
         model: folder or Hub id of an InfoRM model, or a run folder's checkpoint.
         output: folder to write; it appears whole or not at all.
         folded: write the plain classifier of transformers that gives the same rewards but for a constant
-            (`inform_rm.hub.folding`); it needs no remote code. Only for models whose reward is linear in the hidden
-            state.
+            (`inform_rm.hub.folding`) and needs no remote code. Only where the reward is linear in the hidden state.
         push_to: also upload the folder as one commit to this Hub repository, created private if absent. What must not
             leave this machine (`inform_rm.safety.uploads`) stops the export before anything is uploaded; without
             `push_to` it is a warning.
         revision: revision of `model` on the Hub.
-        results: folders of `evaluate` (with data or a suite) on this model, for the card's metadata and a table.
+        results: folders of `evaluate` (with data or a suite) on this model, for the card and ``.eval_results``.
         license: the Hub's name of the model's licence, for the card; left as it is, or out, if not given.
 
     Returns:
@@ -113,9 +112,10 @@ def export_model(
             loaded.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             add_remote_code(folder)
-            _write_card(folder / "README.md", model, loaded.config)
+            _write_card(folder, model, loaded.config)
         if folders or license is not None:
             complete_card(folder / "README.md", target.resolve().name, folders, license)
+        write_entries(folder, [entry for found in folders for entry in eval_entries(found)])
         _check_for_upload(folder, push_to)
     if push_to is not None:
         push_folder(target, push_to)
@@ -130,24 +130,30 @@ def check_new_folder(output: str | Path) -> Path:
     return target
 
 
-def _write_card(path: Path, model: str, config: Any) -> None:
-    """The card that the model has, or a new one."""
+def _write_card(folder: Path, model: str, config: Any) -> None:
+    """The card and the ``.eval_results`` that the model has, or a new card."""
     card = Path(model) / "README.md"
     if not card.is_file():
-        atomic_write_text(path, model_card(config, {}, None))
+        atomic_write_text(folder / "README.md", model_card(config, {}, None))
         return
-    shutil.copyfile(check_own_file(card), path)
+    shutil.copyfile(check_own_file(card), folder / "README.md")
     if holds_adapters(model):
-        whole_model_card(path)
+        whole_model_card(folder / "README.md")
+    for entries in sorted((Path(model) / ENTRIES_FOLDER).glob("*.yaml")):
+        (folder / ENTRIES_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(check_own_file(entries), folder / ENTRIES_FOLDER / entries.name)
 
 
-def push_folder(folder: str | Path, repository: str, token: str | None = None) -> None:
+def push_folder(
+    folder: str | Path, repository: str, token: str | None = None, commit_message: str | None = None
+) -> None:
     """Upload the files of a model folder in one commit; a new repository is private, an existing one stays as it is.
 
     Args:
         folder: what `export_model` wrote.
         repository: Hub id, ``name/model``.
         token: of the Hub; ``None``: the one that is logged in.
+        commit_message: ``None``: "Upload reward model".
 
     Raises:
         InputError: before anything is uploaded: `repository` is no id, the folder holds what must not be uploaded, or
@@ -166,7 +172,7 @@ def push_folder(folder: str | Path, repository: str, token: str | None = None) -
             api.create_repo(repository, private=True)
             state = f"the private repository {repository} was created and is empty"
         additions = [huggingface_hub.CommitOperationAdd(name, path) for name, path in files.items()]
-        api.create_commit(repository, additions, commit_message="Upload reward model")
+        api.create_commit(repository, additions, commit_message=commit_message or "Upload reward model")
     except InputError:
         raise
     except Exception as error:  # HTTP errors of several libraries, and OSErrors

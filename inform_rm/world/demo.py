@@ -259,7 +259,7 @@ def _compare(test_set: str, rows: list[dict[str, Any]], rewards: dict[str, dict[
     block = 2 if test_set == "adversarial_prompt" else 1
     found = paired_bootstrap((right["inform"] - right["standard"]).reshape(-1, block).mean(axis=1))
     lengths = [[len(row[side].split()) for row in rows] for side in ("chosen", "rejected")]
-    compared = {name: pairwise_accuracy(*part.T, None, *lengths) for name, part in pairs.items()}
+    compared = {name: pairwise_accuracy(part[:, 0], part[:, 1], None, *lengths) for name, part in pairs.items()}
     difference = {"accuracy_difference": found.estimate, "interval": [found.low, found.high]}
     return {**compared, "inform_minus_standard": difference}
 

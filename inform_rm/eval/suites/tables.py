@@ -6,6 +6,7 @@ November 2026; only facts were taken from them.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from inform_rm.errors import InputError
 
@@ -90,6 +91,12 @@ class Suite:
     def subsets(self) -> dict[str, Subset]:
         """All its subsets by name."""
         return {subset.name: subset for section in self.sections for subset in section.subsets}
+
+    @property
+    def on_hub(self) -> list[dict[str, Any]] | None:
+        """The parts of its own data set on the Hub, if there is one."""
+        parts = [part for part in self.hub if part.by_default]
+        return [{"id": part.hub_id, "config": part.config, "split": part.split} for part in parts] or None
 
     def section_of(self, subset: str) -> str:
         """The name of the section that a subset belongs to."""
