@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from inform_rm import RewardTrainer, RewardTrainingArguments
 from inform_rm.errors import InputError
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
+from inform_rm.training.run import train
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
 ROWS = [
@@ -236,9 +237,10 @@ def test_loss_type_is_the_loss_of_training_of_evaluation_and_of_the_model_itself
 
 
 class StandInHub:
-    """Takes a commit as `HfApi` does and keeps the content of its files."""
+    """Takes a commit as `HfApi` does and keeps its message and the content of its files."""
 
     files: ClassVar[dict[str, bytes]] = {}
+    messages: ClassVar[list[str]] = []
 
     def __init__(self, token=None):
         pass
@@ -250,13 +252,31 @@ class StandInHub:
         assert repository == "me/model" and private
 
     def create_commit(self, repository, operations, commit_message):
-        assert commit_message == "First"
+        self.messages.append(commit_message)
         self.files.update((each.path_in_repo, Path(each.path_or_fileobj).read_bytes()) for each in operations)
 
 
-def test_push_to_hub_uploads_a_loadable_folder_with_its_card(arguments, causal_lm_dir, monkeypatch, tmp_path):
+@pytest.fixture
+def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", StandInHub)
     monkeypatch.setattr(StandInHub, "files", {})
+    monkeypatch.setattr(StandInHub, "messages", [])
+    return StandInHub
+
+
+def test_a_run_that_is_asked_to_uploads_what_it_leaves(arguments, causal_lm_dir, pairs_file, hub, tmp_path):
+    train(arguments(
+        model=str(causal_lm_dir("llama")), data=str(pairs_file), eval_data=str(pairs_file), push_to_hub=True,
+        hub_model_id="me/model",
+    ))  # fmt: skip
+    assert hub.messages == ["Upload reward model"]
+    for name in ("README.md", "model.safetensors", "config.json", "modeling_inform.py"):
+        assert hub.files[name] == (tmp_path / "run" / name).read_bytes()
+    assert len(ModelCard(hub.files["README.md"].decode()).data.eval_results) == 1
+    assert not any(name.startswith(".eval_results") for name in hub.files)  # a local file is no data set of the Hub
+
+
+def test_push_to_hub_uploads_a_loadable_folder_with_its_card(arguments, causal_lm_dir, hub, monkeypatch, tmp_path):
     arguments = arguments(hub_model_id="me/model", weight_decay=0.25)
     trainer = RewardTrainer(str(causal_lm_dir("llama")), arguments, train_dataset=ROWS, eval_dataset=ROWS[:8])
     trainer.train()
@@ -267,13 +287,14 @@ def test_push_to_hub_uploads_a_loadable_folder_with_its_card(arguments, causal_l
     with pytest.raises(InputError, match="revision: push_to_hub makes one commit to the main branch"):
         trainer.push_to_hub(revision="v2")
     trainer.push_to_hub("First", revision=None)
-    for name, content in StandInHub.files.items():
+    assert hub.messages == ["First"]
+    for name, content in hub.files.items():
         (tmp_path / "pulled" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "pulled" / name).write_bytes(content)
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "pulled")
-    assert {"config.json", "model.safetensors", "modeling_inform.py", "tokenizer.json"} <= {*StandInHub.files}
+    assert {"config.json", "model.safetensors", "modeling_inform.py", "tokenizer.json"} <= {*hub.files}
     accuracy = trainer.evaluate()["eval_accuracy"]
-    (entry,) = parse_eval_result_entries(yaml.safe_load(StandInHub.files[".eval_results/org--pairs--test.yaml"]))
+    (entry,) = parse_eval_result_entries(yaml.safe_load(hub.files[".eval_results/org--pairs--test.yaml"]))
     assert (entry.dataset_id, entry.value) == ("org/pairs", accuracy)
     card = ModelCard.load(tmp_path / "pulled" / "README.md")
     (legacy,) = card.data.eval_results
