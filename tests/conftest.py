@@ -202,3 +202,16 @@ class PageReader(HTMLParser):
 def read_page() -> type[PageReader]:
     """Reads the source of an HTML page."""
     return PageReader
+
+
+@pytest.fixture(scope="module")
+def coarse_figures():
+    """Figures with few points, for tests that do not look at them: drawing takes longer than all else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", _save_coarsely)
+        yield
+
+
+def _save_coarsely(figure, file, **options):
+    figure.set_layout_engine("none")
+    figure.canvas.print_figure(file, format="png", dpi=20)

@@ -50,6 +50,7 @@ def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.Z
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_source_file_and_nothing_else(wheel, checkout):
     expected = {
         path.relative_to(checkout).as_posix()
@@ -61,6 +62,7 @@ def test_wheel_holds_every_source_file_and_nothing_else(wheel, checkout):
     assert any(name.startswith("inform_rm/training/accelerate_configs/") for name in expected)
 
 
+@pytest.mark.slow
 def test_wheel_metadata(wheel):
     (folder,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     fields = Parser().parsestr(wheel.read(f"{folder}/METADATA").decode())

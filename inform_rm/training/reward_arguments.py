@@ -70,6 +70,10 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
             faults.append(f"loss_type: {self.loss_type!r} is unknown. Choose one of {', '.join(PAIR_LOSSES)}")
         if self.push_to_hub and self.hub_model_id is None:
             faults.append("push_to_hub needs hub_model_id, name/model")
+        if self.hub_revision is not None or self.hub_private_repo is False:
+            faults.append(
+                "hub_revision, hub_private_repo: uploads go to the main branch, new repositories are private"
+            )
         if faults:
             raise InputError("Training settings: " + "; ".join(faults) + ".")
         check_optimizer(getattr(self.optim, "value", self.optim))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 import torch
 
 from inform_rm.errors import InputError
+from inform_rm.hub.eval_results import ENTRIES_FOLDER
 from inform_rm.scoring.adapters import ADAPTER_FILES, load_adapter_model
 from inform_rm.scoring.packing import use_packed_attention
 from inform_rm.training.checkpoints import RESULT_FILE, STAGING, discard
 from inform_rm.training.models import is_quantized, reward_difference, sample_rewards
 from inform_rm.training.reward_arguments import RewardTrainingArguments, missing_settings
 from inform_rm.training.trainer import RewardTrainer
-from inform_rm.util.files import atomic_write_text, check_output_directory, write_json
-from inform_rm.util.intervals import wilson_interval
+from inform_rm.util.files import check_output_directory, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,7 @@ def train(args: RewardTrainingArguments) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=True)
     if is_quantized(args):
         trainer.quantization = _leave_quantized_base(trainer, output)
-    if trainer.eval_pairs is not None:
-        trainer.evaluation = _final_evaluation(trainer)
+    trainer.evaluation = trainer.final_evaluation()
     result = trainer.result()
     _save_final(trainer, output, result)
     if args.push_to_hub:
@@ -82,15 +82,6 @@ def _leave_quantized_base(trainer: RewardTrainer, output: Path) -> dict[str, Any
     return reward_difference(4 if args.load_in_4bit else 8, before, after)
 
 
-def _final_evaluation(trainer: RewardTrainer) -> dict[str, Any]:
-    metrics = trainer.evaluate()
-    evaluation = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
-    n = int(evaluation["num_pairs"])
-    # The product is a whole number of half points; rounding undoes the division's floating-point error.
-    correct = round(evaluation["accuracy"] * n * 2) / 2
-    return {**evaluation, "num_pairs": n, "accuracy_interval": list(wilson_interval(correct, n))}
-
-
 def _save_final(trainer: RewardTrainer, output: Path, result: dict[str, Any]) -> None:
     """Put the finished model into the run's folder, ``config.json`` and the result last, so that a kill shows."""
     staging, args = output / STAGING, trainer.args
@@ -105,7 +96,8 @@ def _save_final(trainer: RewardTrainer, output: Path, result: dict[str, Any]) ->
     stale = ("model*.safetensors*",) if not args.merge_adapters else ADAPTER_FILES
     for path in [path for pattern in stale for path in output.glob(pattern)]:
         path.unlink()
-    atomic_write_text(staging / "README.md", trainer.card(result))
+    shutil.rmtree(output / ENTRIES_FOLDER, ignore_errors=True)
+    trainer.write_card(staging, result)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, output / path.name)
     staging.rmdir()

@@ -16,8 +16,10 @@ from transformers import EvalPrediction, IntervalStrategy, PreTrainedTokenizerBa
 from inform_rm.data.tokenizer import check_vocabulary, load_tokenizer, with_plain_template
 from inform_rm.errors import InputError, Interrupted
 from inform_rm.hub.cards import model_card
+from inform_rm.hub.eval_results import entries_of_run, write_entries
 from inform_rm.hub.export import push_folder
 from inform_rm.scoring.packing import CPU_TOKENS_PER_BATCH
+from inform_rm.training.card_settings import card_settings
 from inform_rm.training.checkpoints import (
     check_resume,
     discard_incomplete,
@@ -43,6 +45,7 @@ from inform_rm.training.reward_arguments import RewardTrainingArguments, setting
 from inform_rm.training.streaming import EncodedStream, StepsAreTheEpoch, StreamSource, open_stream, stream_of
 from inform_rm.util.checkpoints import checkpoint_step, is_complete, last_complete
 from inform_rm.util.files import atomic_write_text, check_output_directory, versions
+from inform_rm.util.intervals import wilson_interval
 
 
 class RewardTrainer(RewardLoop):
@@ -208,7 +211,7 @@ class RewardTrainer(RewardLoop):
             output, self.args, _fingerprints(self.train_pairs), _fingerprints(self.eval_pairs), checkpoint,
             None if self.peft_config is None else json.loads(json.dumps(self.peft_config.to_dict(), default=sorted)),
         )  # fmt: skip
-        self.resumed_from = checkpoint
+        self.resumed_from, self.evaluation = checkpoint, None
         for part in (self.stream, self._selector):
             if checkpoint is not None and part is not None:
                 part.load(checkpoint)
@@ -276,37 +279,77 @@ class RewardTrainer(RewardLoop):
             "log_history": self.state.log_history,
         }
 
-    def card(self, result: dict[str, Any]) -> str:
-        """The model card of what has been trained; ``result`` as `result` gives it."""
-        settings = {name: value for name, value in settings_of(self.args).items() if value is not None}
-        if not hasattr(self.accelerator.unwrap_model(self.model), "peft_config"):
-            settings["merge_adapters"] = True
-        for name in ("eval_data", "overwrite"):
-            settings.pop(name, None)
-        config = self.accelerator.unwrap_model(self.model).config
-        return model_card(config, settings, result)
+    def final_evaluation(self) -> dict[str, Any] | None:
+        """What the model as it is now gives on the evaluation pairs; every process must call it.
+
+        Returns:
+            The metrics, ``num_pairs`` and ``accuracy_interval`` among them; ``None`` without such pairs.
+        """
+        if self.eval_pairs is None:
+            return None
+        metrics = self.evaluate()
+        found = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+        n = int(found["num_pairs"])
+        # The product is a whole number of half points; rounding undoes the division's floating-point error.
+        interval = wilson_interval(round(found["accuracy"] * n * 2) / 2, n)
+        return {**found, "num_pairs": n, "accuracy_interval": list(interval)}
+
+    def write_card(self, folder: Path, result: dict[str, Any]) -> None:
+        """Write the model card of what has been trained and its ``.eval_results``; ``result`` as `result` gives it."""
+        model = self.accelerator.unwrap_model(self.model)
+        settings = card_settings(self.args, hasattr(model, "peft_config"))
+        atomic_write_text(folder / "README.md", model_card(model.config, settings, result))
+        write_entries(folder, entries_of_run(result))
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Nothing yet: `push_to_hub` makes the repository, private, when there is something to upload."""
 
-    def push_to_hub(self, *args: Any, token: str | None = None, **kwargs: Any) -> Any:
-        """Upload the model, its tokenizer, code and card as one commit to ``args.hub_model_id``, after a scan of them.
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload model, tokenizer, code, card and ``.eval_results`` in one commit to ``args.hub_model_id``.
 
-        The commit's message and that a new repository is private are fixed (`inform_rm.hub.export.push_folder`).
+        They are looked through first, and a new repository is private (`inform_rm.hub.export.push_folder`). The
+        evaluation pairs, if there are any, are evaluated where that has not been done since training. Every process
+        must call it.
+
+        Args:
+            commit_message: of the commit.
+            blocking: as all that follows but ``token``, of `transformers.Trainer.push_to_hub`, and refused if given.
+            token: of the Hub; ``None``: ``args.hub_token``, or the one that is logged in.
+            revision: see ``blocking``.
+            private: see ``blocking``.
+            kwargs: see ``blocking``.
 
         Raises:
-            InputError: before anything is uploaded: no id, or what must not be uploaded.
+            InputError: before anything is uploaded: no id, an argument that would do nothing, or what must not be
+                uploaded.
             ConnectionError: the Hub refuses or cannot be reached.
         """
         if self.args.hub_model_id is None:
             raise InputError("hub_model_id: none given; push_to_hub needs one, name/model.")
+        given = {"blocking": None if blocking else blocking, "revision": revision, "private": private, **kwargs}
+        unknown = [name for name, value in given.items() if value is not None]
+        if unknown:
+            raise InputError(
+                f"{unknown[0]}: push_to_hub makes one commit to the main branch and waits for it; what else a card "
+                "should say, inform-rm export --license and --results put there. Leave it out."
+            )
+        if self.evaluation is None:
+            self.evaluation = self.final_evaluation()
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
             self.save_whole_model(str(folder))
-            card = self.card(self.result())
+            result = self.result()
             if self.is_world_process_zero():
-                atomic_write_text(folder / "README.md", card)
-                push_folder(folder, self.args.hub_model_id, token=token or self.args.hub_token)
+                self.write_card(folder, result)
+                push_folder(folder, self.args.hub_model_id, token or self.args.hub_token, commit_message)
 
 
 def _name_of(model: Any) -> str | None:

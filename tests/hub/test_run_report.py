@@ -29,7 +29,7 @@ SUITE = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, coarse_figures):
     return tmp_path_factory.mktemp("report")
 
 
@@ -197,7 +197,7 @@ def test_damage_is_named(run, results, tmp_path):
 
 def test_command_line(run, results, tmp_path, capsys):
     command = ["report", "--run", run, "--output", str(tmp_path / "page.html")]
-    assert main([*command, "--results", str(results[0])]) == 0
+    assert main([*command, "--results", str(results[-1])]) == 0
     assert "page.html" in capsys.readouterr().out and (tmp_path / "page.html").stat().st_size > 10_000
     assert main(["report", "--run", str(tmp_path), "--output", str(tmp_path / "no.html")]) == 2
     assert "holds no training run" in capsys.readouterr().err

@@ -89,7 +89,7 @@ class Recorder(RewardFunction):
         return taken
 
 
-@pytest.mark.parametrize("algorithm", ("GRPO", "RLOO"))
+@pytest.mark.parametrize("algorithm", ("GRPO", pytest.param("RLOO", marks=pytest.mark.slow)))
 def test_policy_run_with_checks(algorithm, scorer, reference, causal_lm_dir, tmp_path):
     function = Recorder(scorer, reference=reference, shaping_coefficient=0.1, alpha=0.1)
     function.seen = []

@@ -58,6 +58,8 @@ class SuiteResult(ModelResult):
             become the same tokens (``indistinguishable``), and those of which the chat template deleted text
             (``partly_rendered``).
         data: each source as `load_suite_items` describes it.
+        on_hub: ``id``, ``config`` and ``split`` of the parts of the suite's data set on the Hub, wherever its items
+            were read; ``None`` if it has none.
         rows: of each item the rewards of its candidates, the correct ones first, and its mark: the lines of
             ``items.jsonl``.
     """
@@ -72,6 +74,7 @@ class SuiteResult(ModelResult):
     subsets: dict[str, dict[str, Any]]
     counts: dict[str, int]
     data: list[dict[str, Any]]
+    on_hub: list[dict[str, Any]] | None = None
     interval: list[float] | None = None
     score_with_prior_sets: float | None = None
     prior_sets_missing: list[str] | None = None
@@ -168,7 +171,15 @@ def evaluate_suite(
         }
         for each, item in zip(encoded, scored, strict=True)
     ]
-    result = SuiteResult(**described, title=table.title, citation=table.citation, counts=counts, **figures, rows=rows)
+    result = SuiteResult(
+        **described,
+        title=table.title,
+        citation=table.citation,
+        on_hub=table.on_hub,
+        counts=counts,
+        **figures,
+        rows=rows,
+    )
     frame.finish(result, {"items.jsonl": json_lines(rows)})
     return result
 

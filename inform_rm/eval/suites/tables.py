@@ -7,6 +7,7 @@ only facts were taken from them.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from inform_rm.errors import InputError
 
@@ -93,6 +94,12 @@ class Suite:
     def subset_names(self) -> dict[str, str]:
         """What a subset may be called in data, in small letters, to its name."""
         return {alias.lower(): name for alias, name in (*((name, name) for name in self.subsets), *self.aliases)}
+
+    @property
+    def on_hub(self) -> list[dict[str, Any]] | None:
+        """The parts of its own data set on the Hub, if there is one."""
+        parts = [part for part in self.hub if part.by_default]
+        return [{"id": part.hub_id, "config": part.config, "split": part.split} for part in parts] or None
 
     def section_of(self, subset: str) -> str:
         """The name of the section that a subset belongs to."""

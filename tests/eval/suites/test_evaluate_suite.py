@@ -186,9 +186,15 @@ def test_a_whole_suite_has_a_score_everywhere(scorer, tmp_path, monkeypatch):
     accuracy = sum(item["credit"] for item in lines(tmp_path / "out")) / 60
     assert result.score == pytest.approx(accuracy)
     assert result.interval[0] <= accuracy <= result.interval[1]
-    assert result.twins["num_twins"] == 30
+    assert result.twins["num_twins"] == 30 and "on_hub" not in result.to_dict()  # its rows are in no data set there
     assert f"Score {accuracy:.4f}" in (tmp_path / "out" / "result.html").read_text()
     assert "30 twins right" in (tmp_path / "out" / "result.md").read_text()
+
+
+def test_where_a_suites_data_set_lies_is_named():
+    parts = [{"id": "ScalerLab/JudgeBench", "config": None, "split": split} for split in ("gpt", "claude")]
+    assert SUITES["judgebench"].on_hub == parts and SUITES["llmbar"].on_hub is None
+    assert [part["id"] for part in SUITES["rewardbench"].on_hub] == ["allenai/reward-bench"]  # prior sets are extra
 
 
 @pytest.mark.usefixtures("undrawn")
