@@ -64,7 +64,7 @@ def _leave_quantized_base(trainer: RewardTrainer, output: Path) -> dict[str, Any
     what follows, the evaluation too, is about the model that people get. Both models are in memory for a moment.
     """
     args, tokenizer, batching = trainer.args, trainer.processing_class, trainer.batching
-    dataset: Any = trainer.train_dataset
+    dataset: Any = trainer.train_dataset if trainer.stream is None else trainer.stream.pairs()
     pairs = list(islice(dataset, 16))
     before = sample_rewards(trainer.accelerator.unwrap_model(trainer.model), pairs, tokenizer, batching)
     staging = output / STAGING

@@ -40,7 +40,8 @@ from inform_rm.training.models import (
 )
 from inform_rm.training.prioritized import PoolCollator, pool_selector
 from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
-from inform_rm.training.streaming import EncodedStream, StepsAreTheEpoch, StreamSource, open_stream, stream_of
+from inform_rm.training.stream_sources import StreamSource, open_stream, stream_of
+from inform_rm.training.streaming import EncodedStream, StepsAreTheEpoch
 from inform_rm.util.checkpoints import checkpoint_step, is_complete, last_complete
 from inform_rm.util.files import atomic_write_text, check_output_directory, versions
 
@@ -141,7 +142,7 @@ class RewardTrainer(RewardLoop):
                 self.train_pairs, tokenizer, args, max_length=self.max_length, overlong=args.overlong,
                 on_bad_row=args.on_bad_row,
             )  # fmt: skip
-            rows = stream.dataset()
+            rows = stream
             args.ignore_data_skip = True  # a resumed stream begins where it is to go on
         elif args.objective == "prioritized" and rows is not None:
             selector = pool_selector(

@@ -17,7 +17,7 @@ from inform_rm.training.arguments import decides, our_settings, settings_by_cont
 from inform_rm.training.checkpoints import check_resume
 from inform_rm.training.reward_arguments import deciding_settings, field_types
 from inform_rm.training.run import train
-from inform_rm.training.streaming import open_stream
+from inform_rm.training.stream_sources import open_stream
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
 # Ours, and of TrainingArguments' own some of each kind.
