@@ -233,7 +233,7 @@ def _with_todays_names(before: dict[str, Any]) -> dict[str, Any]:
         before["adam_beta2"] = COMPENSATED_BETA2 if before.get("optim") == COMPENSATED_OPTIM else 0.999
         if before.get("load_best_model_at_end"):
             before |= {"metric_for_best_model": "eval_accuracy", "greater_is_better": True}
-    return with_our_names(before, [])
+    return with_our_names(before, {}, [])
 
 
 def _launch() -> dict[str, Any]:

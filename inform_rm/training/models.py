@@ -269,8 +269,12 @@ def _prepare_quantized(model: Any) -> None:
         # bfloat16 and hands no gradient back: after an evaluation, training would go on with wrong gradients.
         layer.support_avx512bf16_for_cpu = False
     model.score.float()
-    # It says at each layer and each step that LLM.int8 rounds its inputs to float16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
+
+
+def _is_no_cast(record: logging.LogRecord) -> bool:
+    """False for what is said at each layer and step: that LLM.int8 rounds its inputs to float16."""
+    return not record.getMessage().startswith("MatMul8bitLt: inputs will be cast from")
 
 
 def _is_bitsandbytes(module: nn.Module) -> bool:
