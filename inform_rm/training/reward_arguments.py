@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from inform_rm.errors import InputError, did_you_mean, shown
 from inform_rm.safety.settings_yaml import read_settings_yaml
-from inform_rm.training.arguments import RewardArguments, decides, our_settings, read_columns
+from inform_rm.training.arguments import OUR_SETTINGS, RewardArguments, decides, read_columns
 from inform_rm.training.half_precision import COMPENSATED_BETA2, COMPENSATED_OPTIM, check_optimizer
 from inform_rm.training.losses import PAIR_LOSSES
 
@@ -59,17 +59,14 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
         """Refuse what is impossible, then what TrainingArguments refuses."""
         self.data, self.eval_data = _as_tuple(self.data), _as_tuple(self.eval_data)
         faults = self.faults()
-        known: tuple[tuple[str, type[enum.Enum]], ...] = (
-            ("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames)
-        )  # fmt: skip
-        for name, names in known:
-            choices, value = [choice.value for choice in names], getattr(self, name)
+        for name, choices in (
+            ("lr_scheduler_type", [choice.value for choice in SchedulerType]),
+            ("optim", [choice.value for choice in OptimizerNames]),
+            ("loss_type", list(PAIR_LOSSES)),
+        ):
+            value = getattr(self, name)
             if getattr(value, "value", value) not in choices:
                 faults.append(f"{name}: {value!r} is unknown. Choose one of {', '.join(choices)}")
-        if self.loss_type not in PAIR_LOSSES:
-            faults.append(f"loss_type: {self.loss_type!r} is unknown. Choose one of {', '.join(PAIR_LOSSES)}")
-        if self.push_to_hub and self.hub_model_id is None:
-            faults.append("push_to_hub needs hub_model_id, name/model")
         if faults:
             raise InputError("Training settings: " + "; ".join(faults) + ".")
         check_optimizer(getattr(self.optim, "value", self.optim))
@@ -95,7 +92,7 @@ def settings_of(args: RewardTrainingArguments) -> dict[str, Any]:
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in now.items()
-        if name in our_settings() or name in _REQUIRED or (value != usual[name] and name not in _OF_THIS_PLACE)
+        if name in OUR_SETTINGS or name in _REQUIRED or (value != usual[name] and name not in _OF_THIS_PLACE)
     }
 
 
