@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     result = train(args)
     measured = [] if result["evaluation"] is None else [accuracy_line(result["evaluation"])]
-    print_once(*measured, "trained a reward model", see=args.output_dir)
+    done = f"trained a reward model in {result['steps']} steps on {result['train_pairs']['pairs']} pairs"
+    print_once(*measured, done, see=args.output_dir)
 
 
 def read_flags(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:

@@ -58,18 +58,6 @@ def reading_checkpoint(checkpoint: str | Path | None, files: str) -> Iterator[No
         ) from error
 
 
-def check_trainer_state(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose ``trainer_state.json`` is damaged or belongs to another step.
-
-    Raises:
-        InputError: naming the file.
-    """
-    with reading_checkpoint(checkpoint, "trainer_state.json"):
-        found = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
-        if found != checkpoint_step(checkpoint):
-            raise ValueError(f"it is of step {found!r}")
-
-
 def discard(folder: Path) -> None:
     """Remove a folder, under another name first: a kill in between leaves nothing that looks like a checkpoint."""
     if folder.exists():
@@ -126,9 +114,11 @@ def check_resume(
     """
     path = output / "checkpoints" / "run.json"
     if resume_from is not None:
-        check_trainer_state(resume_from)
-    settings = settings_of(args)
-    launch = _launch()
+        with reading_checkpoint(resume_from, "trainer_state.json"):
+            found = TrainerState.load_from_json(str(resume_from / "trainer_state.json")).global_step
+            if found != checkpoint_step(resume_from):
+                raise ValueError(f"it is of step {found!r}")
+    settings, launch = settings_of(args), _launch()
     now = {
         **settings, "data_fingerprints": fingerprints | eval_fingerprints,
         "contents": _contents(args, fingerprints, eval_fingerprints) | {"peft_config": adapters}, **launch,

@@ -164,10 +164,7 @@ def add_adapters(model: PreTrainedModel, args: RewardTrainingArguments, peft_con
     the Trainer turns checkpointing on where it is asked for, without re-entrance, and the head is float32 already.
     What would be left is embeddings and norms in float32, which `dtype` says.
 
-    Args:
-        model: the whole model.
-        args: settings of the run.
-        peft_config: a `LoraConfig` in place of the settings; what it leaves open is as above.
+    A `LoraConfig` as ``peft_config`` takes the place of the settings; what it leaves open is as above.
     """
     peft = import_peft("lora_r: LoRA")
     model.score.float()

@@ -38,7 +38,7 @@ from inform_rm.training.models import (
     load_model,
     longest_input,
 )
-from inform_rm.training.prioritized import PoolCollator, pool_selector
+from inform_rm.training.prioritized import pool_or_batch, pool_selector
 from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
 from inform_rm.training.stream_sources import StreamSource, open_stream, stream_of
 from inform_rm.training.streaming import EncodedStream, StepsAreTheEpoch
@@ -164,7 +164,7 @@ class RewardTrainer(RewardLoop):
             return parts if pairs is None else {**parts, "train_dataset": pairs.dataset}
         scoring: dict[str, Any] = {"max_length": self.max_length, "batching": self.batching}
         return {
-            **parts, "data_collator": PoolCollator(collate),
+            **parts, "data_collator": functools.partial(pool_or_batch, collate),
             "train_dataset": pairs.dataset.add_column("position", np.arange(len(pairs.dataset))),
             "selector": pool_selector(args, pairs.dataset, collate, model, tokenizer, **scoring),
         }  # fmt: skip
