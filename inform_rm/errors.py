@@ -1,8 +1,9 @@
 """What callers can tell apart: their own mistakes, and a run asked to end; and how a message shows a value."""
 
+import difflib
 import reprlib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # A few anchors in YAML make a list that no memory could print.
@@ -50,6 +51,12 @@ def shown(value: Any, length: int = 80) -> str:
         return shortened(_SHORT.repr(value), length)
     except (ValueError, RecursionError):  # a whole number of more digits than Python prints
         return "..."
+
+
+def did_you_mean(name: str, known: Mapping[str, str]) -> str:
+    """`` (did you mean ...?)`` with the nearest known name, or nothing; ``known``: name -> how it is written."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {known[found[0]]}?)" if found else ""
 
 
 def shortened(text: str, length: int = 80) -> str:

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from email.parser import Parser
 from importlib import metadata
@@ -148,10 +147,3 @@ print(*sys.modules)
     assert {name.split(".")[0] for name in modules} & HEAVY == set()
     # Modules, not seconds: a busy machine may not fail it. One third-party package would double the number.
     assert "inform_rm" in modules and len(modules) < 300
-
-
-def test_unknown_command_is_wrong_use():
-    script = Path(sysconfig.get_path("scripts")) / "inform-rm"
-    finished = subprocess.run([sys.executable, script, "no-such-command"], capture_output=True, text=True, timeout=60)
-    assert finished.returncode == 2
-    assert "no-such-command" in finished.stderr

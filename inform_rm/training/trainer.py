@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import set_seed
 from datasets import IterableDataset
-from transformers import EvalPrediction, IntervalStrategy, PreTrainedTokenizerBase, TrainerCallback
+from transformers import IntervalStrategy, PreTrainedTokenizerBase, TrainerCallback
 
 from inform_rm.data.tokenizer import check_vocabulary, load_tokenizer, with_plain_template
 from inform_rm.errors import InputError, Interrupted
@@ -40,9 +40,10 @@ from inform_rm.training.models import (
     load_model,
     longest_input,
 )
-from inform_rm.training.prioritized import PoolCollator, pool_selector
+from inform_rm.training.prioritized import pool_or_batch, pool_selector
 from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
-from inform_rm.training.streaming import EncodedStream, StepsAreTheEpoch, StreamSource, open_stream, stream_of
+from inform_rm.training.stream_sources import StreamSource, open_stream, stream_of
+from inform_rm.training.streaming import EncodedStream, StepsAreTheEpoch
 from inform_rm.util.checkpoints import checkpoint_step, is_complete, last_complete
 from inform_rm.util.files import atomic_write_text, check_output_directory, versions
 from inform_rm.util.intervals import wilson_interval
@@ -117,53 +118,59 @@ class RewardTrainer(RewardLoop):
                 raise InputError("load_best_model_at_end needs eval_dataset (or eval_data) to choose by.")
             args.eval_strategy = IntervalStrategy.NO
         whole = load_model(args) if loaded is None else loaded
-        if whole.config.model_type == "inform":  # its own loss, and what it says of itself, are those of this run
-            whole.config.beta, whole.config.loss_type = args.beta, args.loss_type
-            whole.loss_function = PAIR_LOSSES[args.loss_type]
-        check_max_length(whole, self.max_length)
-        check_vocabulary(tokenizer, whole.config.get_text_config().vocab_size)
-        whole.config.pad_token_id = tokenizer.pad_token_id
+        self._fit_model(whole)
         if data_collator is None:
             self.batching = choose_batching(whole, args)
         else:
             self.batching = "packed" if isinstance(data_collator, PackedPairCollator) else "padded"
         self.peft_config = peft_config
-        trained = add_adapters(whole, args, peft_config) if args.lora_r or peft_config is not None else whole
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         self.resumed_from: Path | None = None
         self.train_seconds: float | None = None
         self.evaluation: dict[str, Any] | None = None
         self.quantization: dict[str, Any] | None = None
-        collate = data_collator or (
-            PackedPairCollator(tokens_per_batch(args)) if self.batching == "packed" else PairCollator(tokenizer)
+        parts = self._parts(
+            add_adapters(whole, args, peft_config) if args.lora_r or peft_config is not None else whole,
+            data_collator
+            or (PackedPairCollator(tokens_per_batch(args)) if self.batching == "packed" else PairCollator(tokenizer)),
         )
-        rows = None if self.train_pairs is None else self.train_pairs.dataset
-        stream = selector = None
-        if isinstance(self.train_pairs, StreamSource):
-            stream = EncodedStream(
-                self.train_pairs, tokenizer, args, max_length=self.max_length, overlong=args.overlong,
-                on_bad_row=args.on_bad_row,
-            )  # fmt: skip
-            rows = stream.dataset()
-            args.ignore_data_skip = True  # a resumed stream begins where it is to go on
-        elif args.objective == "prioritized" and rows is not None:
-            selector = pool_selector(
-                args, rows, collate, trained, tokenizer, max_length=self.max_length, batching=self.batching
-            )
-            rows, collate = rows.add_column("position", np.arange(len(rows))), PoolCollator(collate)
         super().__init__(
-            stream=stream,
-            selector=selector,
-            model=trained,
             args=args,
-            data_collator=collate,
-            train_dataset=rows,
             eval_dataset=None if self.eval_pairs is None else self.eval_pairs.dataset,
             processing_class=tokenizer,
-            compute_metrics=functools.partial(_metrics, args.loss_type, compute_metrics),
-            callbacks=[*(callbacks or []), LostUpdates(), OwnSteps(), *([StepsAreTheEpoch()] if stream else [])],
+            compute_metrics=functools.partial(compute_eval_metrics, args.loss_type, compute_metrics),
+            callbacks=[*(callbacks or []), LostUpdates(), OwnSteps(), *([StepsAreTheEpoch()] * bool(parts["stream"]))],
+            **parts,
             **kwargs,
         )
+
+    def _fit_model(self, model: Any) -> None:
+        """Check that a model takes the run's tokens, and make it say of itself what the run does."""
+        args, tokenizer = self._args_of_pairs, self._tokenizer
+        if model.config.model_type == "inform":
+            model.config.beta, model.config.loss_type = args.beta, args.loss_type
+            model.loss_function = PAIR_LOSSES[args.loss_type]
+        check_max_length(model, self.max_length)
+        check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+    def _parts(self, model: Any, collate: Any) -> dict[str, Any]:
+        """The loop's arguments: from what rows, chosen how, batches are made."""
+        args, tokenizer, pairs = self._args_of_pairs, self._tokenizer, self.train_pairs
+        parts = {"model": model, "data_collator": collate, "stream": None, "selector": None, "train_dataset": None}
+        if isinstance(pairs, StreamSource):
+            rules = {name: getattr(args, name) for name in ("overlong", "on_bad_row")}
+            stream = EncodedStream(pairs, tokenizer, args, max_length=self.max_length, **rules)
+            args.ignore_data_skip = True  # a resumed stream begins where it is to go on
+            return {**parts, "stream": stream, "train_dataset": stream}
+        if pairs is None or args.objective != "prioritized":
+            return parts if pairs is None else {**parts, "train_dataset": pairs.dataset}
+        scoring: dict[str, Any] = {"max_length": self.max_length, "batching": self.batching}
+        return {
+            **parts, "data_collator": functools.partial(pool_or_batch, collate),
+            "train_dataset": pairs.dataset.add_column("position", np.arange(len(pairs.dataset))),
+            "selector": pool_selector(args, pairs.dataset, collate, model, tokenizer, **scoring),
+        }  # fmt: skip
 
     def _pairs(self, setting: str, rows: Any) -> TrainingPairs | StreamSource | None:
         """What is given for ``data`` or ``eval_data``, read and, but for a stream, encoded."""
@@ -207,10 +214,10 @@ class RewardTrainer(RewardLoop):
         """
         output = check_output_directory(str(self.args.output_dir))
         checkpoint = self._prepare_output(output, resume_from_checkpoint)
+        adapters = None if self.peft_config is None else self.peft_config.to_dict()
         check_resume(
-            output, self.args, _fingerprints(self.train_pairs), _fingerprints(self.eval_pairs), checkpoint,
-            None if self.peft_config is None else json.loads(json.dumps(self.peft_config.to_dict(), default=sorted)),
-        )  # fmt: skip
+            output, self.args, *self._fingerprints(), checkpoint, json.loads(json.dumps(adapters, default=sorted))
+        )
         self.resumed_from, self.evaluation = checkpoint, None
         for part in (self.stream, self._selector):
             if checkpoint is not None and part is not None:
@@ -260,11 +267,12 @@ class RewardTrainer(RewardLoop):
 
     def result(self) -> dict[str, Any]:
         """What is known of the run, as ``train_result.json`` holds it; every process must call it."""
+        fingerprints, eval_fingerprints = self._fingerprints()
         counts = getattr(self.train_pairs, "counts", None) if self.stream is None else self.stream.total_counts()
         return {
             "settings": settings_of(self.args),
             "versions": versions(),
-            "data_fingerprints": _fingerprints(self.train_pairs) | _fingerprints(self.eval_pairs),
+            "data_fingerprints": fingerprints | eval_fingerprints,
             "train_pairs": counts,
             "eval_pairs": getattr(self.eval_pairs, "counts", None),
             "max_length": self.max_length,
@@ -278,6 +286,10 @@ class RewardTrainer(RewardLoop):
             "quantization": self.quantization,
             "log_history": self.state.log_history,
         }
+
+    def _fingerprints(self) -> tuple[dict[str, str], dict[str, str]]:
+        train, evaluation = self.train_pairs, self.eval_pairs
+        return {} if train is None else train.fingerprints, {} if evaluation is None else evaluation.fingerprints
 
     def final_evaluation(self) -> dict[str, Any] | None:
         """What the model as it is now gives on the evaluation pairs; every process must call it.
@@ -365,16 +377,6 @@ def _tokenizer(args: RewardTrainingArguments) -> PreTrainedTokenizerBase:
         raise InputError("processing_class: the model does not say where it comes from. Pass its tokenizer.")
     names = ("revision", "trust_remote_code", "chat_template")
     return load_tokenizer(args.model, **{name: getattr(args, name) for name in names})
-
-
-def _fingerprints(pairs: TrainingPairs | StreamSource | None) -> dict[str, str]:
-    return {} if pairs is None else pairs.fingerprints
-
-
-def _metrics(
-    loss_type: str, further: Callable[..., dict[str, float]] | None, prediction: EvalPrediction
-) -> dict[str, float]:
-    return {**compute_eval_metrics(prediction, loss_type), **({} if further is None else further(prediction))}
 
 
 def tokens_per_batch(args: RewardTrainingArguments) -> int | None:
