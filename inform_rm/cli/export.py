@@ -1,8 +1,6 @@
 """``inform-rm export``."""
 
 import argparse
-import json
-import os
 from typing import Any
 
 from inform_rm.cli import flags
@@ -31,10 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name, size in files.items():
         print(f"{size:>12,} {name}")
     if arguments.folded:
-        with open(os.path.join(arguments.output, "config.json"), encoding="utf-8") as file:
-            written = json.load(file)
-        offset = written["reward_offset"]
-        constant = f" {'-' if offset < 0 else '+'} {abs(offset)!r}" if offset else ""
-        print(f"{written['architectures'][0]}: reward of the model = folded reward{constant}")
+        from inform_rm.hub.engine_advice import engine_advice
+
+        print("\n".join(engine_advice(arguments.output)))
     uploaded = f", uploaded to {arguments.push_to}" if arguments.push_to else ""
     flags.print_once(f"exported {len(files)} files, {sum(files.values()):,} bytes{uploaded}", see=arguments.output)

@@ -15,11 +15,17 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCardData
 from torch import Tensor, nn
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from inform_rm.data.encoding import encode
 from inform_rm.errors import InputError
 from inform_rm.hub.cards import TAGS, card_text
+from inform_rm.hub.engine_advice import pooler_config
+from inform_rm.hub.engine_inputs import EngineInput, compare_engine_inputs, drop_bos_token, reads_the_same
 from inform_rm.scoring.reward_models import fingerprint_model
 from inform_rm.util.files import atomic_write_text, write_json
 from inform_rm.util.page import fill_markdown
@@ -69,7 +75,8 @@ def write_folded_model(model: Any, tokenizer: Any, folder: str | Path, *, source
 
     Raises:
         InputError: if the model cannot be folded: its decoder is not linear, it is quantized, transformers has no
-            classifier for its backbone or one of another form, or the classifier gives other rewards.
+            classifier for its backbone or one of another form, the classifier gives other rewards, or the tokenizer
+            is no longer the same once it is saved.
     """
     folder = Path(folder)
     _refuse_quantized(model)
@@ -79,9 +86,8 @@ def write_folded_model(model: Any, tokenizer: Any, folder: str | Path, *, source
     classifier = _classifier(model, weight, offset, tokenizer.pad_token_id)
     difference = _largest_difference(model, classifier, offset)
     classifier.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     _add_rope_settings_of_transformers_4(folder / "config.json")
-    _leave_out_token_types(folder / "tokenizer_config.json")
+    dropped_bos_token, engine_inputs = _save_tokenizer(tokenizer, folder)
     metadata = ModelCardData(
         library_name="transformers", pipeline_tag="text-classification", tags=list(TAGS), base_model=source
     )
@@ -94,6 +100,9 @@ def write_folded_model(model: Any, tokenizer: Any, folder: str | Path, *, source
         offset=offset,
         largest_difference=f"{difference:.1e}",
         added_pad_token=added_pad_token,
+        dropped_bos_token=dropped_bos_token,
+        engine_inputs=engine_inputs,
+        pooler_config=pooler_config(offset),
     )
     atomic_write_text(folder / "README.md", card_text(metadata, body))
 
@@ -207,6 +216,30 @@ def _add_rope_settings_of_transformers_4(path: Path) -> None:
             name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")
         }
     write_json(path, config)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> tuple[str | None, list[EngineInput]]:
+    """Write the tokenizer so that as many engines as can be feed the model's own tokens, and say which do not."""
+    mended, dropped = drop_bos_token(tokenizer)
+    mended.save_pretrained(folder)
+    _leave_out_token_types(folder / "tokenizer_config.json")
+    loaded = AutoTokenizer.from_pretrained(folder)
+    if not reads_the_same(tokenizer, loaded):
+        raise InputError(
+            "folded: the tokenizer makes other tokens of a conversation once it is saved and loaded again, so every "
+            "engine would give rewards of other text. Save the model with a tokenizer of one tokenizer.json."
+        )
+    if dropped is not None:
+        logger.warning(
+            "folded: the saved tokenizer names no bos_token: verl would take %r away from the front of each text, and "
+            "nothing would bring it back.",
+            dropped,
+        )
+    inputs = compare_engine_inputs(loaded)
+    wrong = [f"{item.way} {item.difference}. {item.remedy}" for item in inputs if item.is_wrong]
+    if wrong:
+        logger.warning("folded: not fed what the model was trained on: %s", " ".join(wrong))
+    return dropped, inputs
 
 
 def _leave_out_token_types(path: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from inform_rm.serving.batcher import QueueFullError, Scored, TokenBatcher
 from inform_rm.serving.errors import RequestError, RowError
 from inform_rm.serving.gate import Gate, refusal
 from inform_rm.serving.metrics import CONTENT_TYPE, Metrics
+from inform_rm.serving.openrlhf import warn_of_template_end
 from inform_rm.serving.rows import encode_ids, encode_rows, encode_texts
 
 logger = logging.getLogger(__name__)
@@ -135,6 +137,7 @@ def _add_endpoints(
     def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         return {status: {"model": wire.ErrorBody, "description": _ERRORS[status]} for status in statuses}
 
+    tell_of_template = cache(partial(warn_of_template_end, scorer.tokenizer))  # once, and only who is asked so
     refusals = [status for status in _ERRORS if bearer or status != 401]
     every: dict[str, Any] = {"responses": errors(*refusals), "dependencies": bearer}
 
@@ -149,9 +152,10 @@ def _add_endpoints(
     @app.post("/get_reward", **every)
     async def get_reward(request: wire.RemoteRewardRequest) -> wire.RemoteRewardResponse:
         """OpenRLHF's remote reward: whole texts, tokenised as they stand."""
+        tell_of_template()
         texts = request.query
         result = await scored(len(texts), lambda: encode_texts(scorer, texts, add_special_tokens=False))
-        return wire.RemoteRewardResponse(rewards=result.rewards)
+        return wire.RemoteRewardResponse(rewards=result.rewards, scores=result.rewards)
 
     @app.post("/classify", **every)
     async def classify(request: wire.ClassifyRequest) -> wire.ClassifyResponse:

@@ -1,6 +1,8 @@
 """What every request passes before the application sees it: token, size, time, and a count of what came of it."""
 
 import asyncio
+import base64
+import binascii
 import contextlib
 import hmac
 import time
@@ -23,7 +25,8 @@ class Gate:
 
     Args:
         app: the application.
-        token: bearer token that every path but ``/health`` asks for; ``None`` asks for none.
+        token: bearer token that every path but ``/health`` asks for; ``None`` asks for none. It may also come as
+            the password of HTTP Basic: OpenRLHF's client sends no header but what ``http://any:TOKEN@host`` makes.
         max_body_bytes: of one request, counted while it arrives, whatever its headers say. All requests that are under
             way may hold eight times as much.
         observe: called after each request with its path, status and seconds.
@@ -93,8 +96,11 @@ class Gate:
             return True
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, credentials = given.partition(b" ")
+        scheme, credentials = scheme.lower(), credentials.strip()
+        if scheme == b"basic":
+            credentials = _password(credentials)
         # In a time that does not depend on where the two differ.
-        return hmac.compare_digest(credentials.strip(), self.token) and scheme.lower() == b"bearer"
+        return hmac.compare_digest(credentials, self.token) and scheme in (b"bearer", b"basic")
 
     async def _read(self, scope: Any, receive: Any, body: bytearray) -> bool:
         """Fill ``body``; False if the client went away first."""
@@ -124,6 +130,14 @@ class Gate:
             body += chunk
             self._held_bytes += len(chunk)
             more = message.get("more_body", False)
+
+
+def _password(credentials: bytes) -> bytes:
+    """The password of HTTP Basic credentials (RFC 7617): what a client sends that can be given only a URL."""
+    try:
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 def refusal(error: RequestError) -> JSONResponse:

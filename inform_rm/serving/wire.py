@@ -53,7 +53,7 @@ class ScoreResponse(BaseModel):
 
 
 class RemoteRewardRequest(BaseModel):
-    """What OpenRLHF posts to its `--remote_rm_url`; other fields are ignored."""
+    """What OpenRLHF posts to its `--reward.remote_url`; other fields are ignored."""
 
     query: _Texts = Field(description="prompt and response as one text, special tokens written out")
     prompts: Any = Field(default=None, description="not used: `query` holds them")
@@ -61,9 +61,11 @@ class RemoteRewardRequest(BaseModel):
 
 
 class RemoteRewardResponse(BaseModel):
-    """What OpenRLHF reads."""
+    """What OpenRLHF reads: the three fields that its own reward server answers with."""
 
     rewards: list[float]
+    scores: list[float] = Field(description="the rewards again: OpenRLHF filters prompts by these")
+    extra_logs: dict[str, list[float]] = Field(default_factory=dict, description="nothing to log besides")
 
 
 class ClassifyRequest(BaseModel):

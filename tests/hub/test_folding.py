@@ -272,7 +272,7 @@ def test_card_tells_origin_constant_and_engines(saved):
     card = (folded / "README.md").read_text()
     assert RewardScorer(original).identity()["model"] in card
     assert repr(abs(offset_of(folded))) in card and str(original) not in card
-    for word in ("LlamaForSequenceClassification", "vLLM", "SGLang", "OpenRLHF", "not run by inform-rm"):
+    for word in ("LlamaForSequenceClassification", "vLLM", "SGLang", "OpenRLHF", "Only vLLM was run"):
         assert word in card
 
 

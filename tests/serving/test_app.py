@@ -1,6 +1,7 @@
 """What clients see: rewards as from `RewardScorer`, and for everything else a status code with a reason."""
 
 import asyncio
+import base64
 import copy
 import hmac
 import json
@@ -106,11 +107,31 @@ def test_openrlhf_text_is_the_rendered_conversation_and_gets_its_reward(client, 
     ]
     answer = client.post("/get_reward", json={"query": texts, "prompts": prompts, "labels": [None, "x"]})
     assert answer.status_code == 200
-    assert answer.json() == {"rewards": pytest.approx(expected, abs=1e-5)}
+    rewards = pytest.approx(expected, abs=1e-5)
+    assert answer.json() == {"rewards": rewards, "scores": rewards, "extra_logs": {}}
     plain = scorer.score_encoded([tokenizer("no template", add_special_tokens=False)["input_ids"]]).tolist()
     assert client.post("/get_reward", json={"query": ["no template"]}).json()["rewards"] == pytest.approx(plain)
     # Several servers share one list, and the last may get none of it.
-    assert client.post("/get_reward", json={"query": []}).json() == {"rewards": []}
+    assert client.post("/get_reward", json={"query": []}).json()["rewards"] == []
+
+
+@pytest.mark.parametrize(
+    ("end", "fault"),
+    [("</s>\\n", r"writes '\n' after the end token"), ("", "ends a reply without the end token"), ("</s>", None)],
+)
+def test_openrlhf_is_told_once_that_its_texts_end_elsewhere(
+    scorer, tokenizer, make_app, caplog, monkeypatch, end, fault
+):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("</s>", end)
+    monkeypatch.setattr(scorer, "tokenizer", other)
+    client = TestClient(make_app(scorer))
+    assert client.post("/score", json={"rows": [row("a", "b")]}).status_code == 200
+    assert "/get_reward" not in caplog.text
+    for _ in range(2):
+        assert client.post("/get_reward", json={"query": ["a"]}).status_code == 200
+    assert caplog.text.count("/get_reward: this model's chat template") == (fault is not None)
+    assert fault is None or fault in caplog.text
 
 
 def test_classify_takes_texts_ids_and_messages(client, scorer, tokenizer):
@@ -166,6 +187,8 @@ def test_add_special_tokens_is_the_tokenizers(scorer, tokenizer, make_app, monke
         ("/score", {"rows": [{**row("a", "b"), "reponse": "c"}]}, r"rows\.0\.reponse: Extra inputs", 0),
         ("/score", {"rows": [row(["a"], "b")]}, r"rows\.0\.prompt", 0),
         ("/score", {"prompts": ["a"]}, "rows: Field required", None),
+        # What vLLM's endpoint of this name takes: two texts, joined without the template.
+        ("/score", {"queries": "a", "documents": "b"}, "rows: Field required", None),
         ("/score", {"rows": "a"}, "rows: Input should be a valid list", None),
         ("/score", ["a"], "no JSON object", None),
         ("/score", {"rows": [row("a\ud800", "b")]}, "row 0 .* unpaired surrogate at character 2", 0),
@@ -390,6 +413,10 @@ def test_limits_that_contradict_are_named():
         Limits(max_body_bytes=0)
 
 
+def basic(user_and_password):
+    return "Basic " + base64.b64encode(user_and_password.encode()).decode()
+
+
 def test_the_token_opens_all_and_nothing_else_does(scorer, make_app, monkeypatch, caplog):
     compared = []
     monkeypatch.setattr(
@@ -398,7 +425,8 @@ def test_the_token_opens_all_and_nothing_else_does(scorer, make_app, monkeypatch
     client = TestClient(make_app(scorer, token="s3cret-token"))
     for path in ("/score", "/get_reward", "/classify", "/metrics", "/openapi.json", "/nothing"):
         for wrong in ("", "s3cret-token", "Bearer", "Bearer s3cret-toke", "Bearer s3cret-tokenx",
-                      "Basic s3cret-token", "Bearer \xff", None):  # fmt: skip
+                      "Basic s3cret-token", basic("s3cret-token"), basic("any:s3cret-toke"),
+                      basic("s3cret-token:any"), "Digest s3cret-token", "Bearer \xff", None):  # fmt: skip
             headers = {} if wrong is None else {"authorization": wrong.encode("latin-1")}
             answer = client.request("GET", path, headers=headers)
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
@@ -407,6 +435,8 @@ def test_the_token_opens_all_and_nothing_else_does(scorer, make_app, monkeypatch
     right = {"authorization": "bearer s3cret-token"}
     assert client.post("/score", json={"rows": []}, headers=right).status_code == 200
     assert client.get("/metrics", headers=right).status_code == 200
+    # What a client makes of http://any:s3cret-token@host.
+    assert client.get("/metrics", headers={"authorization": basic("any:s3cret-token")}).status_code == 200
     assert client.get("/health").json() == {"status": "ok", "model": client.get("/health").json()["model"]}
     assert "s3cret" not in caplog.text
     schema = client.get("/openapi.json", headers=right).json()

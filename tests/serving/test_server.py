@@ -113,7 +113,7 @@ def test_an_openrlhf_style_client(url, scorer, tokenizer):
     )
     answer.raise_for_status()
     expected = scorer.score(*map(list, zip(*pairs, strict=True))).tolist()
-    assert answer.json() == {"rewards": pytest.approx(expected, abs=1e-5)}
+    assert answer.json()["rewards"] == answer.json()["scores"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.slow
