@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from inform_rm.util.processes import from_main
 
 _BLOCK_BYTES = 1 << 16
 _READ_AT_ONCE = 256
+_SHUFFLE_ARGUMENTS = inspect.signature(IterableDataset.shuffle).parameters
 
 
 class Shard(NamedTuple):
@@ -84,8 +86,10 @@ def open_stream(
         mapping, readings[source] = _first_look(source, found[0].read(), columns)  # type: ignore[misc]
         shards += [shard._replace(columns=mapping) for shard in found]
     dataset = IterableDataset.from_generator(_rows_of_shards, gen_kwargs={"shards": shards})
-    # Of several shards at a time datasets fetches each row through a thread, which takes longer than to read it.
-    mixed = dataset.shuffle(seed, buffer_size=shuffle_buffer, max_buffer_input_shards=1)
+    # Of several shards at a time datasets fetches each row through a thread, which takes longer than to read it; before
+    # it could, it had no such argument.
+    one_shard = {"max_buffer_input_shards": 1} if "max_buffer_input_shards" in _SHUFFLE_ARGUMENTS else {}
+    mixed = dataset.shuffle(seed, buffer_size=shuffle_buffer, **one_shard)
     return StreamSource(mixed, fingerprints, readings)
 
 

@@ -353,7 +353,8 @@ def test_unloadable_tokenizers(tmp_path, tokenizer):
     with pytest.raises(InputError, match=r"no loadable tokenizer .* holds one \(tokenizer.json\)"):
         load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(InputError, match="no loadable tokenizer"):
+    # Earlier versions of transformers make an empty one of this.
+    with pytest.raises(InputError, match=r"no loadable tokenizer|its tokenizer has no vocabulary"):
         load_tokenizer(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{broken")

@@ -97,7 +97,7 @@ def test_page_holds_what_was_measured(source, run, results, config, read_page):
     for part in detected["candidates"]:
         assert [part["name"], "24", f"{part['csi_normalized']:.3f}"] in [row[:3] for row in page.rows]
     for name, value in settings_of(config).items():
-        shown = ", ".join(value) if isinstance(value, list) else "none" if value is None else str(value)
+        shown = ", ".join(value or ["none"]) if isinstance(value, list) else "none" if value is None else str(value)
         assert [name, shown] in page.rows
     for file, digest in trained["data_fingerprints"].items():
         assert [file, digest] in page.rows

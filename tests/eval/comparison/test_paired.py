@@ -53,7 +53,7 @@ def test_bootstrap_equals_a_plain_loop_over_its_draws_and_scipy_in_distribution(
     ordered = np.sort(differences)
     means = [float(generator.multinomial(50, [1 / 50] * 50) @ ordered) / 50 for _ in range(400)]
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
-    other = scipy.stats.bootstrap((differences,), np.mean, n_resamples=20_000, method="percentile", rng=1)
+    other = scipy.stats.bootstrap((differences,), np.mean, n_resamples=20_000, method="percentile", random_state=1)
     mine = paired_bootstrap(differences, num_resamples=20_000)
     np.testing.assert_allclose((mine.low, mine.high), other.confidence_interval, atol=0.02)
 
