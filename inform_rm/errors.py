@@ -2,6 +2,7 @@
 
 import reprlib
 import signal
+from collections.abc import Iterable
 from typing import Any
 
 # A few anchors in YAML make a list that no memory could print.
@@ -29,6 +30,18 @@ class Interrupted(RuntimeError):
     def __init__(self, number: int, saved: str):
         super().__init__(f"{signal.Signals(number).name}: {saved}; the same command goes on from there")
         self.number = number
+
+
+def check_whole_number(name: str, value: Any, least: int = 1) -> None:
+    """Raise `InputError` unless the value of an argument is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name}: {value!r}; expected a whole number of at least {least}.")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise `InputError` unless the value of an argument is one of its choices."""
+    if value not in tuple(choices):
+        raise InputError(f"{name}: got {value!r}; expected one of {', '.join(choices)}.")
 
 
 def shown(value: Any, length: int = 80) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from inform_rm.configuration_inform import HEAD_SETTINGS
 from inform_rm.errors import InputError
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
 from inform_rm.safety.checkpoints import (
@@ -29,9 +30,8 @@ from inform_rm.scoring.value_heads import find_reward_head, load_with_head
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _HEAD_PREFIX = "base_model.model.score."
-_HEAD_SETTINGS = ("architecture", "latent_dim", "decoder", "kl_reduction", "head_bias", "beta")
 # What must agree between the base that the adapters were trained on and the one that is found under its name.
-_BACKBONE_SIZES = (
+_BACKBONE_SIZES: tuple[str, ...] = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "intermediate_size", "vocab_size",
 )  # fmt: skip
@@ -113,14 +113,10 @@ def load_adapter_model(
 
 
 def complete_adapter_folder(folder: str | Path, model: Any) -> None:
-    """Put the InfoRM model's ``config.json`` beside the adapters that peft wrote.
+    """Put the ``config.json`` of a `PeftModel`'s InfoRM model beside the adapters that it wrote to `folder`.
 
     Without a word about quantisation: what the folder gives is base + adapters in full precision. The card that peft
     writes, a form to fill in, is removed.
-
-    Args:
-        folder: where ``PeftModel.save_pretrained`` wrote.
-        model: the `PeftModel`.
     """
     config = copy.deepcopy(model.get_base_model().config)
     if hasattr(config, "quantization_config"):
@@ -140,12 +136,8 @@ def _read(name: str, hub: dict[str, Any], trust_remote_code: bool) -> tuple[dict
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
     is_ours = settings.get("peft_type") == "LORA" and "score" in (settings.get("modules_to_save") or ())
     if config is None or config.model_type != "inform" or not is_ours:
-        raise InputError(
-            ADAPTER_REFUSAL.format(
-                name,
-                ", and not one that inform-rm train wrote (LoRA with the head, InfoRM config.json beside it)",
-            )
-        )
+        why = ", and not one that inform-rm train wrote (LoRA with the head, InfoRM config.json beside it)"
+        raise InputError(ADAPTER_REFUSAL.format(name, why))
     if not settings.get("base_model_name_or_path"):
         raise InputError(f"model: {name}/{ADAPTER_FILES[0]} names no base model. Write it to base_model_name_or_path.")
     weights_file = find_file(name, ADAPTER_FILES[1], revision)
@@ -171,6 +163,7 @@ def _read(name: str, hub: dict[str, Any], trust_remote_code: bool) -> tuple[dict
 def _load_base(
     name: str, settings: dict[str, Any], config: Any, dtype: Any, device: Any, trust_remote_code: bool
 ) -> Any:
+    """The model that the adapters were trained on, with the head's settings from `config`."""
     base, revision = settings["base_model_name_or_path"], settings.get("revision")
     wanted = f"model: {name} holds adapters for the base model {base}"
     if os.path.isabs(base) and not Path(base).is_dir():
@@ -184,11 +177,10 @@ def _load_base(
     try:
         check_checkpoint(base, revision=revision, trust_remote_code=trust_remote_code)
         found = AutoConfig.from_pretrained(base, **hub)
-        compared: list[tuple[Any, Any, tuple[str, ...]]] = [
-            (config.get_text_config(), found.get_text_config(), _BACKBONE_SIZES)
-        ]
-        if found.model_type == "inform":
-            compared.append((config, found, _HEAD_SETTINGS[:-1]))
+        is_ours = found.model_type == "inform"
+        compared = [(config.get_text_config(), found.get_text_config(), _BACKBONE_SIZES)]
+        if is_ours:
+            compared.append((config, found, tuple(name for name in HEAD_SETTINGS if name != "beta")))
         other = [
             (size, getattr(ours, size, None), getattr(theirs, size, None))
             for ours, theirs, sizes in compared
@@ -198,12 +190,11 @@ def _load_base(
         if other:
             pairs = ", ".join(f"{size} {theirs!r} instead of {ours!r}" for size, ours, theirs in other)
             raise InputError(f"{wanted}, which is another model now: {pairs}. Put the right one there.")
-        placement = {"device_map": "auto"} if device == "auto" else {}
-        loading = {"dtype": dtype, **placement, **hub}
-        if found.model_type == "inform":
+        loading = {"dtype": dtype, **hub, **({"device_map": "auto"} if device == "auto" else {})}
+        if is_ours:
             loaded: Any = InfoRMForSequenceClassification.from_pretrained(base, use_safetensors=True, **loading)
         else:
-            head = {setting: getattr(config, setting) for setting in _HEAD_SETTINGS}
+            head = {setting: getattr(config, setting) for setting in HEAD_SETTINGS}
             own_head = find_reward_head(base, found, revision=revision)
             loaded = load_with_head(base, own_head, **head, **loading)
     except (InputError, torch.OutOfMemoryError):

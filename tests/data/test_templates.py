@@ -13,7 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from inform_rm.data.check_data import check_data, format_report
+from inform_rm.data.check_data import check_data
+from inform_rm.data.check_data_text import format_report
 from inform_rm.data.encoding import encode
 from inform_rm.data.messages import Message
 from inform_rm.data.tokenizer import fix_date, load_tokenizer

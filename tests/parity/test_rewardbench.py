@@ -37,7 +37,7 @@ def rewardbench_scores(model, tokenizer, texts: list[str]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("architecture", "bos"),
-    [("inform", "none"), ("inform", "in the template"), ("inform", "added twice"), ("standard", "none")],
+    [("inform", "none"), ("standard", "in the template"), ("inform", "added twice")],
 )
 def test_rewardbench_and_scorer_agree(architecture, bos, save_reward_model, preference_rows):
     folder = save_reward_model(architecture)

@@ -185,7 +185,7 @@ def run_settings(model, folder, **changes):
     return RewardTrainingArguments(
         **{
             "model": str(model), "data": [pairs_file(folder)], "output_dir": str(folder / "run"), "use_cpu": True,
-            "latent_dim": 4, "max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+            "latent_dim": 4, "max_steps": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
             "report_to": "none", **changes,
         }
     )  # fmt: skip
