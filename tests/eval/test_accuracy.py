@@ -413,6 +413,7 @@ def test_progress_bars_are_shown_where_they_are_asked_for_alone(scorer, data, ca
     assert not datasets.are_progress_bars_disabled()  # for others' data sets they are as before
 
 
+@pytest.mark.slow
 def test_real_data_with_a_real_backbone(shared_dir, tmp_path):
     model = InfoRMForSequenceClassification.from_backbone(str(shared_dir / "models/stories260K"))
     model.save_pretrained(tmp_path / "model")

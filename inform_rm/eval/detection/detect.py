@@ -87,11 +87,10 @@ def detect(
         for name, part in rows.items()
     }
     base = latents[REFERENCE].values
-    if settings.eps == "auto":  # one radius for all candidates and the null
+    eps: Any = settings.eps
+    if eps == "auto":  # one radius for all candidates and the null
         smallest = min(map(len, rows.values()))
         eps = auto_eps(base, min_samples=settings.min_samples, num_points=smallest, seed=settings.seed)
-    else:
-        eps = float(settings.eps)
     null = _null(base, replace(settings, eps=eps), frame.progress)
     table, found = _measure(rows, latents, replace(settings, eps=eps), null)
     found = {name: {**_text_statistics(rows[name], latents[name]), **read[name][1], **found[name]} for name in rows}

@@ -261,11 +261,11 @@ def test_a_broken_reward_names_the_candidate_and_the_item(model, tokenizer, ties
     target = encode(tokenizer, "What is 3 + 1?", "no").input_ids
 
     def broken(self, sequences, *arguments):
-        rewards, stds = forward(self, sequences, *arguments)
+        rewards, *rest = forward(self, sequences, *arguments)
         for place, ids in enumerate(sequences):
             if list(ids) == target:
                 rewards[place] = float("nan")
-        return rewards, stds
+        return rewards, *rest
 
     monkeypatch.setattr(RewardScorer, "_packed_forward", broken)
     with pytest.raises(
