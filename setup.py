@@ -25,7 +25,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["inform_rm*"]),
     package_data={"inform_rm": ["py.typed", "util/templates/*.j2", "training/accelerate_configs/*.yaml"]},
-    python_requires=">=3.11",
+    python_requires=">=3.10",
     install_requires=[
         "torch>=2.13,<3",
         "transformers>=5.5.4,<6",
@@ -33,7 +33,7 @@ setup(
         "datasets>=4.0,<6",
         "safetensors>=0.6.2,<1",
         "huggingface-hub>=1.10,<3",
-        "tokenizers>=0.22,<0.24",
+        "tokenizers>=0.22,<1",
         "jinja2>=3.1,<4",
         "numpy>=2.0,<3",
         "pyarrow>=21,<27",
@@ -46,12 +46,13 @@ setup(
     extras_require={
         "bf16": ["torch-optimi>=0.3.3,<0.4"],
         "peft": ["peft>=0.18.1,<1"],
-        "quant": ["bitsandbytes>=0.49,<1"],
+        "quant": ["bitsandbytes>=0.50,<1"],
         "rl": ["trl>=1.1,<2"],
         "serve": [
             "fastapi>=0.136.3,<1",
-            "prometheus-client>=0.22,<1",
+            "prometheus-client>=0.20,<1",
             "pydantic>=2.11,<3",
+            "starlette>=0.46,<2",
             "uvicorn>=0.34,<1",
         ],
         "dev": [

@@ -67,13 +67,12 @@ class Gate:
                 await _discard(receive)
                 text = "the header 'Authorization: Bearer TOKEN' is missing or wrong."
                 raise RequestError(401, text, headers={"WWW-Authenticate": "Bearer"})
-            async with asyncio.timeout(_BODY_SECONDS):
-                if not await self._read(scope, receive, body):
-                    return  # the client went away
+            if not await asyncio.wait_for(self._read(scope, receive, body), _BODY_SECONDS):
+                return  # the client went away
         except RequestError as error:
             await refusal(error)(scope, receive, send)
             return
-        except TimeoutError:
+        except asyncio.TimeoutError:
             late = RequestError(408, f"the body did not arrive within {_BODY_SECONDS:g} seconds.")
             await refusal(late)(scope, receive, send)
             return
@@ -147,8 +146,10 @@ def refusal(error: RequestError) -> JSONResponse:
 
 
 async def _discard(receive: Any) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_DISCARD_SECONDS):
-            message = {"type": "http.request", "more_body": True}
-            while message["type"] == "http.request" and message.get("more_body", False):
-                message = await receive()
+    async def rest() -> None:
+        message = {"type": "http.request", "more_body": True}
+        while message["type"] == "http.request" and message.get("more_body", False):
+            message = await receive()
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(rest(), _DISCARD_SECONDS)

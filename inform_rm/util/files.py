@@ -87,8 +87,11 @@ def check_output_directory(path: str | Path, argument: str = "output") -> Path:
 
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any
 
 import datasets
 import transformers.trainer
@@ -31,7 +31,7 @@ class Stages(TrainerCallback):
         self._bar: tqdm | None = None
         self._restore = ExitStack()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Stages":
         """Quieten the libraries."""
         undo = self._restore.callback
         undo(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
