@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import inform_rm
 
@@ -126,6 +127,19 @@ def test_pinned_versions_are_within_the_declared_ranges(checkout):
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"{name} is declared in setup.py but not pinned in constraints.txt"
         assert requirement.specifier.contains(pinned[name]), f"{line}: constraints.txt pins {pinned[name]}"
+
+
+def test_oldest_versions_are_the_lower_ends_of_the_declared_ranges(checkout):
+    lines = (checkout / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    oldest = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    oldest = {canonicalize_name(name): Version(version) for name, version in oldest.items()}
+    for line in metadata.requires("inform-rm") or []:
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        if not requirement.specifier or name in ("setuptools", "trl"):
+            continue  # tools; and TRL, which needs a later version of datasets than this package does
+        (lower,) = (Version(part.version) for part in requirement.specifier if part.operator == ">=")
+        assert oldest[name].release[: len(lower.release)] == lower.release, f"{line}: {oldest.get(name)} was run"
 
 
 def test_help_imports_nothing_heavy(tmp_path):

@@ -86,8 +86,8 @@ def open_stream(
         mapping, readings[source] = _first_look(source, found[0].read(), columns)  # type: ignore[misc]
         shards += [shard._replace(columns=mapping) for shard in found]
     dataset = IterableDataset.from_generator(_rows_of_shards, gen_kwargs={"shards": shards})
-    # Of several shards at a time datasets fetches each row through a thread, which takes longer than to read it; before
-    # it could, it had no such argument.
+    # Of several shards at a time datasets fetches each row through a thread, which takes longer than to read it.
+    # Earlier versions have no such argument, and take one at a time.
     one_shard = {"max_buffer_input_shards": 1} if "max_buffer_input_shards" in _SHUFFLE_ARGUMENTS else {}
     mixed = dataset.shuffle(seed, buffer_size=shuffle_buffer, **one_shard)
     return StreamSource(mixed, fingerprints, readings)
