@@ -68,14 +68,12 @@ def check_data(
         raise InputError(f"max_length: {max_length} tokens cannot be checked without a tokenizer. Pass one.")
     tokenizer_name = tokenizer if isinstance(tokenizer, str | Path) else getattr(tokenizer, "name_or_path", None)
     if isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(
-            tokenizer, revision=revision, trust_remote_code=trust_remote_code, chat_template=chat_template
-        )
+        hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        tokenizer = load_tokenizer(tokenizer, chat_template=chat_template, **hub)
     elif chat_template is not None:
         raise InputError("chat_template: set it on the tokenizer that you pass, or pass the tokenizer's folder.")
     elif tokenizer is not None:
         tokenizer = fix_date(tokenizer, str(tokenizer_name or "tokenizer"))
-
     has_template = tokenizer is None or tokenizer.chat_template is not None
     if not has_template:
         tokenizer = with_plain_template(tokenizer, str(tokenizer_name or "tokenizer"))  # as training does
@@ -106,16 +104,19 @@ def check_data(
         ),
     }
     if tokenizer is not None:
-        result["tokenizer"] = {
-            "class": type(tokenizer).__name__,
-            "size": len(tokenizer),
-            "template_date": f"{TEMPLATE_DATE:%Y-%m-%d}" if has_fixed_date(tokenizer.chat_template) else None,
-            **{name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
-            "pad_is_eos": tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id,
-            "has_chat_template": has_template,
-        }
+        result["tokenizer"] = {**_tokenizer_facts(tokenizer), "has_chat_template": has_template}
     result["warnings"] = _warnings(result)
     return result
+
+
+def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "class": type(tokenizer).__name__,
+        "size": len(tokenizer),
+        "template_date": f"{TEMPLATE_DATE:%Y-%m-%d}" if has_fixed_date(tokenizer.chat_template) else None,
+        **{name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
+        "pad_is_eos": tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id,
+    }
 
 
 def write_report(report: dict[str, Any], output_dir: str | Path | None) -> Path | None:

@@ -172,9 +172,8 @@ def test_a_bad_item_leaves_a_suite_without_a_score(scorer, tmp_path):
     assert result.subsets["hep-go"]["num_dropped"] == 1
 
 
-@pytest.mark.parametrize("kind", ["template refuses", "over-long"])
-def test_a_bad_response_is_named_or_left_out_by_score_and_detect(kind, scorer, tmp_path):
-    changes, _, message = KINDS[kind]
+def test_a_bad_response_is_named_or_left_out_by_score_and_detect(scorer, tmp_path):
+    changes, _, message = KINDS["over-long"]
     message = f"({message})"
     rows = [{"prompt": f"Say sun {n % 5}.", "response": f"sun {n}" + " so" * (n % 7)} for n in range(40)]
     fine = write(tmp_path / "fine.jsonl", rows)

@@ -119,6 +119,7 @@ def test_a_colon_after_human_inside_a_line_starts_no_turn():
     ]
 
 
+@settings(max_examples=50)
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text() | st.integers(), lambda inner: st.lists(
     inner, max_size=3) | st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "margin", "subset", "role",
     "content", "id", "tools"]), inner, max_size=6), max_leaves=12))  # fmt: skip
