@@ -19,18 +19,16 @@ class EnsembleScorer(RewardScorer):
     """Several reward models that score as one: ``mean - coefficient * variance`` of the members' rewards.
 
     Uncertainty-weighted optimisation (UWO, Coste et al. 2024, arXiv:2310.02743):
-    ``1/M sum_m r_m - lambda * 1/M sum_m (r_m - mean)^2``, with the population variance over the M members;
-    ``coefficient=0`` is the mean ensemble. It goes wherever a `RewardScorer` goes (`evaluate`, `decompose`,
-    `score_file`, `gap_grid`). Members may be of different kinds (InfoRM, standard, other sequence classifiers) but
-    share tokenizer and chat template. All stay in memory, and each computes every row.
+    ``1/M sum_m r_m - lambda * 1/M sum_m (r_m - mean)^2``, with the population variance over the M members. It goes
+    wherever a `RewardScorer` goes. Members may be of different kinds (InfoRM, standard, other sequence classifiers)
+    but share tokenizer and chat template. All stay in memory, and each computes every row.
 
     Bradley-Terry training leaves a constant c_m in each member's rewards open, so that without ``offsets`` the
     variance has ``Var(c) + 2 Cov(c, r)`` too much. The usual remedy is to subtract each member's mean reward on one
     reference set: ``offsets=ensemble.member_rewards(prompts, responses).mean(dim=1).tolist()``. A member's scale, and
     a shift that depends on the prompt, are not corrected.
 
-    ``uncertainty`` of the scoring methods: the draws of an ensemble are its M members, so M is the only number
-    accepted, and ``reward_std`` is their standard deviation, the square root of the variance above.
+    ``uncertainty`` of the scoring methods: the draws of an ensemble are its M members, the only number accepted.
 
     Args:
         members: at least two scorers, folders, Hub ids or loaded models.

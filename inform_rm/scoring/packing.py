@@ -54,10 +54,10 @@ class PackedRow:
 def pack_sequences(
     sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], pad_token_id: int | None = None
 ) -> PackedRow:
-    """Put N rows of token ids into one row; those that begin with the same prompt tokens share them.
+    """Put sequences into one row; those that begin with the same prompt tokens share them.
 
     Args:
-        sequences: the rows.
+        sequences: N rows of token ids.
         prompt_lengths: how many tokens at the start of each are its prompt; at least one token must be left.
         pad_token_id: for models that read the reward at the last token that is not this id; ``None``: at the last.
 
@@ -216,11 +216,10 @@ def packed_attention(
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = _causal_mask(q.shape[2], k.shape[2], sliding_window, q.device)
-        is_plain = mask is None and q.shape[2] == k.shape[2]
+        is_causal = mask is None and 1 < q.shape[2] == k.shape[2]
         return scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_plain and q.shape[2] > 1, scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+            q, k, v, mask, dropout, is_causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
     outputs = []
     for tree in packed_segments:

@@ -95,9 +95,7 @@ def _load(
     if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~"))):
         raise InputError(f"model: {name} is not a folder. Pass the folder that holds config.json, or a Hub id.")
     target, dtype = _device_and_dtype(device, dtype)
-    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        hub["revision"] = revision
+    hub = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
         check_checkpoint(name, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
         if folder.is_dir():
@@ -107,13 +105,10 @@ def _load(
         head = _head_to_load_with(config, name, revision) if wants_head else None
         if not hasattr(config, "pad_token_id"):
             config.pad_token_id = None  # some configs of transformers have none, and its classifiers ask for it
-        options: dict[str, Any] = {
-            "dtype": dtype,
-            "output_loading_info": True,
-            "ignore_mismatched_sizes": True,  # refused below, by name
-            **({"device_map": "auto"} if target == "auto" else {}),
-            **hub,
-        }
+        # Weights of other shapes are refused below, by name.
+        options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **hub}
+        if target == "auto":
+            options["device_map"] = "auto"
         if head is not None:
             loaded, loading = load_with_head(name, head, architecture="standard", **options)
         else:
@@ -142,13 +137,14 @@ def table_length(model: torch.nn.Module) -> int | None:
     models (GPT-J, CodeGen) hold a table of angles.
     """
     sizes = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
-            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
-            sizes.append(module.num_embeddings - int(getattr(module, "offset", reserved)))
-    for name, buffer in model.named_buffers():
-        if name.rpartition(".")[2] in _POSITION_TABLES and buffer.dim() == 2:
-            sizes.append(len(buffer))
+    for name, table in [*model.named_modules(), *model.named_buffers()]:
+        if name.rpartition(".")[2] not in _POSITION_TABLES:
+            continue
+        if isinstance(table, torch.nn.Embedding):
+            reserved = 0 if table.padding_idx is None else table.padding_idx + 1
+            sizes.append(table.num_embeddings - int(getattr(table, "offset", reserved)))
+        elif isinstance(table, torch.Tensor) and table.dim() == 2:
+            sizes.append(len(table))
     return min(sizes, default=None)
 
 
@@ -186,13 +182,9 @@ def fingerprint_model(model: torch.nn.Module) -> str:
 def fingerprint_tokenizer(tokenizer: Any) -> str:
     """SHA-256 over all that decides token ids: vocabulary, merges, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        parts = json.loads(backend.to_str())
-        # What the last call asked for, not what the tokenizer is.
-        parts.pop("padding", None)
-        parts.pop("truncation", None)
-    else:
-        parts = tokenizer.get_vocab()
+    parts = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is not None:  # what the last call asked for is not what the tokenizer is
+        parts = {key: value for key, value in parts.items() if key not in ("padding", "truncation")}
     specials = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     text = json.dumps([parts, specials, tokenizer.chat_template], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -231,12 +223,8 @@ def _head_to_load_with(config: PreTrainedConfig, name: str, revision: str | None
         return None
     if head is not None:
         if getattr(config, "normalize_reward", False):  # OpenRLHF, in evaluation: (reward - mean) / std
-            logger.warning(
-                "%s: its config asks for rewards with mean %s taken off, divided by %s; they are given as they are.",
-                name,
-                getattr(config, "mean", None),
-                getattr(config, "std", None),
-            )
+            text = "%s: its config asks for rewards with mean %s taken off, divided by %s; they are given as they are."
+            logger.warning(text, name, getattr(config, "mean", None), getattr(config, "std", None))
         return head
     architectures = ", ".join(getattr(config, "architectures", None) or ["not stated"])
     others = other_head_weights(name, revision=revision)

@@ -140,16 +140,11 @@ def _encoded_chunks(
     """All rows of the input in order, a chunk at a time, each with its token ids, or with its fault."""
     rows = score_rows_or_faults(input, columns, reading)
     while chunk := list(islice(rows, chunk_rows)):
-        if on_bad_row == "skip":
-            chunk = [_without_error_field(row) for row in chunk]
+        for place, row in enumerate(chunk):
+            if on_bad_row == "skip" and isinstance(row, ScoreRow) and "error" in row.fields:
+                reason = f"{row.where} has a field 'error' already, which is for the faults of bad rows. Rename it."
+                chunk[place] = RowFault(row.fields, reason)
         yield encoded_or_faults(scorer, chunk)
-
-
-def _without_error_field(row: ScoreRow | RowFault) -> ScoreRow | RowFault:
-    if isinstance(row, ScoreRow) and "error" in row.fields:
-        reason = f"{row.where} has a field 'error' already, which holds the faults of bad rows here. Rename it."
-        return RowFault(row.fields, reason)
-    return row
 
 
 def encoded_or_faults(scorer: RewardScorer, rows: Sequence[ScoreRow | RowFault]) -> list[Row]:
@@ -169,18 +164,14 @@ def encoded_or_faults(scorer: RewardScorer, rows: Sequence[ScoreRow | RowFault])
 def _check_all(
     chunks: Iterator[list[Row]], name: str, progress: bool, on_bad_row: str
 ) -> tuple[int, int, dict[str, Any]]:
-    """Number of rows, and of those that cannot be scored, and what the chat template deleted of the others.
-
-    Raises:
-        InputError: if there are some under ``on_bad_row="error"``, or nothing else.
-    """
+    """Number of rows, and of those that cannot be scored, and what the chat template deleted of the others."""
     num_rows = num_bad = 0
     first: list[str] = []
     lost = partly_rendered([])
     with tqdm(unit="row", desc="check", disable=not (progress and is_main_process())) as bar:
         for chunk in chunks:
             reasons = [row.reason for row in chunk if isinstance(row, RowFault)]
-            first += reasons[: _SHOWN_FAULTS - len(first)]
+            first = [*first, *reasons][:_SHOWN_FAULTS]
             good = [row for row in chunk if not isinstance(row, RowFault)]
             add_partly_rendered(lost, partly_rendered(ids.lost and f"{row.where}: {ids.lost}" for row, ids in good))
             num_rows, num_bad = num_rows + len(chunk), num_bad + len(reasons)

@@ -13,7 +13,6 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
-from starlette.exceptions import HTTPException
 
 import inform_rm
 from inform_rm.data.encoding import Encoded
@@ -213,7 +212,7 @@ async def _refuse(_: Request, error: Any) -> JSONResponse:
     """The answer to whatever ended a request."""
     if isinstance(error, RequestValidationError):
         error = _invalid(error)
-    elif isinstance(error, HTTPException):
+    elif hasattr(error, "status_code"):  # the framework's own: no such path or method
         error = RequestError(error.status_code, f"{error.detail}.", headers=error.headers)
     elif not isinstance(error, RequestError):
         error = RequestError(500, f"internal error ({type(error).__name__}); the server's log says more.")

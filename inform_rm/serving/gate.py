@@ -69,22 +69,14 @@ class Gate:
                 raise RequestError(401, text, headers={"WWW-Authenticate": "Bearer"})
             if not await asyncio.wait_for(self._read(scope, receive, body), _BODY_SECONDS):
                 return  # the client went away
-        except RequestError as error:
-            await refusal(error)(scope, receive, send)
-            return
-        except asyncio.TimeoutError:
+        except (RequestError, asyncio.TimeoutError) as error:
             late = RequestError(408, f"the body did not arrive within {_BODY_SECONDS:g} seconds.")
-            await refusal(late)(scope, receive, send)
-            return
+            await refusal(error if isinstance(error, RequestError) else late)(scope, receive, send)
         else:
-            whole: Any = {"type": "http.request", "body": bytes(body), "more_body": False}
+            whole = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
             async def replay() -> Any:
-                nonlocal whole
-                if whole is None:
-                    return await receive()
-                message, whole = whole, None
-                return message
+                return whole.pop() if whole else await receive()
 
             await self.app(scope, replay, send)
         finally:

@@ -72,9 +72,9 @@ def members(start, tokenizer, tmp_path_factory):
     return [save(with_noise(base, seed), tokenizer, root / str(seed)) for seed in range(3)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mixed(start, tokenizer):
-    """Scorers of a standard model, an InfoRM model and a Llama classifier that share nothing but the tokenizer."""
+    """Read-only: scorers of a standard model, an InfoRM model and a Llama classifier that share the tokenizer."""
     torch.manual_seed(7)
     config = copy.deepcopy(start().config.text_config)
     config.num_labels = 1
@@ -291,11 +291,12 @@ def test_what_is_no_list_of_reward_models_is_refused(members, causal_lm_dir, tmp
 def test_ensemble_reward_is_mean_minus_coefficient_times_population_variance(mixed, coefficient, offsets):
     expected, expected_std = rewards_by_hand(mixed, PROMPTS, RESPONSES, coefficient, offsets)
     scorer = EnsembleScorer(mixed, coefficient=coefficient, offsets=offsets)
+    before = sum(member.tokens_computed for member in mixed)
     rewards, stds = scorer.score(PROMPTS, RESPONSES, uncertainty=3)
     assert expected_std.min() > 0.01
     np.testing.assert_allclose(rewards, expected, atol=2e-5)
     np.testing.assert_allclose(stds, expected_std, atol=2e-5)
-    assert scorer.tokens_computed == sum(member.tokens_computed for member in mixed)
+    assert scorer.tokens_computed == sum(member.tokens_computed for member in mixed) - before
 
 
 def test_offsets_from_member_rewards_take_out_each_members_constant(start, tokenizer):
@@ -388,10 +389,12 @@ def test_folders_and_averaged_models_are_members_too(members, tmp_path):
 
 
 def test_a_member_in_training_mode_scores_without_noise_and_stays_in_it(mixed):
-    expected = EnsembleScorer(mixed, coefficient=0.5).score(PROMPTS, RESPONSES)
-    mixed[1].model.train()
-    rewards = EnsembleScorer(mixed, coefficient=0.5).score(PROMPTS, RESPONSES)
-    assert mixed[1].model.training and mixed[1].model.score.training
+    scorer = EnsembleScorer(mixed, coefficient=0.5)
+    expected = scorer.score(PROMPTS, RESPONSES)
+    model = mixed[1].model.train()
+    rewards = scorer.score(PROMPTS, RESPONSES)
+    assert model.training and model.score.training
+    model.eval()
     torch.testing.assert_close(rewards, expected, atol=1e-6, rtol=0)
 
 
@@ -418,7 +421,9 @@ def test_wrong_ensembles_are_refused(mixed, tokenizer):
 
 
 def test_a_member_that_gives_nan_names_the_row(mixed, tokenizer):
+    broken = copy.deepcopy(mixed[2].model)
     with torch.no_grad():
-        mixed[2].model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("~")] = float("nan")
+        broken.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("~")] = float("nan")
+    scorer = EnsembleScorer([mixed[0], RewardScorer(broken, tokenizer)], coefficient=0.5)
     with pytest.raises(NonFiniteRewardError, match=r"row 1 \(counted from 0\) has the reward nan"):
-        EnsembleScorer(mixed, coefficient=0.5).score(["Hi", "Hi"], ["Red.", "~"])
+        scorer.score(["Hi", "Hi"], ["Red.", "~"])
