@@ -24,11 +24,11 @@ from transformers import (
 from inform_rm.data.encoding import encode
 from inform_rm.errors import InputError
 from inform_rm.hub.cards import TAGS, card_text
-from inform_rm.hub.engine_advice import pooler_config
+from inform_rm.hub.engine_advice import vllm_command
 from inform_rm.hub.engine_inputs import EngineInput, compare_engine_inputs, drop_bos_token, reads_the_same
 from inform_rm.scoring.reward_models import fingerprint_model
 from inform_rm.util.files import atomic_write_text, write_json
-from inform_rm.util.page import fill_markdown
+from inform_rm.util.page import Markdown, fill_markdown
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def write_folded_model(model: Any, tokenizer: Any, folder: str | Path, *, source
         added_pad_token=added_pad_token,
         dropped_bos_token=dropped_bos_token,
         engine_inputs=engine_inputs,
-        pooler_config=pooler_config(offset),
+        vllm_command=Markdown(vllm_command("NAME", type(classifier).__name__, offset)),
     )
     atomic_write_text(folder / "README.md", card_text(metadata, body))
 

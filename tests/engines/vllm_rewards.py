@@ -27,13 +27,17 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
+# What `inform-rm export` prints for a family that vLLM does not load by itself.
+OVERRIDES = {"gemma3_text": {"architectures": ["Gemma3ForCausalLM"]}}
 
 
 def offline(folder, cases):
     """Way -> rewards, the offset added."""
     from vllm import LLM
 
-    engine = LLM(str(folder), runner="pooling", dtype="float32", enforce_eager=True, max_model_len=256)
+    overrides = OVERRIDES.get(folder.parent.name)
+    other = {"convert": "classify", "hf_overrides": overrides} if overrides else {}
+    engine = LLM(str(folder), runner="pooling", dtype="float32", enforce_eager=True, max_model_len=256, **other)
     as_they_are = {"add_special_tokens": False}
     ids = [{"prompt_token_ids": row} for row in cases["ids"]]
     quiet = {"use_tqdm": False}
@@ -92,6 +96,8 @@ def served(folder, offset):
         "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--host", "127.0.0.1", "--port", str(port),
         "--pooler-config", json.dumps({"logit_mean": -offset}),
     ]  # fmt: skip
+    if overrides := OVERRIDES.get(folder.parent.name):
+        command += ["--convert", "classify", "--hf-overrides", json.dumps(overrides)]
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT})
         try:

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shlex
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from inform_rm.data.encoding import encode
 from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.hub import engine_inputs, folding
+from inform_rm.hub.engine_advice import vllm_command
 from inform_rm.hub.engine_inputs import (
     compare_engine_inputs,
     drop_bos_token,
@@ -194,6 +196,13 @@ def test_export_prints_what_a_request_must_say(backbone_configs, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "vLLM /classify, text: adds '<s>' in front. Send add_special_tokens: false" in printed
     assert "pooler-config" not in printed  # there is no constant
+
+
+def test_gemma_3_is_served_by_the_class_that_vllm_has():
+    command = vllm_command("NAME", "Gemma3TextForSequenceClassification", 0.0)
+    words = shlex.split(command)
+    assert words[:7] == ["vllm", "serve", "NAME", "--runner", "pooling", "--convert", "classify"]
+    assert words[7] == "--hf-overrides" and json.loads(words[8]) == {"architectures": ["Gemma3ForCausalLM"]}
 
 
 def test_a_tokenizer_that_changes_when_saved_is_refused(chatml_model, tmp_path, monkeypatch):
