@@ -279,6 +279,8 @@ def _pick_split(name: str, loaded: Any, split: str | None) -> Any:
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))
     if split not in loaded:
+        if not loaded:
+            raise InputError(f"{name}: it declares no split, so nothing of it can be read. Name its files.")
         got = "no split was named" if split is None else f"there is no split {split!r}"
         raise InputError(f"{name}: {got}. Name one: {', '.join(f'{name}[{each}]' for each in loaded)}.")
     return loaded[split]

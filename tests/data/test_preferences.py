@@ -495,7 +495,7 @@ def test_the_temporary_folder_goes_with_the_process(tmp_path, exit_code_of_fork)
     assert list((tmp_path / "scratch").rglob("pairs.arrow")) == []
 
 
-@pytest.mark.parametrize("name", ["oasst-sample/test", "dpo-en-demo/train"])
+@pytest.mark.parametrize("name", ["hh-rlhf/test", "oasst-sample/test"])
 def test_real_data_loads_completely_and_unchanged(name, shared_dir):
     path = shared_dir / "data" / f"{name}.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
