@@ -405,6 +405,7 @@ def test_a_loaded_model_without_tokenizer_is_refused(model, data):
 
 
 def test_progress_bars_are_shown_where_they_are_asked_for_alone(scorer, data, capsys):
+    datasets.enable_progress_bars()  # a command that ran in this process may have turned them off
     evaluate(scorer, data)
     shown = capsys.readouterr().err
     assert "48/48" in shown and "response/s" in shown and "Encoding pairs" in shown
