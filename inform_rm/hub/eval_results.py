@@ -76,7 +76,8 @@ def eval_entries(folder: ResultFolder) -> list[tuple[str, EvalResultEntry]]:
         if not result["complete"] or result["settings"].get("ties") == "half":
             return []
         sources = [SourceName(part["id"], part["split"], part["config"]) for part in result.get("on_hub") or ()]
-        return _entry(sources, revision, result["score"], result.get("interval"), "score of the whole")
+        what = "score of the whole" + _cut(result.get("counts", {}).get("truncated"))
+        return _entry(sources, revision, result["score"], result.get("interval"), what)
 
 
 def entries_of_run(result: dict[str, Any]) -> list[tuple[str, EvalResultEntry]]:
@@ -102,8 +103,12 @@ def write_entries(folder: Path, entries: Iterable[tuple[str, EvalResultEntry]]) 
         atomic_write_text(folder / ENTRIES_FOLDER / name, text)
 
 
+def _cut(number: int | None) -> str:
+    return f", {number} prompts cut" if number else ""
+
+
 def _values_of(part: dict[str, Any], num_cut: int) -> dict[str, Any]:
-    what = f"pairwise accuracy of n = {part['num_pairs']}, ties half" + (f", {num_cut} prompts cut" if num_cut else "")
+    what = f"pairwise accuracy of n = {part['num_pairs']}, ties half{_cut(num_cut)}"
     return {"value": part["accuracy"], "interval": part["accuracy_interval"], "what": what}
 
 

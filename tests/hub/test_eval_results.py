@@ -48,8 +48,8 @@ def test_the_hubs_reader_reads_back_the_accuracy_on_a_data_set_of_the_hub(tmp_pa
 
 
 def test_a_whole_suite_is_a_result_on_its_authors_data_set(tmp_path):
-    write_entries(tmp_path, entries_of(tmp_path, SUITE))
-    notes = "score of the whole, split gpt + claude, 95 % interval 0.500 to 0.750"
+    write_entries(tmp_path, entries_of(tmp_path, {**SUITE, "counts": {"truncated": 2}}))
+    notes = "score of the whole, 2 prompts cut, split gpt + claude, 95 % interval 0.500 to 0.750"
     assert read_back(tmp_path) == {
         "ScalerLab--JudgeBench--gpt--claude.yaml": [
             EvalResultEntry("ScalerLab/JudgeBench", "default", 0.625, notes=notes)
@@ -58,6 +58,8 @@ def test_a_whole_suite_is_a_result_on_its_authors_data_set(tmp_path):
 
 
 def test_the_evaluation_of_a_run_is_one_too(tmp_path):
+    ((name, entry),) = entries_of_run({**RUN, "eval_pairs": {"truncated": 3, "dropped": 0}})
+    assert "3 prompts cut" in entry.notes
     ((name, entry),) = entries_of_run(RUN)
     assert name == "org--pairs--test.yaml" and (entry.dataset_id, entry.task_id) == ("org/pairs", "default")
     assert entry.value == 0.75 and entry.dataset_revision is None and "chosen" not in entry.notes
