@@ -1,5 +1,6 @@
 # make demo   the whole job on generated preferences: train, evaluate, report, export, load back
 # make test   the fast tests      make test-slow   the slow and the distributed ones      make lint   ruff, mypy
+# make test-oldest   the fast tests with the oldest versions that are supported   make test-newest   with today's
 # make fuzz   other random input for the readers in each run; the tests take the same in every run
 # make mutants   mutation tests of the formulas: which changes to them no test sees (an hour on two cores)
 # make test-engines   vLLM serves folded models: are its rewards ours? (half an hour, 3.5 GB; an environment of its own)
@@ -9,7 +10,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-TORCH := $(shell grep '^torch==' constraints.txt)
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= bf16,dev,peft,quant,rl,serve
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 ENGINES ?= .venv-engines
 ENGINE_MODELS ?= $(ENGINES)/models
 ENGINE_FAMILIES ?=
@@ -20,16 +23,16 @@ PYTEST_ARGS ?=
 # One thread per process: two test processes with two threads each run slower on two cores than one.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 
-.PHONY: install demo test test-slow test-engines fuzz mutants lint format clean
+.PHONY: install demo test test-oldest test-newest test-slow test-engines fuzz mutants lint format clean
 
 install: $(INSTALLED)
 
 # torch first and alone: an unpinned torch, pulled in by another package, would be the newest build with CUDA packages.
-$(INSTALLED): setup.py constraints.txt
+$(INSTALLED): setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt setuptools wheel
-	$(BIN)/pip install -q $(TORCH) -c constraints.txt
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[bf16,dev,peft,quant,rl,serve]'
+	$(BIN)/pip install -q -c $(CONSTRAINTS) setuptools wheel
+	$(BIN)/pip install -q -c $(CONSTRAINTS) $(TORCH)
+	$(BIN)/pip install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[$(EXTRAS)]'
 	$(BIN)/pip check
 	touch $@
 
@@ -38,6 +41,19 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --durations=10 $(PYTEST_ARGS)
+
+# TRL asks for a later version of datasets than the oldest that goes without it.
+test-oldest: .venv-oldest/constraints.txt
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=$< EXTRAS=bf16,dev,peft,quant,serve
+
+.venv-oldest/constraints.txt: constraints-oldest.txt constraints.txt
+	mkdir -p .venv-oldest
+	awk -F== 'NR == FNR { seen[tolower($$1)] } NR == FNR || !(tolower($$1) in seen)' $^ >$@
+
+# PyTorch's newest build comes with gigabytes of CUDA packages, so that it is taken only when asked for: TORCH=torch.
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
 
 test-slow: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m "(slow or distributed) and not gpu" --durations=10 $(PYTEST_ARGS)
@@ -81,4 +97,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(ENGINES) mutants .venv-wheel .venv-compat .ci-work build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest $(ENGINES) mutants .venv-wheel .venv-compat .ci-work build dist *.egg-info

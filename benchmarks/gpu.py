@@ -180,12 +180,12 @@ def padded(sequences: list[list[int]], device: torch.device) -> dict[str, Tensor
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def packed(part: Batch, device: torch.device, is_flex: bool) -> dict[str, Any]:
+def packed(part: Batch, config: Any, device: torch.device, is_flex: bool) -> dict[str, Any]:
     row = pack_sequences([ids for ids, _ in part], [length for _, length in part])
     inputs = {"input_ids": row.input_ids.to(device), "position_ids": row.position_ids.to(device),
               "packed_segments": row.segments}  # fmt: skip
     if is_flex:
-        inputs = flex_inputs(inputs, [None], device)
+        inputs = flex_inputs(inputs, config, device)
     return {**inputs, "pooled_positions": row.pooled_positions.to(device)}
 
 
@@ -195,7 +195,9 @@ def train_step(model: Any, batch: Batch, tokens: int, device: torch.device, kind
     for places in rows_of(batch, tokens, kind == "padded"):
         part = [batch[i] for i in places] + [batch[i + half] for i in places]
         inputs = (
-            padded([ids for ids, _ in part], device) if kind == "padded" else packed(part, device, kind != "segments")
+            padded([ids for ids, _ in part], device)
+            if kind == "padded"
+            else packed(part, model.config, device, kind != "segments")
         )
         output = forward(**inputs)
         chosen, rejected = output.logits.float().flatten().chunk(2)
@@ -218,7 +220,9 @@ def score_step(model: Any, batch: Batch, tokens: int, device: torch.device, kind
             parts = [[batch[i] for i in part] for part in places]
         for part in parts:
             inputs = (
-                padded([ids for ids, _ in part], device) if kind == "padded" else packed(part, device, kind == "flex")
+                padded([ids for ids, _ in part], device)
+                if kind == "padded"
+                else packed(part, model.config, device, kind == "flex")
             )
             model(**inputs)
             computed += inputs["input_ids"].numel()

@@ -12,11 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from inform_rm.errors import InputError
-from inform_rm.eval.detection.outliers import (
-    cluster_separation_index,
-    fit_mahalanobis,
-    mahalanobis_outlier_probability,
-)
+from inform_rm.eval.outliers import cluster_separation_index, mahalanobis_outlier_probability
 
 DIMENSIONS, ALPHA = 128, 0.01
 SPECTRA = {
@@ -40,11 +36,12 @@ def main() -> None:
     for name, variances in SPECTRA.items():
         shares: dict[str, list[str]] = {"chi2": [], "reference": []}
         for size in REFERENCE_SIZES:
-            fitted = fit_mahalanobis(rng.normal(size=(size, DIMENSIONS)) * np.sqrt(variances))
+            reference = rng.normal(size=(size, DIMENSIONS)) * np.sqrt(variances)
             candidate = rng.normal(size=(20_000, DIMENSIONS)) * np.sqrt(variances)
             for tail, cells in shares.items():
                 try:
-                    cells.append(f"{fitted.outlier_probability(candidate, alpha=ALPHA, tail=tail).estimate:.4f}")
+                    share = mahalanobis_outlier_probability(candidate, reference, alpha=ALPHA, tail=tail)
+                    cells.append(f"{share:.4f}")
                 except InputError:
                     cells.append("refused")
         for tail, cells in shares.items():

@@ -224,16 +224,10 @@ def watch(scorer: Any, responses: Path, ns: list[int], seed: int) -> dict[str, A
     import numpy as np
     import pyarrow.parquet as pq
 
-    from inform_rm.eval.best_of_n.simulate import draw_best_of_n
+    from inform_rm.eval.detection.clusters import auto_eps, cluster_separation_index
     from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
     from inform_rm.eval.detection.latents import collect_latents
-    from inform_rm.eval.detection.outliers import (
-        auto_eps,
-        cluster_separation_index,
-        fit_mahalanobis,
-        null_rank,
-        split_half_null,
-    )
+    from inform_rm.eval.detection.outliers import mahalanobis_outlier_probability, null_rank, split_half_null
 
     table = pq.read_table(responses).to_pydict()
     prompts = np.array(table["prompt"], dtype=object).reshape(WATCHED_PROMPTS, RESPONSES)
@@ -250,24 +244,27 @@ def watch(scorer: Any, responses: Path, ns: list[int], seed: int) -> dict[str, A
     base = latents(drawn[:, 0])
     pool = np.concatenate([base, latents(drawn[:, 1])])
     eps = auto_eps(base, num_points=len(base))
-    fitted = fit_mahalanobis(base)
 
     def csi_of(candidate: np.ndarray, reference: np.ndarray) -> float:
         return cluster_separation_index(candidate, reference, eps=eps, normalized=True)
 
     def mop_of(candidate: np.ndarray, reference: np.ndarray) -> float:
-        return fit_mahalanobis(reference).outlier_probability(candidate, alpha=ALPHA, tail="reference").estimate
+        return mahalanobis_outlier_probability(candidate, reference, alpha=ALPHA, tail="reference")
 
     nulls = {"csi": split_half_null(pool, csi_of, seed=seed), "mop": split_half_null(pool, mop_of, seed=seed)}
     found: dict[str, Any] = {}
     for kind in WATCHED:
-        places = draw_best_of_n(np.array(table[kind]).reshape(WATCHED_PROMPTS, RESPONSES), ns, seed=seed)
+        rewards = np.array(table[kind]).reshape(WATCHED_PROMPTS, RESPONSES)
+        # The same n of a prompt's responses for every kind, those of a smaller n among them; ties are shuffled, too.
+        order = np.random.default_rng(seed).permuted(np.tile(np.arange(RESPONSES), (WATCHED_PROMPTS, 1)), axis=1)
+        shuffled = np.take_along_axis(rewards, order, axis=1)
+        places = np.take_along_axis(order, np.stack([shuffled[:, :n].argmax(axis=1) for n in ns], axis=1), axis=1)
         rule = CSIEarlyStopping()
         found[kind] = {name: [] for name in ("csi", "csi_rank", "mop", "mop_rank", "stop")}
         for column in range(len(ns)):
             values = latents(places[:, column])
             csi = csi_of(values, base)
-            mop = fitted.outlier_probability(values, alpha=ALPHA, tail="reference").estimate
+            mop = mop_of(values, base)
             for name, value in (("csi", csi), ("csi_rank", null_rank(csi, nulls["csi"])), ("mop", mop),
                                 ("mop_rank", null_rank(mop, nulls["mop"])), ("stop", rule.update(csi))):  # fmt: skip
                 found[kind][name].append(value)

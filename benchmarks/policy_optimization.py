@@ -105,15 +105,10 @@ def measurements(models: Path, proxy: Any, tokenizer: Any, prompts: list[str], s
     from inform_rm.data.encoding import encode
     from inform_rm.decomposition.likelihoods import ResponseLikelihood
     from inform_rm.eval.best_of_n.policies import CausalLMPolicy
+    from inform_rm.eval.detection.clusters import auto_eps, cluster_separation_index
     from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
     from inform_rm.eval.detection.latents import collect_latents
-    from inform_rm.eval.detection.outliers import (
-        auto_eps,
-        cluster_separation_index,
-        fit_mahalanobis,
-        null_rank,
-        split_half_null,
-    )
+    from inform_rm.eval.detection.outliers import mahalanobis_outlier_probability, null_rank, split_half_null
     from inform_rm.scoring.scorer import RewardScorer
     from inform_rm.world.worlds import gold_reward
 
@@ -138,13 +133,13 @@ def measurements(models: Path, proxy: Any, tokenizer: Any, prompts: list[str], s
     # The null splits twice as many latents, so that its halves are as large as the sets of the real comparison.
     base, more = (collect_latents(watcher, asked, sample(start, draw + seed)).values for draw in (1000, 2000))
     pool = np.concatenate([base, more])
-    eps, fitted = auto_eps(base), fit_mahalanobis(base)
+    eps = auto_eps(base)
 
     def csi_of(candidate: np.ndarray, reference: np.ndarray) -> float:
         return cluster_separation_index(candidate, reference, eps=eps, normalized=True)
 
     def mop_of(candidate: np.ndarray, reference: np.ndarray) -> float:
-        return fit_mahalanobis(reference).outlier_probability(candidate, alpha=ALPHA, tail="reference").estimate
+        return mahalanobis_outlier_probability(candidate, reference, alpha=ALPHA, tail="reference")
 
     nulls = {"csi": split_half_null(pool, csi_of, seed=seed), "mop": split_half_null(pool, mop_of, seed=seed)}
     rule = CSIEarlyStopping()
@@ -153,7 +148,7 @@ def measurements(models: Path, proxy: Any, tokenizer: Any, prompts: list[str], s
         responses = sample(policy, seed)
         latents = collect_latents(watcher, asked, responses).values
         csi = csi_of(latents, base)
-        mop = fitted.outlier_probability(latents, alpha=ALPHA, tail="reference").estimate
+        mop = mop_of(latents, base)
         return {
             "proxy": float(proxy.score(asked, responses).mean()),
             "gold": float(np.mean([gold_reward(*row).total for row in zip(asked, responses, strict=True)])),

@@ -30,7 +30,8 @@ from tempfile import mkdtemp
 from types import SimpleNamespace
 start = time.perf_counter()
 from inform_rm.data.tokenizer import load_tokenizer
-from inform_rm.training.streaming import EncodedStream, open_stream
+from inform_rm.training.stream_sources import open_stream
+from inform_rm.training.streaming import EncodedStream
 from inform_rm.training.collators import PackedPairCollator
 from inform_rm.util.files import write_json
 model, data, template = sys.argv[1:4]

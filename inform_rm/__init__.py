@@ -9,26 +9,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = [
-    "InfoRMConfig",
-    "InfoRMForSequenceClassification",
-    "InfoRMOutput",
-    "RewardScorer",
-    "RewardTrainer",
-    "RewardTrainingArguments",
-    "check_data",
-    "compare",
-    "decompose",
-    "detect",
-    "evaluate",
-    "evaluate_suite",
-    "export_model",
-    "score_file",
-    "serve",
-    "simulate",
-    "train",
-    "write_report",
-]
 _MODULES = {
     "InfoRMConfig": "inform_rm.configuration_inform",
     "InfoRMForSequenceClassification": "inform_rm.modeling_inform",
@@ -49,10 +29,12 @@ _MODULES = {
     "train": "inform_rm.training.run",
     "write_report": "inform_rm.hub.run_report",
 }
+__all__ = list(_MODULES)
 
-if TYPE_CHECKING:
-    from inform_rm.configuration_inform import InfoRMConfig
-    from inform_rm.modeling_inform import InfoRMForSequenceClassification, InfoRMOutput
+if TYPE_CHECKING:  # named twice, as type checkers want what is passed on
+    from inform_rm.configuration_inform import InfoRMConfig as InfoRMConfig
+    from inform_rm.modeling_inform import InfoRMForSequenceClassification as InfoRMForSequenceClassification
+    from inform_rm.modeling_inform import InfoRMOutput as InfoRMOutput
 
 
 def register_auto_classes() -> None:

@@ -12,6 +12,8 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_inform.InfoRMForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_inform.InfoRMForSequenceClassification",
 }
+# The arguments of `InfoRMConfig` about the head; the rest is the backbone.
+HEAD_SETTINGS = ("architecture", "latent_dim", "decoder", "kl_reduction", "head_bias", "beta")
 _CHOICES = {
     "architecture": ("inform", "standard"),
     "decoder": ("mlp", "linear"),
@@ -69,10 +71,8 @@ class InfoRMConfig(PretrainedConfig):
         self.head_bias = head_bias
         self.loss_type = loss_type
         self._check_settings()
-        if text_config is None:
-            text_config = {}
-        if isinstance(text_config, dict):
-            settings = dict(text_config)
+        if text_config is None or isinstance(text_config, dict):
+            settings = dict(text_config or {})
             text_config = AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
             _translate_rope_parameters(text_config)
         self.text_config = text_config
@@ -96,14 +96,10 @@ class InfoRMConfig(PretrainedConfig):
 
     def _check_settings(self) -> None:
         faults = []
-        if isinstance(self.latent_dim, bool) or not isinstance(self.latent_dim, int) or self.latent_dim < 1:
+        if type(self.latent_dim) is not int or self.latent_dim < 1:
             faults.append(f"latent_dim must be a whole number of at least 1, got {self.latent_dim!r}")
-        if (
-            isinstance(self.beta, bool)
-            or not isinstance(self.beta, int | float)
-            or not math.isfinite(self.beta)
-            or self.beta < 0
-        ):
+        is_number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool)
+        if not is_number or not 0 <= self.beta < math.inf:
             faults.append(f"beta must be a finite number of at least 0, got {self.beta!r}")
         if not isinstance(self.head_bias, bool):
             faults.append(f"head_bias must be true or false, got {self.head_bias!r}")

@@ -1,7 +1,9 @@
 """What callers can tell apart: their own mistakes, and a run asked to end; and how a message shows a value."""
 
+import difflib
 import reprlib
 import signal
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # A few anchors in YAML make a list that no memory could print.
@@ -31,12 +33,30 @@ class Interrupted(RuntimeError):
         self.number = number
 
 
+def check_whole_number(name: str, value: Any, least: int = 1) -> None:
+    """Raise `InputError` unless the value of an argument is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name}: {value!r}; expected a whole number of at least {least}.")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise `InputError` unless the value of an argument is one of its choices."""
+    if value not in tuple(choices):
+        raise InputError(f"{name}: got {value!r}; expected one of {', '.join(choices)}.")
+
+
 def shown(value: Any, length: int = 80) -> str:
     """A value of whatever type, size and depth, in at most `length` characters."""
     try:
         return shortened(_SHORT.repr(value), length)
     except (ValueError, RecursionError):  # a whole number of more digits than Python prints
         return "..."
+
+
+def did_you_mean(name: str, known: Mapping[str, str]) -> str:
+    """`` (did you mean ...?)`` with the nearest known name, or nothing; ``known``: name -> how it is written."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {known[found[0]]}?)" if found else ""
 
 
 def shortened(text: str, length: int = 80) -> str:

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .configuration_inform import InfoRMConfig
+from .configuration_inform import HEAD_SETTINGS, InfoRMConfig
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ _TEXT_MODEL_KEYS = {
     r"^(?:model\.)?(?:language_model|text_model)\.lm_head\.": "lm_head.",
     r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": "model.",
 }
-# Of the decoders of transformers these cannot be reward models here (docs/architectures.md).
-_UNFIT_BACKBONES = {"cpmant": "its states depend on the padding after a token"}
 # The draws behind `reward_samples` come from this seed and are the same for every row, so that an uncertainty depends
 # neither on batch mates nor on the caller's random state.
 _REWARD_SAMPLE_SEED = 0
@@ -66,16 +64,7 @@ def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
 def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor | None = None) -> Tensor:
     """Bradley-Terry loss ``-log sigmoid(r_w - r_l - margin)``, mean over pairs, in nats (arXiv:2402.09345, eq. 25).
 
-    Args:
-        chosen_rewards: ``(B,)`` or ``(B, 1)`` rewards of the preferred responses.
-        rejected_rewards: rewards of the other responses, same shape.
-        margin: by how much the chosen reward should win, one number per pair; ``None`` means 0.
-
-    Returns:
-        A scalar, at least float32.
-
-    Raises:
-        ValueError: if the numbers of rewards (or margins) differ.
+    A scalar, at least float32; arguments and errors are those of `pair_gaps`.
 
     Example:
         >>> bradley_terry_loss(torch.tensor([1.0]), torch.tensor([1.0]))
@@ -113,12 +102,8 @@ class RewardLinear(nn.Linear):
 
     Rewards of good and bad responses often differ by less than the spacing of bfloat16 numbers (0.4 %).
 
-    Args:
-        in_features: size of the input.
-        out_features: size of the output.
-        bias: whether there is one.
-        initial_gain: root mean square of the output for a freshly initialised layer and inputs of 1; several values
-            divide the outputs into as many equal parts.
+    ``initial_gain`` is the root mean square of a fresh layer's output for inputs of 1; several values divide the
+    outputs into as many equal parts.
     """
 
     def __init__(
@@ -131,7 +116,7 @@ class RewardLinear(nn.Linear):
         """``(..., in_features)`` of any float type to ``(..., out_features)`` in float32 (float64 stays float64)."""
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             weight = _at_least_float32(self.weight)
-            bias = None if self.bias is None else _at_least_float32(self.bias)
+            bias = None if self.bias is None else self.bias.to(weight.dtype)
             return functional.linear(hidden.to(weight.dtype), weight, bias)
 
 
@@ -144,16 +129,14 @@ class InfoRMHead(nn.Module):
 
     def __init__(self, config: InfoRMConfig, hidden_size: int):
         super().__init__()
-        # Final hidden states have a root mean square of 1 to 5. Means of that size stand out from the noise from the
-        # first step; the KL term, hundreds of nats then, needs a warm-up (`kl_warmup_steps` of the training). Log
-        # variances of that size would put the noise anywhere between nothing and overflow.
+        # Means as large as the hidden states (root mean square 1 to 5) stand out from the noise from the first step;
+        # the KL term, hundreds of nats then, needs a warm-up. Log variances of that size would overflow or vanish.
         self.encoder = RewardLinear(hidden_size, 2 * config.latent_dim, initial_gain=(1.0, 0.1))
         if config.decoder == "linear":
             self.decoder: nn.Module = RewardLinear(config.latent_dim, 1)
         else:
-            # The small first layer makes the start almost linear. Otherwise the decoder's slope varies with the latent
-            # noise, and what chosen and rejected have in common, most of the hidden state, does not cancel in the
-            # gradient of their difference.
+            # The small first layer makes the start almost linear: what chosen and rejected have in common, most of the
+            # hidden state, would else not cancel in the gradient of their difference.
             self.decoder = nn.Sequential(
                 RewardLinear(config.latent_dim, config.latent_dim, initial_gain=(0.1,)),
                 nn.GELU(),
@@ -246,12 +229,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["score"]
     # A causal-LM checkpoint brings its output layer (`embed_out` in GPT-NeoX, `head` in RWKV, `decoder` in
     # ModernBERT); a reward model has no use for it.
-    _keys_to_ignore_on_load_unexpected = [
-        r"^lm_head\.",
-        r"^embed_out\.",
-        r"^head\.weight$",
-        r"^decoder\.(weight|bias)$",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"^(lm_head|embed_out)\.", r"^head\.weight$", r"^decoder\.(weight|bias)$"]
 
     def __init__(self, config: InfoRMConfig):
         super().__init__(config)
@@ -269,30 +247,17 @@ class InfoRMForSequenceClassification(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_backbone(
-        cls,
-        model_id_or_path: str,
-        latent_dim: int = 128,
-        beta: float = 0.1,
-        decoder: str = "mlp",
-        kl_reduction: str = "sum",
-        architecture: str = "inform",
-        **kwargs: Any,
-    ) -> Any:
-        """Start a reward model from a causal-LM or base checkpoint: every backbone weight loaded, the head fresh.
+    def from_backbone(cls, model_id_or_path: str, **kwargs: Any) -> Any:
+        """Start from a causal-LM or base checkpoint: every backbone weight loaded, the head fresh.
 
         Of a checkpoint that also sees images or hears (Gemma 3, Mistral 3, Qwen-VL, Llama 4, ...) the text model is
         taken; how many other weights were left out is logged.
 
         Args:
             model_id_or_path: Hub id or folder of the backbone.
-            latent_dim: see `InfoRMConfig`, like the next four.
-            beta: weight of the KL term.
-            decoder: ``"mlp"`` or ``"linear"``.
-            kl_reduction: ``"sum"`` or ``"averaged_moments"``.
-            architecture: ``"inform"`` or ``"standard"``.
-            kwargs: keywords of ``from_pretrained`` (dtype, device_map, quantization_config, revision, ...), and
-                ``head_bias`` of `InfoRMConfig`. ``use_safetensors`` is True unless given.
+            kwargs: settings of `InfoRMConfig` (latent_dim, beta, decoder, kl_reduction, architecture, head_bias) and
+                keywords of ``from_pretrained`` (dtype, device_map, quantization_config, revision, ...).
+                ``use_safetensors`` is True unless given.
 
         Returns:
             The model; with ``output_loading_info=True`` also the loading info, as ``from_pretrained`` does.
@@ -306,34 +271,24 @@ class InfoRMForSequenceClassification(PreTrainedModel):
         whole_config = AutoConfig.from_pretrained(model_id_or_path, **hub_kwargs)
         text_config = _text_config_of_decoder(whole_config, model_id_or_path)
         is_multimodal = text_config is not whole_config
-        config = cls.config_class(
-            text_config=text_config,
-            latent_dim=latent_dim,
-            beta=beta,
-            decoder=decoder,
-            kl_reduction=kl_reduction,
-            architecture=architecture,
-            head_bias=kwargs.pop("head_bias", False),
-        )
-        quantization = kwargs.get("quantization_config")
-        if quantization is not None and hasattr(quantization, "llm_int8_skip_modules"):
+        settings = {key: kwargs.pop(key) for key in HEAD_SETTINGS if key in kwargs}
+        config = cls.config_class(text_config=text_config, **settings)
+        quantization: Any = copy.deepcopy(kwargs.get("quantization_config"))
+        if hasattr(quantization, "llm_int8_skip_modules"):
             # A quantised head would have no checkpoint weights to quantise, and rewards need its precision.
-            kwargs["quantization_config"] = copy.deepcopy(quantization)
-            kwargs["quantization_config"].llm_int8_skip_modules = [
-                *(quantization.llm_int8_skip_modules or []),
-                "score",
-            ]
+            quantization.llm_int8_skip_modules = [*(quantization.llm_int8_skip_modules or []), "score"]
+            kwargs["quantization_config"] = quantization
         key_mapping = _TEXT_MODEL_KEYS if is_multimodal else _backbone_keys(text_config, cls.base_model_prefix)
         if key_mapping:
             kwargs["key_mapping"] = {**key_mapping, **kwargs.get("key_mapping", {})}
-        kwargs.setdefault("use_safetensors", True)
         wants_loading_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = cls.from_pretrained(model_id_or_path, config=config, output_loading_info=True, **kwargs)
+        kwargs = {"use_safetensors": True, **kwargs, "config": config, "output_loading_info": True}
+        loaded: Any = cls.from_pretrained(model_id_or_path, **kwargs)
         model, loading = loaded
         # transformers would otherwise write the next checkpoint under the renamed backbone's old key names, and
         # reloading that would start from random weights.
         model._weight_conversions = None
-        unexpected = sorted(key for key in loading["unexpected_keys"] if not key.startswith("score."))
+        unexpected = [key for key in loading["unexpected_keys"] if not key.startswith("score.")]
         if is_multimodal:
             parts = {key.split(".")[0] for key in model.model.state_dict()}
             of_text = [key for key in unexpected if key.removeprefix("model.").split(".")[0] in parts]
@@ -345,12 +300,12 @@ class InfoRMForSequenceClassification(PreTrainedModel):
             )
             unexpected = of_text
         faults = {
-            "missing": sorted(key for key in loading["missing_keys"] if not key.startswith("score.")),
+            "missing": [key for key in loading["missing_keys"] if not key.startswith("score.")],
             "unexpected": unexpected,
-            "of another shape": sorted(str(key) for key in loading["mismatched_keys"]),
+            "of another shape": [str(key) for key in loading["mismatched_keys"]],
         }
         if any(faults.values()):
-            found = "; ".join(f"{len(keys)} {kind} (first: {keys[0]})" for kind, keys in faults.items() if keys)
+            found = "; ".join(f"{len(keys)} {kind} (first: {min(keys)})" for kind, keys in faults.items() if keys)
             raise ValueError(
                 f"{model_id_or_path} does not hold the weights of a {text_config.model_type} backbone: {found}. "
                 "Pass a complete causal-LM or base-model checkpoint."
@@ -369,11 +324,10 @@ class InfoRMForSequenceClassification(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RewardLinear):
+            gains = module.initial_gain
             with torch.no_grad():
                 if not getattr(module.weight, "_is_hf_initialized", False):
-                    for rows, gain in zip(
-                        module.weight.chunk(len(module.initial_gain)), module.initial_gain, strict=True
-                    ):
+                    for rows, gain in zip(module.weight.chunk(len(gains)), gains, strict=True):
                         rows.normal_(mean=0.0, std=gain / math.sqrt(module.in_features))
                 if module.bias is not None and not getattr(module.bias, "_is_hf_initialized", False):
                     module.bias.zero_()
@@ -421,80 +375,64 @@ class InfoRMForSequenceClassification(PreTrainedModel):
         embedded = input_ids if input_ids is not None else inputs_embeds
         if embedded is None:
             raise ValueError("Pass input_ids or inputs_embeds.")
-        if attention_mask is not None and attention_mask.shape != embedded.shape[:2]:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(embedded.shape[:2])}, "
-                "one number per token."
-            )
-        if (pooled_positions is not None and embedded.shape[0] != 1) or (packed_segments and pooled_positions is None):
-            raise ValueError(
-                f"packed_segments and pooled_positions go together, with one row of input_ids; got {len(embedded)}."
-            )
-        if reward_samples is not None:
-            if self.config.architecture != "inform":
-                raise ValueError('reward_samples needs architecture="inform": a standard reward head has no latent.')
-            if reward_samples < 2:
-                raise ValueError(f"reward_samples must be at least 2 for a standard deviation, got {reward_samples}.")
         if attention_mask is not None:
+            if attention_mask.shape != embedded.shape[:2]:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(embedded.shape[:2])}, "
+                    "one number per token."
+                )
             attention_mask, input_ids, position_ids, inputs_embeds = _with_padding_at_the_end(
                 attention_mask, input_ids, position_ids, inputs_embeds
             )
-        backbone_inputs: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-        }
-        if position_ids is None and attention_mask is not None:
-            # Positions count real tokens, also where a mask has gaps.
-            position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+            if position_ids is None:  # positions count real tokens, also where a mask has gaps
+                position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        if (packed_segments and pooled_positions is None) or (pooled_positions is not None and len(embedded) != 1):
+            raise ValueError(
+                f"packed_segments and pooled_positions go together, with one row of input_ids; got {len(embedded)}."
+            )
+        is_inform = self.config.architecture == "inform"
+        if reward_samples is not None and not is_inform:
+            raise ValueError('reward_samples needs architecture="inform": a standard reward head has no latent.')
+        if reward_samples is not None and reward_samples < 2:
+            raise ValueError(f"reward_samples must be at least 2 for a standard deviation, got {reward_samples}.")
+        backbone_inputs: dict[str, Any] = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         if self._backbone_takes_positions:
             backbone_inputs["position_ids"] = position_ids
         if packed_segments is not None:
             backbone_inputs["packed_segments"] = packed_segments
-        hidden = self.model(**backbone_inputs, use_cache=False).last_hidden_state
+        hidden = self.model(input_ids=input_ids, **backbone_inputs, use_cache=False).last_hidden_state
         pooled = _last_token(hidden, attention_mask) if pooled_positions is None else hidden[0, pooled_positions]
 
-        if self.config.architecture == "inform":
+        mean = log_variance = reward_std = kl = loss = None
+        if is_inform:
             rewards, mean, log_variance, reward_std = self.score(
                 pooled, return_latents=True, reward_samples=reward_samples, latent_noise=latent_noise
             )
-            kl = self._kl(mean, log_variance)
+            averages = self.config.kl_reduction == "averaged_moments"
+            moments = [part.mean(dim=-1, keepdim=True) if averages else part for part in (mean, log_variance)]
+            kl = kl_to_standard_normal(*moments)
         else:
-            rewards, mean, log_variance, reward_std, kl = self.score(pooled), None, None, None, None
-        loss = None
+            rewards = self.score(pooled)
         if return_loss:
             if len(rewards) % 2:
-                raise ValueError(
-                    f"return_loss needs chosen and rejected rows in equal number, got {len(rewards)} rows."
-                )
-            chosen, rejected = rewards.chunk(2)
-            loss = self.loss_function(chosen, rejected, margin)
+                raise ValueError(f"return_loss needs as many chosen as rejected rows, got {len(rewards)} rows.")
+            loss = self.loss_function(*rewards.chunk(2), margin)
             if kl is not None:
                 loss = loss + self.config.beta * 2.0 * kl.mean()  # the mean over pairs of kl_w + kl_l
-        output = InfoRMOutput(
-            loss=loss,
-            logits=rewards,
-            latent_mean=mean,
-            latent_log_variance=log_variance,
-            kl=kl,
-            reward_std=reward_std,
-        )
+        output = InfoRMOutput(loss, rewards, mean, log_variance, kl, reward_std)
         return output.to_tuple() if return_dict is False else output
 
     @property
     def loss_function(self) -> Callable[..., Tensor]:
         """The pair loss of ``return_loss``: Bradley-Terry, or what was assigned.
 
-        A model that was trained with another one (``config.loss_type``) does not know its function: assign it
-        (``inform_rm.training.losses.PAIR_LOSSES``).
-
         Raises:
-            ValueError: the config names another loss and none was assigned.
+            ValueError: the model was trained with another one (``config.loss_type``) and none was assigned.
         """
         if self._loss_function is None and self.config.loss_type != "bradley_terry":
             raise ValueError(
-                f"return_loss: the model was trained with loss_type={self.config.loss_type!r}, whose function is not "
-                "part of it. Assign it: model.loss_function = inform_rm.training.losses.PAIR_LOSSES[...]."
+                f"return_loss: loss_type={self.config.loss_type!r} is not part of the model. Assign it: "
+                "model.loss_function = inform_rm.training.losses.PAIR_LOSSES[...]."
             )
         return self._loss_function or bradley_terry_loss
 
@@ -502,30 +440,21 @@ class InfoRMForSequenceClassification(PreTrainedModel):
     def loss_function(self, function: Callable[..., Tensor]) -> None:
         self._loss_function = function
 
-    def _kl(self, mean: Tensor, log_variance: Tensor) -> Tensor:
-        if self.config.kl_reduction == "averaged_moments":
-            mean, log_variance = mean.mean(dim=-1, keepdim=True), log_variance.mean(dim=-1, keepdim=True)
-        return kl_to_standard_normal(mean, log_variance)
-
 
 def _text_config_of_decoder(config: Any, name: str) -> Any:
     """The config of the text backbone: `config` itself, or the part of a multimodal one; refuses what is none."""
     if config.model_type == InfoRMConfig.model_type:
         raise ValueError(f"{name} is an InfoRM reward model, not a backbone. Load it with from_pretrained.")
+    text_config, unfit = config.get_text_config(), None
+    kind = text_config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{name} is an encoder-decoder model ({config.model_type}); a reward is read at the last token of a "
-            "decoder. Pass a causal language model."
-        )
-    text_config = config.get_text_config()
-    if type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text_config, "is_decoder", False):
-        raise ValueError(
-            f"{name} is an encoder ({text_config.model_type}), whose tokens see what follows them; a reward is read "
-            "at the last token of a decoder. Pass a causal language model."
-        )
-    if text_config.model_type in _UNFIT_BACKBONES:
-        reason = _UNFIT_BACKBONES[text_config.model_type]
-        raise ValueError(f"{name} is a {text_config.model_type} model: {reason}. Pass another causal language model.")
+        unfit = f"an encoder-decoder model ({config.model_type}); a reward is read at the last token of a decoder"
+    elif type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text_config, "is_decoder", False):
+        unfit = f"an encoder ({kind}), whose tokens see what follows them; a reward is read at a decoder's last token"
+    elif kind == "cpmant":  # of the decoders of transformers the only one (docs/architectures.md)
+        unfit = "a cpmant model: its states depend on the padding after a token"
+    if unfit:
+        raise ValueError(f"{name} is {unfit}. Pass a causal language model.")
     if text_config is not config and getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name} is quantized; its text model can be taken out of the unquantized checkpoint only.")
     return text_config
@@ -533,10 +462,7 @@ def _text_config_of_decoder(config: Any, name: str) -> Any:
 
 def _backbone_keys(text_config: Any, prefix: str) -> dict[str, str]:
     """How the weights of a causal LM have to be renamed ("gpt_neox.", "transformer.", ...): none or one pattern."""
-    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return {}
-    causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
-    theirs = causal_lm.base_model_prefix
+    theirs = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text_config), None), "base_model_prefix", prefix)
     return {} if theirs == prefix else {rf"^{theirs}\.": f"{prefix}."}
 
 

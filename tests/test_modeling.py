@@ -316,6 +316,7 @@ def test_standard_architecture_equals_transformers_own_class(causal_lm_dir, tmp_
     torch.testing.assert_close(continued(**batch).logits, theirs(**batch).logits, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_saved_model_loads_in_a_process_without_the_package(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

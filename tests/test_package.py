@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from email.parser import Parser
 from importlib import metadata
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import inform_rm
 
@@ -50,6 +50,7 @@ def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.Z
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_source_file_and_nothing_else(wheel, checkout):
     expected = {
         path.relative_to(checkout).as_posix()
@@ -61,6 +62,7 @@ def test_wheel_holds_every_source_file_and_nothing_else(wheel, checkout):
     assert any(name.startswith("inform_rm/training/accelerate_configs/") for name in expected)
 
 
+@pytest.mark.slow
 def test_wheel_metadata(wheel):
     (folder,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     fields = Parser().parsestr(wheel.read(f"{folder}/METADATA").decode())
@@ -127,6 +129,19 @@ def test_pinned_versions_are_within_the_declared_ranges(checkout):
         assert requirement.specifier.contains(pinned[name]), f"{line}: constraints.txt pins {pinned[name]}"
 
 
+def test_oldest_versions_are_the_lower_ends_of_the_declared_ranges(checkout):
+    lines = (checkout / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    oldest = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    oldest = {canonicalize_name(name): Version(version) for name, version in oldest.items()}
+    for line in metadata.requires("inform-rm") or []:
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        if not requirement.specifier or name in ("setuptools", "trl"):
+            continue  # tools; and TRL, which needs a later version of datasets than this package does
+        (lower,) = (Version(part.version) for part in requirement.specifier if part.operator == ">=")
+        assert oldest[name].release[: len(lower.release)] == lower.release, f"{line}: {oldest.get(name)} was run"
+
+
 def test_help_imports_nothing_heavy(tmp_path):
     """All commands in one process: what any of them imports is seen after it."""
     script = tmp_path / "inform-rm"  # by this name the package knows that it is the command line
@@ -146,10 +161,3 @@ print(*sys.modules)
     assert {name.split(".")[0] for name in modules} & HEAVY == set()
     # Modules, not seconds: a busy machine may not fail it. One third-party package would double the number.
     assert "inform_rm" in modules and len(modules) < 300
-
-
-def test_unknown_command_is_wrong_use():
-    script = Path(sysconfig.get_path("scripts")) / "inform-rm"
-    finished = subprocess.run([sys.executable, script, "no-such-command"], capture_output=True, text=True, timeout=60)
-    assert finished.returncode == 2
-    assert "no-such-command" in finished.stderr

@@ -21,7 +21,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it; 1 if training would stop at a row."""
-    from inform_rm.data.check_data import check_data, format_report, write_report
+    from inform_rm.data.check_data import check_data, write_report
+    from inform_rm.data.check_data_text import format_report
 
     report = check_data(
         arguments.data,

@@ -26,9 +26,9 @@ from inform_rm.cli import (
     simulate,
     train,
 )
-from inform_rm.cli.parsing import SPELLINGS, CommandParser, nearest
+from inform_rm.cli.parsing import SPELLINGS, CommandParser
 from inform_rm.cli.quiet import silence_normal_messages
-from inform_rm.errors import InputError, Interrupted
+from inform_rm.errors import InputError, Interrupted, did_you_mean
 
 COMMANDS = (
     demo, train, evaluate, decompose, detect, simulate, compare, score, serve, check_data, export, report
@@ -56,7 +56,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     names = [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
     wanted = next((text for text in argv if not text.startswith("-")), None)
     if wanted is not None and wanted not in names:
-        parser.error(f"unknown command {wanted!r}{nearest(wanted, names)}; commands: {', '.join(names)}")
+        nearest = did_you_mean(wanted, dict(zip(names, names, strict=True)))
+        parser.error(f"unknown command {wanted!r}{nearest}; commands: {', '.join(names)}")
     return parser.parse_args(argv)
 
 

@@ -1,10 +1,11 @@
 """Spelling of the command line: dashes or underscores, TRL's names beside ours, the nearest name for a wrong one."""
 
 import argparse
-import difflib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from inform_rm.errors import did_you_mean
 
 SPELLINGS = (
     "Flags are written with dashes or underscores. TRL's --model_name_or_path, --dataset_name, --dataset_train_split, "
@@ -62,8 +63,7 @@ class CommandParser(argparse.ArgumentParser):
         return flags
 
     def _nearest(self, name: str) -> str:
-        flags = self._flags()
-        return nearest(_folded("--" + name.lstrip("-")), flags, flags)
+        return did_you_mean(_folded("--" + name.lstrip("-")), self._flags())
 
     def _read_splits(self, found: argparse.Namespace) -> None:
         """Put TRL's flag for a split of the data, which `add_data` adds, into our ``NAME[SPLIT]``."""
@@ -81,12 +81,6 @@ class CommandParser(argparse.ArgumentParser):
         if names[0].endswith("]"):
             self.error(f"{flag}: {names[0]} names its split already; leave the flag out")
         setattr(found, source, f"{data}[{split}]" if isinstance(data, str) else [f"{names[0]}[{split}]"])
-
-
-def nearest(name: str, known: Iterable[str], shown: Mapping[str, str] | None = None) -> str:
-    """`` (did you mean ...?)`` with the nearest known name, as `shown` has it, or nothing."""
-    found = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {shown[found[0]] if shown else found[0]}?)" if found else ""
 
 
 def _folded(name: str) -> str:

@@ -9,8 +9,6 @@ _NORMAL = {
     "transformers.tokenization_utils_base": "Token indices sequence length is longer than",
     # The kernel is not wanted: it has no gradient.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
-    # LLM.int8 rounds its inputs to float16: said at each layer and each step.
-    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast from",
 }
 _LOADING = "transformers.modeling_utils"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")

@@ -6,7 +6,7 @@ from typing import Any
 
 from inform_rm.cli.flags import accuracy_line, print_once
 from inform_rm.errors import InputError
-from inform_rm.training.arguments import GROUPS, OFTEN_USED, our_settings
+from inform_rm.training.arguments import GROUPS, OFTEN_USED, OUR_SETTINGS
 
 _USAGE = """usage: inform-rm train [CONFIG.yaml] [--SETTING VALUE ...]
 
@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     result = train(args)
     measured = [] if result["evaluation"] is None else [accuracy_line(result["evaluation"])]
-    print_once(*measured, "trained a reward model", see=args.output_dir)
+    done = f"trained a reward model in {result['steps']} steps on {result['train_pairs']['pairs']} pairs"
+    print_once(*measured, done, see=args.output_dir)
 
 
 def read_flags(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
@@ -70,7 +71,7 @@ def _help(everything: bool) -> str:
 
     starts = {first: heading for heading, first in GROUPS.items()}
     lines = [_USAGE.rstrip()]
-    for name, spec in our_settings().items():
+    for name, spec in OUR_SETTINGS.items():
         if name in starts:
             lines += ["", f"{starts[name]}:"]
         lines += [f"  --{name}", *_wrapped(f"{spec.metadata['help']} (default: {_shown(spec.default)})")]
@@ -85,7 +86,7 @@ def _help(everything: bool) -> str:
 
         lines += ["", "transformers' TrainingArguments:"]
         for other in dataclasses.fields(TrainingArguments):
-            if other.init and other.name not in our_settings():
+            if other.init and other.name not in OUR_SETTINGS:
                 text = other.metadata.get("help", "see the documentation of transformers")
                 default = None if other.default is dataclasses.MISSING else other.default
                 lines += [f"  --{other.name}", *_wrapped(f"{text} (default: {_shown(default)})")]

@@ -29,9 +29,10 @@ _NOT_ENCODED = (
 )  # fmt: skip
 # Very likely the field, under another name; to read it or not would be a guess.
 _OTHER_NAMES = {
-    "system": ("system_prompt", "system_message", "sys_prompt", "system_instruction"),
-    "history": ("chat_history", "conversation_history", "dialogue_history", "previous_messages", "past_messages"),
-}
+    "system_prompt": "system", "system_message": "system", "sys_prompt": "system", "system_instruction": "system",
+    "chat_history": "history", "conversation_history": "history", "dialogue_history": "history",
+    "previous_messages": "history", "past_messages": "history",
+}  # fmt: skip
 _PARTS_OF_PROMPT = ("input", "context")
 _LIKE_PROMPT = (
     "question", "instruction", "query", "problem", "user_prompt", "user", "request", "task", "post", "article",
@@ -55,8 +56,8 @@ class Columns:
         ignored: columns that are knowingly not read.
         sides: ``"reply"``: chosen and rejected are replies, whatever they begin with; ``"whole"``: they begin with the
             prompt, which is cut off; ``None``: not said.
-        layout: the same as most rows of the source show it, for plain text where ``sides`` is not said; ``"unclear"``:
-            some begin with the prompt and some do not, so that one that does is refused. ``None``: what the row shows.
+        layout: the same as most rows show it, where ``sides`` is not said; ``"unclear"``: a row whose sides begin with
+            the prompt is refused; ``None``: what the row shows.
     """
 
     given: Mapping[str, str] = field(default_factory=dict)
@@ -74,39 +75,19 @@ class Columns:
         if isinstance(columns, Columns):
             return columns
         given = dict(columns or {})
-        for name, column in given.items():
-            if not isinstance(name, str) or not isinstance(column, str) or not column.strip("+ "):
-                raise InputError(f"columns: {name!r} is {column!r}; expected the name of a column.")
         known = (*fields, "ignore", *(("sides",) if "chosen" in fields else ()))
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise InputError(
-                f"columns: {unknown[0]!r} is no field; expected FIELD=COLUMN with one of {', '.join(known)}."
-            )
+        for name, column in given.items():
+            if name not in known:
+                raise InputError(
+                    f"columns: {name!r} is no field; expected FIELD=COLUMN with one of {', '.join(known)}."
+                )
+            if not isinstance(column, str) or not column.strip("+ "):
+                raise InputError(f"columns: {name!r} is {column!r}; expected the name of a column.")
         ignored = given.pop("ignore", "")
         sides = given.pop("sides", None)
         if sides not in (None, *SIDES):
             raise InputError(f"columns: sides is {sides!r}; expected one of {', '.join(SIDES)}.")
         return cls(given, tuple(name for name in ignored.split("+") if name), sides)
-
-    def value(self, record: Mapping[str, Any], name: str, required: bool = False) -> Any:
-        """What a row holds for a field; ``None`` where it holds nothing.
-
-        Raises:
-            Fault: a column that the mapping names for a required field is not there.
-        """
-        column = self.given.get(name, name)
-        if column in record:
-            return record[column]
-        parts = column.split("+")
-        if len(parts) > 1 and all(part in record for part in parts):
-            return _joined(column, [record[part] for part in parts])
-        if required and name in self.given:
-            raise Fault(
-                "missing field",
-                f"no column {column!r}, which columns names for {name!r}. Its fields are {names(record)}.",
-            )
-        return None
 
     def read(self, fields: tuple[str, ...]) -> dict[str, str]:
         """Column to field, of all columns that are read where they are there."""
@@ -132,26 +113,19 @@ class Reading:
     read: dict[str, str] = field(default_factory=dict)
     layouts: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
-    _mapped: dict[str, str] | None = None
 
     def add_row(self, record: Mapping[str, Any], columns: Columns, fields: tuple[str, ...]) -> None:
         """Count the columns of a row."""
         self.rows += 1
-        mapped = self._mapped = columns.read(fields) if self._mapped is None else self._mapped
+        mapped = columns.read(fields)
         for column, value in record.items():
-            if column in mapped:
-                if value is not None:
-                    name = mapped[column]
-                    self.read.setdefault(name, columns.given.get(name, name))
-            elif not _is_empty(value):
-                self.unread[str(column)] += 1
+            if column not in mapped:
+                self.unread.update([str(column)] if not _is_empty(value) else [])
+            elif value is not None:
+                self.read.setdefault(mapped[column], columns.given.get(mapped[column], mapped[column]))
 
     def check_given(self, columns: Columns, where: str) -> None:
-        """Refuse a mapping of which a column was in no row.
-
-        Raises:
-            InputError: naming column and field.
-        """
+        """Raise `InputError` for a mapping of which a column was in no row."""
         for name, column in columns.given.items():
             if self.rows and name not in self.read and column != SHARED_PREFIX:
                 raise InputError(
@@ -165,6 +139,34 @@ class Reading:
             "layouts": dict(sorted(self.layouts.items())),
             "unread_columns": dict(sorted(self.unread.items())),
         }
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record, the mapping by which it is read, and where it is counted what that took."""
+
+    record: Mapping[str, Any]
+    columns: Columns
+    reading: Reading
+
+    def value(self, name: str, required: bool = False) -> Any:
+        """What the row holds for a field, or ``None``; a `Fault` if a mapped column is `required` and not there."""
+        column = self.columns.given.get(name, name)
+        if column in self.record:
+            return self.record[column]
+        parts = column.split("+")
+        if len(parts) > 1 and all(part in self.record for part in parts):
+            return _joined(column, [self.record[part] for part in parts])
+        if required and name in self.columns.given:
+            raise Fault(
+                "missing field",
+                f"no column {column!r}, which columns names for {name!r}. Its fields are {_names(self.record)}.",
+            )
+        return None
+
+    def count(self, layout: str) -> None:
+        """Count what was done to the row."""
+        self.reading.layouts[layout] += 1
 
 
 def log_reading(source: str, reading: Reading) -> None:
@@ -189,25 +191,20 @@ def lines_of(reading: Mapping[str, Any], rows: int) -> list[str]:
     return lines
 
 
-def names(record: Mapping[str, Any]) -> str:
-    """The columns of a row, for a message."""
+def _names(record: Mapping[str, Any]) -> str:
     return shortened(", ".join(repr(str(key)) for key in record), 300) or "none"
 
 
-def check_not_encoded(record: Mapping[str, Any], columns: Columns) -> None:
-    """Refuse a row with a column that would change the conversation and is not read.
-
-    Raises:
-        Fault: naming the column and both ways out.
-    """
-
-    def is_there(column: str) -> bool:
-        if _is_empty(record.get(column)) or column in columns.ignored:
-            return False
-        return column not in columns.read(("prompt", "system", "history"))
-
-    not_encoded = [column for column in _NOT_ENCODED if is_there(column)]
-    if not_encoded:
+def check_not_encoded(row: Row) -> None:
+    """Raise `Fault` for a column that would change the conversation and is not read; it names both ways out."""
+    record, columns = row.record, row.columns
+    read = columns.read(("prompt", "system", "history"))
+    unread = {
+        column
+        for column, value in record.items()
+        if not _is_empty(value) and column not in read and column not in columns.ignored
+    }
+    if not_encoded := [column for column in _NOT_ENCODED if column in unread]:
         listed, ignore = ", ".join(map(repr, not_encoded)), "ignore=" + "+".join(not_encoded)
         hint = " Write the tools into the system message." if {"tools", "functions"} & set(not_encoded) else ""
         raise Fault(
@@ -215,21 +212,17 @@ def check_not_encoded(record: Mapping[str, Any], columns: Columns) -> None:
             f"{listed} {'is' if len(not_encoded) == 1 else 'are'} not encoded, and would change what a model reads."
             f"{hint} To read the rows without: columns {ignore} (--columns {ignore}).",
         )
-    for name, others in _OTHER_NAMES.items():
-        for column in others:
-            if is_there(column):
-                raise Fault(
-                    "unread column",
-                    f"{column!r} looks like the field {name!r}, but is not read. Say columns {name}={column} "
-                    f"(--columns {name}={column}), or ignore={column}.",
-                )
-    for column in _PARTS_OF_PROMPT:
-        if is_there(column) and record.get("prompt") is not None and "prompt" not in columns.given:
-            raise Fault(
-                "unread column",
-                f"{column!r} beside 'prompt' may be a part of it, but is not read. Say columns prompt=prompt+{column} "
-                f"(--columns prompt=prompt+{column}), or ignore={column}.",
-            )
+    guess = next((column for column in _OTHER_NAMES if column in unread), None)
+    if guess is not None:
+        what, mapping = f"looks like the field {_OTHER_NAMES[guess]!r}", f"{_OTHER_NAMES[guess]}={guess}"
+    elif record.get("prompt") is not None and "prompt" not in columns.given:
+        guess = next((column for column in _PARTS_OF_PROMPT if column in unread), None)
+        what, mapping = "beside 'prompt' may be a part of it", f"prompt=prompt+{guess}"
+    if guess is not None:
+        raise Fault(
+            "unread column",
+            f"{guess!r} {what}, but is not read. Say columns {mapping} (--columns {mapping}), or ignore={guess}.",
+        )
 
 
 def no_prompt(record: Mapping[str, Any], reason: str, fields: tuple[str, ...] = PAIR_FIELDS) -> Fault:
@@ -240,11 +233,10 @@ def no_prompt(record: Mapping[str, Any], reason: str, fields: tuple[str, ...] = 
         likely = "instruction+input"
     advice = "Add 'prompt'"
     if unread:
-        advice = f"Not read: {', '.join(map(repr, unread[:12]))}. " + (
-            f"{likely!r} may be it: say columns prompt={likely} (--columns prompt={likely}), or rename it"
-            if likely
-            else "Say columns prompt=COLUMN (--columns prompt=COLUMN), or rename it"
-        )
+        say = f"{likely!r} may be it: say" if likely else "Say"
+        mapping = f"prompt={likely or 'COLUMN'}"
+        advice = f"Not read: {', '.join(map(repr, unread[:12]))}. "
+        advice += f"{say} columns {mapping} (--columns {mapping}), or rename it"
     if "chosen" in fields:
         advice += (
             f". What both sides begin with is taken for the prompt only on demand: columns prompt={SHARED_PREFIX}"
@@ -254,7 +246,7 @@ def no_prompt(record: Mapping[str, Any], reason: str, fields: tuple[str, ...] = 
 
 def no_side(record: Mapping[str, Any], name: str) -> Fault:
     """The fault of a row without one of its sides; it names the likely columns."""
-    text = f"no '{name}'. Its fields are {names(record)}; add or rename the field"
+    text = f"no '{name}'. Its fields are {_names(record)}; add or rename the field"
     pair = next((pair for pair in _LIKE_SIDES if all(part in record for part in pair)), None)
     if pair is not None:
         mapped = " ".join(
@@ -268,48 +260,38 @@ def no_response(record: Mapping[str, Any]) -> Fault:
     """The fault of a row to score without response."""
     likely = next((name for name in _LIKE_RESPONSE if name in record), None)
     hint = f", or say columns response={likely} (--columns response={likely})" if likely else ""
-    return Fault("missing field", f"no 'response'. Its fields are {names(record)}; add or rename the field{hint}.")
+    return Fault("missing field", f"no 'response'. Its fields are {_names(record)}; add or rename the field{hint}.")
 
 
-def stated_prompt(record: Mapping[str, Any], columns: Columns, reading: Reading) -> list[Message] | None:
-    """The prompt that a row states, without its `system` and `history`; ``None`` without one.
-
-    Raises:
-        Fault: a prompt that is none.
-    """
-    value = columns.value(record, "prompt", required=columns.given.get("prompt") != SHARED_PREFIX)
+def stated_prompt(row: Row) -> list[Message] | None:
+    """The prompt that a row states, without its `system` and `history`; ``None`` without one."""
+    column = row.columns.given.get("prompt", "prompt")
+    value = row.value("prompt", required=column != SHARED_PREFIX)
     if value is None:
         return None
-    where = f"'{columns.given.get('prompt', 'prompt')}'"
-    if isinstance(value, str) and conversation(where, value, is_prompt=True) is not None:
-        reading.layouts["prompt is a transcript or a message list as text"] += 1
-    return prompt_messages(where, value)
+    if isinstance(value, str) and conversation(f"'{column}'", value, is_prompt=True) is not None:
+        row.count("prompt is a transcript or a message list as text")
+    return prompt_messages(f"'{column}'", value)
 
 
-def with_earlier_turns(
-    record: Mapping[str, Any], columns: Columns, messages: list[Message], reading: Reading
-) -> list[Message]:
-    """The turns of a row's ``system`` and ``history`` in front of a prompt.
-
-    Raises:
-        Fault: they are no turns, or the prompt has such turns already.
-    """
-    history = _from_json(columns.value(record, "history"))
+def with_earlier_turns(row: Row, messages: list[Message]) -> list[Message]:
+    """The turns of a row's ``system`` and ``history`` in front of a prompt, which has none such already."""
+    history = _from_json(row.value("history"))
     if not _is_empty(history):
         if any(message["role"] == "assistant" for message in messages):
             raise Fault("sides diverge", "'history' and a prompt of several turns: which comes first? Remove one.")
         lead = [message for message in messages if message["role"] == "system"]
         messages = [*lead, *_history(history), *messages[len(lead) :]]
-        reading.layouts["turns of 'history' come before the prompt"] += 1
-    system = columns.value(record, "system")
+        row.count("turns of 'history' come before the prompt")
+    system = row.value("system")
     if system is not None and not isinstance(system, str):
         raise Fault("wrong type", f"'system' is {found(system)}; expected text.")
     if system is not None and has_text(system):
-        if messages[0]["role"] == "system" and messages[0]["content"].strip() != system.strip():
-            raise Fault("sides diverge", "'system' is not the system message of the prompt. Remove one of the two.")
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        reading.layouts["'system' is the first message"] += 1
+        elif messages[0]["content"].strip() != system.strip():
+            raise Fault("sides diverge", "'system' is not the system message of the prompt. Remove one of the two.")
+        row.count("'system' is the first message")
     return checked_prompt(messages)
 
 
@@ -319,14 +301,10 @@ def _history(history: Any) -> list[Message]:
         isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
         for pair in history
     ):
-        turns = [
-            {"role": role, "content": text}
-            for pair in history
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
-        messages = conversation("'history'", turns)
-    else:
-        messages = conversation("'history'", history)
+        speakers = ("user", "assistant")
+        texts = ((role, text) for pair in history for role, text in zip(speakers, pair, strict=True))
+        history = [{"role": role, "content": text} for role, text in texts]
+    messages = conversation("'history'", history)
     if messages is None:
         raise Fault(
             "wrong type", f"'history' is {found(history)}; expected [user, assistant] pairs of texts, or messages."

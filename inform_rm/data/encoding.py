@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from inform_rm.data.messages import Message, to_messages
-from inform_rm.data.pairs import BadRow
+from inform_rm.data.pairs import BadRow, shared_prefix_length, skippable
 from inform_rm.data.preferences import FEATURES
 from inform_rm.data.rendered_text import (
     NotRenderedError,
@@ -28,14 +28,12 @@ from inform_rm.data.rendered_text import (
     what_is_lost,
 )
 from inform_rm.data.tokenizer import ids_of_rendered, render
-from inform_rm.errors import InputError
+from inform_rm.errors import InputError, check_choice
 
 logger = logging.getLogger(__name__)
 
 OVERLONG_POLICIES = ("error", "drop", "truncate_prompt")
 BAD_ROW_POLICIES = ("error", "skip")
-
-
 _ENCODED_FEATURES = Features(
     {
         "chosen_input_ids": [Value("int32")],
@@ -52,7 +50,6 @@ _ENCODED_FEATURES = Features(
     }
 )
 _FAULT = "fault"  # column of `encode_pairs` alone: a bad row as JSON, or null
-
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "file", "row")
 
 
@@ -77,9 +74,8 @@ class EncodedPairs:
     Attributes:
         dataset: Columns chosen_input_ids, rejected_input_ids, prompt_length (tokens at the start that both sides
             share), length (tokens of the longer side), margin, subset, id, chosen_characters, rejected_characters.
-        counts: ``pairs`` given, ``overlong`` among them, and how many of those were ``dropped`` or ``truncated``; the
-            others are bad rows. ``partly_rendered``: ``n`` of the pairs in ``dataset`` of which the chat template
-            deleted text, and up to 5 ``examples``.
+        counts: ``pairs`` given, ``overlong`` among them, and of those ``dropped`` or ``truncated`` (the others are bad
+            rows); ``partly_rendered``: ``n`` of which the chat template deleted text, and up to 5 ``examples``.
         bad_rows: the pairs left out under ``on_bad_row="skip"``, in order.
     """
 
@@ -112,26 +108,27 @@ def encode_many(tokenizer: Any, prompts: Sequence[str | list[Message]], response
     conversations = [to_messages(prompt) for prompt in prompts]
     losses: list[str | None] = [None] * len(prompts)
     if tokenizer.chat_template is None:
-        for messages in conversations:
-            if len(messages) > 1:
-                raise InputError(
-                    f"a prompt of {len(messages)} messages needs a chat template and the tokenizer has none. "
-                    "Pass chat_template='plain' or a template file."
-                )
+        if (most := max(map(len, conversations))) > 1:
+            raise InputError(
+                f"a prompt of {most} messages needs a chat template and the tokenizer has none. "
+                "Pass chat_template='plain' or a template file."
+            )
         texts = [messages[0]["content"] for messages in conversations]
         starts = tokenizer(texts)["input_ids"]
         full = tokenizer([text + response for text, response in zip(texts, responses, strict=True)])["input_ids"]
         if tokenizer.eos_token_id is not None:
             full = [ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id] for ids in full]
     else:
-        replies = [{"role": "assistant", "content": response} for response in responses]
         # Both sides of a pair, and many cells of a gap grid, have one prompt: it is rendered once.
         keys = [json.dumps(messages) for messages in conversations]
         distinct = dict(zip(keys, conversations, strict=True))
         rendered = render(tokenizer, list(distinct.values()), add_generation_prompt=True)
         start_of = dict(zip(distinct, rendered, strict=True))
         starts = [start_of[key] for key in keys]
-        dialogues = [[*turns, reply] for turns, reply in zip(conversations, replies, strict=True)]
+        dialogues = [
+            [*turns, {"role": "assistant", "content": response}]
+            for turns, response in zip(conversations, responses, strict=True)
+        ]
         texts = render(tokenizer, dialogues, tokenize=False)
         losses = [what_is_lost(dialogue, text) for dialogue, text in zip(dialogues, texts, strict=True)]
         full = ids_of_rendered(tokenizer, texts)
@@ -147,14 +144,9 @@ def encode_many(tokenizer: Any, prompts: Sequence[str | list[Message]], response
 def encode_groups(
     tokenizer: Any, prompts: Sequence[str | list[Message]], groups: Sequence[Sequence[str]]
 ) -> list[list[Encoded] | InputError]:
-    """Token ids of prompts with several responses each; in place of a group that cannot be encoded, its fault.
+    """Token ids of N prompts with several responses each; in place of a group that cannot be encoded, its fault.
 
     All go through `encode_many` at once; one by one only where they cannot.
-
-    Args:
-        tokenizer: see `encode_many`.
-        prompts: N prompts.
-        groups: the responses to each.
     """
     repeated = [prompt for prompt, responses in zip(prompts, groups, strict=True) for _ in responses]
     try:
@@ -164,19 +156,6 @@ def encode_groups(
         if len(prompts) == 1:
             return [error]
     return [encode_groups(tokenizer, prompts[at : at + 1], groups[at : at + 1])[0] for at in range(len(prompts))]
-
-
-def shared_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Number of tokens at the start that two sequences have in common.
-
-    Example:
-        >>> shared_prefix_length([1, 2, 3], [1, 2, 4, 3])
-        2
-    """
-    for position, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return position
-    return min(len(first), len(second))
 
 
 @dataclass(frozen=True)
@@ -197,27 +176,30 @@ class TokenPair:
 def encode_each(tokenizer: Any, batch: dict[str, list]) -> list[TokenPair | BadRow]:
     """Encode a batch of preference pairs (columns as in `preferences.FEATURES`); in place of a bad one, its fault."""
     sides = list(zip(batch["chosen"], batch["rejected"], strict=True))
-    found: list[TokenPair | BadRow] = []
-    for place, both in enumerate(encode_groups(tokenizer, batch["prompt"], sides)):
-        try:
-            found.append(_token_pair(both, sides[place]))
-        except InputError as error:
-            found.append(not_encodable(batch["file"][place], batch["row"][place], error))
-    return found
+    groups = encode_groups(tokenizer, batch["prompt"], sides)
+    return [
+        _token_pair(both, texts, file, row)
+        for both, texts, file, row in zip(groups, sides, batch["file"], batch["row"], strict=True)
+    ]
 
 
-def _token_pair(both: list[Encoded] | InputError, texts: tuple[str, str]) -> TokenPair:
+def _token_pair(both: list[Encoded] | InputError, texts: tuple[str, str], file: str, row: int) -> TokenPair | BadRow:
     if isinstance(both, InputError):
-        raise both
+        return not_encodable(file, row, both)
     for encoded, text in zip(both, texts, strict=True):
         if encoded.lost is not None and is_reasoning_alone(text):
-            raise NotRenderedError(
+            error = NotRenderedError(
                 f"the chat template leaves nothing of a side: {encoded.lost}. Remove the row, or pass another "
                 "chat_template (a file, or 'plain')."
             )
+            return not_encodable(file, row, error)
     chosen, rejected = both
+    lost = chosen.lost
+    if chosen.lost != rejected.lost:
+        sides = (("chosen", chosen.lost), ("rejected", rejected.lost))
+        lost = "; ".join(f"{side}: {lost}" for side, lost in sides if lost is not None)
     length = min(len(chosen.prompt_ids), len(rejected.prompt_ids))
-    return TokenPair(chosen.input_ids, rejected.input_ids, length, _lost_of_sides(chosen, rejected))
+    return TokenPair(chosen.input_ids, rejected.input_ids, length, lost)
 
 
 def not_encodable(file: str, row: int, error: InputError) -> BadRow:
@@ -226,49 +208,42 @@ def not_encodable(file: str, row: int, error: InputError) -> BadRow:
     return BadRow(file, row, str(error), kind)
 
 
-def _lost_of_sides(chosen: Encoded, rejected: Encoded) -> str | None:
-    if chosen.lost == rejected.lost:
-        return chosen.lost
-    sides = (("chosen", chosen.lost), ("rejected", rejected.lost))
-    return "; ".join(f"{side}: {lost}" for side, lost in sides if lost is not None)
-
-
-def check_sides_differ(pair: TokenPair, file: str, row: int) -> None:
-    """Raise `BadRow` when tokenizer or template leave no difference between the sides."""
-    if pair.chosen_ids == pair.rejected_ids:
-        raise BadRow(
-            file, row, "both sides become the same tokens (trimmed by the template, or unknown to the tokenizer). "
-            "Remove the row or use another tokenizer.", "identical tokens",
-        )  # fmt: skip
-
-
 def removable_prompt_tokens(pair: TokenPair, bos_token_id: int | None) -> tuple[int, int]:
     """Leading tokens that truncation keeps (1 for a BOS token, else 0), and prompt tokens that it may remove."""
     keep = int(pair.prompt_length > 0 and bos_token_id is not None and pair.chosen_ids[0] == bos_token_id)
     return keep, pair.prompt_length - keep
 
 
-def truncate_prompt(pair: TokenPair, max_length: int, bos_token_id: int | None) -> TokenPair | None:
-    """The pair with as few prompt tokens removed as `max_length` needs, the same ones on both sides.
+def fit_pair(
+    pair: TokenPair, max_length: int, overlong: str, bos_token_id: int | None, file: str, row: int
+) -> TokenPair:
+    """The pair within `max_length` under a policy of `encode_pairs` other than ``"drop"``.
 
-    They go from the left, after a BOS token. None when the longer response does not fit even without its prompt.
+    As few prompt tokens as needed are removed, the same ones on both sides: from the left, after a BOS token.
+
+    Raises:
+        BadRow: It is too long under ``"error"``, or even without its prompt.
 
     Example:
-        >>> truncate_prompt(TokenPair([1, 5, 6, 7], [1, 5, 6, 8, 9], prompt_length=3), 4, bos_token_id=1)
+        >>> pair = TokenPair([1, 5, 6, 7], [1, 5, 6, 8, 9], prompt_length=3)
+        >>> fit_pair(pair, 4, "truncate_prompt", 1, "pairs.jsonl", 1)
         TokenPair(chosen_ids=[1, 6, 7], rejected_ids=[1, 6, 8, 9], prompt_length=2, lost=None)
     """
     excess = max(0, pair.longest - max_length)
+    if excess and overlong == "error":
+        raise BadRow(
+            file, row, f"{pair.longest} tokens, over max_length {max_length}. Raise max_length, or choose "
+            "overlong='drop' or 'truncate_prompt'.", "overlong",
+        )  # fmt: skip
     keep, removable = removable_prompt_tokens(pair, bos_token_id)
     if excess > removable:
-        return None
+        raise BadRow(
+            file, row, f"its longer response alone takes {pair.longest - removable} of max_length {max_length} "
+            "tokens, and responses are never cut. Raise max_length, choose overlong='drop', or remove the row.",
+            "overlong",
+        )  # fmt: skip
     chosen, rejected = (ids[:keep] + ids[keep + excess :] for ids in (pair.chosen_ids, pair.rejected_ids))
     return TokenPair(chosen, rejected, pair.prompt_length - excess, pair.lost)
-
-
-def skippable(bad: BadRow) -> BadRow:
-    """The same fault for whoever meets it under ``on_bad_row="error"``: its reason names the way round it."""
-    reason = f"{bad.reason} (on_bad_row='skip' leaves bad rows out and lists them.)"
-    return BadRow(bad.file, bad.row, reason, bad.kind)
 
 
 def none_usable(number: int, bad_rows: Sequence[BadRow | str], max_length: int | None = None) -> InputError:
@@ -291,9 +266,8 @@ def encode_columns(
     """Encode a batch of pairs; the arguments, the rules for them and the errors are those of `encode_pairs`.
 
     Returns:
-        Its columns, ``truncated`` (whether the prompt was cut), ``lost`` (file, row and what the chat template
-        deleted, or None) and those named in ``kept``, without the pairs that were dropped or are bad; and the bad
-        rows.
+        Its columns, ``truncated`` (whether the prompt was cut), ``lost`` (place and text that the chat template
+        deleted, or None) and those in ``kept``, without the pairs that were dropped or are bad; and the bad rows.
     """
     columns: dict[str, list] = {name: [] for name in (*_ENCODED_FEATURES, *kept)}
     bad_rows: list[BadRow] = []
@@ -303,7 +277,11 @@ def encode_columns(
         try:
             if isinstance(pair, BadRow):
                 raise pair
-            check_sides_differ(pair, file, row)
+            if pair.chosen_ids == pair.rejected_ids:
+                raise BadRow(
+                    file, row, "both sides become the same tokens (trimmed by the template, or unknown to the "
+                    "tokenizer). Remove the row or use another tokenizer.", "identical tokens",
+                )  # fmt: skip
             if is_overlong and overlong == "drop":
                 continue
             if max_length is not None:
@@ -318,8 +296,7 @@ def encode_columns(
             batch["subset"][index], batch["id"][index], len(batch["chosen"][index]),
             len(batch["rejected"][index]), is_overlong, pair.lost and f"{file}, row {row}: {pair.lost}",
         )  # fmt: skip
-        values += tuple(batch[name][index] for name in kept)
-        for name, value in zip(columns, values, strict=True):
+        for name, value in zip(columns, (*values, *(batch[name][index] for name in kept)), strict=True):
             columns[name].append(value)
     return columns, bad_rows
 
@@ -327,10 +304,10 @@ def encode_columns(
 def _columns_with_faults(batch: dict[str, list], **options: Any) -> dict[str, list]:
     """`encode_columns` for `Dataset.map`, which may run elsewhere: bad rows follow, with nothing but their fault."""
     columns, bad_rows = encode_columns(batch, **options)
-    good = len(columns["id"])
+    columns[_FAULT] = [None] * len(columns["id"])
     for name, values in columns.items():
-        values += [[] if name.endswith("_input_ids") else False if name == "truncated" else None] * len(bad_rows)
-    columns[_FAULT] = [None] * good + [json.dumps([bad.file, bad.row, bad.reason, bad.kind]) for bad in bad_rows]
+        empty: Any = [] if name.endswith("_input_ids") else False if name == "truncated" else None
+        values += [json.dumps(bad.args) if name == _FAULT else empty for bad in bad_rows]
     return columns
 
 
@@ -370,13 +347,8 @@ def encode_pairs(
         InputError: A wrong argument, or no pair is left.
     """
     check_max_length(max_length)
-    for name, value, choices in (
-        ("overlong", overlong, OVERLONG_POLICIES),
-        ("on_bad_row", on_bad_row, BAD_ROW_POLICIES),
-    ):
-        if value not in choices:
-            raise InputError(f"{name}: got {value!r}; expected one of {', '.join(choices)}.")
-
+    check_choice("overlong", overlong, OVERLONG_POLICIES)
+    check_choice("on_bad_row", on_bad_row, BAD_ROW_POLICIES)
     kept = Features({name: FEATURES[name] for name in (_TEXT_COLUMNS if keep_text else ())})
     encoded = dataset.map(
         _columns_with_faults,
@@ -393,42 +365,21 @@ def encode_pairs(
         new_fingerprint=uuid.uuid4().hex,
         desc="Encoding pairs",
     )  # fmt: skip
-    faults = [fault for batch in encoded.select_columns(_FAULT).iter(100_000) for fault in batch[_FAULT]]
+    faults, truncated, losses = (
+        [value for batch in encoded.select_columns(name).iter(100_000) for value in batch[name]]
+        for name in (_FAULT, "truncated", "lost")
+    )
     bad_rows = [BadRow(*json.loads(fault)) for fault in faults if fault is not None]
     dropped = len(dataset) - len(encoded)
     if len(bad_rows) == len(encoded):
         raise none_usable(len(dataset), bad_rows, max_length)
     if bad_rows:
         encoded = encoded.select([row for row, fault in enumerate(faults) if fault is None]).flatten_indices()
-    truncated = sum(sum(batch["truncated"]) for batch in encoded.select_columns("truncated").iter(100_000))
-    overlong_pairs = dropped + truncated + sum(bad.kind == "overlong" for bad in bad_rows)
-    lost = partly_rendered(loss for batch in encoded.select_columns("lost").iter(100_000) for loss in batch["lost"])
+    lost = partly_rendered(losses)
     warn_of_loss(lost, len(encoded))
+    overlong_pairs = dropped + sum(truncated) + sum(bad.kind == "overlong" for bad in bad_rows)
     counts = {
-        "pairs": len(dataset), "overlong": overlong_pairs, "dropped": dropped, "truncated": truncated,
+        "pairs": len(dataset), "overlong": overlong_pairs, "dropped": dropped, "truncated": sum(truncated),
         "partly_rendered": lost,
     }  # fmt: skip
     return EncodedPairs(encoded.remove_columns(["truncated", "lost", _FAULT]), counts, bad_rows)
-
-
-def fit_pair(
-    pair: TokenPair, max_length: int, overlong: str, bos_token_id: int | None, file: str, row: int
-) -> TokenPair:
-    """The pair within `max_length` under a policy of `encode_pairs` other than ``"drop"``.
-
-    Raises:
-        BadRow: It is too long under ``"error"``, or even without its prompt.
-    """
-    if overlong == "error" and pair.longest > max_length:
-        reason = (
-            f"{pair.longest} tokens, over max_length {max_length}. Raise max_length, or choose overlong='drop' or "
-        )
-        raise BadRow(file, row, reason + "'truncate_prompt'.", "overlong")
-    fitted = truncate_prompt(pair, max_length, bos_token_id)
-    if fitted is None:
-        alone = pair.longest - removable_prompt_tokens(pair, bos_token_id)[1]
-        reason = (
-            f"its longer response alone takes {alone} of max_length {max_length} tokens, and responses are never cut."
-        )
-        raise BadRow(file, row, f"{reason} Raise max_length, choose overlong='drop', or remove the row.", "overlong")
-    return fitted

@@ -33,11 +33,7 @@ _RENDERED_START = re.compile(
 
 
 class Fault(Exception):
-    """What is wrong with a row, before its place is known.
-
-    Attributes:
-        kind: short class of the fault, for counting.
-    """
+    """What is wrong with a row, before its place is known; ``kind`` is for counting."""
 
     def __init__(self, kind: str, reason: str):
         super().__init__(reason)
@@ -72,20 +68,13 @@ def prompt_messages(where: str, prompt: Any) -> list[Message]:
 
 
 def conversation(where: str, value: Any, is_prompt: bool = False) -> list[Message] | None:
-    """The messages of a message list (in any of its forms) or a transcript; ``None`` for other text and other types.
-
-    The end of a prompt's transcript that asks for a reply (``Assistant:``) is no turn.
-    """
+    """The messages of a message list (in any of its forms) or a transcript; ``None`` for any other value."""
     if isinstance(value, str):
         listed = json_messages(where, value)
-        if listed is not None:
-            return _messages(where, listed)
-        return transcript_turns(where, value, is_prompt) if is_transcript(where, value) else None
-    if isinstance(value, list):
-        return _messages(where, value)
+        return transcript(where, value, is_prompt) if listed is None else _messages(where, listed)
     if isinstance(value, dict) and any(keys <= value.keys() for keys in _MESSAGE_KEYS):
-        return _messages(where, _listed(where, value))
-    return None
+        value = _listed(where, value)
+    return _messages(where, value) if isinstance(value, list) else None
 
 
 def json_messages(where: str, text: str) -> list[Any] | None:
@@ -97,9 +86,7 @@ def json_messages(where: str, text: str) -> list[Any] | None:
     try:
         value = json.loads(text)
     except RecursionError:
-        raise Fault(
-            "unreadable", f"{where} is a message list that is nested too deeply. Correct or remove the row."
-        ) from None
+        raise Fault("unreadable", f"{where} is a message list that is nested too deeply. Remove the row.") from None
     except ValueError as error:
         raise Fault(
             "unreadable", f"{where} looks like a message list but is not JSON ({error}). Write it with json.dumps."
@@ -107,13 +94,12 @@ def json_messages(where: str, text: str) -> list[Any] | None:
     if isinstance(value, str):
         raise Fault("unreadable", f"{where} is a message list that was written as JSON twice. Write it once.")
     listed = _listed(where, value)
-    is_list_of_messages = all(
-        isinstance(item, dict) and any(keys <= item.keys() for keys in _MESSAGE_KEYS) for item in listed
-    )
-    if not is_list_of_messages or (isinstance(value, dict) and listed[0].get("role", listed[0].get("from")) not in (
-        *ROLES, *_SHAREGPT_ROLES
-    )):  # fmt: skip
+    if not all(isinstance(item, dict) and any(keys <= item.keys() for keys in _MESSAGE_KEYS) for item in listed):
         return None  # JSON of something else, which a response may well be
+    if isinstance(value, dict) and (
+        not listed or listed[0].get("role", listed[0].get("from")) not in (*ROLES, *_SHAREGPT_ROLES)
+    ):
+        return None
     return listed
 
 
@@ -124,8 +110,10 @@ def checked_prompt(messages: list[Message]) -> list[Message]:
     return messages
 
 
-def is_transcript(where: str, text: str) -> bool:
-    """Whether text is a transcript whose turns can be told apart with certainty.
+def transcript(where: str, text: str, is_prompt: bool = False) -> list[Message] | None:
+    """The messages of a transcript whose turns can be told apart with certainty; ``None`` for other text.
+
+    The end of a prompt's transcript that asks for a reply (``Assistant:``) is no turn.
 
     Raises:
         Fault: it begins like one, or was rendered by a chat template already, and cannot be read as one.
@@ -136,30 +124,38 @@ def is_transcript(where: str, text: str) -> bool:
             "rendered text",
             f"{where} begins with {start}: text that a chat template has rendered already. Give its messages.",
         )
+    text = one_line_end(text)
     first = _FIRST_MARKER.match(text)
     if first is None:
-        return False
+        return None
     prefix, user = first[1] or "", first[2]
     assistant = "ASSISTANT" if user.isupper() else "Assistant"
-    plain = _one_line_end(text)
-    if re.search(rf"\n\n{prefix}{assistant}:", plain):
-        return True
-    if re.search(rf"{prefix}{assistant}:", plain):
-        if prefix or re.search(rf"\n{assistant}:", plain):
+    if f"\n\n{prefix}{assistant}:" not in text:
+        if f"{prefix}{assistant}:" in text and (prefix or f"\n{assistant}:" in text):
             raise Fault(
                 "transcript",
                 f"{where} begins with {first[0].strip()!r} and has {assistant + ':'!r} without an empty line before "
                 "it: a transcript whose turns cannot be told apart. Put an empty line before each turn, or give a "
                 "list of messages.",
             )
-    # A prompt of one turn. Without a blank after the marker it may as well be words ("User:innen").
-    if user == "Human" and not prefix and re.match(r"\s*Human:(\s|\Z)", text):
-        return True
-    raise Fault(
-        "transcript",
-        f"{where} begins with {first[0].strip()!r} but no {assistant + ':'!r} follows: a turn of a transcript, or "
-        "words? Give a list of messages.",
-    )
+        # A prompt of one turn. Without a blank after the marker it may as well be words ("User:innen").
+        if prefix or not re.match(r"\s*Human:(\s|\Z)", text):
+            raise Fault(
+                "transcript",
+                f"{where} begins with {first[0].strip()!r} but no {assistant + ':'!r} follows: a turn of a "
+                "transcript, or words? Give a list of messages.",
+            )
+    parts = re.split(rf"(?:\A\s*|\n\n){re.escape(prefix)}({user}|{assistant}):", text)[1:]
+    spoken = list(zip(parts[::2], parts[1::2], strict=True))
+    if is_prompt and len(spoken) > 1 and spoken[-1][0] == assistant and not spoken[-1][1].strip():
+        spoken.pop()  # asks for the reply
+    messages = []
+    for number, (speaker, content) in enumerate(spoken, start=1):
+        if not has_text(content):
+            raise Fault("empty field", f"{where}: empty {speaker} turn (turn {number}). Fill it or remove the row.")
+        check_unicode(where, content)
+        messages.append({"role": "user" if speaker == user else "assistant", "content": content.strip()})
+    return messages
 
 
 def check_text(where: str, text: Any) -> None:
@@ -193,28 +189,9 @@ def found(value: Any) -> str:
     return "null" if value is None else f"{type(value).__name__} {shown(value, 60)}"
 
 
-def _one_line_end(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-
-
-def transcript_turns(where: str, text: str, is_prompt: bool = False) -> list[Message]:
-    """The messages of text that `is_transcript`; see `conversation`."""
-    text = _one_line_end(text)
-    first = _FIRST_MARKER.match(text)
-    assert first is not None  # `is_transcript` found it
-    prefix, user = re.escape(first[1] or ""), first[2]
-    assistant = "ASSISTANT" if user.isupper() else "Assistant"
-    parts = re.split(rf"(?:\A\s*|\n\n){prefix}({user}|{assistant}):", text)[1:]
-    spoken = list(zip(parts[::2], parts[1::2], strict=True))
-    if is_prompt and len(spoken) > 1 and spoken[-1][0] == assistant and not spoken[-1][1].strip():
-        spoken.pop()  # asks for the reply
-    messages = []
-    for number, (speaker, content) in enumerate(spoken, start=1):
-        if not has_text(content):
-            raise Fault("empty field", f"{where}: empty {speaker} turn (turn {number}). Fill it or remove the row.")
-        check_unicode(where, content)
-        messages.append({"role": "user" if speaker == user else "assistant", "content": content.strip()})
-    return messages
+def one_line_end(text: str) -> str:
+    """The text with line feeds only."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _listed(where: str, value: Any) -> list[Any]:
@@ -233,17 +210,13 @@ def _listed(where: str, value: Any) -> list[Any]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _is_sharegpt(message: Any) -> bool:
-    return isinstance(message, dict) and {"from", "value"} <= message.keys() and "role" not in message
-
-
 def _messages(where: str, messages: list) -> list[Message]:
     if not messages:
         raise Fault("empty field", f"{where} is an empty list; expected at least one message.")
     checked = []
     for number, message in enumerate(messages, start=1):
         place = f"message {number} of {where}"
-        if _is_sharegpt(message):
+        if isinstance(message, dict) and "role" not in message and {"from", "value"} <= message.keys():
             message = _from_sharegpt(place, message)
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Fault("wrong type", f"{place} is {found(message)}; expected an object with 'role' and 'content'.")
@@ -273,12 +246,8 @@ def _messages(where: str, messages: list) -> list[Message]:
 def _from_sharegpt(place: str, message: dict[str, Any]) -> dict[str, Any]:
     role = message["from"]
     if role not in _SHAREGPT_ROLES:
-        raise Fault(
-            "invalid roles",
-            f"{place} is from {shown(role)}; expected one of {', '.join(_SHAREGPT_ROLES)}.",
-        )
-    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-    return {**rest, "role": _SHAREGPT_ROLES[role], "content": message["value"]}
+        raise Fault("invalid roles", f"{place} is from {shown(role)}; expected one of {', '.join(_SHAREGPT_ROLES)}.")
+    return {**message, "role": _SHAREGPT_ROLES[role], "content": message["value"]}
 
 
 def _text_of_parts(place: str, parts: list[Any]) -> str:

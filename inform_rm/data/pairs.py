@@ -5,7 +5,7 @@ Which columns are read, and what is not, is the matter of `columns`; what a conv
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from inform_rm.data.columns import (
     SHARED_PREFIX,
     Columns,
     Reading,
+    Row,
     check_not_encoded,
     no_prompt,
     no_side,
@@ -27,13 +28,15 @@ from inform_rm.data.messages import (
     conversation,
     found,
     has_text,
-    is_transcript,
     json_messages,
+    one_line_end,
     prompt_messages,
-    transcript_turns,
+    transcript,
 )
 from inform_rm.data.sources import source_name
 from inform_rm.errors import InputError
+
+Sides = tuple[list[Message], str, str]  # the prompt, the chosen and the rejected reply
 
 # Rows at the start of a source that show whether its sides are replies or whole dialogues.
 LOOKED_AT_ROWS = 256
@@ -44,11 +47,8 @@ _FEW = 0.1
 class BadRow(InputError):
     """One row that cannot be used.
 
-    Attributes:
-        file: The file, folder or Hub id.
-        row: Row number counted from 1 (the line in JSON Lines; a CSV header is not counted).
-        reason: What is wrong and what to do about it.
-        kind: Short class of the fault, for counting.
+    Its `file` (or folder, Hub id), its `row` from 1 (the line in JSON Lines; a CSV header is not counted), the
+    `reason` with what to do about it, and the `kind` of fault, for counting.
     """
 
     def __init__(self, file: str, row: int, reason: str, kind: str = "invalid"):
@@ -57,6 +57,12 @@ class BadRow(InputError):
 
     def __str__(self) -> str:
         return f"{self.file}, row {self.row}: {self.reason}"
+
+
+def skippable(bad: BadRow) -> BadRow:
+    """The same fault for whoever meets it under ``on_bad_row="error"``: its reason names the way round it."""
+    reason = f"{bad.reason} (on_bad_row='skip' leaves bad rows out and lists them.)"
+    return BadRow(bad.file, bad.row, reason, bad.kind)
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,17 @@ class PreferencePair:
     row: int
 
 
+def shared_prefix_length(first: Sequence, second: Sequence) -> int:
+    """How many tokens or characters at the start two sequences have in common.
+
+    Example:
+        >>> shared_prefix_length([1, 2, 3], [1, 2, 4, 3])
+        2
+    """
+    both = zip(first, second, strict=False)
+    return next((at for at, (one, other) in enumerate(both) if one != other), min(len(first), len(second)))
+
+
 def with_layout(columns: Columns, records: Iterable[tuple[int, Any]]) -> Columns:
     """The mapping, with ``layout`` as the first rows of a source show it: replies, or dialogues with their prompt.
 
@@ -82,9 +99,10 @@ def with_layout(columns: Columns, records: Iterable[tuple[int, Any]]) -> Columns
         return columns
     looked_at, both, any_side = 0, 0, 0
     for _, record in itertools.islice(records, LOOKED_AT_ROWS):
+        row = Row(record, columns, Reading())
         try:
-            prompt = stated_prompt(record, columns, Reading())
-            sides = [columns.value(record, field) for field in ("chosen", "rejected")]
+            prompt = stated_prompt(row)
+            sides = [row.value(field) for field in ("chosen", "rejected")]
         except (Fault, AttributeError, TypeError):
             continue  # reported when the row is read
         if prompt is None or not all(isinstance(side, str) for side in sides):
@@ -134,7 +152,8 @@ def parse_pair(
         if not isinstance(record, dict):
             raise Fault("wrong type", f"expected an object with fields, got {found(record)}.")
         reading.add_row(record, columns, PAIR_FIELDS)
-        prompt, chosen, rejected = _sides(record, columns, reading)
+        fields = Row(record, columns, reading)
+        prompt, chosen, rejected = _sides(fields)
         if not allow_identical and chosen.strip() == rejected.strip():
             same = "are identical" if chosen == rejected else "differ only in surrounding space"
             raise Fault("identical sides", f"'chosen' and 'rejected' {same}. Such a pair teaches nothing: remove it.")
@@ -142,9 +161,9 @@ def parse_pair(
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
-            margin=_margin(columns.value(record, "margin")),
-            subset=_label(columns.value(record, "subset"), "subset") or name,
-            id=_label(columns.value(record, "id"), "id") or f"{name}/{row}",
+            margin=_margin(fields.value("margin")),
+            subset=_label(fields.value("subset"), "subset") or name,
+            id=_label(fields.value("id"), "id") or f"{name}/{row}",
             file=file,
             row=row,
         )
@@ -153,13 +172,7 @@ def parse_pair(
 
 
 def pair_or_fault(record: Any, file: str, row: int, on_bad_row: str, **options: Any) -> PreferencePair | BadRow:
-    """The pair of a row as `open_records` gives it; under ``on_bad_row="skip"`` what is wrong with a bad one.
-
-    ``options`` are those of `parse_pair`.
-
-    Raises:
-        BadRow: As `parse_pair`, under ``"error"``; also for a row that could not be read.
-    """
+    """The pair of a row as a reader gives it (options: see `parse_pair`); under ``"skip"`` the fault of a bad one."""
     try:
         if isinstance(record, str):  # the reader's description of a row that it could not read
             raise BadRow(file, row, record, "unreadable")
@@ -167,77 +180,69 @@ def pair_or_fault(record: Any, file: str, row: int, on_bad_row: str, **options: 
     except BadRow as bad:
         if on_bad_row == "skip":
             return bad
-        reason = f"{bad.reason} (on_bad_row='skip' leaves bad rows out and lists them.)"
-        raise BadRow(bad.file, bad.row, reason, bad.kind) from None
+        raise skippable(bad) from None
 
 
-def _sides(record: dict, columns: Columns, reading: Reading) -> tuple[list[Message], str, str]:
-    sides = []
+def _sides(row: Row) -> Sides:
+    sides: dict[str, Any] = {}
     for field in ("chosen", "rejected"):
-        value = columns.value(record, field, required=True)
-        if value is None:
-            raise no_side(record, field)
-        sides.append(value)
-    check_not_encoded(record, columns)
-    chosen, rejected = (
-        _listed_side(f"'{field}'", side) for field, side in zip(("chosen", "rejected"), sides, strict=True)
+        sides[field] = row.value(field, required=True)
+        if sides[field] is None:
+            raise no_side(row.record, field)
+    check_not_encoded(row)
+    chosen, rejected = sides.values()
+    # Message lists, also as JSON text; a transcript may as well be a reply.
+    first, second = (
+        conversation(f"'{field}'", side) if not isinstance(side, str) or json_messages(f"'{field}'", side) else None
+        for field, side in sides.items()
     )
-    if chosen is not None and rejected is not None:
-        if isinstance(sides[0], str):
-            reading.layouts["both sides are message lists as JSON text"] += 1
-        return _message_sides(record, columns, reading, stated_prompt(record, columns, reading), chosen, rejected)
-    if chosen is not None or rejected is not None or not all(isinstance(side, str) for side in sides):
+    if first is not None and second is not None:
+        if isinstance(chosen, str):
+            row.count("both sides are message lists as JSON text")
+        return _message_sides(row, stated_prompt(row), first, second)
+    if first is not None or second is not None or not isinstance(chosen, str) or not isinstance(rejected, str):
         raise Fault(
             "wrong type",
-            f"'chosen' is {found(sides[0])} and 'rejected' is {found(sides[1])}. Give both in the same form: as text, "
+            f"'chosen' is {found(chosen)} and 'rejected' is {found(rejected)}. Give both in the same form: as text, "
             "or as lists of messages.",
         )
-    for field, side in zip(("chosen", "rejected"), sides, strict=True):
+    for field, side in sides.items():
         check_text(f"'{field}'", side)
-    prompt = stated_prompt(record, columns, reading)
-    if prompt is None:
-        return _sides_without_prompt(record, columns, reading, *sides)
-    return _sides_after_prompt(record, columns, reading, prompt, *sides)
+    prompt = stated_prompt(row)
+    if prompt is not None:
+        return _sides_after_prompt(row, prompt, chosen, rejected)
+    if row.columns.given.get("prompt") == SHARED_PREFIX:
+        row.count("the words that both sides begin with are the prompt")
+        cut = _length_of_shared_words(chosen, rejected)
+        prompt = prompt_messages("'prompt'", chosen[:cut])
+        return with_earlier_turns(row, prompt), chosen[cut:], rejected[cut:]
+    first, second = transcript("'chosen'", chosen), transcript("'rejected'", rejected)
+    if first is None or second is None:
+        what = "the sides are plain text" if first is second else "only one side is a transcript"
+        raise no_prompt(row.record, what)
+    row.count("both sides are transcripts")
+    return _message_sides(row, None, first, second)
 
 
-def _listed_side(where: str, side: Any) -> list[Message] | None:
-    """The messages of a side that is no plain text and no transcript."""
-    listed = json_messages(where, side) if isinstance(side, str) else side
-    return None if listed is None else conversation(where, listed)
-
-
-def _sides_without_prompt(
-    record: dict, columns: Columns, reading: Reading, chosen: str, rejected: str
-) -> tuple[list[Message], str, str]:
-    if columns.given.get("prompt") == SHARED_PREFIX:
-        reading.layouts["the words that both sides begin with are the prompt"] += 1
-        start, chosen, rejected = _shared_words(chosen, rejected)
-        return with_earlier_turns(record, columns, prompt_messages("'prompt'", start), reading), chosen, rejected
-    spoken = [is_transcript("'chosen'", chosen), is_transcript("'rejected'", rejected)]
-    if not all(spoken):
-        raise no_prompt(record, "only one side is a transcript" if any(spoken) else "the sides are plain text")
-    reading.layouts["both sides are transcripts"] += 1
-    turns = transcript_turns("'chosen'", chosen), transcript_turns("'rejected'", rejected)
-    return _message_sides(record, columns, reading, None, *turns)
-
-
-def _sides_after_prompt(
-    record: dict, columns: Columns, reading: Reading, prompt: list[Message], chosen: str, rejected: str
-) -> tuple[list[Message], str, str]:
-    stated = columns.value(record, "prompt")
-    if columns.sides != "reply":
-        dialogues = _dialogues(prompt[-1]["content"], chosen, rejected)
-        if dialogues is not None:
-            reading.layouts["the prompt is cut off both sides, which begin with it"] += 1
-            return _message_sides(record, columns, reading, prompt, *dialogues)
-    rests = _after(chosen, prompt[-1]["content"]), _after(rejected, prompt[-1]["content"])
+def _sides_after_prompt(row: Row, prompt: list[Message], chosen: str, rejected: str) -> Sides:
+    asked, cut_off = prompt[-1]["content"], "the prompt is cut off both sides, which begin with it"
+    if row.columns.sides != "reply":
+        first, second = (_dialogue_about(side, asked) for side in (chosen, rejected))
+        if first is not None and second is not None:
+            row.count(cut_off)
+            return _message_sides(row, prompt, first, second)
+        if first is not None or second is not None:
+            one = "'chosen'" if first is not None else "'rejected'"
+            message = f"only {one} is a transcript that holds the prompt. Give both in the same form."
+            raise Fault("sides diverge", message)
+    rests = _after(chosen, asked), _after(rejected, asked)
     repeats = [rest is not None for rest in rests]
-    layout = columns.sides or columns.layout
+    layout = row.columns.sides or row.columns.layout
     if layout == "reply":
         if any(repeats):
-            reading.layouts["a reply begins with the prompt, and is left as it is"] += 1
+            row.count("a reply begins with the prompt, and is left as it is")
     elif all(repeats) and layout != "unclear":
-        reading.layouts["the prompt is cut off both sides, which begin with it"] += 1
+        row.count(cut_off)
         chosen, rejected = map(str, rests)
     elif layout == "whole" or any(repeats):
         which = "both sides begin" if all(repeats) else "only one side begins" if any(repeats) else "no side begins"
@@ -246,29 +251,15 @@ def _sides_after_prompt(
             f"{which} with the prompt, {'like some' if layout == 'unclear' else 'unlike'} other rows: whole "
             "dialogues, or replies? Say columns sides=reply or sides=whole (--columns sides=...), or correct the row.",
         )
-    if isinstance(stated, str) and is_transcript("'prompt'", stated):
+    stated = row.value("prompt")
+    if isinstance(stated, str) and transcript("'prompt'", stated, is_prompt=True) is not None:
         chosen, rejected = chosen.strip(), rejected.strip()  # space around a turn belongs to the transcript
-    return with_earlier_turns(record, columns, prompt, reading), chosen, rejected
-
-
-def _dialogues(asked: str, chosen: str, rejected: str) -> tuple[list[Message], list[Message]] | None:
-    """Both sides as messages where they are transcripts that hold what the user asked; ``None`` for other text.
-
-    Raises:
-        Fault: only one of them is.
-    """
-    first, second = (_dialogue_about(side, asked) for side in (chosen, rejected))
-    if first is not None and second is not None:
-        return first, second
-    if first is not None or second is not None:
-        one = "'chosen'" if first is not None else "'rejected'"
-        raise Fault("sides diverge", f"only {one} is a transcript that holds the prompt. Give both in the same form.")
-    return None
+    return with_earlier_turns(row, prompt), chosen, rejected
 
 
 def _after(side: str, prompt: str) -> str | None:
     """What follows the prompt in a side that begins with it, whatever the line ends; ``None`` for another side."""
-    side, prompt = (text.replace("\r\n", "\n").replace("\r", "\n").strip() for text in (side, prompt))
+    side, prompt = (one_line_end(text).strip() for text in (side, prompt))
     if not side.startswith(prompt):
         return None
     rest = side[len(prompt) :]
@@ -280,7 +271,7 @@ def _after(side: str, prompt: str) -> str | None:
 def _dialogue_about(side: str, asked: str) -> list[Message] | None:
     """The messages of a transcript one of whose user turns is what was asked; ``None`` for other text."""
     try:
-        messages = transcript_turns("a side", side) if is_transcript("a side", side) else []
+        messages = transcript("a side", side) or []
     except Fault:
         return None  # begins like a transcript, as a reply may
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -289,27 +280,19 @@ def _dialogue_about(side: str, asked: str) -> list[Message] | None:
     return messages if " ".join(asked.split()) in turns else None
 
 
-def _shared_words(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The words that both texts begin with, and what is left of each, its leading space included."""
-    both = zip(chosen, rejected, strict=False)
-    cut = next((at for at, (one, other) in enumerate(both) if one != other), min(len(chosen), len(rejected)))
-    while cut and not (cut < min(len(chosen), len(rejected)) and chosen[cut].isspace()):
+def _length_of_shared_words(chosen: str, rejected: str) -> int:
+    """Characters of the words that both texts begin with, without the space after them."""
+    cut, shortest = shared_prefix_length(chosen, rejected), min(len(chosen), len(rejected))
+    while cut and (cut == shortest or not chosen[cut].isspace()):
         cut -= 1
     while cut and chosen[cut - 1].isspace():
         cut -= 1
     if not cut:
         raise Fault("no prompt", "no 'prompt', and the two sides do not begin with the same words. Add 'prompt'.")
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+    return cut
 
 
-def _message_sides(
-    record: dict,
-    columns: Columns,
-    reading: Reading,
-    prompt: list[Message] | None,
-    chosen: list[Message],
-    rejected: list[Message],
-) -> tuple[list[Message], str, str]:
+def _message_sides(row: Row, prompt: list[Message] | None, chosen: list[Message], rejected: list[Message]) -> Sides:
     for field, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
             raise Fault("no reply", f"the last turn of '{field}' is {messages[-1]['role']!r}; expected 'assistant'.")
@@ -321,15 +304,14 @@ def _message_sides(
         )
     if prompt is None:
         if not prefix:
-            raise no_prompt(record, "both sides hold nothing but the reply")
-        reading.layouts["the turns before the last reply are the prompt"] += 1
+            raise no_prompt(row.record, "both sides hold nothing but the reply")
+        row.count("the turns before the last reply are the prompt")
     elif prefix and list(map(_trimmed, prefix)) != list(map(_trimmed, prompt)):
         # Common on the Hub: `prompt` as text beside whole conversations in `chosen` and `rejected`.
-        is_text = isinstance(columns.value(record, "prompt"), str) and len(prompt) == 1
+        is_text = isinstance(row.value("prompt"), str) and len(prompt) == 1
         if not is_text or _trimmed(prompt[0]) not in map(_trimmed, prefix):
             raise Fault("sides diverge", "'prompt' is not the prompt inside 'chosen'. Remove one of the two.")
-    prompt = with_earlier_turns(record, columns, prefix or prompt or [], reading)
-    return prompt, chosen[-1]["content"], rejected[-1]["content"]
+    return with_earlier_turns(row, prefix or prompt or []), chosen[-1]["content"], rejected[-1]["content"]
 
 
 def _trimmed(message: Message) -> Message:
@@ -339,20 +321,13 @@ def _trimmed(message: Message) -> Message:
 def _margin(value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, str):  # a cell of a CSV file
-        try:
-            value = float(value)
-        except ValueError:
-            pass  # refused below
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Fault("bad margin", f"'margin' is {found(value)}; expected a number or null.")
     try:
-        finite = math.isfinite(value)
-    except OverflowError:
-        finite = False
-    if not finite:
+        number = math.nan if isinstance(value, bool) else float(value)  # a cell of a CSV file is text
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
         raise Fault("bad margin", f"'margin' is {found(value)}; expected a finite number or null.")
-    return float(value)
+    return number
 
 
 def _label(value: Any, field: str) -> str | None:

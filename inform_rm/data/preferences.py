@@ -19,7 +19,7 @@ from datasets import Dataset, Features, Value
 from inform_rm.data.columns import Columns, Reading
 from inform_rm.data.pairs import LOOKED_AT_ROWS, BadRow, PreferencePair, pair_or_fault, with_layout
 from inform_rm.data.sources import Source, open_parts, parse_source, source_label, source_name
-from inform_rm.errors import InputError
+from inform_rm.errors import InputError, check_choice
 
 FEATURES = Features(
     {
@@ -81,8 +81,7 @@ def load_preferences(
         BadRow: The first bad row, under ``"error"``.
         InputError: Missing, unreadable or empty source, unknown format, a wrong mapping of columns, or no usable row.
     """
-    if on_bad_row not in ("error", "skip"):
-        raise InputError(f"on_bad_row: got {on_bad_row!r}; expected 'error' or 'skip'.")
+    check_choice("on_bad_row", on_bad_row, ("error", "skip"))
     parts = open_parts(source, revision=revision)
     head = list(itertools.islice(parts[0][1], LOOKED_AT_ROWS))
     columns = with_layout(Columns.of(columns), head)

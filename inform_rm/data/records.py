@@ -12,6 +12,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".par
 _CHUNK_CHARACTERS = 1 << 16
 # Four million tokens in one row are more than any model here reads. Parsed, JSON can take 24 times its bytes: 400 MB.
 _MOST_ROW_BYTES = 16 << 20
+_TOO_LONG = f"a row is longer than {_MOST_ROW_BYTES} bytes."
 # Text and numbers shrink to a tenth or, with much repetition, a fiftieth; what shrinks more is made to fill a disk.
 _MOST_EXPANSION, _FREE_EXPANSION_BYTES = 200, 256 << 20
 
@@ -99,34 +101,8 @@ def _open_bytes(path: Path) -> Any:
     return path.open("rb")
 
 
-class BoundedLines:
-    """The lines of a text file for `csv.reader`, refusing a row of over 16 MiB before it is all in memory.
-
-    Attributes:
-        characters: Of the row under way; set it to 0 when a row is complete.
-    """
-
-    def __init__(self, name: str | Path, text: Any):
-        self._name, self._text, self.characters = name, text, 0
-
-    def __iter__(self) -> "BoundedLines":
-        return self
-
-    def __next__(self) -> str:
-        line = self._text.readline(_MOST_ROW_BYTES + 1)
-        self.characters += len(line)
-        if self.characters > _MOST_ROW_BYTES:
-            raise InputError(f"{self._name}: {_TOO_LONG} Is a quote never closed?")
-        if not line:
-            raise StopIteration
-        return line
-
-
-_TOO_LONG = f"a row is longer than {_MOST_ROW_BYTES} bytes."
-
-
-def open_rows(path: Path, errors: str = "strict") -> io.TextIOWrapper:
-    """Open a UTF-8 file for reading, unpacking ``.gz`` up to a limit; a byte order mark is no part of the text."""
+def _open_text(path: Path, errors: str = "strict") -> io.TextIOWrapper:
+    """A UTF-8 file, of which a byte order mark is no part of the text."""
     return io.TextIOWrapper(_open_bytes(path), encoding="utf-8-sig", errors=errors, newline="")
 
 
@@ -167,64 +143,68 @@ def _read_json(path: Path) -> Records:
     if not head.startswith(b"["):
         raise InputError(f"{path}: expected a JSON array of objects or one object a line, found {head[:20]!r}.")
     decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
-    with open_rows(path) as text:
-        row, buffer, need, at_end, separator = 1, "", 1, False, "["
+    row, opening, text, need = 1, "[", "", 1  # what must stand before the element; what was read and not used
+    with _open_text(path) as file:
         while True:
-            while len(buffer) < need and not at_end:
-                try:
-                    chunk = text.read(max(_CHUNK_CHARACTERS, need - len(buffer)))
-                except UnicodeDecodeError as error:
-                    raise InputError(f"{path}, near row {row}: not UTF-8. Save the file as UTF-8.") from error
-                buffer, at_end = buffer + chunk, not chunk
-            trimmed = buffer.lstrip()
-            if trimmed[:1] == "]" and separator != "[":
-                if trimmed[1:].strip() or text.read(_CHUNK_CHARACTERS).strip():
-                    raise InputError(f"{path}: text follows the end of the JSON array after row {row - 1}.")
-                return
-            if trimmed[:1] == separator:
-                start = len(trimmed) - len(trimmed[1:].lstrip())
-                if separator == "[" and trimmed[start : start + 1] == "]":
+            try:
+                more = file.read(max(_CHUNK_CHARACTERS, need - len(text)))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}, near row {row}: not UTF-8. Save the file as UTF-8.") from error
+            text = (text + more).lstrip()
+            while text[:1] == opening:
+                inner = text[1:].lstrip()
+                if opening == "[" and inner[:1] == "]":
                     return
                 try:
-                    record, end = decoder.raw_decode(trimmed, start)
-                    rest = trimmed[end:].lstrip()
-                    if rest or at_end:
-                        yield row, record
-                        row, buffer, need, separator = row + 1, rest, 1, ","
-                        continue
+                    record, end = decoder.raw_decode(inner)
                 except RecursionError:
                     raise InputError(f"{path}, row {row}: broken JSON: nested too deeply. Correct it there.") from None
                 except ValueError as error:
-                    if at_end:
+                    if not more:
                         raise InputError(f"{path}, row {row}: broken JSON: {error}. Correct it there.") from error
-                    if len(trimmed) > _MOST_ROW_BYTES:
+                    if len(text) > _MOST_ROW_BYTES:
                         raise InputError(f"{path}, row {row}: {_TOO_LONG} Or broken JSON: {error}.") from error
-            if at_end or trimmed[:1] not in ("", separator):
+                    break
+                rest = inner[end:].lstrip()
+                if not rest and more:
+                    break  # a number may go on
+                yield row, record
+                row, opening, text = row + 1, ",", rest
+            if text[:1] == "]" and opening == ",":
+                if text[1:].strip() or file.read(_CHUNK_CHARACTERS).strip():
+                    raise InputError(f"{path}: text follows the end of the JSON array after row {row - 1}.")
+                return
+            if not more or text[:1] not in ("", opening):
                 raise InputError(f"{path}, row {row}: broken JSON: expected ',' or ']' before it. Correct it there.")
-            if len(trimmed) <= 1 < len(buffer):
-                buffer = trimmed  # nothing but space, however much
-            need = 2 * len(buffer) + 1  # the element is longer than what was read
+            need = 2 * len(text) + 1  # the element is longer than what was read
 
 
 def _read_csv(path: Path) -> Records:
+    row = characters = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal characters
+        while line := text.readline(_MOST_ROW_BYTES + 1):
+            characters += len(line)
+            if characters > _MOST_ROW_BYTES:  # before the row is all in memory
+                raise InputError(f"{path}: {_TOO_LONG} Is a quote never closed?")
+            yield line
+
     limit = csv.field_size_limit(_MOST_ROW_BYTES)
     try:
         # A byte that is not UTF-8 becomes a lone surrogate and is then reported for its own row.
-        with open_rows(path, errors="surrogateescape") as text:
-            lines = BoundedLines(path, text)
-            cells = csv.reader(lines, strict=True)
-            row = 0
-            try:
-                header = next(cells, [])
-                twice = sorted(name for name, number in Counter(header).items() if number > 1)
-                if twice:
-                    names = shortened(", ".join(twice))
-                    raise InputError(f"{path}: its first line names a column twice: {names}. Rename one.")
-                for row, values in enumerate((values for values in cells if values), start=1):
-                    lines.characters = 0
-                    yield row, _csv_record(header, values)
-            except csv.Error as error:
-                raise InputError(f"{path}: broken CSV after row {row}: {error}. Check the quotes there.") from error
+        with _open_text(path, errors="surrogateescape") as text:
+            cells = csv.reader(lines(), strict=True)
+            header = next(cells, [])
+            twice = sorted(name for name, number in Counter(header).items() if number > 1)
+            if twice:
+                names = shortened(", ".join(twice))
+                raise InputError(f"{path}: its first line names a column twice: {names}. Rename one.")
+            for row, values in enumerate((values for values in cells if values), start=1):
+                characters = 0
+                yield row, _csv_record(header, values)
+    except csv.Error as error:
+        raise InputError(f"{path}: broken CSV after row {row}: {error}. Check the quotes there.") from error
     finally:
         csv.field_size_limit(limit)
 
@@ -239,64 +219,47 @@ def _csv_record(header: list[str], values: list[str]) -> dict[str, Any] | str:
     return record
 
 
-def read_parquet(path: Path, row_group: int | None = None, first_row: int = 1) -> Records:
-    """The rows of a Parquet file, or those of one row group, whose first row is number ``first_row`` of the file."""
+@contextmanager
+def _open_parquet(path: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    groups = None if row_group is None else [row_group]
     try:
         # Columns are decoded from a buffer of 1 MiB instead of a whole row group.
         with pq.ParquetFile(path, buffer_size=1 << 20) as file:
-            yield from enumerate(_parquet_rows(path, file, groups), start=first_row)
+            yield file
     except (pa.ArrowException, OSError, RecursionError) as error:
-        raise _unreadable_parquet(path, error) from error
+        reason = shortened(str(error), 300)
+        raise InputError(f"{path}: not a readable Parquet file ({reason}). Fetch or write it again.") from error
 
 
 def parquet_row_groups(path: Path) -> list[int]:
     """The number of rows of each row group of a Parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            return [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-    except (pa.ArrowException, RecursionError) as error:
-        raise _unreadable_parquet(path, error) from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    with _open_parquet(path) as file:
+        return [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
 
 
-def _unreadable_parquet(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path}: not a readable Parquet file ({shortened(str(error), 300)}). Fetch or write it again.")
-
-
-def _parquet_rows(path: Path, file: Any, groups: list[int] | None) -> Iterator[Any]:
-    left = most_expanded_bytes(path)
-    batch_size = _parquet_batch_rows(path, file)
-    for batch in file.iter_batches(batch_size=batch_size, row_groups=groups, use_threads=False):
-        left -= batch.nbytes
-        if left < 0:
-            raise _expands_too_much(path)
-        # A batch of ordinary rows is small; of another one no row is made before its size is known.
-        parts = [batch] if batch.nbytes <= _MOST_ROW_BYTES else (batch.slice(at, 1) for at in range(batch.num_rows))
-        for part in parts:
-            if part.nbytes > _MOST_ROW_BYTES:
-                raise InputError(f"{path}: {_TOO_LONG} Shorten or remove it.")
-            yield from part.to_pylist()
-
-
-def _parquet_batch_rows(path: Path, file: Any) -> int:
-    """Rows to decode at a time: 256, and fewer of a file whose dictionaries may hold long texts to be repeated.
-
-    Raises:
-        InputError: the file's own account of its rows says that one of them is too long to be decoded.
-    """
-    longest = 0
-    for number in range(min(file.metadata.num_row_groups, 1000)):
-        group = file.metadata.row_group(number)
-        if group.total_byte_size > _MOST_ROW_BYTES * max(1, group.num_rows):
-            raise InputError(f"{path}: {_TOO_LONG} Shorten or remove it.")
-        for column in range(min(group.num_columns, 1000)):
-            longest = max(longest, group.column(column).total_uncompressed_size)
-    return 256 if longest <= _MOST_ROW_BYTES else 16
+def read_parquet(path: Path, row_group: int | None = None, first_row: int = 1) -> Records:
+    """The rows of a Parquet file, or those of one row group, whose first row is number ``first_row`` of the file."""
+    too_long = InputError(f"{path}: {_TOO_LONG} Shorten or remove it.")
+    left, number, longest = most_expanded_bytes(path), first_row, 0
+    with _open_parquet(path) as file:
+        for group in map(file.metadata.row_group, range(min(file.metadata.num_row_groups, 1000))):
+            if group.total_byte_size > _MOST_ROW_BYTES * max(1, group.num_rows):
+                raise too_long
+            columns = map(group.column, range(min(group.num_columns, 1000)))
+            longest = max([longest, *(column.total_uncompressed_size for column in columns)])
+        # Fewer rows at a time of a file whose dictionaries may hold long texts to be repeated.
+        batch_size = 256 if longest <= _MOST_ROW_BYTES else 16
+        groups = None if row_group is None else [row_group]
+        for batch in file.iter_batches(batch_size=batch_size, row_groups=groups, use_threads=False):
+            left -= batch.nbytes
+            if left < 0:
+                raise _expands_too_much(path)
+            # A batch of ordinary rows is small; of another one no row is made before its size is known.
+            size = max(1, batch.num_rows) if batch.nbytes <= _MOST_ROW_BYTES else 1
+            for part in (batch.slice(at, size) for at in range(0, batch.num_rows, size)):
+                if part.nbytes > _MOST_ROW_BYTES:
+                    raise too_long
+                yield from enumerate(part.to_pylist(), start=number)
+                number += part.num_rows

@@ -7,6 +7,7 @@ it expects a list of parts. What it adds, and blanks that it trims, are its own 
 import json
 import logging
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ def is_reasoning_alone(response: str) -> bool:
 
 def partly_rendered(losses: Iterable[str | None]) -> dict[str, Any]:
     """``{"n": how many, "examples": the first 5}`` of what was lost, None standing for nothing."""
-    found = [loss for loss in losses if loss is not None]
+    found = list(filter(None, losses))
     return {"n": len(found), "examples": found[:SHOWN_LOSSES]}
 
 
@@ -133,34 +134,15 @@ def _partial_loss(content: str, text: str, start: int) -> str | None:
     answer = answer.strip()
     if tag and answer and _end_of(answer, text, start) is not None:
         return f" without its text up to '{_END_OF_REASONING}'"
-    kept = max(_characters_of_lines(content, text, start), _characters_of_ends(content, text, start))
-    if not kept:
-        return None
-    return f": {len(content) - kept} of {len(content)} characters are missing"
-
-
-def _characters_of_lines(content: str, text: str, start: int) -> int:
-    """Characters of the lines that stand in the text in order."""
-    kept = 0
+    # The longest beginning and the longest end that stand there: of each, a shorter one does too.
+    lengths = range(1, len(content) + 1)
+    beginning = bisect_left(lengths, True, key=lambda length: text.find(content[:length], start) < 0)
+    end = bisect_left(lengths, True, key=lambda length: text.find(content[len(content) - length :], start) < 0)
+    ends = min(sum(length for length in (beginning, end) if length >= _LEAST_PIECE), len(content) - 1)
+    lines = 0  # characters of those that stand there in order
     for piece in _pieces(content):
         place = text.find(piece, start)
         if len(piece) >= _LEAST_PIECE and place >= 0:
-            kept += len(piece)
-            start = place + len(piece)
-    return kept
-
-
-def _characters_of_ends(content: str, text: str, start: int) -> int:
-    """Characters of the longest beginning and the longest end that stand in the text."""
-    beginning = _longest(lambda length: text.find(content[:length], start) >= 0, len(content))
-    end = _longest(lambda length: text.find(content[len(content) - length :], start) >= 0, len(content))
-    return min(sum(length for length in (beginning, end) if length >= _LEAST_PIECE), len(content) - 1)
-
-
-def _longest(found: Callable[[int], bool], most: int) -> int:
-    """The largest length up to ``most`` that is found, where every shorter one is too."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if found(middle) else (low, middle - 1)
-    return low
+            lines, start = lines + len(piece), place + len(piece)
+    kept = max(lines, ends)
+    return f": {len(content) - kept} of {len(content)} characters are missing" if kept else None

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from inform_rm.data.columns import (
     ROW_FIELDS,
     Columns,
     Reading,
+    Row,
     check_not_encoded,
     no_prompt,
     no_response,
@@ -44,21 +46,6 @@ class RowFault:
     reason: str
 
 
-def read_score_rows(
-    source: Source, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
-) -> Iterator[ScoreRow]:
-    """Yield the rows of a source in order, checked, one in memory at a time; see `score_rows_or_faults`.
-
-    Raises:
-        InputError: if the source is missing, of another kind or broken, or a row has no usable ``prompt`` or
-            ``response``; the message names file and row (from 1; in JSONL the line).
-    """
-    for row in score_rows_or_faults(source, columns, reading):
-        if isinstance(row, RowFault):
-            raise InputError(row.reason)
-        yield row
-
-
 def score_rows_or_faults(
     source: Source, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
 ) -> Iterator[ScoreRow | RowFault]:
@@ -91,21 +78,20 @@ def score_rows_or_faults(
 
 def _plain(value: Any, column: str, where: str) -> Any:
     """The value as JSON can hold it; dates become ISO text."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where}: {column!r} is not valid Unicode ({error.reason}). Repair the text.") from error
-        return value
-    if isinstance(value, list):
-        return [_plain(item, column, where) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item, column, where) for key, item in value.items()}
-    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_iso)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: {column!r} is not valid Unicode ({error.reason}). Repair the text.") from error
+    except TypeError as error:
+        raise InputError(f"{where}: column {column!r} holds a {error}, which JSON cannot. Drop the column.") from None
+    return json.loads(text)
+
+
+def _iso(value: Any) -> str:
+    if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    raise InputError(f"{where}: column {column!r} holds a {type(value).__name__}, which JSON cannot. Drop the column.")
+    raise TypeError(type(value).__name__)
 
 
 def _writable(record: Any, where: str) -> dict[str, Any]:
@@ -126,22 +112,22 @@ def _checked_row(record: Any, where: str, columns: Columns, reading: Reading, is
             raise InputError(f"{where} has a field {field!r} already, which the result would replace. Rename it.")
     try:
         reading.add_row(record, columns, ROW_FIELDS)
-        prompt, response = _prompt_and_response(record, columns, reading, is_csv)
+        prompt, response = _prompt_and_response(Row(record, columns, reading), is_csv)
     except Fault as fault:
         raise InputError(f"{where}: {fault}") from None
     return ScoreRow(prompt, response, {key: _plain(value, key, where) for key, value in record.items()}, where)
 
 
-def _prompt_and_response(record: dict, columns: Columns, reading: Reading, is_csv: bool) -> tuple[list[Message], str]:
-    response = columns.value(record, "response", required=True)
-    if response is None and is_csv and columns.given.get("response", "response") in record:
+def _prompt_and_response(row: Row, is_csv: bool) -> tuple[list[Message], str]:
+    response = row.value("response", required=True)
+    if response is None and is_csv and row.columns.given.get("response", "response") in row.record:
         response = ""
     if response is None:
-        raise no_response(record)
-    check_not_encoded(record, columns)
-    prompt = stated_prompt(record, columns, reading)
+        raise no_response(row.record)
+    check_not_encoded(row)
+    prompt = stated_prompt(row)
     if prompt is None:
-        raise no_prompt(record, "a row to score needs one", ROW_FIELDS)
+        raise no_prompt(row.record, "a row to score needs one", ROW_FIELDS)
     listed = conversation("'response'", response) if not isinstance(response, str) else None
     if listed is not None:  # the last message of a chat, as an API gives it
         if len(listed) > 1 or listed[0]["role"] != "assistant":
@@ -150,4 +136,4 @@ def _prompt_and_response(record: dict, columns: Columns, reading: Reading, is_cs
     if not isinstance(response, str):
         raise Fault("wrong type", f"'response' is {found(response)}; expected text.")
     check_unicode("'response'", response)  # an empty one is a response: policies in training write some
-    return with_earlier_turns(record, columns, prompt, reading), response
+    return with_earlier_turns(row, prompt), response

@@ -41,10 +41,7 @@ def source_name(source: str | Path) -> str:
 class SourceName:
     """A source as it is written: a file, a folder or a Hub id, and which part of it is meant.
 
-    Attributes:
-        name: path or Hub id.
-        split: name of the split; ``None`` where there is only one.
-        config: name of the configuration, for data sets that have several.
+    `split` and `config` (of data sets that have several) are names, ``None`` where none is written.
     """
 
     name: str
@@ -123,11 +120,11 @@ def open_parts(source: Source, *, revision: str | None = None) -> list[tuple[str
     if path.is_dir() and is_saved_dataset(path):
         if named.config is not None:
             raise InputError(f"{name}: {named.name} has no configurations. Leave {named.config!r} out.")
-        return [(name, _rows(_load_saved(path, named.split)))]
+        return [(name, enumerate(_load_saved(path, named.split), start=1))]
     if path.is_dir():
         return [open_file(file) for file in files_of_split(path, named)]
     check_hub_id(named.name)
-    return [(name, _rows(load_hub(named.name, named.split, revision, config=named.config)))]
+    return [(name, enumerate(load_hub(named.name, named.split, revision, config=named.config), start=1))]
 
 
 def _rows_in_memory(source: Any) -> Any:
@@ -163,47 +160,37 @@ def files_of_split(folder: Path, named: SourceName) -> list[Path]:
     """
     from datasets import load_dataset_builder
 
-    there = sorted(
-        path
-        for path in folder.rglob("*")
+    there = {
+        path.resolve(): path
+        for path in sorted(folder.rglob("*"))
         if path.is_file()
         and data_suffix(path.name)
         and path.name not in ("dataset_info.json", "dataset_infos.json")
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    }
     if not there:
         raise InputError(f"{folder}: no data in this folder; expected files ending in {', '.join(SUFFIXES)}.")
     try:
-        found = load_dataset_builder(str(folder), name=named.config).config.data_files
+        found = load_dataset_builder(str(folder), name=named.config).config.data_files or {}
     except Exception as error:  # datasets raises many types for a folder that it cannot make sense of
         raise InputError(
             f"{folder}: it is not clear what to read of this folder ({shortened(' '.join(str(error).split()), 300)}). "
             f"Name one of its files, or a configuration: {folder}[CONFIG/SPLIT]."
         ) from error
-    own = {path.resolve(): path for path in there}
-    splits: dict[str, list[Path]] = {}
-    for part, files in (found or {}).items():
-        outside = [file for file in files if Path(file).resolve() not in own]
-        if outside:
-            raise InputError(f"{folder}: its README.md names a file outside the folder, {shortened(outside[0])}.")
-        splits[str(part)] = sorted(own[Path(file).resolve()] for file in files)
-    if not splits:
-        raise InputError(f"{folder}: no split in this folder. Name its files.")
-    split = named.split if named.split is not None or len(splits) > 1 else next(iter(splits))
-    if split not in splits:
-        got = "no split was named" if split is None else f"there is no split {split!r}"
-        listed = ", ".join(f"{folder}[{name}]" for name in splits)
-        raise InputError(f"{folder}: {got}. Name one: {listed}.")
+    splits = {str(part): [Path(file).resolve() for file in files] for part, files in found.items()}
     known = {file for files in splits.values() for file in files}
-    if named.config is None and (lost := [path for path in there if path not in known]):
+    if outside := sorted(known - there.keys()):
+        raise InputError(f"{folder}: its README.md names a file outside the folder, {shortened(str(outside[0]))}.")
+    files = sorted(there[file] for file in _pick_split(str(folder), splits, named.split))
+    if named.config is None and (lost := [path for file, path in there.items() if file not in known]):
         raise InputError(
             f"{folder}: {lost[0].relative_to(folder)} belongs to no split that its names or its README.md tell "
             f"({', '.join(splits)}). Name the files to read, or move it."
         )
-    formats = sorted({str(data_suffix(path.name)) for path in splits[split]})
+    formats = sorted({str(data_suffix(path.name)) for path in files})
     if len(formats) > 1:
         raise InputError(f"{folder}: files of several formats ({', '.join(formats)}). Name the files to read.")
-    return splits[split]
+    return files
 
 
 def source_digest(source: Source) -> str:
@@ -240,30 +227,22 @@ def check_hub_id(name: str) -> None:
         raise InputError(f"{name}: no such file or folder. Check the path.")
 
 
-def _rows(dataset: Any) -> Records:
-    return enumerate(dataset, start=1)
-
-
 def _load_saved(path: Path, split: str | None) -> Any:
     from datasets import load_from_disk
 
     try:
         for state in [path / "state.json", *path.glob("*/state.json")]:
-            if state.is_file():
-                _check_saved_files(state)
+            for part in json.loads(state.read_text(encoding="utf-8"))["_data_files"] if state.is_file() else ():
+                name = part["filename"]
+                if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+                    raise InputError(
+                        f"{state}: names a file outside its folder, {shortened(repr(name))}. Save it again."
+                    )
         return _pick_split(str(path), load_from_disk(str(path)), split)
     except InputError:
         raise
     except Exception as error:  # Arrow and datasets raise many types for a damaged or forged file
         raise InputError(f"{path}: the saved dataset cannot be read ({error}). Save it again.") from error
-
-
-def _check_saved_files(state: Path) -> None:
-    """Refuse a saved dataset whose parts lie anywhere but in its own folder."""
-    for part in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
-        name = part["filename"]
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
-            raise InputError(f"{state}: names a file outside its folder, {shortened(repr(name))}. Save it again.")
 
 
 def load_hub(
@@ -292,6 +271,7 @@ def load_hub(
 
 
 def _pick_split(name: str, loaded: Any, split: str | None) -> Any:
+    """The named split of a dictionary of splits, or its only one."""
     if not isinstance(loaded, dict):
         if split is not None:
             raise InputError(f"{name}[{split}]: {name} has no splits. Leave [{split}] out.")
@@ -299,6 +279,8 @@ def _pick_split(name: str, loaded: Any, split: str | None) -> Any:
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))
     if split not in loaded:
+        if not loaded:
+            raise InputError(f"{name}: it declares no split, so nothing of it can be read. Name its files.")
         got = "no split was named" if split is None else f"there is no split {split!r}"
         raise InputError(f"{name}: {got}. Name one: {', '.join(f'{name}[{each}]' for each in loaded)}.")
     return loaded[split]

@@ -10,7 +10,13 @@ from transformers import AutoTokenizer
 
 from inform_rm.data.messages import Message
 from inform_rm.errors import InputError
-from inform_rm.safety.chat_templates import TEMPLATE_DATE, check_rendered, check_template, with_fixed_date
+from inform_rm.safety.chat_templates import (
+    TEMPLATE_DATE,
+    check_rendered,
+    check_template,
+    templates_of,
+    with_fixed_date,
+)
 from inform_rm.safety.checkpoints import check_code_is_own, check_files
 
 logger = logging.getLogger(__name__)
@@ -53,9 +59,8 @@ def load_tokenizer(
     try:
         if trust_remote_code:
             check_code_is_own(model_path, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(model_path), revision=revision or "main", trust_remote_code=trust_remote_code
-        )
+        hub = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(str(model_path), **hub)
     except InputError:
         raise
     except Exception as error:  # OSError, ValueError, KeyError, JSON and Hub errors, and tokenizers' bare Exception
@@ -67,10 +72,8 @@ def load_tokenizer(
         raise InputError(f"{model_path}: its tokenizer has no vocabulary. Name a folder that holds tokenizer.json.")
     if chat_template is not None:
         tokenizer.chat_template = _read_template(tokenizer, chat_template)
-    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {"": tokenizer.chat_template}
-    for template in named.values():
-        if template is not None:
-            check_template(template, str(model_path))
+    for template in templates_of(tokenizer.chat_template):
+        check_template(template, str(model_path))
     tokenizer = fix_date(tokenizer, str(model_path))
     if chat_template is not None:
         render(tokenizer, [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], tokenize=False)
@@ -101,8 +104,12 @@ def fix_date(tokenizer: Any, name: str) -> Any:
         return tokenizer
     date = f"{TEMPLATE_DATE:%d %b %Y}"
     logger.warning("%s: the chat template reads the clock; its date is fixed to %s.", name, date)
+    return _with_template(tokenizer, fixed)
+
+
+def _with_template(tokenizer: Any, template: Any) -> Any:
     tokenizer = copy.copy(tokenizer)  # the one that was passed stays as it is
-    tokenizer.chat_template = fixed
+    tokenizer.chat_template = template
     return tokenizer
 
 
@@ -118,9 +125,7 @@ def with_plain_template(tokenizer: Any, name: str) -> Any:
         "chat_template (a file) for another.",
         name, PLAIN_FORM,
     )  # fmt: skip
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.chat_template = _read_template(tokenizer, "plain")
-    return tokenizer
+    return _with_template(tokenizer, _read_template(tokenizer, "plain"))
 
 
 def warn_of_no_template(tokenizer: Any, name: str) -> None:
@@ -143,13 +148,12 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
-def render(tokenizer: Any, conversations: list[list[Message]], **options: Any) -> list:
-    """Token ids of conversations under the tokenizer's chat template, or their text with ``tokenize=False``.
+def render(tokenizer: Any, conversations: list[list[Message]], tokenize: bool = True, **options: Any) -> list:
+    """Token ids of conversations under the tokenizer's chat template, or their text without `tokenize`.
 
     Raises:
         InputError: if the template cannot render one of them, or makes far more text of it than it holds.
     """
-    tokenize = options.pop("tokenize", True)
     try:
         texts = tokenizer.apply_chat_template(conversations, tokenize=False, **options)
         for text, conversation in zip(texts, conversations, strict=True):
@@ -178,8 +182,6 @@ def _read_template(tokenizer: Any, chat_template: str) -> str:
     if "{" in chat_template:
         return chat_template
     try:
-        if not Path(chat_template).is_file():
-            raise FileNotFoundError("no such file")
         return Path(chat_template).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(

@@ -4,14 +4,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
-from inform_rm.data.encoding import OVERLONG_POLICIES, TokenPair, encode_each, fit_pair
+from inform_rm.data.encoding import TokenPair, encode_each, fit_pair
 from inform_rm.data.pairs import BadRow
 from inform_rm.decomposition.likelihoods import ResponseLikelihood
 from inform_rm.errors import InputError
@@ -26,18 +26,15 @@ class GapGrid:
     """Rewards of P pairs under M prompts each.
 
     Attributes:
-        rewards: ``(P, M, 2)`` float32 of the chosen and the rejected response; NaN where the cell is not used. What
-            the model gave as NaN or infinity stands there as it is.
-        used: ``(P, M)`` bool; false where there is no prompt, prompt and response are longer than the model takes, or
-            the chat template refuses the prompt.
-        truncated: cells whose prompt was cut (``overlong="truncate_prompt"``).
+        rewards: ``(P, M, 2)`` float32 of the chosen and the rejected response, as the model gave them; NaN where the
+            cell is not used.
+        used: ``(P, M)`` bool; false where there is no prompt, or it is too long or refused with this response.
         tokens_computed: tokens that went through the model in this call.
         tokens_plain: tokens that one forward pass for every reward would have taken, without padding.
     """
 
     rewards: Tensor
     used: Tensor
-    truncated: int
     tokens_computed: int
     tokens_plain: int
 
@@ -63,17 +60,12 @@ def distinct_prompts(pairs: Dataset) -> tuple[Tensor, Tensor]:
         ``(K,)`` the row at which each prompt comes first, and ``(P,)`` the number of each row's prompt among them.
     """
     numbers: dict[bytes, int] = {}
-    first_rows: list[int] = []
     own: list[int] = []
-    for row, prompt in enumerate(
-        prompt for batch in pairs.select_columns("prompt").iter(1000) for prompt in batch["prompt"]
-    ):
-        key = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode("utf-8", "surrogatepass")).digest()
-        if key not in numbers:
-            numbers[key] = len(first_rows)
-            first_rows.append(row)
-        own.append(numbers[key])
-    return torch.tensor(first_rows), torch.tensor(own)
+    for batch in pairs.select_columns("prompt").iter(1000):
+        for prompt in batch["prompt"]:
+            key = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode("utf-8", "surrogatepass")).digest()
+            own.append(numbers.setdefault(key, len(numbers)))
+    return torch.from_numpy(np.unique(own, return_index=True)[1]), torch.tensor(own)
 
 
 def gap_grid(
@@ -91,9 +83,9 @@ def gap_grid(
 ) -> GapGrid:
     """Score both responses of each pair under each of its prompts.
 
-    The text of every prompt and response is encoded together, as `inform_rm.data.encoding` does it: nothing is spliced
-    at the level of tokens. Cells are computed prompt by prompt, so that a prompt goes through the model once for all
-    responses that follow it in a batch, whichever pairs they belong to. Memory holds a thousand cells at a time.
+    Prompt and response are encoded as one text: nothing is spliced at the level of tokens. Cells are computed prompt
+    by prompt, so that a prompt goes through the model once for all responses that follow it in a batch, whichever
+    pairs they belong to. Memory holds a thousand cells at a time.
 
     Args:
         scorer: the model; with a `ResponseLikelihood`, log-likelihoods take the place of rewards.
@@ -104,70 +96,57 @@ def gap_grid(
         rows: ``(P,)`` rows of ``pairs`` that the grid is for; ``None`` for all.
         encoded: ``pairs`` hold the token ids of each pair under its own prompt, which are then not made again: the
             columns that `inform_rm.data.encoding.encode_pairs` makes with this scorer's tokenizer and ``keep_text``.
-        overlong: what becomes of a cell that is longer than the scorer's ``max_length``: ``"error"`` if it is a pair
-            under its own prompt, ``"drop"``, or ``"truncate_prompt"``. Under another prompt ``"error"`` leaves the
-            cell out, too: the data are not at fault.
-        on_bad_row: what becomes of a pair under its own prompt that cannot be encoded, or is too long as ``overlong``
-            does not allow: ``"error"``, or ``"skip"``, which leaves the cell out. Under another prompt it is always
+        overlong: what becomes of a cell that is longer than the scorer's ``max_length``: it is a bad row
+            (``"error"``), is left out (``"drop"``), or loses tokens of its prompt (``"truncate_prompt"``).
+        on_bad_row: what becomes of a pair that cannot be encoded or does not fit under its own prompt: ``"error"``, or
+            ``"skip"``, which leaves the cell out. Under another prompt, where the data are not at fault, it is always
             left out.
         journal: rewards of an earlier call that was cut off, continued and written to.
         progress: show a progress bar.
 
     Raises:
-        InputError: wrong arguments.
+        InputError: a loaded model came without its tokenizer.
         BadRow: a pair that cannot be encoded, or is too long, under its own prompt, with ``on_bad_row="error"``.
     """
-    if overlong not in OVERLONG_POLICIES:
-        raise InputError(f"overlong: got {overlong!r}; expected one of {', '.join(OVERLONG_POLICIES)}.")
     if scorer.tokenizer is None:
         raise InputError("tokenizer: a loaded model needs its tokenizer here. Pass tokenizer=...")
-    num_pairs, num_prompts = choice.shape
-    pair_rows = torch.arange(num_pairs) if rows is None else rows
-    rewards = torch.full((num_pairs, num_prompts, 2), float("nan"))
+    pair_rows = torch.arange(len(choice)) if rows is None else rows
+    rewards = torch.full((*choice.shape, 2), float("nan"))
+    flat = rewards.view(-1)  # by entry, as the journal numbers them: 2 * (pair * M + column) + side
     used = choice >= 0
-    known = torch.zeros(num_pairs, num_prompts, 2, dtype=torch.bool)
-    if journal is not None:
-        for entry, reward, _ in journal.finished():
-            rewards.view(-1)[entry] = reward
-            known.view(-1)[entry] = True
-    truncated = tokens_plain = 0
-    tokens_before = scorer.tokens_computed
-    total, finished = 2 * int(used.sum()), int(known.sum())
-    with tqdm(total=total, initial=finished, unit="reward", desc="gap grid", disable=not progress) as bar:
+    known = set()
+    for entry, reward, _ in () if journal is None else journal.finished():
+        flat[entry] = reward
+        known.add(entry)
+    tokens_plain, tokens_before = 0, scorer.tokens_computed
+    total = 2 * int(used.sum())
+    with tqdm(total=total, initial=len(known), unit="reward", desc="gap grid", disable=not progress) as bar:
         for cells in _chunks_by_prompt(choice):
-            sequences: list[list[int]] = []
-            prompt_lengths: list[int] = []
-            entries: list[tuple[int, int, int]] = []
-            for (pair, column), both, where in _encode_cells(
-                scorer, pairs, pair_rows, prompt_rows, choice, cells, encoded
-            ):
-                try:
-                    fitted = _fit(both, scorer, overlong, *where)
-                except BadRow:
-                    if column == 0 and on_bad_row == "error":
-                        raise
-                    fitted = None
-                if fitted is None:
+            left: dict[int, tuple[list[int], int]] = {}  # by entry the token ids and the length of their prompt
+            rows_of = pair_rows[[pair for pair, _ in cells]], prompt_rows[[int(choice[cell]) for cell in cells]]
+            are_encoded = [encoded and column == 0 for _, column in cells]
+            found = _encoded_cells(scorer, pairs, *rows_of, are_encoded, overlong)
+            for (pair, column), both in zip(cells, found, strict=True):
+                if isinstance(both, BadRow) and column == 0 and on_bad_row == "error":
+                    raise both
+                if both is None or isinstance(both, BadRow):
                     used[pair, column] = False
                     bar.update(2)
                     continue
-                truncated += fitted is not both
-                tokens_plain += len(fitted.chosen_ids) + len(fitted.rejected_ids)
-                for side, ids in enumerate((fitted.chosen_ids, fitted.rejected_ids)):
-                    if not known[pair, column, side]:
-                        sequences.append(ids)
-                        prompt_lengths.append(fitted.prompt_length)
-                        entries.append((pair, column, side))
-            scores: Iterator[Any] = scorer.iter_scores(sequences, prompt_lengths, check_finite=False)
-            for places, values, _ in scores:
+                for side, ids in enumerate((both.chosen_ids, both.rejected_ids)):
+                    tokens_plain += len(ids)
+                    entry = 2 * (pair * choice.shape[1] + column) + side
+                    if entry not in known:
+                        left[entry] = ids, both.prompt_length
+            entries = list(left)
+            sequences, prompt_lengths = zip(*left.values(), strict=True) if left else ((), ())
+            for places, values, _ in scorer.iter_scores(sequences, prompt_lengths, check_finite=False):
                 done = [entries[place] for place in places]
-                for (pair, column, side), value in zip(done, values.tolist(), strict=True):
-                    rewards[pair, column, side] = value
+                flat[done] = values
                 if journal is not None:
-                    numbers = [(pair * num_prompts + column) * 2 + side for pair, column, side in done]
-                    journal.add(numbers, values.tolist())
+                    journal.add(done, values.tolist())
                 bar.update(len(places))
-    return GapGrid(rewards, used, truncated, scorer.tokens_computed - tokens_before, tokens_plain)
+    return GapGrid(rewards, used, scorer.tokens_computed - tokens_before, tokens_plain)
 
 
 def _chunks_by_prompt(choice: Tensor) -> Iterator[list[tuple[int, int]]]:
@@ -179,42 +158,35 @@ def _chunks_by_prompt(choice: Tensor) -> Iterator[list[tuple[int, int]]]:
         yield cells[start : start + _CELLS_IN_MEMORY]
 
 
-def _encode_cells(
+def _encoded_cells(
     scorer: RewardScorer | ResponseLikelihood,
     pairs: Dataset,
-    pair_rows: Tensor,
-    prompt_rows: Tensor,
-    choice: Tensor,
-    cells: list[tuple[int, int]],
-    encoded: bool,
-) -> Iterator[tuple[tuple[int, int], TokenPair | BadRow, tuple[str, int]]]:
-    """The cells with their token ids, or why they have none, and the file and row of their pair."""
-    wanted = pair_rows[[pair for pair, _ in cells]]
-    prompts_at = prompt_rows[[int(choice[pair, column]) for pair, column in cells]]
+    wanted: Tensor,
+    prompts_at: Tensor,
+    are_encoded: list[bool],
+    overlong: str,
+) -> Iterator[TokenPair | BadRow | None]:
+    """Each cell within the model's length, or why it is not; ``None`` where it is too long and to be dropped.
+
+    ``wanted`` and ``prompts_at`` are the rows of a cell's responses, with ids where it is encoded, and of its prompt.
+    """
     needed, place = torch.cat([wanted, prompts_at]).unique(return_inverse=True)
     batch = pairs[needed.tolist()]
-    of_pair, of_prompt = place.chunk(2)
-    places = list(zip(*([batch[name][at] for at in of_pair] for name in ("file", "row")), strict=True))
-    known = {
-        number: TokenPair(*(batch[name][at] for name in ("chosen_input_ids", "rejected_input_ids", "prompt_length")))
-        for number, ((_, column), at) in enumerate(zip(cells, of_pair, strict=True))
-        if encoded and column == 0
-    }
-    others = [number for number in range(len(cells)) if number not in known]
+    of_pair, of_prompt = (part.tolist() for part in place.chunk(2))
+    others = [cell for cell, known in enumerate(are_encoded) if not known]
     columns = {name: [batch[name][of_pair[at]] for at in others] for name in ("chosen", "rejected", "file", "row")}
     columns["prompt"] = [batch["prompt"][of_prompt[at]] for at in others]
-    found = known | dict(zip(others, encode_each(scorer.tokenizer, columns), strict=True))
-    return zip(cells, (found[number] for number in range(len(cells))), places, strict=True)
-
-
-def _fit(
-    both: TokenPair | BadRow, scorer: RewardScorer | ResponseLikelihood, overlong: str, file: str, row: int
-) -> TokenPair | None:
-    """A cell within the model's length, or ``None`` under ``overlong="drop"``."""
-    if isinstance(both, BadRow):
-        raise both
-    if scorer.max_length is None or both.longest <= scorer.max_length:
-        return both
-    if overlong == "drop":
-        return None
-    return fit_pair(both, scorer.max_length, overlong, scorer.tokenizer.bos_token_id, file, row)
+    encoded = iter(encode_each(scorer.tokenizer, columns))
+    for at, known in zip(of_pair, are_encoded, strict=True):
+        ids = ("chosen_input_ids", "rejected_input_ids", "prompt_length")
+        both = TokenPair(*(batch[name][at] for name in ids)) if known else next(encoded)
+        if isinstance(both, BadRow) or scorer.max_length is None or both.longest <= scorer.max_length:
+            yield both
+        elif overlong == "drop":
+            yield None
+        else:
+            place = batch["file"][at], batch["row"][at]
+            try:
+                yield fit_pair(both, scorer.max_length, overlong, scorer.tokenizer.bos_token_id, *place)
+            except BadRow as bad:
+                yield bad

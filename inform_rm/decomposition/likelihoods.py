@@ -10,23 +10,8 @@ from torch import Tensor
 
 from inform_rm.data.tokenizer import fix_date, load_tokenizer, warn_of_no_template
 from inform_rm.errors import InputError
-from inform_rm.scoring.packing import (
-    PackedRow,
-    default_tokens_per_batch,
-    eval_mode_of,
-    pack_sequences,
-    packed_attention_of,
-    packed_batches,
-    packed_inputs,
-    rows_by_prompt,
-    split_at,
-)
-from inform_rm.scoring.reward_models import (
-    checked_max_length,
-    fingerprint_model,
-    fingerprint_tokenizer,
-    load_causal_lm,
-)
+from inform_rm.scoring import packing, reward_models
+from inform_rm.scoring.packing import PackedRow
 from inform_rm.util.processes import computed_in_turn
 
 logger = logging.getLogger(__name__)
@@ -37,19 +22,10 @@ _LOGITS_IN_MEMORY = 1 << 26  # numbers; 256 MiB in float32
 class ResponseLikelihood:
     """Log-likelihoods of responses under a causal language model, with the interface that `gap_grid` asks of a scorer.
 
-    The "reward" of a row is ``log p(response tokens | prompt tokens)`` in nats, or its mean over the response tokens.
-    A prompt is computed once for its responses, as in `inform_rm.scoring.packing`; where that gives other likelihoods,
-    found out on a few random tokens, rows are computed one at a time, and a log line says so.
-
-    Args:
-        model: a loaded causal language model.
-        tokenizer: its tokenizer.
-        length_normalized: the mean over the response's tokens instead of the sum.
-        tokens_per_batch: see `inform_rm.scoring.scorer.RewardScorer`.
-        split_over_processes: likewise.
-
-    Attributes:
-        tokens_computed: tokens that went through the model so far.
+    The "reward" of a row is ``log p(response tokens | prompt tokens)`` in nats, or with ``length_normalized`` its mean
+    over the response tokens. A prompt is computed once for its responses, as in `inform_rm.scoring.packing`; where
+    that gives other likelihoods, found out on a few random tokens, rows are computed one at a time, and a log line
+    says so. For the other arguments see `inform_rm.scoring.scorer.RewardScorer`.
     """
 
     def __init__(
@@ -64,20 +40,19 @@ class ResponseLikelihood:
         self.model, self.length_normalized = model, length_normalized
         self.tokenizer = fix_date(tokenizer, "likelihood model")
         warn_of_no_template(self.tokenizer, "likelihood model")
-        self.max_length = checked_max_length(model, None)
-        self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(model)
+        self.max_length = reward_models.checked_max_length(model, None)
+        self.tokens_per_batch = tokens_per_batch or packing.default_tokens_per_batch(model)
         self.tokens_computed = 0
-        self.is_packed = True
         reason = self._why_not_packed()
+        self.is_packed = reason is None
         if reason is not None:
             logger.warning("Likelihoods are computed one response at a time: %s.", reason)
-            self.is_packed = False
 
     def identity(self) -> dict[str, Any]:
-        """What decides a likelihood, as text that is equal on every machine."""
+        """What decides a likelihood; equal on every machine."""
         return {
-            "model": fingerprint_model(self.model),
-            "tokenizer": fingerprint_tokenizer(self.tokenizer),
+            "model": reward_models.fingerprint_model(self.model),
+            "tokenizer": reward_models.fingerprint_tokenizer(self.tokenizer),
             "length_normalized": self.length_normalized,
         }
 
@@ -91,20 +66,15 @@ class ResponseLikelihood:
                 raise InputError(
                     f"likelihood model: no token id {max(ids)} among its {largest}. Use its own tokenizer."
                 )
+        batches = [[row] for row in range(len(sequences))]
         if self.is_packed:
-            batches = iter(packed_batches(*split_at(sequences, prompt_lengths), self.tokens_per_batch))
-        else:
-            batches = iter([row] for row in range(len(sequences)))
-        with eval_mode_of(self.model):
+            batches = packing.packed_batches(*packing.split_at(sequences, prompt_lengths), self.tokens_per_batch)
 
-            def compute(rows: list[int]) -> tuple[Tensor, int]:
-                before = self.tokens_computed
-                part = [sequences[row] for row in rows]
-                values = self._log_likelihoods(part, [prompt_lengths[row] for row in rows])
-                tokens, self.tokens_computed = self.tokens_computed - before, before
-                return values, tokens
+        def compute(rows: list[int]) -> tuple[Tensor, int]:
+            return self._log_likelihoods([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
 
-            turns = computed_in_turn(list(batches), compute) if self.split_over_processes else (
+        with packing.eval_mode_of(self.model):
+            turns = computed_in_turn(batches, compute) if self.split_over_processes else (
                 (rows, compute(rows)) for rows in batches
             )  # fmt: skip
             for rows, (values, tokens) in turns:
@@ -114,37 +84,39 @@ class ResponseLikelihood:
                 yield rows, values, None
 
     @torch.no_grad()
-    def _log_likelihoods(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> Tensor:
-        row = pack_sequences(sequences, prompt_lengths)
-        self.tokens_computed += row.input_ids.numel()
-        places = _places_of_sequences(sequences, prompt_lengths, row)
-        predictors: list[int] = []
-        targets: list[int] = []
-        numbers = []
-        for ids, prompt_length, at in zip(sequences, prompt_lengths, places, strict=True):
-            first = max(prompt_length, 1)  # nothing comes before a first token that could predict it
-            predictors += at[first - 1 : len(ids) - 1]
-            targets += ids[first:]
-            numbers.append(len(ids) - first)
-        logs = self._log_probabilities(row, torch.tensor(predictors), torch.tensor(targets))
+    def _log_likelihoods(
+        self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
+    ) -> tuple[Tensor, int]:
+        """``(N,)`` log-likelihoods of rows in one pass, and the tokens of that pass."""
+        packed = packing.pack_sequences(sequences, prompt_lengths)
+        predictors: list[list[int]] = [[]] * len(sequences)  # of each response token, the place of the one before it
+        start = 0
+        groups = packing.rows_by_prompt(sequences, prompt_lengths).items()
+        for (prompt, rows), lengths in zip(groups, packed.segments, strict=True):
+            for row in rows:
+                last = int(packed.pooled_positions[row])
+                number = len(sequences[row]) - max(len(prompt), 1)  # nothing could predict a first token
+                before = start + len(prompt) - 1 if prompt else last - number
+                predictors[row] = [before, *range(last - number + 1, last)][:number]
+            start += sum(lengths)
+        numbers = [len(places) for places in predictors]
+        targets = [token for ids, number in zip(sequences, numbers, strict=True) for token in ids[len(ids) - number :]]
+        places = torch.tensor([place for own in predictors for place in own])
+        logs = self._log_probabilities(packed, places, torch.tensor(targets))
         sums = torch.stack([part.sum() for part in logs.split(numbers)])
-        return sums / torch.tensor(numbers).clamp(min=1) if self.length_normalized else sums
+        values = sums / torch.tensor(numbers).clamp(min=1) if self.length_normalized else sums
+        return values, packed.input_ids.numel()
 
     def _log_probabilities(self, row: PackedRow, predictors: Tensor, targets: Tensor) -> Tensor:
         """``(N,)`` float32 on the CPU: log-probability of each target after the token at its predictor's place."""
         device = self.model.get_input_embeddings().weight.device
         predictors, targets = predictors.long().to(device), targets.long().to(device)
         if not self.is_packed:  # one sequence
-            logs = (
-                self.model(input_ids=row.input_ids.to(device), use_cache=False)
-                .logits[0, predictors]
-                .float()
-                .log_softmax(dim=-1)
-            )
-            return logs.gather(1, targets[:, None])[:, 0].cpu()
-        with packed_attention_of(self.model):
+            logits = self.model(input_ids=row.input_ids.to(device), use_cache=False).logits[0, predictors]
+            return logits.float().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0].cpu()
+        with packing.packed_attention_of(self.model):
             hidden = getattr(self.model, self.model.base_model_prefix)(
-                **packed_inputs(self.model, row), use_cache=False
+                **packing.packed_inputs(self.model, row), use_cache=False
             ).last_hidden_state[0]
         head = self.model.get_output_embeddings()
         found = [torch.zeros(0)]
@@ -154,60 +126,36 @@ class ResponseLikelihood:
         return torch.cat(found)
 
     def _why_not_packed(self) -> str | None:
+        """Why packed rows do not give the model's own likelihoods, tried on a few random tokens; else ``None``."""
         vocabulary = min(self.model.get_input_embeddings().weight.shape[0], 1000)
-        drawn = torch.randint(vocabulary, (20,), generator=torch.Generator().manual_seed(0)).tolist()
-        sequences = [drawn[:7] + drawn[7:10], drawn[:7] + drawn[10:18]]
+        drawn = torch.randint(vocabulary, (18,), generator=torch.Generator().manual_seed(0)).tolist()
+        sequences = [drawn[:10], drawn[:7] + drawn[10:]]
         try:
-            with torch.no_grad(), eval_mode_of(self.model):
-                together = self._log_likelihoods(sequences, [7, 7])
-                device = self.model.get_input_embeddings().weight.device
-                alone = []
-                for ids in sequences:
-                    logits = self.model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu()
-                    logs = logits.log_softmax(dim=-1)[torch.arange(6, len(ids) - 1), ids[7:]]
-                    alone.append(logs.mean() if self.length_normalized else logs.sum())
-            difference = (together - torch.stack(alone)).abs().max()
+            with packing.eval_mode_of(self.model):
+                self.is_packed = True
+                together, _ = self._log_likelihoods(sequences, [7, 7])
+                self.is_packed = False
+                alone = torch.cat([self._log_likelihoods([ids], [7])[0] for ids in sequences])
+            difference = (together - alone).abs().max()
             tolerance = 1e-4 if self.model.dtype == torch.float32 else 0.5
-            if not difference <= tolerance * max(1.0, float(torch.stack(alone).abs().max())):
+            if not difference <= tolerance * max(1.0, float(alone.abs().max())):
                 return f"packed likelihoods differ by {difference:.2g}"
         except Exception as error:  # whatever a foreign model raises, it can still be run plainly
             return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         finally:
-            self.tokens_computed = 0
+            self.is_packed = False
         return None
 
 
 def load_likelihood(
     model: str | Path,
     *,
-    length_normalized: bool = False,
     chat_template: str | None = None,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
-    split_over_processes: bool = False,
+    **options: Any,
 ) -> ResponseLikelihood:
-    """A causal language model and its tokenizer from a folder or the Hub, as `ResponseLikelihood`.
-
-    Raises:
-        InputError: if either cannot be loaded.
-    """
-    loaded = load_causal_lm(model, device=device, trust_remote_code=trust_remote_code)
+    """`ResponseLikelihood` of a causal language model and its tokenizer from a folder or the Hub; see there."""
+    loaded = reward_models.load_causal_lm(model, device=device, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, chat_template=chat_template, trust_remote_code=trust_remote_code)
-    return ResponseLikelihood(loaded, tokenizer, length_normalized, split_over_processes=split_over_processes)
-
-
-def _places_of_sequences(
-    sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], row: PackedRow
-) -> list[list[int]]:
-    """For each sequence the places of its tokens in a packed row."""
-    places: list[list[int]] = [[] for _ in sequences]
-    start = 0
-    for rows, lengths in zip(rows_by_prompt(sequences, prompt_lengths).values(), row.segments, strict=True):
-        prompt = list(range(start, start + lengths[0]))
-        start += lengths[0]
-        if len(lengths) == 1:
-            places[rows[0]] = prompt
-        for sequence, length in zip(rows, lengths[1:], strict=len(lengths) > 1):
-            places[sequence] = prompt + list(range(start, start + length))
-            start += length
-    return places
+    return ResponseLikelihood(loaded, tokenizer, **options)

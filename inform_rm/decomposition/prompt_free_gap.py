@@ -24,22 +24,22 @@ from inform_rm.errors import InputError
 
 # Below this slope of the balance, rounding would move its root by more than about 1e-7.
 _FLAT = 1e-8
+_TOLERANCE = 1e-6  # width of the interval that a root is known to lie in, in the unit of the gaps
 _TEMPERING_STEPS = 60
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Gaps of P pairs taken apart, with what is known about their precision.
+    """Gaps of P pairs taken apart, each field ``(P,)``.
 
     Attributes:
-        own_gap: ``(P,)`` D under the pair's own prompt.
-        prompt_related_gap: ``(P,)`` D1 = D - D2.
-        prompt_free_gap: ``(P,)`` D2; NaN where a gap that counts is not finite.
-        effective_sample_size: ``(P,)`` ``(sum w)^2 / sum w^2``, between 1 and M. At 1, D2 is the gap of one prompt: if
-            that is the own prompt, D1 is 0.
-        standard_error: ``(P,)`` of D2, from the draw of prompts; see :func:`decompose_gaps` for NaN, 0 and inf.
-        converged: ``(P,)`` bool; false where D2 is NaN or known less closely than the tolerance, as for gaps so large
-            that neighbouring floats lie further apart.
+        own_gap: D under the pair's own prompt.
+        prompt_related_gap: D1 = D - D2.
+        prompt_free_gap: D2; NaN where a gap that counts is not finite.
+        effective_sample_size: ``(sum w)^2 / sum w^2``, from 1 (D2 is the gap of one prompt) to M.
+        standard_error: of D2, from the draw of prompts; see :func:`decompose_gaps` for NaN, 0 and inf.
+        converged: false where D2 is NaN or known less closely than 1e-6, as for gaps so large that neighbouring floats
+            lie further apart.
     """
 
     own_gap: Tensor
@@ -50,7 +50,7 @@ class Decomposition:
     converged: Tensor
 
 
-def prompt_free_gap(gaps: Tensor, weights: Tensor | None = None, *, tolerance: float = 1e-6) -> Tensor:
+def prompt_free_gap(gaps: Tensor, weights: Tensor | None = None) -> Tensor:
     """D2: the root c of ``sum_k w_k sigmoid(D_k - c) = 1/2`` with ``sum_k w_k = 1``, for every pair.
 
     The left side falls strictly in c, and the root lies between the smallest and the largest gap.
@@ -59,10 +59,10 @@ def prompt_free_gap(gaps: Tensor, weights: Tensor | None = None, *, tolerance: f
         gaps: ``(P, M)`` gap of each pair under each of its prompts.
         weights: ``(P, M)``, or ``(M,)`` for all pairs; ``None`` for equal ones. They need not add up to 1. At 0 the
             entry is left out, whatever its gap; entries of weight +inf share the whole mass of their row equally.
-        tolerance: width of the interval that the root is known to lie in, in the unit of the gaps.
 
     Returns:
-        ``(P,)`` float64. NaN for a pair with a NaN or infinite gap at positive weight; other pairs do not notice.
+        ``(P,)`` float64, known to 1e-6. NaN for a pair with a NaN or infinite gap at positive weight; other pairs do
+        not notice.
 
     Raises:
         InputError: (a ValueError) for wrong shapes, no prompts, weights that are negative or NaN, or a row without a
@@ -75,64 +75,43 @@ def prompt_free_gap(gaps: Tensor, weights: Tensor | None = None, *, tolerance: f
         >>> prompt_free_gap(gaps, torch.tensor([0.0, 0.0, 1.0])).tolist()
         [2.0, 3.0]
     """
-    return _solve(gaps, weights, tolerance)[0]
+    return _solve(gaps, weights)[0]
 
 
 def decompose_gaps(
-    gaps: Tensor,
-    weights: Tensor | None = None,
-    *,
-    own_prompt: int | Tensor = 0,
-    population: int | Tensor | None = None,
-    tolerance: float = 1e-6,
+    gaps: Tensor, weights: Tensor | None = None, *, population: int | Tensor | None = None
 ) -> Decomposition:
     """Take each pair's gap under its own prompt apart into D1 + D2, with the standard error of D2.
 
-    D2 solves ``S(c) = sum_k w_k psi(D_k - c) = 0`` with ``psi(z) = sigmoid(z) - 1/2``: an M-estimator of the root that
-    all prompts together would give. To first order around the root, ``D2 - root = S(root) / sum_k w_k sigmoid'``. S is
-    a sum of independent terms of mean 0 over drawn prompts, so ``sum_k w_k^2 psi_k^2`` estimates its variance, and ::
+    D2 solves ``sum_k w_k psi(D_k - c) = 0`` with ``psi(z) = sigmoid(z) - 1/2``: an M-estimator of the root that all
+    prompts together would give, a sum of independent terms of mean 0 over drawn prompts. Its usual sandwich formula ::
 
         se = sqrt(sum_k w_k^2 psi(D_k - D2)^2) / sum_k w_k sigmoid'(D_k - D2)
 
-    It is the usual sandwich formula, without a correction for few prompts: with m prompts of equal weight it is too
-    small by a factor of about ``sqrt(1 - 1/m)``.
+    is too small by a factor of about ``sqrt(1 - 1/m)`` with m prompts of equal weight. Drawing them from
+    ``population`` = N prompts without replacement leaves less to chance: se is multiplied by ``sqrt(1 - m/N)``, as if
+    the own prompt were drawn like the others, which is right up to 1/(2N). se does not cover that the own prompt
+    counts 1/m where it would count 1/N: that pulls D2 towards the own gap by about
+    ``(1/m - 1/N) psi(D1) / sum_k w_k sigmoid'``.
 
-    Drawing m of ``population`` = N prompts without replacement leaves less to chance: se is multiplied by
-    ``sqrt(1 - m/N)``. The own prompt is treated as a draw like the others. In truth it is always there, which makes
-    the random part a draw of m - 1 from N - 1, whose factor ``sqrt((N - m) / (N - 1))`` is the same up to 1/(2N). What
-    se does not cover is that the own prompt counts 1/m where it would count 1/N: that pulls D2 towards the own gap by
-    about ``(1/m - 1/N) psi(D1) / sum_k w_k sigmoid'``.
-
-    se is NaN where one prompt alone has weight, because one prompt tells nothing about the others, and where D2 is
-    NaN; 0 where all N prompts are used, even if N = 1; very large or inf where equal halves of the mass lie so far
-    apart that D2, between them, hangs on nothing.
+    se is NaN where D2 is NaN or one prompt alone has weight, which tells nothing about the others; 0 where all N
+    prompts are used; very large or inf where equal halves of the mass lie so far apart that D2 hangs on nothing.
 
     Args:
-        gaps: ``(P, M)`` gap of each pair under each of its prompts.
-        weights: as in :func:`prompt_free_gap`.
-        own_prompt: column of the pair's own prompt, one for all or ``(P,)``. Its weight may be 0: D1 is then its gap
-            against the other prompts.
+        gaps: ``(P, M)`` gap of each pair under each of its prompts, its own one first.
+        weights: as in :func:`prompt_free_gap`. The own prompt's may be 0: D1 is then its gap against the others.
         population: how many prompts there were to draw from, one number for all or ``(P,)``; ``None`` for very many.
-        tolerance: as in :func:`prompt_free_gap`.
 
     Raises:
-        InputError: as in :func:`prompt_free_gap`, and for an ``own_prompt`` that is no column or a ``population``
-            smaller than the number of prompts with weight.
+        InputError: as in :func:`prompt_free_gap`, and for a ``population`` smaller than the prompts with weight.
 
     Example:
         >>> parts = decompose_gaps(torch.tensor([[2.0, 0.0, 1.0]]))
         >>> round(parts.prompt_free_gap.item(), 4), round(parts.prompt_related_gap.item(), 4)
         (1.0, 1.0)
     """
-    root, width, values, shares = _solve(gaps, weights, tolerance)
-    pairs, prompts = shares.shape
-    columns = _per_pair("own_prompt", own_prompt, pairs, shares.device)
-    outside = (columns < 0) | (columns >= prompts)
-    if outside.any():
-        row = _first(outside)
-        raise InputError(f"own_prompt of row {row} is {columns[row]}; it must be a column of gaps, 0 to {prompts - 1}")
-    own = gaps.detach().gather(1, columns[:, None])[:, 0].double()
-
+    root, width, values, shares = _solve(gaps, weights)
+    own = gaps.detach()[:, 0].double()
     distance = values - root[:, None]
     influence = shares * torch.tanh(distance / 2) / 2  # psi(z) = sigmoid(z) - 1/2 = tanh(z / 2) / 2
     # Where the slope underflows the numerator is far from 0, since gaps near the root would make a slope: no 0 / 0.
@@ -140,7 +119,7 @@ def decompose_gaps(
     used = (shares > 0).sum(1)
     error = error.masked_fill(used == 1, math.nan)
     if population is not None:
-        total = _per_pair("population", population, pairs, shares.device)
+        total = torch.as_tensor(population, device=used.device).expand(len(used))
         if (total < used).any():
             row = _first(total < used)
             raise InputError(
@@ -153,63 +132,34 @@ def decompose_gaps(
         own_gap=own,
         prompt_related_gap=own - root,
         prompt_free_gap=root,
-        effective_sample_size=1 / shares.square().sum(1),
+        effective_sample_size=_effective_sample_size(shares),
         standard_error=torch.where(root.isnan(), math.nan, error),
-        converged=width <= tolerance,  # false for NaN
+        converged=width <= _TOLERANCE,  # false for NaN
     )
-
-
-def effective_sample_size(weights: Tensor) -> Tensor:
-    """``(sum w)^2 / sum w^2`` per row: how many equal weights would be worth as much (Kish).
-
-    Args:
-        weights: ``(P, M)``, as in :func:`prompt_free_gap`.
-
-    Returns:
-        ``(P,)`` float64, from 1 to M.
-
-    Raises:
-        InputError: for weights that :func:`prompt_free_gap` refuses.
-
-    Example:
-        >>> effective_sample_size(torch.tensor([[1.0, 1.0, 0.0], [5.0, 0.0, 0.0]])).tolist()
-        [2.0, 1.0]
-    """
-    if weights.dim() != 2:
-        raise InputError(f"weights have shape {tuple(weights.shape)}; expected (pairs, prompts)")
-    return 1 / _normalised(weights).square().sum(1)
 
 
 def tempered_weights(log_likelihoods: Tensor, target: float = 0.25) -> tuple[Tensor, Tensor]:
     """``softmax(a * log_likelihoods)`` with the largest a in [0, 1] that keeps enough prompts in play.
 
-    The likelihood of a long response differs so much between prompts that the plain softmax puts all weight on one.
-    The exponent a is the largest one at which the effective sample size is at least ``target`` times the number of
-    usable prompts of the row.
+    The likelihood of a long response differs so much between prompts that the plain softmax puts all weight on one. a
+    is the largest exponent with an effective sample size of at least ``target`` times the row's usable prompts.
 
     Args:
         log_likelihoods: ``(P, M)`` in nats; -inf marks a prompt that cannot be used and gets weight 0.
-        target: share of the usable prompts, above 0 and at most 1. At 1 every row gets exponent 0, except rows whose
-            log-likelihoods are all equal: they are equally weighted at any exponent and get 1.
+        target: share of the usable prompts, above 0 and at most 1. At 1 every row gets exponent 0, but 1 where all
+            log-likelihoods are equal.
 
     Returns:
         Weights ``(P, M)`` with rows that add up to 1 and exponents ``(P,)``; both float64.
 
     Raises:
-        InputError: for a target outside (0, 1], a wrong shape, NaN, +inf, or a row without a usable entry.
+        InputError: for NaN, +inf, or a row without a usable entry.
 
     Example:
         >>> weights, exponents = tempered_weights(torch.tensor([[0.0, -1000.0], [0.0, 0.0]]), target=0.75)
         >>> round(1 / weights[0].square().sum().item(), 6), exponents[1].item()
         (1.5, 1.0)
     """
-    if not 0 < target <= 1:
-        raise InputError(
-            f"target is {target}; it is a share of the prompts, above 0 and at most 1: take a small one such as 0.01 "
-            "for nearly untempered weights, or 1 for equal weights"
-        )
-    if log_likelihoods.dim() != 2:
-        raise InputError(f"log_likelihoods have shape {tuple(log_likelihoods.shape)}; expected (pairs, prompts)")
     scores = log_likelihoods.detach().double()
     wrong = (scores.isnan() | (scores == math.inf)).any(1)
     if wrong.any():
@@ -231,11 +181,11 @@ def tempered_weights(log_likelihoods: Tensor, target: float = 0.25) -> tuple[Ten
     low = torch.zeros_like(needed)
     high = torch.ones_like(low)
     equal = (scores == 0).all(1)  # by hand, as rounding decides whether ESS >= 1.0 * M
-    untempered = equal | (_kish(tempered(high)) >= needed)
+    untempered = equal | (_effective_sample_size(tempered(high)) >= needed)
     if target < 1:
         for _ in range(_TEMPERING_STEPS):
             middle = (low + high) / 2
-            enough = _kish(tempered(middle)) >= needed
+            enough = _effective_sample_size(tempered(middle)) >= needed
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     else:
         untempered = equal
@@ -253,9 +203,9 @@ def sample_prompts(
     the other rows: two pairs of one prompt get different draws, and appending pairs changes nothing.
 
     Args:
-        own: ``(P,)`` integers, index of each pair's own prompt.
+        own: ``(P,)`` int64, number of each pair's own prompt.
         num_prompts: prompts per pair, the own one included.
-        population: number of distinct prompts; they are numbered from 0.
+        population: number of distinct prompts, which are numbered from 0.
         seed: any whole number.
         strata: ``(population,)`` integer labels; if given, only prompts with the label of the own one are drawn.
 
@@ -263,34 +213,20 @@ def sample_prompts(
         ``(P, M)`` int64. M is ``num_prompts``, or the largest number of prompts that a pair can get if that is
         smaller; rows that can get fewer end in -1.
 
-    Raises:
-        InputError: for numbers below 1, an ``own`` outside the population, or tensors of a wrong shape or type.
-
     Example:
         >>> rows = sample_prompts(torch.tensor([0, 3]), 3, 4, seed=0, strata=torch.tensor([7, 8, 8, 8]))
         >>> rows[0].tolist(), rows[1, 0].item(), sorted(rows[1].tolist())
         ([0, -1, -1], 3, [1, 2, 3])
     """
-    if num_prompts < 1 or population < 1:
-        raise InputError(f"num_prompts is {num_prompts} and population {population}; both must be at least 1")
-    _check_integers("own", own, None)
-    own = own.long()
-    outside = (own < 0) | (own >= population)
-    if outside.any():
-        row = _first(outside)
-        raise InputError(f"own prompt of row {row} is {own[row]}; prompts are numbered 0 to {population - 1}")
-    if strata is None:
-        strata = torch.zeros(population, dtype=torch.long)
-    _check_integers("strata", strata, population)
-
-    _, label, sizes = np.unique(strata.cpu().numpy(), return_inverse=True, return_counts=True)
+    labels = np.zeros(population) if strata is None else strata.numpy()
+    _, label, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     # The prompts sorted by stratum: each stratum is a slice, in which every prompt has a place.
     members = label.argsort(kind="stable")
     starts = sizes.cumsum() - sizes
     place = np.empty_like(members)
     place[members] = np.arange(population) - starts[label[members]]
 
-    own_prompts = own.cpu().numpy()
+    own_prompts = own.numpy()
     others = sizes[label[own_prompts]] - 1
     columns = min(num_prompts - 1, int(others.max(initial=0)))
     rows = np.full((len(own), columns + 1), -1)
@@ -300,29 +236,25 @@ def sample_prompts(
         drawn += drawn >= place[prompt]  # the own prompt is not among the others: step over it
         rows[row, 0] = prompt
         rows[row, 1 : 1 + len(drawn)] = members[starts[label[prompt]] + drawn]
-    return torch.from_numpy(rows).to(own.device)
+    return torch.from_numpy(rows)
 
 
-def _solve(gaps: Tensor, weights: Tensor | None, tolerance: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _solve(gaps: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Root ``(P,)``, width of its interval ``(P,)``, gaps ``(P, M)`` as they were used, normalised weights ``(P, M)``.
 
     Rows with a non-finite gap at positive weight have NaN in the first two; their gaps come back as 0.
     """
-    if not 0 < tolerance < math.inf:
-        raise InputError(f"tolerance is {tolerance}; it must be above 0, in the unit of the gaps (default 1e-6)")
     if gaps.dim() != 2:
         raise InputError(f"gaps have shape {tuple(gaps.shape)}; expected (pairs, prompts)")
     if gaps.shape[1] == 0:
         raise InputError("gaps have no prompts; each pair needs at least one, its own")
-    if weights is None:
-        shares = torch.full(gaps.shape, 1 / gaps.shape[1], dtype=torch.float64, device=gaps.device)
-    else:
-        if weights.shape not in (gaps.shape, gaps.shape[1:]):
-            raise InputError(
-                f"weights have shape {tuple(weights.shape)}; expected {tuple(gaps.shape)} or {tuple(gaps.shape[1:])}, "
-                "as gaps have"
-            )
-        shares = _normalised(weights.to(gaps.device).expand(gaps.shape))
+    weights = torch.ones_like(gaps, dtype=torch.float64) if weights is None else weights
+    if weights.shape not in (gaps.shape, gaps.shape[1:]):
+        raise InputError(
+            f"weights have shape {tuple(weights.shape)}; expected {tuple(gaps.shape)} or {tuple(gaps.shape[1:])}, "
+            "as gaps have"
+        )
+    shares = _normalised(weights.to(gaps.device).expand(gaps.shape))
     used = shares > 0
     values = gaps.detach().double()
     known = (values.isfinite() | ~used).all(1)
@@ -332,8 +264,8 @@ def _solve(gaps: Tensor, weights: Tensor | None, tolerance: float) -> tuple[Tens
     values = torch.where(used, values, low[:, None])  # finite, and without weight
 
     # Halves of differences, so that gaps near the largest float do not overflow.
-    widest = max((high / 2 - low / 2).max().item() if len(low) else 0.0, tolerance)
-    for _ in range(math.ceil(math.log2(widest) - math.log2(tolerance)) + 2):
+    widest = max((high / 2 - low / 2).max().item() if len(low) else 0.0, _TOLERANCE)
+    for _ in range(math.ceil(math.log2(widest) - math.log2(_TOLERANCE)) + 2):
         middle = low / 2 + high / 2
         balance = (shares * torch.tanh((values - middle[:, None]) / 2)).sum(1)
         # Both ends at an exact 0: swapping the sides of a pair then changes the sign of the root and nothing else.
@@ -346,10 +278,9 @@ def _solve(gaps: Tensor, weights: Tensor | None, tolerance: float) -> tuple[Tens
 def _polish_flat(root: Tensor, values: Tensor, shares: Tensor) -> Tensor:
     """Find the root of rows whose mass lies in equal halves, further apart than float64 can see the balance tilt.
 
-    All sigmoids are then 0 or 1 up to rounding, and bisection stops anywhere between the halves. With the halves'
-    weights equal, what decides are the tails: ``sum_below w sigmoid(D - c) = sum_above w sigmoid(c - D)``. In logs
-    both sides are lines in c, of slopes -1 and 1, so one Newton step reaches the root; the second removes what the
-    first left because the lines bend by up to the slope of the balance.
+    Bisection stops anywhere between the halves, where all sigmoids are 0 or 1 up to rounding. What decides are the
+    tails: ``sum_below w sigmoid(D - c) = sum_above w sigmoid(c - D)``. In logs both sides are nearly lines in c, of
+    slopes -1 and 1, so one Newton step reaches the root, and a second removes what their bend left.
     """
     distance = values - root[:, None]
     tilt = (shares * distance.sign()).sum(1)
@@ -387,24 +318,9 @@ def _normalised(weights: Tensor) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-def _kish(weights: Tensor) -> Tensor:
+def _effective_sample_size(weights: Tensor) -> Tensor:
+    """``(P,)`` ``(sum w)^2 / sum w^2``: how many equal weights would be worth as much (Kish)."""
     return weights.sum(1).square() / weights.square().sum(1)
-
-
-def _per_pair(name: str, value: int | Tensor, pairs: int, device: torch.device) -> Tensor:
-    """``(P,)`` int64 from one number or ``(P,)`` integers."""
-    if not isinstance(value, Tensor):
-        return torch.full((pairs,), value, dtype=torch.long, device=device)
-    _check_integers(name, value, pairs)
-    return value.to(device, torch.long)
-
-
-def _check_integers(name: str, value: Tensor, length: int | None) -> None:
-    if value.is_floating_point() or value.dim() != 1 or (length is not None and len(value) != length):
-        expected = "one dimension" if length is None else f"shape ({length},)"
-        raise InputError(
-            f"{name} has shape {tuple(value.shape)} and type {value.dtype}; expected integers of {expected}"
-        )
 
 
 def _first(mask: Tensor) -> int:

@@ -9,8 +9,6 @@ from numpy.typing import ArrayLike, NDArray
 from inform_rm.errors import InputError
 from inform_rm.util.intervals import expected_calibration_error, wilson_interval
 
-__all__ = ["expected_calibration_error", "pairwise_accuracy", "reliability_bins", "wilson_interval"]
-
 
 def pairwise_accuracy(
     chosen_rewards: ArrayLike,
@@ -98,32 +96,30 @@ def reliability_bins(margins: ArrayLike, num_bins: int = 10) -> list[dict[str, f
     confidence = 1.0 / (1.0 + np.exp(-np.abs(margins)))
     outcome = 0.5 + 0.5 * np.sign(margins)
     bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
-    table = []
-    for index in np.unique(bins).tolist():
-        inside = bins == index
-        count = int(inside.sum())
-        table.append(
-            {
-                "low": 0.5 + 0.5 * index / num_bins,
-                "high": 0.5 + 0.5 * (index + 1) / num_bins,
-                "num_pairs": count,
-                "mean_confidence": float(confidence[inside].mean()),
-                "accuracy": float(outcome[inside].mean()),
-                "accuracy_interval": list(wilson_interval(float(outcome[inside].sum()), count)),
-            }
-        )
-    return table
+    return [
+        {
+            "low": 0.5 + 0.5 * index / num_bins,
+            "high": 0.5 + 0.5 * (index + 1) / num_bins,
+            "mean_confidence": float(confidence[bins == index].mean()),
+            **share_right(outcome[bins == index]),
+        }
+        for index in np.unique(bins).tolist()
+    ]
+
+
+def share_right(outcomes: NDArray[np.float64]) -> dict[str, Any]:
+    """``num_pairs``, ``accuracy`` and its Wilson interval of outcomes ``(N,)``: 1, 0, or 0.5 for a tie."""
+    interval = wilson_interval(float(outcomes.sum()), len(outcomes))
+    return {"num_pairs": len(outcomes), "accuracy": float(outcomes.mean()), "accuracy_interval": list(interval)}
 
 
 def _counts(margins: NDArray[np.float64]) -> dict[str, Any]:
-    num_pairs, num_right, num_ties = len(margins), int((margins > 0).sum()), int((margins == 0).sum())
+    num_pairs, num_right = len(margins), int((margins > 0).sum())
     return {
-        "num_pairs": num_pairs,
-        "accuracy": (num_right + 0.5 * num_ties) / num_pairs,
-        "accuracy_interval": list(wilson_interval(num_right + 0.5 * num_ties, num_pairs)),
+        **share_right(0.5 + 0.5 * np.sign(margins)),
         "accuracy_ties_wrong": num_right / num_pairs,
         "accuracy_ties_wrong_interval": list(wilson_interval(num_right, num_pairs)),
-        "num_ties": num_ties,
+        "num_ties": int((margins == 0).sum()),
         "mean_margin": float(margins.mean()),
     }
 

@@ -1,5 +1,6 @@
 """How much of a reward model's preference the response alone decides: an audit on preference data."""
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from torch import Tensor
 from inform_rm.data.sources import Sources
 from inform_rm.decomposition.gap_grid import GapGrid, distinct_prompts, gap_grid
 from inform_rm.decomposition.likelihoods import ResponseLikelihood, load_likelihood
-from inform_rm.decomposition.prompt_free_gap import Decomposition, decompose_gaps, sample_prompts, tempered_weights
+from inform_rm.decomposition.prompt_free_gap import decompose_gaps, sample_prompts, tempered_weights
 from inform_rm.errors import InputError
 from inform_rm.eval import decompose_report as report
-from inform_rm.eval.frame import JOURNAL_FILE, Frame, ModelResult, parquet, settings_of, unwritten
+from inform_rm.eval.accuracy import share_right
+from inform_rm.eval.frame import JOURNAL_FILE, Frame, ModelResult, parquet, progress_bars, settings_of, unwritten
 from inform_rm.eval.sources import PairSettings, load_sources, warn_of_left_out
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.intervals import wilson_interval
@@ -42,8 +44,7 @@ class DecompositionSettings(PairSettings):
     """How reward gaps are decomposed: keywords of `decompose`.
 
     Attributes:
-        num_prompts: prompts for each pair, its own among them; all others are drawn without replacement, with
-            ``seed``.
+        num_prompts: prompts for each pair, its own among them.
         stratify: draw only prompts of the same ``subset``: those of a maths set say little about a chat pair.
         weights: ``"uniform"``: all prompts of a pair count the same; ``"behavior"``: as likely as ``behavior_model``
             finds both responses under them, tempered (`inform_rm.decomposition.prompt_free_gap.tempered_weights`).
@@ -89,24 +90,19 @@ class DecompositionResult(ModelResult):
 
     Attributes:
         data: per source what was read and left out.
-        distinct_prompts: in all sources.
         left_out: pairs by reason, non-finite rewards with the pairs' ids.
         cost: tokens that were computed, and that one pass a reward would take.
-        num_pairs: that were decomposed.
         accuracy: share of pairs with the larger reward for the chosen response, ties half.
         response_decides: share of pairs with abs(D2) > abs(D1): no prompt-related part of this size could turn the
             preference.
         prompt_sensitivity: share of the gaps' variance that lies between prompts of one pair; 0 for a model blind to
             prompts.
         sign_flips: share of pairs whose preference is another one under at least one other prompt.
-        mean_standard_error: of the prompt-free gaps.
-        mean_effective_sample_size: of the prompts behind them.
         not_converged: gaps whose root was not found.
         correlations: Spearman, of each gap with differences of features that the response alone has.
         quadrants: pairs and accuracy by the signs of both parts.
         subsets: shares by subset, where there are several.
         pairs: column by name, one row a pair: the content of ``pairs.parquet``.
-        color: of the plane.
     """
 
     data: list[dict[str, Any]]
@@ -162,10 +158,8 @@ def decompose(
 
     Both responses of every pair are scored under the pair's own prompt and under prompts of other pairs; see
     `inform_rm.decomposition.prompt_free_gap` for what is made of the gaps. With ``output`` the folder receives
-    ``pairs.parquet`` (one row a pair), two plots, ``result.md``, ``result.html`` and at last ``result.json``. After a
-    kill the same call takes up the rewards computed before (``rewards.partial``), and refuses if model, data or
-    settings have changed. With a scorer that splits its work over processes, all of them read the data and the main
-    one writes.
+    ``pairs.parquet`` (one row a pair), two plots, ``result.md``, ``result.html`` and at last ``result.json``. For
+    interruptions and several processes see `inform_rm.evaluate`.
 
     Args:
         model: folder, Hub id, loaded model, or a `RewardScorer`.
@@ -173,11 +167,10 @@ def decompose(
             drawn from them, too.
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
-        progress: show a progress bar.
+        progress: show progress bars.
         options: fields of `DecompositionSettings` (``num_prompts``, ``stratify``, ``weights``, ...; those of
             `inform_rm.eval.sources.PairSettings` are among them) and keywords of `RewardScorer`. A pair that cannot be
-            rendered under another's prompt does without it; see `inform_rm.decomposition.gap_grid.gap_grid` for
-            ``overlong``.
+            rendered under another's prompt, or becomes too long, does without it.
 
     Returns:
         The shares, what was left out, and what they were computed with.
@@ -189,22 +182,27 @@ def decompose(
     settings, scorer_options = settings_of(DecompositionSettings, options)
     frame = Frame(model, output, tokenizer, scorer_options, progress)
     scorer = frame.scorer
-    sources = load_sources(data, settings)
-    # All before the first forward pass, and without the prompts that no pair could be scored under.
-    pairs = concatenate_datasets([source.encode(scorer, settings, keep_text=True).dataset for source in sources])
+    with progress_bars(frame.progress):
+        sources = load_sources(data, settings)
+        # All before the first forward pass, and without the prompts that no pair could be scored under.
+        pairs = concatenate_datasets([source.encode(scorer, settings, keep_text=True).dataset for source in sources])
     choice, prompt_rows, population = _chosen_prompts(pairs, settings)
+    cells: dict[str, Any] = {"pairs": pairs, "choice": choice, "prompt_rows": prompt_rows, "progress": frame.progress}
     described, run = frame.described_with(settings, [source.record for source in sources])
     with frame.journal(JOURNAL_FILE, run) as journal:
-        grid = gap_grid(scorer, pairs, choice, prompt_rows, encoded=True, overlong=settings.overlong,
-                        journal=journal, progress=frame.progress)  # fmt: skip
+        grid = gap_grid(scorer, **cells, encoded=True, overlong=settings.overlong, journal=journal)
     log_likelihoods = None
     if settings.behavior_model is not None:
         likelihood = _likelihood(settings, scorer, scorer_options)
         with frame.journal(LIKELIHOOD_JOURNAL_FILE, {**run, "likelihood": likelihood.identity()}) as journal:
             # A prompt that it cannot weigh has no weight.
-            log_likelihoods = gap_grid(likelihood, pairs, choice, prompt_rows, overlong="drop", on_bad_row="skip",
-                                       journal=journal, progress=frame.progress).pair_log_likelihoods  # fmt: skip
-    table, left_out = _table(pairs, grid, population, log_likelihoods, settings.ess_target)
+            logs = gap_grid(likelihood, **cells, overlong="drop", on_bad_row="skip", journal=journal)
+        log_likelihoods = logs.pair_log_likelihoods.masked_fill(~grid.used, -torch.inf)
+    rows, left_out = _decomposable(pairs, grid, log_likelihoods)
+    weights = grid.used[rows].double()
+    if log_likelihoods is not None:
+        weights, _ = tempered_weights(log_likelihoods[rows], settings.ess_target)
+    table = _table(pairs.select(rows.tolist()), grid.gaps[rows], grid.used[rows], weights, population[rows])
     for source in sources:
         warn_of_left_out(source.record)
     result = DecompositionResult(
@@ -221,7 +219,7 @@ def decompose(
     return result
 
 
-def _chosen_prompts(pairs: Dataset, settings: DecompositionSettings) -> tuple[Tensor, Tensor, int | Tensor]:
+def _chosen_prompts(pairs: Dataset, settings: DecompositionSettings) -> tuple[Tensor, Tensor, Tensor]:
     """The prompts of each pair (`sample_prompts`), the row of each prompt, and how many each pair's come from."""
     prompt_rows, own = distinct_prompts(pairs)
     if len(prompt_rows) < 2:
@@ -229,70 +227,62 @@ def _chosen_prompts(pairs: Dataset, settings: DecompositionSettings) -> tuple[Te
             "data: all pairs have the same prompt. What a response is worth without its prompt shows only under other "
             "prompts: add pairs with other prompts."
         )
-    strata, population = None, len(prompt_rows)
+    strata = torch.zeros(len(prompt_rows), dtype=torch.long)
     if settings.stratify:
         strata = torch.from_numpy(np.unique(np.array(pairs["subset"][:])[prompt_rows], return_inverse=True)[1])
     choice = sample_prompts(own, settings.num_prompts, len(prompt_rows), seed=settings.seed, strata=strata)
-    return choice, prompt_rows, population if strata is None else torch.bincount(strata)[strata[own]]
+    return choice, prompt_rows, torch.bincount(strata)[strata[own]]
 
 
 def _likelihood(
     settings: DecompositionSettings, scorer: RewardScorer, scorer_options: dict[str, Any]
 ) -> ResponseLikelihood:
-    model, normalized = settings.behavior_model, settings.length_normalized
-    if isinstance(model, str | Path):
-        passed_on = ("chat_template", "device", "trust_remote_code")
-        options = {name: scorer_options[name] for name in passed_on if name in scorer_options}
-        likelihood = load_likelihood(model, length_normalized=normalized, **options)
-    else:
-        likelihood = ResponseLikelihood(model, scorer.tokenizer, normalized)
-    likelihood.split_over_processes = scorer.split_over_processes
-    return likelihood
+    model = settings.behavior_model
+    own: dict[str, Any] = {
+        "length_normalized": settings.length_normalized, "split_over_processes": scorer.split_over_processes
+    }  # fmt: skip
+    if not isinstance(model, str | Path):
+        return ResponseLikelihood(model, scorer.tokenizer, **own)
+    passed_on = {"chat_template", "device", "trust_remote_code"} & scorer_options.keys()
+    return load_likelihood(model, **own, **{name: scorer_options[name] for name in passed_on})
 
 
-def _table(
-    pairs: Dataset, grid: GapGrid, population: int | Tensor, log_likelihoods: Tensor | None, ess_target: float
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """One row for each pair that is not left out, and counts of those that are."""
+def _decomposable(pairs: Dataset, grid: GapGrid, log_likelihoods: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+    """The rows of pairs that can be decomposed, and counts of the others."""
     own_used = grid.used[:, 0]
     alone = own_used & (grid.used.sum(dim=1) == 1)
-    # A gap counts only where it is used, so that NaN elsewhere says nothing.
-    gaps = grid.gaps.masked_fill(~grid.used, 0.0)
-    nonfinite = own_used & ~gaps.isfinite().all(dim=1)
+    nonfinite = own_used & (grid.used & ~grid.gaps.isfinite()).any(dim=1)
     kept = own_used & ~alone & ~nonfinite
-    unlikely = torch.zeros_like(kept)
-    if log_likelihoods is not None:
-        unlikely = kept & ~(log_likelihoods.isfinite() & grid.used).any(dim=1)
-        kept &= ~unlikely
     left_out = {
         "overlong": int((~own_used).sum()),
         "no_other_prompt": int(alone.sum()),
         "nonfinite_rewards": int(nonfinite.sum()),
         "nonfinite_ids": [pairs[int(row)]["id"] for row in nonfinite.nonzero()[:_SHOWN_PAIRS, 0]],
     }
-    if unlikely.any():
-        left_out["no_likelihood"] = int(unlikely.sum())
-    rows = kept.nonzero()[:, 0]
-    if not len(rows):
+    if log_likelihoods is not None:
+        unlikely = kept & ~log_likelihoods.isfinite().any(dim=1)
+        kept &= ~unlikely
+        left_out |= {"no_likelihood": int(unlikely.sum())} if unlikely.any() else {}
+    if not kept.any():
         raise InputError(f"data: no pair can be decomposed; left out: {left_out}.")
-    part_population = population[rows] if isinstance(population, Tensor) else population
-    if log_likelihoods is None:
-        weights = grid.used[rows].double()
-    else:
-        weights, _ = tempered_weights(log_likelihoods[rows].masked_fill(~grid.used[rows], -torch.inf), ess_target)
-    parts: Decomposition = decompose_gaps(gaps[rows], weights, population=part_population)
-    spread = torch.where(grid.used[rows], gaps[rows], torch.nan)[:, 1:]
-    low, high = torch.nanquantile(spread, torch.tensor([0.1, 0.9], dtype=spread.dtype), dim=1)
-    table: dict[str, Any] = {
-        "id": [], "subset": [], **{f"{name} difference": [] for name in FEATURES},
-    }  # fmt: skip
-    for batch in pairs.select(rows.tolist()).iter(1000):
+    return kept.nonzero()[:, 0], left_out
+
+
+def _table(pairs: Dataset, gaps: Tensor, used: Tensor, weights: Tensor, population: Tensor) -> dict[str, np.ndarray]:
+    """Columns by name, one row a pair; of the gaps ``(P, M)`` those that are ``used`` count."""
+    table: dict[str, Any] = {"id": [], "subset": [], **{f"{name} difference": [] for name in FEATURES}}
+    for batch in pairs.iter(1000):
         table["id"] += batch["id"]
         table["subset"] += batch["subset"]
         for name, feature in FEATURES.items():
             both = zip(batch["chosen"], batch["rejected"], strict=True)
             table[f"{name} difference"] += [feature(chosen) - feature(rejected) for chosen, rejected in both]
-    own_sign = gaps[rows, :1].sign()
+    parts = decompose_gaps(gaps, weights, population=population)
+    number = used.sum(dim=1)
+    counted = gaps.masked_fill(~used, 0.0)
+    deviations = (counted - counted.sum(dim=1, keepdim=True) / number[:, None]).masked_fill(~used, 0.0)
+    quantiles = torch.tensor([0.1, 0.9], dtype=gaps.dtype)
+    low, high = torch.nanquantile(gaps.masked_fill(~used, torch.nan)[:, 1:], quantiles, dim=1)
     table |= {
         "reward_gap": parts.own_gap,
         "prompt_related_gap": parts.prompt_related_gap,
@@ -300,57 +290,54 @@ def _table(
         "effective_sample_size": parts.effective_sample_size,
         "standard_error": parts.standard_error,
         "converged": parts.converged,
-        "prompts": grid.used[rows].sum(dim=1),
+        "prompts": number,
         "other_gaps_10_percent": low,
         "other_gaps_90_percent": high,
-        "variance_between_prompts": _variance(gaps[rows], grid.used[rows]),
-        "sign_flips": ((gaps[rows].sign() != own_sign) & grid.used[rows]).any(dim=1),
+        "variance_between_prompts": deviations.square().sum(dim=1) / (number - 1),
+        "sign_flips": ((gaps.sign() != gaps[:, :1].sign()) & used).any(dim=1),
     }
-    return {name: np.asarray(values) for name, values in table.items()}, left_out
-
-
-def _variance(gaps: Tensor, used: Tensor) -> Tensor:
-    """``(P,)`` unbiased variance of each row's used entries."""
-    number = used.sum(dim=1)
-    mean = (gaps * used).sum(dim=1) / number
-    return ((gaps - mean[:, None]).square() * used).sum(dim=1) / (number - 1)
+    return {name: np.asarray(values) for name, values in table.items()}
 
 
 def summary(table: dict[str, np.ndarray]) -> dict[str, Any]:
     """What the table of pairs says about the model, over all pairs and by subset; see `decompose`."""
     result = _shares(table)
-    correlations: dict[str, dict[str, float]] = {}
-    for name in FEATURES:
-        difference = table[f"{name} difference"]
-        if np.ptp(difference) == 0:
-            continue  # a rank correlation with a constant is no number
-        correlations[name] = {
-            gap: float(spearmanr(table[gap], difference).statistic)
-            for gap in ("reward_gap", "prompt_free_gap", "prompt_related_gap")
-            if np.ptp(table[gap]) > 0
+    gaps = ("reward_gap", "prompt_free_gap", "prompt_related_gap")
+    # A rank correlation with a constant is no number.
+    result["correlations"] = {
+        name: {
+            gap: float(spearmanr(table[gap], table[f"{name} difference"]).statistic)
+            for gap in gaps if np.ptp(table[gap]) > 0
         }
-    result["correlations"] = correlations
-    result["quadrants"] = [
-        {"prompt_free_gap": free, "prompt_related_gap": related, **_accuracy(table["reward_gap"][chosen])}
-        for free, related, chosen in _quadrants(table)
-        if chosen.any()
-    ]
-    names = np.unique(table["subset"])
-    if len(names) > 1:
-        parts = {name: table["subset"] == name for name in names.tolist()}
+        for name in FEATURES if np.ptp(table[f"{name} difference"]) > 0
+    }  # fmt: skip
+    result["quadrants"] = []
+    for signs in itertools.product((True, False), repeat=2):
+        inside = ((table["prompt_free_gap"] > 0) == signs[0]) & ((table["prompt_related_gap"] > 0) == signs[1])
+        if inside.any():
+            names = ("above 0" if sign else "0 or below" for sign in signs)
+            place = dict(zip(("prompt_free_gap", "prompt_related_gap"), names, strict=True))
+            result["quadrants"].append({**place, **_accuracy(table["reward_gap"][inside])})
+    subsets = np.unique(table["subset"]).tolist()
+    if len(subsets) > 1:
         result["subsets"] = {
-            name: _shares({column: values[mask] for column, values in table.items()}) for name, mask in parts.items()
+            name: _shares({column: values[table["subset"] == name] for column, values in table.items()})
+            for name in subsets
         }
     return result
 
 
+def _accuracy(gaps: np.ndarray) -> dict[str, Any]:
+    return share_right(0.5 + 0.5 * np.sign(gaps))
+
+
 def _shares(table: dict[str, np.ndarray]) -> dict[str, Any]:
-    own, free, related = (table[name] for name in ("reward_gap", "prompt_free_gap", "prompt_related_gap"))
-    decided, flips = np.abs(free) > np.abs(related), table["sign_flips"]
+    free, flips = table["prompt_free_gap"], table["sign_flips"]
+    decided = np.abs(free) > np.abs(table["prompt_related_gap"])
     within = float(table["variance_between_prompts"].mean())
     between = float(np.var(free, ddof=1)) if len(free) > 1 else 0.0
     result = {
-        **_accuracy(own),
+        **_accuracy(table["reward_gap"]),
         "response_decides": float(decided.mean()),
         "response_decides_interval": list(wilson_interval(int(decided.sum()), len(decided))),
         "sign_flips": float(flips.mean()),
@@ -362,20 +349,3 @@ def _shares(table: dict[str, np.ndarray]) -> dict[str, Any]:
     if within + between > 0:
         result["prompt_sensitivity"] = within / (within + between)
     return result
-
-
-def _accuracy(gaps: np.ndarray) -> dict[str, Any]:
-    correct = float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
-    return {
-        "num_pairs": len(gaps),
-        "accuracy": correct / len(gaps),
-        "accuracy_interval": list(wilson_interval(correct, len(gaps))),
-    }
-
-
-def _quadrants(table: dict[str, np.ndarray]) -> list[tuple[str, str, np.ndarray]]:
-    free, related = table["prompt_free_gap"] > 0, table["prompt_related_gap"] > 0
-    return [
-        ("above 0", "above 0", free & related), ("above 0", "0 or below", free & ~related),
-        ("0 or below", "above 0", ~free & related), ("0 or below", "0 or below", ~free & ~related),
-    ]  # fmt: skip

@@ -69,10 +69,8 @@ def draw_plane(axes: Axes, reach: float) -> None:
     axes.plot(line, -line, color="grey", linestyle="--", linewidth=0.9)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set(
-        xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal",
-        xlabel="prompt-free gap D2", ylabel="prompt-related gap D1",
-    )  # fmt: skip
+    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    axes.set(xlabel="prompt-free gap D2", ylabel="prompt-related gap D1")
 
 
 def result_page(result: dict[str, Any], spread_png: bytes, plane_png: bytes) -> Page:
@@ -82,7 +80,7 @@ def result_page(result: dict[str, Any], spread_png: bytes, plane_png: bytes) -> 
         (name, *(f"{values[gap]:.2f}" if gap in values else None for gap in gaps))
         for name, values in result["correlations"].items()
     ]
-    columns = ("prompt_free_gap", "prompt_related_gap", "num_pairs", "accuracy")
+    columns = (*gaps[1:], "num_pairs", "accuracy")
     quadrants = [[part[column] for column in columns] for part in result["quadrants"]]
     return Page(
         f"Prompt-free and prompt-related reward of {result['model']}",
@@ -106,11 +104,9 @@ def share_table(result: dict[str, Any]) -> Table:
     """All pairs, then each subset."""
     parts = {"all": result, **result.get("subsets", {})}
     header = ("pairs", "n", "accuracy", "response decides", "95 % interval", "sign flips", "prompt sensitivity")
-    columns = ("num_pairs", "accuracy", "response_decides", "response_decides_interval", "sign_flips")
-    rows = [
-        (name, *(part[column] for column in columns), part.get("prompt_sensitivity")) for name, part in parts.items()
-    ]
-    return Table(header, rows)
+    columns = ("num_pairs", "accuracy", "response_decides", "response_decides_interval", "sign_flips",
+               "prompt_sensitivity")  # fmt: skip
+    return Table(header, [(name, *map(part.get, columns)) for name, part in parts.items()])
 
 
 def notes(result: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from inform_rm.data.sources import Sources
 from inform_rm.eval import report
 from inform_rm.eval.accuracy import pairwise_accuracy
-from inform_rm.eval.frame import Frame, ModelResult, json_lines, settings_of, unwritten
+from inform_rm.eval.frame import Frame, ModelResult, json_lines, progress_bars, settings_of, unwritten
 from inform_rm.eval.sources import PairSettings, load_sources, warn_of_left_out
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import shortest_float
@@ -80,16 +80,16 @@ def evaluate(
     """Accuracy of any sequence-classification reward model on preference pairs, overall and per subset.
 
     With ``output`` the folder receives ``pairs.jsonl`` (both rewards and lengths of every pair), ``reliability.png``,
-    ``result.md``, ``result.html`` and at last ``result.json``, each written whole. After a kill the same call takes up
-    the rewards computed before (``rewards.partial``), and refuses if model, data or settings have changed. With a
-    scorer that splits its work over processes, all of them read the data and the main one writes.
+    ``result.md``, ``result.html`` and at last ``result.json``. After a kill the same call takes up the rewards
+    computed before (``rewards.partial``), and refuses if model, data or settings have changed. With a scorer that
+    splits its work over processes, all of them read the data and the main one writes.
 
     Args:
         model: folder, Hub id, loaded model, or a `RewardScorer`, which several evaluations can share.
         data: one or several sources of pairs, by name or in memory, as `load_preferences` reads them.
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
-        progress: show a progress bar.
+        progress: show progress bars.
         options: fields of `inform_rm.eval.sources.PairSettings` (``columns``, ``data_revision``, ``on_bad_row``,
             ``overlong``, ``max_pairs``, ``seed``) and keywords of `RewardScorer` (``max_length``, ``device``,
             ``trust_remote_code``, ...).
@@ -104,12 +104,13 @@ def evaluate(
     settings, scorer_options = settings_of(PairSettings, options)
     frame = Frame(model, output, tokenizer, scorer_options, progress)
     parts, records = [], []
-    for source in load_sources(data, settings):
-        encoded = source.encode(frame.scorer, settings)
-        counts = {name: encoded.counts[name] for name in _COUNTS}
-        records.append({**source.record, **counts, "evaluated": len(encoded.dataset)})
-        warn_of_left_out(records[-1])
-        parts.append(encoded.dataset)
+    with progress_bars(frame.progress):
+        for source in load_sources(data, settings):
+            encoded = source.encode(frame.scorer, settings)
+            counts = {name: encoded.counts[name] for name in _COUNTS}
+            records.append({**source.record, **counts, "evaluated": len(encoded.dataset)})
+            warn_of_left_out(records[-1])
+            parts.append(encoded.dataset)
     described, run = frame.described_with(settings, records)
     rows = [
         {"source": record["source"], **dict(zip(_ROW, values, strict=True))}
@@ -120,7 +121,6 @@ def evaluate(
     def where(entry: int) -> str:
         return f"the {_SIDES[entry % 2]} response of pair {rows[entry // 2]['id']}"
 
-    # Entry 2 i + side of the journal is side ``side`` of pair i.
     rewards = frame.rewards(_chunks(parts), 2 * len(rows), run, where).reshape(-1, 2)
     for row, values in zip(rows, rewards, strict=True):
         row |= {f"{side}_reward": shortest_float(value) for side, value in zip(_SIDES, values, strict=True)}

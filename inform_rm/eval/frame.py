@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -77,12 +78,7 @@ class Result:
         return replace(self.table(), caption=self.title).html()
 
     def save(self, folder: str | Path, files: Mapping[str, bytes | str] | None = None) -> None:
-        """Write ``files``, the page as HTML and Markdown with its images, and at last ``result.json``, each whole.
-
-        Args:
-            folder: where; made if absent.
-            files: further content by file name.
-        """
+        """Write ``files`` (content by name), the page with its images, and at last ``result.json``, each whole."""
         folder, page = Path(folder), self.page()
         images = {block.file: block.png for block in page.blocks if isinstance(block, Image) and block.file}
         content = {**(files or {}), **images, "result.md": page.markdown(), "result.html": page.html()}
@@ -139,11 +135,7 @@ Settings = TypeVar("Settings")
 
 
 def settings_of(kind: type[Settings], options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
-    """Keywords that are fields of ``kind`` as such settings, and the others, which are those of `RewardScorer`.
-
-    Raises:
-        InputError: a name that neither has, or a wrong value.
-    """
+    """Keywords that are fields of ``kind`` as such settings, and the others, which are those of `RewardScorer`."""
     own = set(inspect.signature(kind).parameters)
     of_scorer = set(inspect.signature(RewardScorer).parameters) - {"model", "tokenizer"}
     unknown = sorted(set(options) - own - of_scorer)
@@ -167,6 +159,19 @@ def parquet(columns: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+@contextlib.contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """The bars of `datasets`, which it shows unless told otherwise, only where they are wanted."""
+    if shown or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
 class Frame:
     """The steps of an evaluation of one model that do not depend on what is evaluated.
 
@@ -175,20 +180,14 @@ class Frame:
         output: folder for the results, checked before anything else; ``None`` keeps them in memory.
         tokenizer: see `RewardScorer`.
         scorer_options: keywords of `RewardScorer`.
-        progress: show progress bars; of several processes only the main one does.
-
-    Attributes:
-        folder: the folder, if any.
-        scorer: the model.
-        writes: whether this process is the one that writes: the main one, where the scorer splits its work.
-        progress: whether this process shows progress.
+        progress: show progress bars; of several processes that split their work only the main one does, and writes.
     """
 
     def __init__(self, model: Any, output: str | Path | None, tokenizer: Any, scorer_options: dict, progress: bool):
         self.folder = None if output is None else check_output_directory(output)
         self.scorer = as_scorer(model, tokenizer, scorer_options)
-        self.writes = not self.scorer.split_over_processes or is_main_process()
-        self.progress = progress and self.writes
+        self._writes = not self.scorer.split_over_processes or is_main_process()
+        self.progress = progress and self._writes
         self._journals: list[Path] = []
 
     @cached_property
@@ -210,11 +209,7 @@ class Frame:
     def described_with(
         self, settings: RowSettings, records: Sequence[Mapping[str, Any]], **more: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `described` and `journal` need of rows that were read, ``records`` being those of their sources.
-
-        Returns:
-            The fields of a `ModelResult` with ``data``; and what decides the rewards beside the model.
-        """
+        """The fields of a `ModelResult` with ``data``, records of the sources; and what `journal` takes as a run."""
         given = {**more, "data": [record["source"] for record in records], **settings.to_dict()}
         described = {**self.described(given, settings.seed), "data": list(records)}
         fingerprints = [record["fingerprint"] for record in records]
@@ -224,25 +219,17 @@ class Frame:
     def journal(self, name: str, run: Mapping[str, Any]) -> Iterator[RewardJournal | None]:
         """A journal in the folder for as long as rewards are computed; ``None`` without a folder.
 
-        It stays after an error, for the next call, until `finish`.
-
-        Args:
-            name: of its file.
-            run: what decides the rewards beside the model.
-
-        Raises:
-            InputError: the file is there and belongs to another model or run.
+        It stays after an error, for the next call, until `finish`. ``run`` is what decides the rewards beside the
+        model; a file of another one is refused.
         """
         if self.folder is None:
             yield None
             return
         path = self.folder / name
-        journal = RewardJournal(path, {**self.identity, **run}, self.scorer.split_over_processes)
         self._journals.append(path)
-        try:
+        journal = RewardJournal(path, {**self.identity, **run}, self.scorer.split_over_processes)
+        with contextlib.closing(journal):
             yield journal
-        finally:
-            journal.close()
 
     def rewards(
         self,
@@ -259,9 +246,6 @@ class Frame:
             num_responses: in all chunks together.
             run: see `journal`; its entry i is response i.
             where: names response i in an error.
-
-        Raises:
-            NonFiniteRewardError: if the model gives NaN or infinity; ``row`` is the response's number.
         """
         rewards = np.full(num_responses, np.nan, dtype=np.float32)
         first = 0
@@ -291,7 +275,7 @@ class Frame:
 
     def finish(self, result: Result, files: Mapping[str, bytes | str] | None = None) -> None:
         """Write the result where there is a folder and this process writes; its journals are no longer needed."""
-        if self.folder is not None and self.writes:
+        if self.folder is not None and self._writes:
             result.save(self.folder, files)
             for path in self._journals:
                 path.unlink(missing_ok=True)

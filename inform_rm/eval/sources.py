@@ -57,10 +57,6 @@ class EvaluationSource:
         """The token ids of the pairs; bad rows and what the chat template deletes of the others join the record.
 
         With ``keep_text`` a pair over the limit stays under ``overlong="drop"``: its prompt is of use to others.
-
-        Raises:
-            BadRow: the first bad row, under ``on_bad_row="error"``.
-            InputError: no pair is left.
         """
         encoded = encode_pairs(
             self.pairs,
@@ -76,11 +72,7 @@ class EvaluationSource:
 
 
 def load_sources(data: Sources, settings: PairSettings) -> list[EvaluationSource]:
-    """Read every source, and draw ``max_pairs`` of its pairs with ``seed`` where it has more.
-
-    Raises:
-        InputError: no source, or bad data.
-    """
+    """Read every source, and draw ``max_pairs`` of its pairs with ``seed`` where it has more."""
     sources = source_list(data)
     if not sources:
         raise InputError("data: expected at least one source of preference pairs.")

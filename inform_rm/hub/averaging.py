@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -17,8 +17,8 @@ from transformers import AutoConfig
 from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.hub.cards import average_card
-from inform_rm.hub.export import add_remote_code
-from inform_rm.safety.checkpoints import check_checkpoint, check_own_file, weight_files
+from inform_rm.hub.export import add_remote_code, check_new_folder
+from inform_rm.safety.checkpoints import check_checkpoint, weight_files
 from inform_rm.scoring.reward_models import fingerprint_tokenizer, load_reward_model
 from inform_rm.util.files import atomic_directory, atomic_write_text, file_digest, versions, write_json
 
@@ -27,6 +27,7 @@ RESULT_FILE = "average_result.json"
 # 0.9998 (fine-tuned), of two starts at most 0.002; InfoRM heads of one start 0.88 to 0.999, of two at most 0.17.
 _LEAST_COSINE = 0.5
 _NUMBERS_AT_ONCE = 1 << 22  # of each member, in float64: 32 MiB
+_Weights = dict[str, tuple[str, Any]]  # tensor name -> (file name, open file)
 _INDEX_FILE = "model.safetensors.index.json"
 # Settings of a config that do not change a reward. Dropout is another: see `_deciding_settings`.
 _FREE_SETTINGS = {
@@ -35,36 +36,26 @@ _FREE_SETTINGS = {
 
 
 def average_weights(
-    members: Sequence[str | Path],
-    output: str | Path,
-    *,
-    same_start: bool = False,
-    trust_remote_code: bool = False,
-    progress: bool = True,
+    members: Sequence[str | Path], output: str | Path, *, same_start: bool = False, progress: bool = True
 ) -> dict[str, Any]:
     """Average the weights of reward models that were trained from one start, and save the mean as an ordinary model.
 
-    WARM (Rame et al. 2024, arXiv:2401.12187): ``theta = 1/M * sum_m theta_m``, over members that data order,
-    hyperparameters or data led apart from a common start. The mean of unrelated weights is no model; refused are
-    members
+    WARM (Rame et al. 2024, arXiv:2401.12187): ``theta = 1/M * sum_m theta_m``, in float64. The mean of unrelated
+    weights is no model; refused are members
 
     - whose ``train_result.json`` names different starting models (without that file the weights alone are judged);
-    - with a cosine below 0.5 between the backbone matrices of any two;
-    - with a reward head of several layers (InfoRM) and a cosine below 0.5 between the heads of any two: hidden units
-      of heads that started apart do not correspond. `train` draws a fresh head from its seed: for InfoRM members of
-      several seeds save ``InfoRMForSequenceClassification.from_backbone(backbone)`` and its tokenizer once, in one
-      folder, and let every run start from that (``model=folder``).
+    - with a cosine below 0.5 between the backbone matrices of any two, or between their reward heads of several
+      layers (InfoRM). `train` draws a fresh head from its seed: save
+      ``InfoRMForSequenceClassification.from_backbone(backbone)`` and its tokenizer once, in one folder, and let every
+      run start from that (``model=folder``).
 
-    Averaged in float64, tensor by tensor; memory holds the first member while it is checked, then one weight file. The
-    config is the first member's.
+    Memory holds the first member while it is checked, then one weight file. The config is the first member's.
 
     Args:
-        members: at least two folders of reward models, as `train` or ``save_pretrained`` writes them. A folder that
-            stands there twice counts twice.
-        output: folder to write; it appears whole or not at all, with weights in the members' dtype, config,
-            tokenizer, code, model card and ``average_result.json``.
+        members: at least two folders of reward models; one that stands there twice counts twice.
+        output: folder to write; it appears whole or not at all: weights in the members' dtype, config, tokenizer,
+            code, model card and ``average_result.json``.
         same_start: the caller knows that the members may be averaged: leave out the three checks above.
-        trust_remote_code: run code from the members' folders. Off unless asked; InfoRM models do not need it.
         progress: show a progress bar.
 
     Returns:
@@ -78,78 +69,69 @@ def average_weights(
     """
     if isinstance(members, str | Path) or len(members) < 2:
         raise InputError(f"members: {members!r}; an average needs a list of at least two folders.")
-    target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"output: {output} exists and is not an empty folder. Name a new folder.")
+    target = check_new_folder(output)
     folders = [Path(member) for member in members]
     # Whole and a reward model; the others have the same tensors, or are refused.
-    first = load_reward_model(folders[0], dtype="auto", device="cpu", trust_remote_code=trust_remote_code)
-    is_inform, backbone_prefix = first.config.model_type == "inform", f"{first.base_model_prefix}."
+    first = load_reward_model(folders[0], dtype="auto", device="cpu")
+    config, prefix = first.config, f"{first.base_model_prefix}."
     del first
-    config = _common_config(folders, trust_remote_code)
-    for folder in folders[1:]:
-        try:
-            check_checkpoint(folder, trust_remote_code=trust_remote_code)
-        except InputError as error:
-            raise InputError(f"members: cannot read the weights of {folder} ({error})") from error
-    tokenizer = _common_tokenizer(folders, trust_remote_code)
-    starts = {folder: start for folder in folders if (start := _recorded_start(folder)) is not None}
-    if len(set(starts.values())) > 1 and not same_start:
-        listed = "; ".join(f"{folder} from {start}" for folder, start in starts.items())
-        raise InputError(
-            f"members: they were trained from different models: {listed}. Only weights that share a start can be "
-            "averaged. If these names mean the same weights, pass same_start=True."
-        )
+    _check_configs(folders)
+    _check_weight_files(folders[1:])
+    tokenizer = _common_tokenizer(folders)
+    if not same_start:
+        _check_recorded_starts(folders)
     with contextlib.ExitStack() as stack, atomic_directory(target) as folder:
-        weights = [_open_weights(member, stack) for member in folders]
-        _check_tensors(folders, weights)
-        cosines = _write_average(folders, weights, folder, backbone_prefix, progress)
+        cosines = _write_average(folders, [_open_weights(each, stack) for each in folders], folder, prefix, progress)
         if not same_start:
             _check_cosines(folders, cosines)
         shutil.copyfile(folders[0] / "config.json", folder / "config.json")
         tokenizer.save_pretrained(folder)
-        for source in folders[0].glob("*.py"):
-            shutil.copyfile(check_own_file(source), folder / source.name)
+        is_inform = config.model_type == "inform"
         if is_inform:
             add_remote_code(folder)
-        result = {
-            "members": [
-                # Without the folders that lead to it, which may name a user.
-                {
-                    "folder": "/".join(path.resolve().parts[-2:]),
-                    "files": {x: file_digest(path / x) for x in _files(path)},
-                }
-                for path in folders
-            ],
-            "backbone_cosine": cosines["backbone"],
-            "head_cosine": cosines["head"],
-            "same_start": same_start,
-            "versions": versions(),
-        }
+        found = {f"{part}_cosine": cosine for part, cosine in cosines.items()}
+        result = {"members": _named(folders), **found, "same_start": same_start, "versions": versions()}
         atomic_write_text(folder / "README.md", average_card(config if is_inform else None, len(folders), RESULT_FILE))
         write_json(folder / RESULT_FILE, result)
     return result
 
 
-def _common_config(folders: Sequence[Path], trust_remote_code: bool) -> Any:
-    """The first member's config; `InputError` if another one's would give other rewards from the same weights."""
-    configs = []
+def _named(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The members and their weight files, without what leads to a folder, which may name a user."""
+    return [
+        {"folder": "/".join(each.resolve().parts[-2:]), "files": {x: file_digest(each / x) for x in _files(each)}}
+        for each in folders
+    ]
+
+
+def _check_configs(folders: Sequence[Path]) -> None:
+    """`InputError` for a member that would give other rewards from the same weights than the first."""
+    settings: list[dict[str, Any]] = []
     for folder in folders:
         if not (folder / "config.json").is_file():
             raise InputError(f"members: {folder} has no config.json. Pass the folder of a complete reward model.")
         try:
-            configs.append(AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code))
+            config = AutoConfig.from_pretrained(str(folder))
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"members: cannot read the config of {folder}: {str(error).splitlines()[0]}") from error
-    wanted = dict(_deciding_settings(configs[0].to_dict()))
-    for folder, config in zip(folders, configs, strict=True):
-        found = dict(_deciding_settings(config.to_dict()))
-        changed = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-        if changed:
+        settings.append(dict(_deciding_settings(config.to_dict())))
+        if changed := _changed(settings[0], settings[-1]):
             changed.sort(key=lambda key: key != "model_type")
+            wanted, found = settings[0], settings[-1]
             listed = "; ".join(f"{key} is {found.get(key)!r}, not {wanted.get(key)!r}" for key in changed[:5])
             raise InputError(f"members: {folder} is of another kind than {folders[0]}: {listed}. Leave it out.")
-    return configs[0]
+
+
+def _check_weight_files(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        try:
+            check_checkpoint(folder)
+        except InputError as error:
+            raise InputError(f"members: cannot read the weights of {folder} ({error})") from error
+
+
+def _changed(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    return sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
 
 
 def _deciding_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -160,15 +142,25 @@ def _deciding_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[t
             yield f"{prefix}{name}", value
 
 
-def _common_tokenizer(folders: Sequence[Path], trust_remote_code: bool) -> Any:
-    tokenizers = [load_tokenizer(folder, trust_remote_code=trust_remote_code) for folder in folders]
-    for folder, tokenizer in zip(folders, tokenizers, strict=True):
-        if fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(tokenizers[0]):
+def _common_tokenizer(folders: Sequence[Path]) -> Any:
+    first, *others = [load_tokenizer(folder) for folder in folders]
+    for folder, tokenizer in zip(folders[1:], others, strict=True):
+        if fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(first):
             raise InputError(
                 f"members: {folder} has another tokenizer or chat template than {folders[0]}. Their weights answer to "
                 "different token ids: leave it out."
             )
-    return tokenizers[0]
+    return first
+
+
+def _check_recorded_starts(folders: Sequence[Path]) -> None:
+    starts = {folder: start for folder in folders if (start := _recorded_start(folder)) is not None}
+    if len(set(starts.values())) > 1:
+        listed = "; ".join(f"{folder} from {start}" for folder, start in starts.items())
+        raise InputError(
+            f"members: they were trained from different models: {listed}. Only weights that share a start can be "
+            "averaged. If these names mean the same weights, pass same_start=True."
+        )
 
 
 def _recorded_start(folder: Path) -> str | None:
@@ -190,31 +182,23 @@ def _files(folder: Path) -> list[str]:
     return sorted(path.name for path in weight_files(folder)) or ["model.safetensors"]
 
 
-def _open_weights(folder: Path, stack: contextlib.ExitStack) -> dict[str, tuple[str, Any]]:
-    """Tensor name -> (file name, open file)."""
-    found: dict[str, tuple[str, Any]] = {}
-    try:
-        for name in _files(folder):
-            file: Any = stack.enter_context(safe_open(folder / name, framework="pt"))
-            found |= {key: (name, file) for key in file.keys()}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"members: cannot read the weights of {folder}: {error}") from error
+def _open_weights(folder: Path, stack: contextlib.ExitStack) -> _Weights:
+    found: _Weights = {}
+    for name in _files(folder):
+        file: Any = stack.enter_context(safe_open(folder / name, framework="pt"))
+        found |= {key: (name, file) for key in file.keys()}
     return found
 
 
-def _check_tensors(folders: Sequence[Path], weights: Sequence[dict[str, tuple[str, Any]]]) -> None:
+def _check_tensors(folders: Sequence[Path], weights: Sequence[_Weights]) -> None:
     """Refuse members whose tensors differ in name, shape or dtype."""
-
-    def layout(member: dict[str, tuple[str, Any]]) -> dict[str, str]:
+    layouts = []
+    for member in weights:
         slices = {key: file.get_slice(key) for key, (_, file) in member.items()}
-        return {key: f"{part.get_dtype()} {part.get_shape()}" for key, part in slices.items()}
-
-    wanted = layout(weights[0])
-    for folder, member in zip(folders, weights, strict=True):
-        found = layout(member)
-        changed = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-        if changed:
-            there, here = (layouts.get(changed[0], "absent") for layouts in (found, wanted))
+        layouts.append({key: f"{part.get_dtype()} {part.get_shape()}" for key, part in slices.items()})
+    for folder, found in zip(folders, layouts, strict=True):
+        if changed := _changed(layouts[0], found):
+            there, here = (layout.get(changed[0], "absent") for layout in (found, layouts[0]))
             raise InputError(
                 f"members: {len(changed)} tensors of {folder} differ from those of {folders[0]}; {changed[0]} is "
                 f"{there}, not {here}. Only equal shapes and types can be averaged."
@@ -222,9 +206,10 @@ def _check_tensors(folders: Sequence[Path], weights: Sequence[dict[str, tuple[st
 
 
 def _write_average(
-    folders: Sequence[Path], weights: Sequence[dict[str, tuple[str, Any]]], output: Path, prefix: str, progress: bool
+    folders: Sequence[Path], weights: Sequence[_Weights], output: Path, prefix: str, progress: bool
 ) -> dict[str, float | None]:
     """Write the mean of all tensors into files like the first member's; the members' least cosines by part."""
+    _check_tensors(folders, weights)
     # Norms' scales are near 1 in any model, and say nothing of its start.
     matrices = {key for key, (_, file) in weights[0].items() if len(file.get_slice(key).get_shape()) > 1}
     parts = {"backbone": {key for key in matrices if key.startswith(prefix)}}

@@ -31,7 +31,7 @@ class EngineInput:
 
     Attributes:
         way: engine and what is sent to it.
-        difference: the first that was seen, such as ``lacks '\\n' at the end``; ``None`` where there is none.
+        difference: the first that was seen, such as a line break that is lacking at the end; ``None``: there is none.
         remedy: what to do where there is one.
         is_avoidable: the engine has a switch for it, which its advice names anyway: no reason to warn.
     """

@@ -9,7 +9,6 @@ written beside it as ``reward_offset``.
 import copy
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,44 +38,8 @@ _CHECK_TOLERANCE = 1e-4
 _EXAMPLE_ENDS = ("Yes.", "a", "\U000f0000")
 
 
-@dataclass(frozen=True)
-class FoldedHead:
-    """What a linear reward head computes: ``reward = weight @ h + offset``.
-
-    Attributes:
-        weight: ``(1, H)``, float64.
-        offset: the constant.
-    """
-
-    weight: Tensor
-    offset: float
-
-
-@dataclass(frozen=True)
-class FoldedModel:
-    """What was written.
-
-    Attributes:
-        class_name: the class of transformers that loads it.
-        reward_offset: original reward minus folded reward.
-        largest_difference: between ``folded + reward_offset`` and the original reward on a few random rows, computed
-            with both before anything was written.
-        added_pad_token: the token that was added because the tokenizer's own pad token may end a row, or ``None``.
-        dropped_bos_token: the BOS token that the tokenizer no longer names, because verl would take it away, or
-            ``None``.
-        engine_inputs: which engines feed the tokens that the model was trained on.
-    """
-
-    class_name: str
-    reward_offset: float
-    largest_difference: float
-    added_pad_token: str | None
-    dropped_bos_token: str | None
-    engine_inputs: list[EngineInput]
-
-
-def fold_head(model: Any) -> FoldedHead:
-    """The row vector and the constant of an InfoRM model's reward in eval, computed in float64.
+def fold_head(model: Any) -> tuple[Tensor, float]:
+    """Row vector ``(1, H)`` and constant of an InfoRM model's reward in eval, ``weight @ h + offset``, in float64.
 
     Raises:
         InputError: if the reward is not linear in the hidden state.
@@ -84,7 +47,7 @@ def fold_head(model: Any) -> FoldedHead:
     config, head = model.config, model.score
     with torch.no_grad():
         if config.architecture == "standard":
-            return FoldedHead(head.weight.double(), 0.0 if head.bias is None else head.bias.double().item())
+            return head.weight.double(), 0.0 if head.bias is None else head.bias.double().item()
         if config.decoder != "linear":
             raise InputError(
                 f"folded: this model's decoder is {config.decoder!r}, so its reward is no linear function of the "
@@ -95,10 +58,10 @@ def fold_head(model: Any) -> FoldedHead:
         decoder = head.decoder.weight.double()
         weight = decoder @ head.encoder.weight[latent_mean].double()
         offset = decoder @ head.encoder.bias[latent_mean].double() + head.decoder.bias.double()
-        return FoldedHead(weight, offset.item())
+        return weight, offset.item()
 
 
-def write_folded_model(model: Any, tokenizer: Any, folder: str | Path, *, source: str | None = None) -> FoldedModel:
+def write_folded_model(model: Any, tokenizer: Any, folder: str | Path, *, source: str | None = None) -> None:
     """Write model, tokenizer and card of the folded model into an empty folder.
 
     The backbone's weights are written as they are. The row vector is written in float32 also beside a half-precision
@@ -117,17 +80,31 @@ def write_folded_model(model: Any, tokenizer: Any, folder: str | Path, *, source
     """
     folder = Path(folder)
     _refuse_quantized(model)
-    head = fold_head(model)
+    weight, offset = fold_head(model)
     fingerprint = fingerprint_model(model)
-    added = _separate_pad_token(tokenizer, model)
-    classifier = _classifier(model, head, tokenizer.pad_token_id)
-    difference = _largest_difference(model, classifier, head.offset)
+    added_pad_token = _separate_pad_token(tokenizer, model)
+    classifier = _classifier(model, weight, offset, tokenizer.pad_token_id)
+    difference = _largest_difference(model, classifier, offset)
     classifier.save_pretrained(folder)
     _add_rope_settings_of_transformers_4(folder / "config.json")
-    dropped, inputs = _save_tokenizer(tokenizer, folder)
-    written = FoldedModel(type(classifier).__name__, head.offset, difference, added, dropped, inputs)
-    atomic_write_text(folder / "README.md", _card(written, model.config, fingerprint, source))
-    return written
+    dropped_bos_token, engine_inputs = _save_tokenizer(tokenizer, folder)
+    metadata = ModelCardData(
+        library_name="transformers", pipeline_tag="text-classification", tags=list(TAGS), base_model=source
+    )
+    body = fill_markdown(
+        "folded_card.md.j2",
+        is_inform=model.config.architecture == "inform",
+        backbone=model.config.get_text_config().model_type,
+        class_name=type(classifier).__name__,
+        fingerprint=fingerprint,
+        offset=offset,
+        largest_difference=f"{difference:.1e}",
+        added_pad_token=added_pad_token,
+        dropped_bos_token=dropped_bos_token,
+        engine_inputs=engine_inputs,
+        vllm_command=Markdown(vllm_command("NAME", type(classifier).__name__, offset)),
+    )
+    atomic_write_text(folder / "README.md", card_text(metadata, body))
 
 
 def _refuse_quantized(model: Any) -> None:
@@ -170,7 +147,7 @@ def _separate_pad_token(tokenizer: Any, model: Any) -> str | None:
     return name
 
 
-def _classifier(model: Any, head: FoldedHead, pad_token_id: int) -> Any:
+def _classifier(model: Any, weight: Tensor, offset: float, pad_token_id: int) -> Any:
     """The classifier that transformers has for the backbone, around the model's own backbone and the row vector."""
     config = copy.deepcopy(model.config.get_text_config())
     kind = config.model_type
@@ -179,20 +156,20 @@ def _classifier(model: Any, head: FoldedHead, pad_token_id: int) -> Any:
     config.num_labels = 1
     config.problem_type = "regression"  # pipelines and servers then apply no sigmoid
     config.pad_token_id = pad_token_id
-    config.reward_offset = head.offset
+    config.reward_offset = offset
     with torch.device("meta"):
         classifier: Any = AutoModelForSequenceClassification.from_config(config)
     prefix = classifier.base_model_prefix
     expected = {f"{prefix}.{name}" for name in model.model.state_dict()} | {"score.weight"}
     found = set(classifier.state_dict())
-    if found != expected or classifier.score.weight.shape != head.weight.shape:
+    if found != expected or classifier.score.weight.shape != weight.shape:
         other = sorted(found ^ expected)
         raise InputError(
             f"folded: {type(classifier).__name__} is not a {kind} backbone with a bias-free linear head named score "
             f"({other[0] if other else 'its head has another size'}). Export without folding."
         )
     setattr(classifier, prefix, model.model)
-    classifier.score.weight = nn.Parameter(head.weight.float(), requires_grad=False)
+    classifier.score.weight = nn.Parameter(weight.float(), requires_grad=False)
     return classifier.eval()
 
 
@@ -270,26 +247,3 @@ def _leave_out_token_types(path: Path) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["model_input_names"] = ["input_ids", "attention_mask"]
     write_json(path, settings)
-
-
-def _card(written: FoldedModel, config: Any, fingerprint: str, source: str | None) -> str:
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-classification",
-        tags=list(TAGS),
-        base_model=source,
-    )
-    body = fill_markdown(
-        "folded_card.md.j2",
-        is_inform=config.architecture == "inform",
-        backbone=config.get_text_config().model_type,
-        class_name=written.class_name,
-        fingerprint=fingerprint,
-        offset=written.reward_offset,
-        largest_difference=f"{written.largest_difference:.1e}",
-        added_pad_token=written.added_pad_token,
-        dropped_bos_token=written.dropped_bos_token,
-        engine_inputs=written.engine_inputs,
-        vllm_command=Markdown(vllm_command("NAME", written.class_name, written.reward_offset)),
-    )
-    return card_text(metadata, body)

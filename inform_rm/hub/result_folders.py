@@ -3,11 +3,11 @@
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from inform_rm.errors import InputError
+from inform_rm.scoring.reward_models import fingerprint_model, load_reward_model
 
 RESULT_FILE = "result.json"
 # What the result.json of each kind holds and that of no other does.
@@ -19,15 +19,8 @@ _KEYS = {
 }
 
 
-@dataclass(frozen=True)
-class ResultFolder:
-    """A finished folder of results.
-
-    Attributes:
-        path: the folder.
-        kind: ``"evaluate"``, ``"suite"``, ``"decompose"`` or ``"detect"``.
-        result: the content of its ``result.json``.
-    """
+class ResultFolder(NamedTuple):
+    """A finished folder of results: its path, what made it (a key of `_KEYS`), and its ``result.json``."""
 
     path: Path
     kind: str
@@ -63,7 +56,7 @@ def read_result_folder(path: str | Path, kinds: Sequence[str] = tuple(_KEYS)) ->
 
 @contextlib.contextmanager
 def naming_damage(argument: str, file: Path) -> Iterator[None]:
-    """Turn what a value of the wrong type or a missing one in a file leads to into an `InputError` that names it."""
+    """Turn what a wrong or missing value in a file leads to into an `InputError` that names the file."""
     try:
         yield
     except InputError:
@@ -86,8 +79,6 @@ def refuse_other_models(folders: Sequence[ResultFolder], model: str, revision: s
     Raises:
         InputError: a result is about other weights.
     """
-    from inform_rm.scoring.reward_models import fingerprint_model, load_reward_model
-
     known: dict[str, str] = {}
     for folder in folders:
         with naming_damage("results", folder.path / RESULT_FILE):
@@ -97,8 +88,9 @@ def refuse_other_models(folders: Sequence[ResultFolder], model: str, revision: s
         dtypes = ("float32", "auto") if stated is None else (str(stated),)
         for dtype in dtypes:
             if dtype not in known:
-                loaded = load_reward_model(model, dtype=dtype, device="cpu", revision=revision)
-                known[dtype] = fingerprint_model(loaded)
+                known[dtype] = fingerprint_model(
+                    load_reward_model(model, dtype=dtype, device="cpu", revision=revision)
+                )
         if found not in [known[dtype] for dtype in dtypes]:
             raise InputError(
                 f"results: {folder.path} is about another model, {name}: its weights have the fingerprint "

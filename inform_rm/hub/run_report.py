@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from inform_rm.hub.result_folders import (
     read_result_folder,
     refuse_other_models,
 )
+from inform_rm.util.checkpoints import last_complete
 from inform_rm.util.files import atomic_write_text
 from inform_rm.util.page import (
     Block,
@@ -50,31 +50,11 @@ _CURVES_CAPTION = (
     "Training: each point is the mean since the point before it. Evaluation: all evaluation pairs, after so many "
     "steps. The training loss holds the KL term, the evaluation loss does not."
 )
+_NO_CURVES = Note("The log of this run holds no point.")
 _FEW_POINTS = 40  # so many are drawn as points, too
 _COUNTS = ("pairs", "overlong", "dropped", "truncated", "bad_rows", "passes")
 
 _Line = tuple[str, str, list[tuple[float, float]]]  # label, colour, points
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run's folder says.
-
-    Attributes:
-        name: of the folder.
-        is_finished: whether its model is there.
-        record: settings, versions, data fingerprints and, once finished, counts and the last evaluation.
-        steps: optimizer steps done.
-        max_steps: optimizer steps planned; ``None`` if not known.
-        log: the trainer's log lines.
-    """
-
-    name: str
-    is_finished: bool
-    record: dict[str, Any]
-    steps: int
-    max_steps: int | None
-    log: list[dict[str, Any]]
 
 
 def write_report(run: str | Path, output: str | Path, results: Sequence[str | Path] = ()) -> None:
@@ -96,9 +76,9 @@ def write_report(run: str | Path, output: str | Path, results: Sequence[str | Pa
     target = Path(output)
     if target.is_dir():
         raise InputError(f"output: {target} is a folder; expected the name of a page, such as {target}/report.html.")
-    found = read_run(run)
+    record, is_finished = _read_run(Path(run))
     folders = [read_result_folder(path) for path in results]
-    if folders and not found.is_finished:
+    if folders and not is_finished:
         raise InputError(
             f"results: the run in {run} is not finished, so that no result can be of its model. Finish it, or leave "
             "them out."
@@ -115,37 +95,33 @@ def write_report(run: str | Path, output: str | Path, results: Sequence[str | Pa
     if absent:
         shown.append(Note(f"Not on this page, because no such results were given: {', '.join(absent)}."))
     with naming_damage("run", Path(run) / RUN_RESULT_FILE):
-        blocks = [*_summary(found), *_curves(found), *shown, *_facts(found)]
-    atomic_write_text(target, Page(f"Training run: {found.name}", blocks).html())
+        log = record["log_history"]
+        curves = themed_image(lambda: curves_figure(log), _CURVES_CAPTION) if _panels(log) else _NO_CURVES
+        blocks = [*_summary(record, is_finished), Heading("Training"), curves, *shown, *_facts(record)]
+    atomic_write_text(target, Page(f"Training run: {Path(run).resolve().name}", blocks).html())
 
 
-def read_run(folder: str | Path) -> Run:
-    """Read a run's ``train_result.json`` or, of an unfinished run, its last complete checkpoint.
-
-    Raises:
-        InputError: there is neither, or it is damaged.
-    """
-    from inform_rm.util.checkpoints import last_complete
-
-    folder = Path(folder)
-    name, finished = folder.resolve().name, folder / RUN_RESULT_FILE
+def _read_run(folder: Path) -> tuple[dict[str, Any], bool]:
+    """A run's ``train_result.json`` or, of an unfinished run, the like of its last checkpoint; which of them it is."""
+    finished = folder / RUN_RESULT_FILE
     if finished.is_file():
         with naming_damage("run", finished):
             record = json.loads(finished.read_text(encoding="utf-8"))
-            return Run(name, True, record, int(record["steps"]), record["steps"], record["log_history"])
+            return {**record, "log_history": list(record["log_history"])}, True
     checkpoint = last_complete(folder / "checkpoints")
     if checkpoint is None:
         raise InputError(
             f"run: {folder} holds no training run: neither {RUN_RESULT_FILE} nor a complete checkpoint. Pass the "
             "folder that inform-rm train wrote."
         )
-    with naming_damage("run", folder / "checkpoints" / "run.json"):
-        settings = json.loads((folder / "checkpoints" / "run.json").read_text(encoding="utf-8"))
+    started, progress = folder / "checkpoints" / "run.json", checkpoint / "trainer_state.json"
+    with naming_damage("run", started):
+        settings = json.loads(started.read_text(encoding="utf-8"))
         record = {name: settings.pop(name, {}) for name in ("data_fingerprints", "versions", "contents")}
-        record["settings"] = settings
-    with naming_damage("run", checkpoint / "trainer_state.json"):
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        return Run(name, False, record, int(state["global_step"]), state["max_steps"], state["log_history"])
+    with naming_damage("run", progress):
+        state = json.loads(progress.read_text(encoding="utf-8"))
+        steps = f"{int(state['global_step'])} of {state['max_steps']}"
+        return {**record, "settings": settings, "steps": steps, "log_history": list(state["log_history"])}, False
 
 
 def curves_figure(log: Sequence[dict[str, Any]]) -> Figure:
@@ -153,7 +129,7 @@ def curves_figure(log: Sequence[dict[str, Any]]) -> Figure:
     panels = _panels(log)
     figure = Figure(figsize=(6.4, 0.5 + 1.9 * len(panels)), layout="constrained")
     column = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (title, lines) in zip(column, panels, strict=True):
+    for axes, (title, lines) in zip(column, panels.items(), strict=True):
         for label, color, points in lines:
             marker = "o-" if len(points) < _FEW_POINTS else "-"
             axes.plot(*zip(*points, strict=True), marker, markersize=4, color=color, label=label)
@@ -164,50 +140,42 @@ def curves_figure(log: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _panels(log: Sequence[dict[str, Any]]) -> list[tuple[str, list[_Line]]]:
-    return [(title, lines) for title, keys in _PANELS if (lines := _lines(log, keys))]
+def _panels(log: Sequence[dict[str, Any]]) -> dict[str, list[_Line]]:
+    """Title to its lines, where there are any; NaN and infinity cannot be drawn."""
+    panels: dict[str, list[_Line]] = {}
+    for title, keys in _PANELS:
+        for (key, label), color in zip(keys, _COLORS, strict=False):
+            found = [(float(line["step"]), float(line[key])) for line in log if key in line and "step" in line]
+            points = [point for point in found if all(map(math.isfinite, point))]
+            if points:
+                panels.setdefault(title, []).append((label, color, points))
+    return panels
 
 
-def _lines(log: Sequence[dict[str, Any]], keys: Sequence[tuple[str, str]]) -> list[_Line]:
-    """Label, colour and points of each line that has any; NaN and infinity cannot be drawn."""
-    found = []
-    for (key, label), color in zip(keys, _COLORS, strict=False):
-        points = [(float(line["step"]), float(line[key])) for line in log if key in line and "step" in line]
-        points = [point for point in points if all(map(math.isfinite, point))]
-        if points:
-            found.append((label, color, points))
-    return found
-
-
-def _summary(run: Run) -> list[Block]:
-    settings, evaluation = run.record["settings"], run.record.get("evaluation")
-    kind = {"inform": "InfoRM", "standard": "standard reward model"}.get(
-        str(settings.get("architecture")), str(settings.get("architecture"))
-    )
-    steps = f"{run.steps} steps" if run.is_finished else f"{run.steps} of {run.max_steps} steps"
-    rows: list[tuple[str, Any]] = [("model", kind), ("started from", settings.get("model")), ("trained for", steps)]
-    counts = run.record.get("train_pairs") or {}
-    rows += [("training pairs", counts["pairs"])] if "pairs" in counts else []
-    if "train_runtime_seconds" in run.record:
-        rows.append(("training time", f"{run.record['train_runtime_seconds']:.0f} s since the last start"))
-    if run.record.get("resumed_from_step") is not None:
-        rows.append(("continued from step", run.record["resumed_from_step"]))
+def _summary(record: dict[str, Any], is_finished: bool) -> list[Block]:
+    settings, evaluation, counts = record["settings"], record.get("evaluation"), record.get("train_pairs")
+    kind = str(settings.get("architecture"))
+    rows: list[tuple[str, Any]] = [
+        ("model", {"inform": "InfoRM", "standard": "standard reward model"}.get(kind, kind)),
+        ("started from", settings.get("model")),
+        ("trained for", f"{record['steps']} steps"),
+    ]
+    if counts and "pairs" in counts:
+        rows.append(("training pairs", counts["pairs"]))
+    if "train_runtime_seconds" in record:
+        rows.append(("training time", f"{record['train_runtime_seconds']:.0f} s since the last start"))
+    if record.get("resumed_from_step") is not None:
+        rows.append(("continued from step", record["resumed_from_step"]))
     if evaluation is not None:
         interval = format_interval(evaluation["accuracy_interval"])
         accuracy = f"{evaluation['accuracy']:.3f} (n = {evaluation['num_pairs']}, 95 % interval {interval})"
         rows.append(("accuracy on the run's evaluation pairs", accuracy))
     blocks: list[Block] = [words_table(("this run", ""), rows)]
-    if not run.is_finished:
+    if not is_finished:
         blocks.append("This run is not finished; the page shows its last complete checkpoint.")
-    if evaluation is None and run.is_finished:
+    elif evaluation is None:
         blocks.append("The run had no evaluation pairs.")
     return blocks
-
-
-def _curves(run: Run) -> list[Block]:
-    if not _panels(run.log):
-        return [Heading("Training"), Note("The log of this run holds no point.")]
-    return [Heading("Training"), themed_image(lambda: curves_figure(run.log), _CURVES_CAPTION)]
 
 
 def _accuracy(folder: ResultFolder) -> list[Block]:
@@ -266,20 +234,20 @@ def _detection(folder: ResultFolder) -> list[Block]:
     return blocks
 
 
-def _facts(run: Run) -> list[Block]:
-    parts = {name.replace("_", " "): run.record.get(name) or {} for name in ("train_pairs", "eval_pairs")}
+def _facts(record: dict[str, Any]) -> list[Block]:
+    parts = {name.replace("_", " "): record.get(name) or {} for name in ("train_pairs", "eval_pairs")}
     names = [name for name in _COUNTS if any(name in part for part in parts.values())]
     counts = [(label, *(_count(part.get(name)) for name in names)) for label, part in parts.items() if part]
     more = ("batching", "num_processes", "distributed_type", "quantization")
-    as_run = {f"{name}, as run": run.record[name] for name in more if name in run.record}
+    as_run = {f"{name}, as run": record[name] for name in more if name in record}
     return [
         Heading("Data"),
         *([Table(("", *(name.replace("_", " ") for name in names)), counts)] if counts else []),
-        words_table(("source", "SHA-256"), run.record["data_fingerprints"].items()),
+        words_table(("source", "SHA-256"), record["data_fingerprints"].items()),
         Heading("Settings"),
-        settings_table(run.record["settings"], as_run),
+        settings_table(record["settings"], as_run),
         Heading("Versions"),
-        words_table(("software", "version"), run.record["versions"].items()),
+        words_table(("software", "version"), record["versions"].items()),
     ]
 
 

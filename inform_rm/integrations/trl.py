@@ -91,18 +91,15 @@ class RewardFunction:
             rewards: list[float] = self.scorer.score(prompts, responses).tolist()
             return rewards
         found = collect_latents(self.latent_scorer, prompts, responses)
-        if self.latent_scorer is self.scorer:
-            plain = found.rewards.astype(np.float64)
-        else:
-            plain = self.scorer.score(prompts, responses).double().numpy()
+        own = self.latent_scorer is self.scorer
+        plain = found.rewards.astype(np.float64) if own else self.scorer.score(prompts, responses).double().numpy()
         squares = self.reference.squared_distances(found.values)
         distances = np.sqrt(squares)
         if log_metric is not None:
             log_metric("unshaped_reward", float(plain.mean()))
             log_metric("mahalanobis_distance", float(distances.mean()))
             log_metric("mop", float((self.reference.tail_probabilities(squares, self.tail) < self.alpha).mean()))
-        penalties = squares if self.squared else distances
-        shaped: list[float] = (plain - self.shaping_coefficient * penalties).tolist()
+        shaped: list[float] = (plain - self.shaping_coefficient * (squares if self.squared else distances)).tolist()
         return shaped
 
     def recent(self) -> tuple[list[Prompt], list[str]]:
@@ -115,11 +112,10 @@ class RewardFunction:
 class OveroptimizationCallback(TrainerCallback):
     """Every so many steps: the statistics of `detect` for fresh policy responses, logged; stops if asked to.
 
-    Logs ``csi``, ``csi_normalized``, ``mop``, ``knn_outliers`` and what else the statistics are made of, and
-    ``sampled_reward`` and ``sampled_words``, as a line of their own.
-    The stopping rule is Algorithm 1 of arXiv:2402.09345 (`CSIEarlyStopping`) on the normalized CSI, so that checks
-    with unequal numbers of responses compare. Its state is saved with every checkpoint and taken up by a resumed run.
-    With several processes the responses of all of them are checked together.
+    Logs a line with ``csi``, ``csi_normalized``, ``mop``, ``knn_outliers`` and what else the statistics are made of,
+    ``sampled_reward`` and ``sampled_words``. The stopping rule is Algorithm 1 of arXiv:2402.09345
+    (`CSIEarlyStopping`) on the normalized CSI, so that unequal numbers of responses compare; its state goes with the
+    checkpoints. The responses of several processes are checked together.
 
     Args:
         scorer: InfoRM model.
@@ -183,23 +179,17 @@ class OveroptimizationCallback(TrainerCallback):
             logger.warning("No fresh responses at step %d: nothing to check.", state.global_step)
             return
         latents, rewards, words = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-        found_values: dict[str, Any] = {}
-        for measure in self._measures:
-            found_values |= measure(latents, 0)[0]
-        values = {name: value for name, value in found_values.items() if isinstance(value, float)}
+        measured = [item for measure in self._measures for item in measure(latents, 0)[0].items()]
+        values = {name: value for name, value in measured if isinstance(value, float)}
         values |= {"sampled_reward": float(rewards.mean()), "sampled_words": float(words.mean())}
         # Past the log method of TRL's trainers, which would add and clear what they gather for their own line.
         should_log = control.should_log
         Trainer.log(self._trainer, values)
         control.should_log = should_log  # logging cleared it, and the trainer's own line of this step is still to come
         if self.stopping.update(values["csi_normalized"]):
-            logger.warning(
-                "Step %d: CSI jumped to %.3g per response, the sign of overoptimization.",
-                state.global_step,
-                values["csi_normalized"],
-            )
-            if self._action == "stop":
-                control.should_training_stop = True
+            jump = state.global_step, values["csi_normalized"]
+            logger.warning("Step %d: CSI jumped to %.3g per response, the sign of overoptimization.", *jump)
+            control.should_training_stop |= self._action == "stop"
 
 
 def _text(completion: Any) -> str:

@@ -17,14 +17,9 @@ import subprocess
 import sys
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-
 from inform_rm.errors import InputError
 from inform_rm.safety import template_trial
 
-# The longest published chat templates have some 20,000 characters.
-_MOST_TEMPLATE_CHARACTERS = 1 << 20
 _MOST_WAITING_SECONDS = 60  # by the clock, where the machine is busy or knows no limit of processor time
 # Without site: what a sitecustomize or a .pth file imports (coverage, torch) would count as the template's.
 _TRIAL = "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
@@ -35,8 +30,9 @@ _SPARE_FACTOR = 20
 # What the templates that read the clock (Llama 3.2, gpt-oss, SmolLM3) are told. The template of Llama 3.2 itself falls
 # back to this day where there is no clock.
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
-_CLOCK = "strftime_now"
-_CLOCK_CALL = re.compile(_CLOCK + r"""\(\s*(?:format\s*=\s*)?(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
+_CLOCK_CALL = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
+# A comment, or whether there is a clock, which is the same on all days.
+_NO_CLOCK = re.compile(r"\{#.*?#\}|strftime_now\s+is\s+(not\s+)?(defined|undefined|callable)", re.DOTALL)
 _DATE_NOTE = f"{{# its date is fixed to {TEMPLATE_DATE:%Y-%m-%d} #}}"
 
 
@@ -44,14 +40,9 @@ def check_template(template: str, where: str) -> None:
     """Refuse a chat template that is no Jinja, or that asks for more than any conversation needs.
 
     Raises:
-        InputError: naming `where` and what is refused: over a million characters, no valid Jinja, or what
-            `template_trial` finds.
+        InputError: naming `where` and what `template_trial` finds.
     """
-    if not isinstance(template, str):
-        raise InputError(f"{where}: the chat template is a {type(template).__name__}; expected text.")
-    if len(template) > _MOST_TEMPLATE_CHARACTERS:
-        raise InputError(f"{where}: the chat template has {len(template)} characters; it is no such file.")
-    fault = _fault(template)
+    fault = _fault(template) if isinstance(template, str) else f"is a {type(template).__name__}; expected text"
     if fault is not None:
         raise InputError(f"{where}: the chat template {fault}. Pass another chat_template (a file, or 'plain').")
 
@@ -80,16 +71,12 @@ def with_fixed_date(template: str, where: str) -> str:
     Raises:
         InputError: the clock is read in another way than by calls with a constant format.
     """
-    if _CLOCK not in template:
-        return template
     fixed = _CLOCK_CALL.sub(lambda call: json.dumps(TEMPLATE_DATE.strftime(call[1] or call[2] or "")), template)
-    tree = jinja2.Environment(extensions=template_trial.EXTENSIONS).parse(fixed)
-    tests = [test.node for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined", "callable")]
-    if any(name.name == _CLOCK and all(name is not tested for tested in tests) for name in tree.find_all(nodes.Name)):
+    if "strftime_now" in _NO_CLOCK.sub("", fixed):
         raise InputError(
-            f"{where}: the chat template reads the clock ({_CLOCK}) in a way that cannot be replaced by a fixed date, "
-            f"so that a reward would change from day to day. Write {_CLOCK}('%d %b %Y') with a constant format, or "
-            "pass another chat_template (a file, or 'plain')."
+            f"{where}: the chat template reads the clock (strftime_now) in a way that cannot be replaced by a fixed "
+            "date, so that a reward would change from day to day. Write strftime_now('%d %b %Y') with a constant "
+            "format, or pass another chat_template (a file, or 'plain')."
         )
     if fixed == template:
         return template  # it only asks whether there is a clock
@@ -97,10 +84,15 @@ def with_fixed_date(template: str, where: str) -> str:
     return _DATE_NOTE + ("\n" if template[0].isspace() else "") + fixed
 
 
-def has_fixed_date(template: Any) -> bool:
-    """Whether `with_fixed_date` has changed this template, or one of these named ones."""
-    templates = template.values() if isinstance(template, dict) else [template]
-    return any(text is not None and text.startswith(_DATE_NOTE) for text in templates)
+def templates_of(chat_template: Any) -> list[Any]:
+    """The templates of a tokenizer: none, one, or several with names."""
+    named = chat_template.values() if isinstance(chat_template, dict) else [chat_template]
+    return [template for template in named if template is not None]
+
+
+def has_fixed_date(chat_template: Any) -> bool:
+    """Whether `with_fixed_date` has changed a template of a tokenizer."""
+    return any(template.startswith(_DATE_NOTE) for template in templates_of(chat_template))
 
 
 def check_rendered(text: str, conversation: list[dict[str, str]]) -> None:

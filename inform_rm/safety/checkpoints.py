@@ -114,11 +114,7 @@ def check_checkpoint(
 
 
 def check_files(model: str | Path) -> None:
-    """Refuse a local folder with a pipe or device among its files, or a JSON file or template of over 128 MiB.
-
-    Raises:
-        InputError: naming the file.
-    """
+    """Raise `InputError` for a local folder with a pipe or device in it, or a JSON file or template over 128 MiB."""
     folder = Path(model)
     if not folder.is_dir():
         return
@@ -135,11 +131,7 @@ def check_files(model: str | Path) -> None:
 
 
 def check_code_is_own(model: str | Path, *, revision: str | None = None) -> None:
-    """Refuse a model or tokenizer whose config takes its code from another repository or folder.
-
-    Raises:
-        InputError: naming that repository and the way out.
-    """
+    """Raise `InputError` if the config of a model or tokenizer takes its code from another repository or folder."""
     for name in ("config.json", "tokenizer_config.json"):
         settings = read_object(model, name, revision) or {}
         found = settings.get("auto_map")
@@ -193,11 +185,7 @@ def weight_files(model: str | Path, *, revision: str | None = None) -> list[Path
 
 
 def check_own_file(path: Path) -> Path:
-    """The path of a file that may be copied out of its folder: no link to somewhere else.
-
-    Raises:
-        InputError: it links out of the folder (and, in the Hub's cache, out of the repository).
-    """
+    """The path; `InputError` if it links out of its folder (in the Hub's cache: repository): it would be copied on."""
     folder, target = path.parent.resolve(), path.resolve()
     homes = [folder] + ([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])
     if not any(target.is_relative_to(home) for home in homes):
@@ -291,12 +279,10 @@ def _numbers_held(path: Path, where: str) -> int:
 
 
 def _check_size(model: str | Path, revision: str | None, trust_remote_code: bool, auto_class: Any, held: int) -> None:
-    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        hub["revision"] = revision
-    most = _SPARE_FACTOR * held + _SPARE_NUMBERS
     try:
-        config = AutoConfig.from_pretrained(str(model), **hub)
+        config = AutoConfig.from_pretrained(
+            str(model), trust_remote_code=trust_remote_code, **({} if revision is None else {"revision": revision})
+        )
         if trust_remote_code and getattr(config, "auto_map", None) and config.model_type != "inform":
             return
         with torch.device("meta"), no_init_weights():
@@ -304,7 +290,7 @@ def _check_size(model: str | Path, revision: str | None, trust_remote_code: bool
         claimed = sum(tensor.numel() for tensor in [*built.parameters(), *built.buffers()])
     except Exception:
         return  # the loader makes the same model, without memory at first, and will say in its words what is wrong
-    if claimed > most:
+    if claimed > _SPARE_FACTOR * held + _SPARE_NUMBERS:
         raise InputError(
             f"model: {model}/config.json describes a model of {claimed:.4g} numbers, but its weights hold "
             f"{held:.4g}. One of the two is not what was saved: copy or download both again."

@@ -40,15 +40,16 @@ def read_settings_yaml(path: str | Path) -> Any:
             return found
 
     try:
-        if Path(path).exists() and not Path(path).is_file():
+        size = Path(path).stat().st_size
+        if not Path(path).is_file():
             raise InputError(f"{path}: is a folder, pipe or device, not a file. Pass a YAML file of settings.")
-        if Path(path).stat().st_size > _MOST_BYTES:
-            raise InputError(f"{path}: has {Path(path).stat().st_size} bytes; settings have at most {_MOST_BYTES}.")
+        if size > _MOST_BYTES:
+            raise InputError(f"{path}: has {size} bytes; settings have at most {_MOST_BYTES}.")
         return yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}). Pass a YAML file of settings.") from None
     # Dates and numbers that are none, unhashable keys and the like raise what Python raises for them.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())[:500]}") from None

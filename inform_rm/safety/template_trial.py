@@ -35,41 +35,30 @@ class Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-EXTENSIONS: list[Any] = [Generation, jinja2.ext.loopcontrols]
-
-
 def fault_of(template: str) -> str | None:
     """What is wrong with a template, as the end of a sentence: it is no Jinja, or makes too much of 64 turns.
 
     A template that refuses this conversation may take others; where it is used, the error is reported.
     """
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=EXTENSIONS)
+    extensions: list[Any] = [Generation, "jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, default=str)
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.datetime(2024, 7, 26).strftime}
+    environment.globals["strftime_now"] = datetime.datetime(2024, 7, 26).strftime
     turns = [{"role": role, "content": "a" * LETTERS} for role in ("user", "assistant") * (TURNS // 2)]
+    given = {"messages": turns, "tools": None, "documents": None, "bos_token": "a", "eos_token": "a"}
+    compiled, size = None, 0
     try:
         compiled = environment.from_string(template)
-    except MemoryError:
-        return TOO_MUCH
-    except Exception as error:
-        return f"cannot render a conversation ({type(error).__name__}: {str(error)[:200]})"
-    size = 0
-    try:
-        for part in compiled.generate(
-            messages=turns, tools=None, documents=None, add_generation_prompt=True, bos_token="a", eos_token="a"
-        ):
+        for part in compiled.generate(**given, add_generation_prompt=True):
             size += len(part)
             if size > MOST_CHARACTERS:
                 return TOO_MUCH
     except MemoryError:
         return TOO_MUCH
-    except Exception:
-        return None
+    except Exception as error:
+        if compiled is None:
+            return f"cannot render a conversation ({type(error).__name__}: {str(error)[:200]})"
     return None
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def _limit() -> None:

@@ -18,7 +18,7 @@ HUB_FILES = (
     "config.json", "generation_config.json", "configuration_inform.py", "modeling_inform.py", "README.md",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja",
-    "chat_template.json", "additional_chat_templates/*.jinja",
+    "chat_template.json", "additional_chat_templates/*.jinja", ".eval_results/*.yaml",
 )  # fmt: skip
 # Lists of word pieces: any word may stand there, also one that is somebody's name or looks like a path.
 _VOCABULARIES = (

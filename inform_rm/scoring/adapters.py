@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from inform_rm.configuration_inform import HEAD_SETTINGS
 from inform_rm.errors import InputError
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
 from inform_rm.safety.checkpoints import (
@@ -29,9 +30,8 @@ from inform_rm.scoring.value_heads import find_reward_head, load_with_head
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _HEAD_PREFIX = "base_model.model.score."
-_HEAD_SETTINGS = ("architecture", "latent_dim", "decoder", "kl_reduction", "head_bias", "beta")
 # What must agree between the base that the adapters were trained on and the one that is found under its name.
-_BACKBONE_SIZES = (
+_BACKBONE_SIZES: tuple[str, ...] = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "intermediate_size", "vocab_size",
 )  # fmt: skip
@@ -66,44 +66,41 @@ def load_adapter_model(
 ) -> PreTrainedModel:
     """A whole reward model from a folder (or Hub id) of adapters: its base is loaded, the adapters are merged into it.
 
-    The base is never quantised here, also where the adapters were trained on a quantised one: the rewards are those
-    of base + adapters in `dtype`. The head is in float32.
+    The base is never quantised here, also where the adapters were trained on a quantised one. The model keeps no trace
+    of peft and is in eval mode.
 
     Args:
         model: folder or Hub id with the files that `inform_rm.training` writes.
-        dtype: number type of the base; ``"auto"`` is the one that the run trained in.
+        dtype: number type of the base; ``"auto"`` is the one that the run trained in. The head is in float32.
         device: where to put the model; ``"auto"`` spreads the base over all devices.
         trust_remote_code: run code from the base's repository.
         revision: branch, tag or commit of `model` on the Hub; that of the base stands in the adapters' settings.
-
-    Returns:
-        The model without any trace of peft, in eval mode; ``save_pretrained`` writes it whole.
 
     Raises:
         InputError: if the folder holds no adapters of an InfoRM model, lacks the head or weights, or its base is
             missing, broken or of another architecture.
     """
     name = str(model)
-    hub = {} if revision is None else {"revision": revision}
     if trust_remote_code:
         check_code_is_own(name, revision=revision)
-    settings, config, weights = _read(name, hub, trust_remote_code)
+    settings, config, weights = _read(name, revision, trust_remote_code)
     peft = import_peft(f"model: {model} holds adapters; loading it")
     if dtype == "auto":
         dtype = config.dtype or "auto"
     base = _load_base(name, settings, config, dtype, device, trust_remote_code)
     base.score.float()
-    lora = peft.LoraConfig(**{**settings, "inference_mode": True})
-    adapted = peft.get_peft_model(base, lora)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**{**settings, "inference_mode": True}))
     expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    absent = sorted(set(expected) - set(weights))
-    unknown = sorted(set(weights) - set(expected))
-    reshaped = sorted(key for key in set(expected) & set(weights) if expected[key].shape != weights[key].shape)
-    for keys, fault in ((absent, "are missing"), (unknown, "have no place"), (reshaped, "have another shape")):
+    shared = expected.keys() & weights.keys()
+    for keys, fault in (
+        (expected.keys() - shared, "are missing"),
+        (weights.keys() - shared, "have no place"),
+        ({key for key in shared if expected[key].shape != weights[key].shape}, "have another shape"),
+    ):
         if keys:
             raise InputError(
                 f"model: {name} does not fit its base {settings['base_model_name_or_path']}: {len(keys)} adapter "
-                f"weights {fault} (first: {keys[0]}). Name the base that it was trained on in adapter_config.json."
+                f"weights {fault} (first: {min(keys)}). Name the base that it was trained on in adapter_config.json."
             )
     peft.set_peft_model_state_dict(adapted, weights)
     merged: Any = adapted.merge_and_unload()
@@ -113,14 +110,10 @@ def load_adapter_model(
 
 
 def complete_adapter_folder(folder: str | Path, model: Any) -> None:
-    """Put the InfoRM model's ``config.json`` beside the adapters that peft wrote.
+    """Put the ``config.json`` of a `PeftModel`'s InfoRM model beside the adapters that it wrote to `folder`.
 
     Without a word about quantisation: what the folder gives is base + adapters in full precision. The card that peft
     writes, a form to fill in, is removed.
-
-    Args:
-        folder: where ``PeftModel.save_pretrained`` wrote.
-        model: the `PeftModel`.
     """
     config = copy.deepcopy(model.get_base_model().config)
     if hasattr(config, "quantization_config"):
@@ -129,23 +122,18 @@ def complete_adapter_folder(folder: str | Path, model: Any) -> None:
     (Path(folder) / "README.md").unlink(missing_ok=True)
 
 
-def _read(name: str, hub: dict[str, Any], trust_remote_code: bool) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+def _read(name: str, revision: str | None, trust_remote_code: bool) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """Adapter settings, InfoRM config and weights, each checked; an `InputError` names what is wrong."""
-    revision = hub.get("revision")
     settings = read_object(name, ADAPTER_FILES[0], revision)
     if settings is None:
         raise InputError(f"model: {name} has no {ADAPTER_FILES[0]}; it holds no adapters.")
     config = None
     if find_file(name, "config.json", revision) is not None:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or "main")
     is_ours = settings.get("peft_type") == "LORA" and "score" in (settings.get("modules_to_save") or ())
     if config is None or config.model_type != "inform" or not is_ours:
-        raise InputError(
-            ADAPTER_REFUSAL.format(
-                name,
-                ", and not one that inform-rm train wrote (LoRA with the head, InfoRM config.json beside it)",
-            )
-        )
+        why = ", and not one that inform-rm train wrote (LoRA with the head, InfoRM config.json beside it)"
+        raise InputError(ADAPTER_REFUSAL.format(name, why))
     if not settings.get("base_model_name_or_path"):
         raise InputError(f"model: {name}/{ADAPTER_FILES[0]} names no base model. Write it to base_model_name_or_path.")
     weights_file = find_file(name, ADAPTER_FILES[1], revision)
@@ -171,6 +159,7 @@ def _read(name: str, hub: dict[str, Any], trust_remote_code: bool) -> tuple[dict
 def _load_base(
     name: str, settings: dict[str, Any], config: Any, dtype: Any, device: Any, trust_remote_code: bool
 ) -> Any:
+    """The model that the adapters were trained on, with the head's settings from `config`."""
     base, revision = settings["base_model_name_or_path"], settings.get("revision")
     wanted = f"model: {name} holds adapters for the base model {base}"
     if os.path.isabs(base) and not Path(base).is_dir():
@@ -178,32 +167,29 @@ def _load_base(
             f"{wanted}, which is not there. Put it back, or write where it is now to base_model_name_or_path in "
             f"{ADAPTER_FILES[0]}."
         )
-    hub = {"trust_remote_code": trust_remote_code, **({} if revision is None else {"revision": revision})}
+    hub = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     if trust_remote_code:
         warn_unpinned(base, revision)
     try:
         check_checkpoint(base, revision=revision, trust_remote_code=trust_remote_code)
         found = AutoConfig.from_pretrained(base, **hub)
-        compared: list[tuple[Any, Any, tuple[str, ...]]] = [
-            (config.get_text_config(), found.get_text_config(), _BACKBONE_SIZES)
-        ]
-        if found.model_type == "inform":
-            compared.append((config, found, _HEAD_SETTINGS[:-1]))
+        is_ours = found.model_type == "inform"
+        compared = [(config.get_text_config(), found.get_text_config(), _BACKBONE_SIZES)]
+        if is_ours:
+            compared.append((config, found, tuple(name for name in HEAD_SETTINGS if name != "beta")))
         other = [
-            (size, getattr(ours, size, None), getattr(theirs, size, None))
+            f"{size} {getattr(theirs, size, None)!r} instead of {getattr(ours, size, None)!r}"
             for ours, theirs, sizes in compared
             for size in sizes
             if getattr(ours, size, None) != getattr(theirs, size, None)
         ]
         if other:
-            pairs = ", ".join(f"{size} {theirs!r} instead of {ours!r}" for size, ours, theirs in other)
-            raise InputError(f"{wanted}, which is another model now: {pairs}. Put the right one there.")
-        placement = {"device_map": "auto"} if device == "auto" else {}
-        loading = {"dtype": dtype, **placement, **hub}
-        if found.model_type == "inform":
+            raise InputError(f"{wanted}, which is another model now: {', '.join(other)}. Put the right one there.")
+        loading = {"dtype": dtype, **hub, **({"device_map": "auto"} if device == "auto" else {})}
+        if is_ours:
             loaded: Any = InfoRMForSequenceClassification.from_pretrained(base, use_safetensors=True, **loading)
         else:
-            head = {setting: getattr(config, setting) for setting in _HEAD_SETTINGS}
+            head = {setting: getattr(config, setting) for setting in HEAD_SETTINGS}
             own_head = find_reward_head(base, found, revision=revision)
             loaded = load_with_head(base, own_head, **head, **loading)
     except (InputError, torch.OutOfMemoryError):

@@ -12,26 +12,23 @@ from torch import Tensor
 
 from inform_rm.errors import InputError
 from inform_rm.scoring.reward_models import fingerprint_tokenizer
-from inform_rm.scoring.scorer import Prompt, RewardScorer, as_scorer
+from inform_rm.scoring.scorer import Prompt, RewardScorer, Scores, as_scorer
 
 
 class EnsembleScorer(RewardScorer):
     """Several reward models that score as one: ``mean - coefficient * variance`` of the members' rewards.
 
     Uncertainty-weighted optimisation (UWO, Coste et al. 2024, arXiv:2310.02743):
-    ``1/M sum_m r_m - lambda * 1/M sum_m (r_m - mean)^2``, with the population variance over the M members;
-    ``coefficient=0`` is the mean ensemble. It goes wherever a `RewardScorer` goes (`evaluate`, `decompose`,
-    `score_file`, `gap_grid`). Members may be of different kinds (InfoRM, standard, other sequence classifiers) but
-    share tokenizer and chat template. All stay in memory, and each computes every row.
+    ``1/M sum_m r_m - lambda * 1/M sum_m (r_m - mean)^2``, with the population variance over the M members. It goes
+    wherever a `RewardScorer` goes. Members may be of different kinds (InfoRM, standard, other sequence classifiers)
+    but share tokenizer and chat template. All stay in memory, and each computes every row.
 
-    Bradley-Terry training leaves a constant c_m in each member's rewards open. Without ``offsets`` the variance then
-    has ``Var(c) + 2 Cov(c, r)`` too much, the second part of it by another amount for every response. The usual remedy
-    is to subtract each member's mean reward on one reference set:
-    ``offsets=ensemble.member_rewards(prompts, responses).mean(dim=1).tolist()``. A member's scale, and a shift that
-    depends on the prompt (which the loss leaves open as well), are not corrected.
+    Bradley-Terry training leaves a constant c_m in each member's rewards open, so that without ``offsets`` the
+    variance has ``Var(c) + 2 Cov(c, r)`` too much. The usual remedy is to subtract each member's mean reward on one
+    reference set: ``offsets=ensemble.member_rewards(prompts, responses).mean(dim=1).tolist()``. A member's scale, and
+    a shift that depends on the prompt, are not corrected.
 
-    ``uncertainty`` of the scoring methods: the draws of an ensemble are its M members, so M is the only number
-    accepted, and ``reward_std`` is their standard deviation, the square root of the variance above.
+    ``uncertainty`` of the scoring methods: the draws of an ensemble are its M members, the only number accepted.
 
     Args:
         members: at least two scorers, folders, Hub ids or loaded models.
@@ -62,10 +59,13 @@ class EnsembleScorer(RewardScorer):
         # Not the initialiser of the base class, which loads one model: this sets the same attributes.
         if isinstance(members, str | Path | torch.nn.Module | RewardScorer) or len(members) < 2:
             raise InputError(f"members: {members!r}; an ensemble needs a list of at least two reward models.")
-        self.coefficient = _finite_number("coefficient", coefficient)
-        if self.coefficient < 0:
+        self.offsets = [0.0] * len(members) if offsets is None else list(offsets)
+        for name, value in (("coefficient", coefficient), *(("offsets", offset) for offset in self.offsets)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"{name}: {value!r}; expected a finite number.")
+        if coefficient < 0:
             raise InputError(f"coefficient: {coefficient!r}; below 0 it would reward disagreement. Pass 0 or more.")
-        self.offsets = [0.0] * len(members) if offsets is None else [_finite_number("offsets", x) for x in offsets]
+        self.coefficient, self.offsets = float(coefficient), [float(offset) for offset in self.offsets]
         if len(self.offsets) != len(members):
             raise InputError(f"offsets: {len(self.offsets)} numbers for {len(members)} members; expected one each.")
         self.members = [as_scorer(member, tokenizer, scorer_options) for member in members]
@@ -84,8 +84,7 @@ class EnsembleScorer(RewardScorer):
         self.tokens_per_batch = min(member.tokens_per_batch for member in self.members)
         self.max_length = min((x.max_length for x in self.members if x.max_length is not None), default=None)
         self._vocabulary_size = min(member._vocabulary_size for member in self.members)
-        self.batching = "packed" if any(member.batching == "packed" for member in self.members) else "padded"
-        self._pad_id = 0  # members pad for themselves
+        self.batching = "packed"  # each member makes batches of its own of these
         self.tokens_computed = 0
 
     def member_rewards(self, prompts: Sequence[Prompt], responses: Sequence[str], progress: bool = False) -> Tensor:
@@ -115,22 +114,14 @@ class EnsembleScorer(RewardScorer):
 
     def _packed_forward(
         self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], uncertainty: int | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Scores:
         """One batch through every member, each in batches of its own kind."""
         rewards = torch.full((len(self.members), len(sequences)), math.nan, dtype=torch.float64)
+        tokens = -sum(member.tokens_computed for member in self.members)
         for number, member in enumerate(self.members):
-            tokens_before = member.tokens_computed
             for rows, values, _ in member.iter_scores(sequences, prompt_lengths, check_finite=False):
                 rewards[number, rows] = values.double() - self.offsets[number]
-            self.tokens_computed += member.tokens_computed - tokens_before
+        tokens += sum(member.tokens_computed for member in self.members)
         variance, mean = torch.var_mean(rewards, dim=0, correction=0)
         combined = (mean - self.coefficient * variance).float()
-        return combined, None if uncertainty is None else variance.sqrt().float()
-
-    _forward = _packed_forward
-
-
-def _finite_number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{name}: {value!r}; expected a finite number.")
-    return float(value)
+        return combined, None if uncertainty is None else variance.sqrt().float(), tokens

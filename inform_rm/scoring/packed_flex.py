@@ -46,29 +46,23 @@ def may_attend(
 ) -> Tensor:
     """Whether the token at place ``query`` of a packed row sees the one at place ``key``: bool, of their shape.
 
-    A token sees its own prompt and its own response up to itself, and of these the last ``sliding_window``.
-
-    Args:
-        trees: ``(T,)``, see `row_layout`.
-        branches: ``(T,)``.
-        positions: ``(T,)``.
-        sliding_window: tokens that a token sees at most, itself among them; ``None`` for all.
-        query: places, integers.
-        key: places, integers.
+    A token sees its own prompt and its own response up to itself, and of these the last ``sliding_window``, itself
+    among them (``None``: all). ``trees``, ``branches`` and ``positions`` are from `row_layout`.
     """
     sees = (trees[query] == trees[key]) & (key <= query)
     sees = sees & ((branches[key] == 0) | (branches[key] == branches[query]))
     return sees if sliding_window is None else sees & (positions[query] - positions[key] < sliding_window)
 
 
-def flex_inputs(inputs: dict[str, Any], windows: Sequence[int | None], device: torch.device) -> dict[str, Any]:
-    """The inputs of a packed row with block masks, one for each window, in place of its segments.
+def flex_inputs(inputs: dict[str, Any], config: Any, device: torch.device) -> dict[str, Any]:
+    """The inputs of a packed row with block masks, one for each sliding window, in place of its segments.
 
     Args:
         inputs: ``input_ids`` and ``position_ids`` ``(1, T)`` and ``packed_segments``; others are passed on.
-        windows: the sliding windows of the model's layers, see `windows_of`.
+        config: of the model; layers have its sliding window or none.
         device: of the model.
     """
+    window = getattr(config.get_text_config(), "sliding_window", None)
     length = inputs["input_ids"].shape[1]
     target = -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
     trees, branches, positions = (values.to(device) for values in row_layout(inputs["packed_segments"], target))
@@ -80,18 +74,12 @@ def flex_inputs(inputs: dict[str, Any], windows: Sequence[int | None], device: t
         return create_block_mask(rule, None, None, target, target, device=device, BLOCK_SIZE=ROW_MULTIPLE)
 
     filled = {name: pad(inputs[name].to(device), (0, target - length)) for name in ("input_ids", "position_ids")}
-    return {**inputs, **filled, "packed_segments": {window: mask_of(window) for window in windows}}
+    return {**inputs, **filled, "packed_segments": {size: mask_of(size) for size in {None, window}}}
 
 
 def for_device(inputs: dict[str, Any], config: Any, device: torch.device) -> dict[str, Any]:
-    """A packed row's inputs as they are or, for a GPU, `flex_inputs` for all windows of the model with this config."""
-    return inputs if device.type != "cuda" else flex_inputs(inputs, windows_of(config.get_text_config()), device)
-
-
-def windows_of(config: Any) -> list[int | None]:
-    """The sliding windows that occur in a decoder, ``None`` for layers without."""
-    window = getattr(config, "sliding_window", None)
-    return [None] if window is None else [None, window]
+    """A packed row's inputs as they are or, for a GPU, with block masks (`flex_inputs`)."""
+    return flex_inputs(inputs, config, device) if device.type == "cuda" else inputs
 
 
 def flex_packed_attention(
@@ -103,23 +91,19 @@ def flex_packed_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """``(1, heads, T, size)``: attention under a block mask.
+    """``(1, heads, T, size)``: attention under a block mask of `flex_inputs`; key and value may have fewer heads.
 
-    Args:
-        query: ``(1, heads, T, size)``; key and value may have fewer heads (grouped queries).
-        key: see query.
-        value: see query.
-        mask: of `flex_inputs`.
-        scaling: factor of the scores.
-        softcap: c of ``c tanh(score / c)`` (Gemma 2, arXiv:2408.00118).
-        sinks: ``(heads,)`` logits that take part in each softmax and have no value (gpt-oss).
+    ``softcap`` is c of ``c tanh(score / c)`` (Gemma 2, arXiv:2408.00118); ``sinks`` are ``(heads,)`` logits that take
+    part in each softmax and have no value (gpt-oss).
     """
 
     def capped(score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 
     cap: Any = softcap
-    output, aux = _kernel(query.device.type)(
+    # On a CPU it is not worth compiling, and inside a compiled model it is compiled already.
+    as_it_is = query.device.type == "cpu" or torch.compiler.is_compiling()
+    output, aux = (flex_attention if as_it_is else _compiled_kernel())(
         query, key, value, score_mod=None if softcap is None else capped, block_mask=mask, scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1], return_aux=AuxRequest(lse=True),
     )  # fmt: skip
@@ -127,11 +111,6 @@ def flex_packed_attention(
         return output
     # A sink adds exp(sink) to the denominator of each softmax: the share of the rest is sigmoid(lse - sink).
     return output * torch.sigmoid(aux.lse - sinks[None, :, None].float()).unsqueeze(-1).to(output.dtype)
-
-
-def _kernel(device_type: str) -> Any:
-    """FlexAttention itself where it is compiled already or not worth it (a CPU), else compiled once."""
-    return flex_attention if device_type == "cpu" or torch.compiler.is_compiling() else _compiled_kernel()
 
 
 @cache

@@ -6,6 +6,7 @@ prompt and itself, and positions go on from the prompt. Token ids, positions and
 separate sequences; so are rewards and gradients, up to rounding.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,8 +59,7 @@ def pack_sequences(
     Args:
         sequences: N rows of token ids.
         prompt_lengths: how many tokens at the start of each are its prompt; at least one token must be left.
-        pad_token_id: for models that read the reward at the last token that is not this id, wherever it comes from;
-            ``None`` reads it at the last token.
+        pad_token_id: for models that read the reward at the last token that is not this id; ``None``: at the last.
 
     Example:
         >>> row = pack_sequences([[1, 2, 3], [7, 8], [1, 2, 4, 5]], [2, 1, 2])
@@ -70,7 +70,7 @@ def pack_sequences(
     """
     tokens: list[int] = []
     positions: list[int] = []
-    segments: list[list[int]] = []
+    segments = []
     pooled = [0] * len(sequences)
     for prompt, rows in rows_by_prompt(sequences, prompt_lengths).items():
         if len(rows) == 1:  # nothing to share: one causal segment
@@ -152,12 +152,11 @@ def default_tokens_per_batch(model: Any) -> int:
 
 
 def _last_place(ids: Sequence[int], pad_token_id: int | None) -> int:
-    if pad_token_id is not None:
-        for place in range(len(ids) - 1, 0, -1):
-            if ids[place] != pad_token_id:
-                return place
-        return 0
-    return len(ids) - 1
+    """Place of the last token that is not the padding id; 0 where there is none."""
+    last = len(ids) - 1
+    while last and ids[last] == pad_token_id:
+        last -= 1
+    return last
 
 
 def packed_attention(
@@ -174,9 +173,12 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention of a `PackedRow`, segment by segment: no scores between segments that must not see each other.
 
+    Called as transformers calls attention functions: query, key and value are ``(1, heads, T, size)``, the output
+    ``(1, T, heads, size)``. What a layer asks for beyond that and would change the result is refused.
+
     Args:
         module: the model's attention layer.
-        query: ``(1, heads, T, size)``; key and value may have fewer heads (grouped queries).
+        query: key and value may have fewer heads (grouped queries).
         key: see query.
         value: see query.
         attention_mask: must be ``None``.
@@ -185,14 +187,12 @@ def packed_attention(
         sliding_window: a token sees at most this many tokens, itself among them; a layer whose config has a window
             must say whether it applies there.
         packed_segments: see `PackedRow.segments`; or block masks by sliding window (`inform_rm.scoring.packed_flex`).
-        kwargs: further keywords of the layer; those that would change the result are refused.
-
-    Returns:
-        ``(1, T, heads, size)`` and ``None``, as transformers' attention functions do.
+        kwargs: further keywords of the layer.
     """
-    harmless = _HARMLESS_KEYWORDS | (_FLEX_KEYWORDS if isinstance(packed_segments, dict) else set())
+    has_masks = isinstance(packed_segments, dict)
+    harmless = _HARMLESS_KEYWORDS | (_FLEX_KEYWORDS if has_masks else set())
     strange = [name for name, given in kwargs.items() if given is not None and name not in harmless]
-    if dropout and isinstance(packed_segments, dict):
+    if dropout and has_masks:
         strange.append("attention dropout")
     if kwargs.get("softcap") is not None and query.device.type == "cuda":
         # In the one run on a GPU, Gemma 2 failed in the compiler's backward pass (torch 2.11).
@@ -208,24 +208,18 @@ def packed_attention(
     if packed_segments is None or strange:
         raise NotImplementedError(f"{type(module).__name__}: packed_attention cannot do {', '.join(strange)}")
     if isinstance(packed_segments, dict):
-        if sliding_window not in packed_segments:
-            raise NotImplementedError(f"{type(module).__name__}: no mask for a sliding window of {sliding_window}")
-        mask = packed_segments[sliding_window]
-        output = flex_packed_attention(
-            query, key, value, mask, scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux")
-        )
-        return output.transpose(1, 2), None
+        mask, softcap, sinks = packed_segments[sliding_window], kwargs.get("softcap"), kwargs.get("s_aux")
+        return flex_packed_attention(query, key, value, mask, scaling, softcap, sinks).transpose(1, 2), None
     lengths = [length for tree in packed_segments for length in tree]
     # One split for all segments: its backward pass is one concatenation.
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = _causal_mask(q.shape[2], k.shape[2], sliding_window, q.device)
-        is_plain = mask is None and q.shape[2] == k.shape[2]
+        is_causal = mask is None and 1 < q.shape[2] == k.shape[2]
         return scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_plain and q.shape[2] > 1, scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+            q, k, v, mask, dropout, is_causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
     outputs = []
     for tree in packed_segments:
@@ -307,31 +301,23 @@ def packed_rewards(model: Any, row: PackedRow, reward_samples: int | None = None
 
 
 def why_not_packed(model: Any) -> str | None:
-    """Whether packed rows give this reward model's own rewards: tried on a few random tokens.
-
-    Args:
-        model: a loaded sequence-classification model with one label.
-
-    Returns:
-        ``None`` if they do, else the reason in a few words.
-    """
+    """``None`` if packed rows give this reward model's own rewards, tried on a few random tokens; else the reason."""
     text_config = model.config.get_text_config()
     if text_config._attn_implementation == ATTENTION_NAME:
         return None  # tried before it was set
     kinds = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"layers of type {', '.join(sorted(kinds))}"
-    generator = torch.Generator().manual_seed(0)
     pad_id = getattr(text_config, "pad_token_id", None)  # configs of old models have none
     vocabulary = [token for token in range(min(text_config.vocab_size, 1000)) if token != pad_id]
-    drawn = torch.tensor(vocabulary)[torch.randint(len(vocabulary), (24,), generator=generator)].tolist()
-    prompt, sequences = drawn[:7], [drawn[:7] + drawn[7:10], drawn[:7] + drawn[10:18], drawn[18:]]
+    drawn = random.Random(0).choices(vocabulary, k=24)
+    sequences = [drawn[:7] + drawn[7:10], drawn[:7] + drawn[10:18], drawn[18:]]
     try:
         with torch.no_grad(), eval_mode_of(model):
             device = model.get_input_embeddings().weight.device
             alone = [model(input_ids=torch.tensor([ids], device=device)).logits.flatten()[0] for ids in sequences]
             with packed_attention_of(model):
-                together, _ = packed_rewards(model, pack_sequences(sequences, [len(prompt), len(prompt), 0]))
+                together, _ = packed_rewards(model, pack_sequences(sequences, [7, 7, 0]))
         expected = torch.stack(alone).float()
         difference = (together.float() - expected).abs().max()
         tolerance = 1e-5 if model.dtype == torch.float32 else 0.05

@@ -18,7 +18,7 @@ from transformers import (
 
 import inform_rm
 from inform_rm.errors import InputError
-from inform_rm.safety.checkpoints import ADAPTER_REFUSAL, check_checkpoint, warn_unpinned
+from inform_rm.safety.checkpoints import check_checkpoint, warn_unpinned
 from inform_rm.scoring.adapters import holds_adapters, load_adapter_model
 from inform_rm.scoring.value_heads import RewardHead, find_reward_head, load_with_head, other_head_weights
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # What the classifiers of transformers for decoders call their heads.
 _OWN_HEADS = ("score", "classifier", "logits_proj")
 _POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")  # what transformers calls them
-_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 def load_reward_model(
@@ -41,11 +41,10 @@ def load_reward_model(
     """Load a reward model with one output from a folder or the Hub, in eval mode.
 
     Only safetensors are read. Folders of InfoRM models load without remote code. What the checkpoint claims is checked
-    first (`inform_rm.safety.checkpoints.check_checkpoint`): no larger model is made than its weight files hold. A
-    folder of adapters that `inform_rm.training` wrote is merged into its base, see
-    `inform_rm.scoring.adapters.load_adapter_model`. Where the config tells of no head with one output but the weights
-    hold one (OpenRLHF, TRL, LLaMA-Factory), the model is backbone and head as ``architecture: standard``, see
-    `inform_rm.scoring.value_heads`.
+    first (`inform_rm.safety.checkpoints`). Adapters that `inform_rm.training` wrote are merged into their base
+    (`inform_rm.scoring.adapters`). Where the config tells of no head with one output but the weights hold one
+    (OpenRLHF, TRL, LLaMA-Factory), the model is backbone and head as ``architecture: standard``
+    (`inform_rm.scoring.value_heads`).
 
     Args:
         model: folder or Hub id of a sequence-classification model with ``num_labels == 1``, or of a decoder with a
@@ -64,8 +63,7 @@ def load_reward_model(
         warn_unpinned(str(model), revision)
     if str(model).strip() and holds_adapters(model, revision):
         inform_rm.register_auto_classes()
-        target = _resolve_device(device)
-        chosen = _choose_dtype(dtype, target)
+        target, chosen = _device_and_dtype(device, dtype)
         return load_adapter_model(
             model, dtype=chosen, device=target, trust_remote_code=trust_remote_code, revision=revision
         )
@@ -94,30 +92,23 @@ def _load(
     folder = Path(model)
     if not name.strip():
         raise InputError("model: got an empty name. Pass a folder or a Hub id.")
-    if folder.is_dir():
-        _check_folder(folder)
-    elif folder.exists() or name.startswith((".", "/", "~")):
+    if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~"))):
         raise InputError(f"model: {name} is not a folder. Pass the folder that holds config.json, or a Hub id.")
-    target = _resolve_device(device)
-    dtype = _choose_dtype(dtype, target)
-
-    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        hub["revision"] = revision
+    target, dtype = _device_and_dtype(device, dtype)
+    hub = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
         check_checkpoint(name, revision=revision, trust_remote_code=trust_remote_code, auto_class=auto_class)
+        if folder.is_dir():
+            _check_folder(folder)
         config = AutoConfig.from_pretrained(name, **hub)
-        is_reward_model = auto_class is AutoModelForSequenceClassification
-        head = _head_to_load_with(config, name, revision) if is_reward_model else None
+        wants_head = auto_class is AutoModelForSequenceClassification
+        head = _head_to_load_with(config, name, revision) if wants_head else None
         if not hasattr(config, "pad_token_id"):
             config.pad_token_id = None  # some configs of transformers have none, and its classifiers ask for it
-        options: dict[str, Any] = {
-            "dtype": dtype,
-            "output_loading_info": True,
-            "ignore_mismatched_sizes": True,  # refused below, by name
-            **({"device_map": "auto"} if target == "auto" else {}),
-            **hub,
-        }
+        # Weights of other shapes are refused below, by name.
+        options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **hub}
+        if target == "auto":
+            options["device_map"] = "auto"
         if head is not None:
             loaded, loading = load_with_head(name, head, architecture="standard", **options)
         else:
@@ -125,9 +116,8 @@ def _load(
     except (InputError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # transformers raises whatever a wrong value in a config happens to lead to
-        raise InputError(f"model: cannot load {name}: {_first_lines(error)}{_advice(error)}") from error
-    if getattr(loaded, "_hf_peft_config_loaded", False):
-        raise InputError(ADAPTER_REFUSAL.format(name, ""))
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        raise InputError(f"model: cannot load {name}: {reason}{_advice(error)}") from error
     _check_loading(loading, name)
     if target != "auto":
         loaded.to(target)
@@ -147,13 +137,14 @@ def table_length(model: torch.nn.Module) -> int | None:
     models (GPT-J, CodeGen) hold a table of angles.
     """
     sizes = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
-            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
-            sizes.append(module.num_embeddings - int(getattr(module, "offset", reserved)))
-    for name, buffer in model.named_buffers():
-        if name.rpartition(".")[2] in _POSITION_TABLES and buffer.dim() == 2:
-            sizes.append(len(buffer))
+    for name, table in [*model.named_modules(), *model.named_buffers()]:
+        if name.rpartition(".")[2] not in _POSITION_TABLES:
+            continue
+        if isinstance(table, torch.nn.Embedding):
+            reserved = 0 if table.padding_idx is None else table.padding_idx + 1
+            sizes.append(table.num_embeddings - int(getattr(table, "offset", reserved)))
+        elif isinstance(table, torch.Tensor) and table.dim() == 2:
+            sizes.append(len(table))
     return min(sizes, default=None)
 
 
@@ -191,33 +182,26 @@ def fingerprint_model(model: torch.nn.Module) -> str:
 def fingerprint_tokenizer(tokenizer: Any) -> str:
     """SHA-256 over all that decides token ids: vocabulary, merges, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        parts = json.loads(backend.to_str())
-        # What the last call asked for, not what the tokenizer is.
-        parts.pop("padding", None)
-        parts.pop("truncation", None)
-    else:
-        parts = tokenizer.get_vocab()
+    parts = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is not None:  # what the last call asked for is not what the tokenizer is
+        parts = {key: value for key, value in parts.items() if key not in ("padding", "truncation")}
     specials = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     text = json.dumps([parts, specials, tokenizer.chat_template], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _check_folder(folder: Path) -> None:
-    has_safetensors = any(folder.glob("*.safetensors"))
-    pickles = sorted(path.name for pattern in _PICKLE_PATTERNS for path in folder.glob(pattern))
-    pickles = [name for name in pickles if name != "training_args.bin"]
     if not (folder / "config.json").is_file():
-        if holds_adapters(folder):
-            raise InputError(ADAPTER_REFUSAL.format(folder, ""))
         raise InputError(f"model: {folder} has no config.json. Pass the folder that save_pretrained or train wrote.")
-    if not has_safetensors:
-        if pickles:
-            raise InputError(
-                f"model: {folder} holds only pickled weights ({pickles[0]}); reading a pickle can run any code. "
-                "Convert it to safetensors where you trust it: model.save_pretrained(folder)."
-            )
-        raise InputError(f"model: {folder} has no *.safetensors file. Pass a folder that holds the weights.")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = [path.name for path in folder.iterdir() if path.suffix in _PICKLES and path.name != "training_args.bin"]
+    if pickles:
+        raise InputError(
+            f"model: {folder} holds only pickled weights ({min(pickles)}); reading a pickle can run any code. "
+            "Convert it to safetensors where you trust it: model.save_pretrained(folder)."
+        )
+    raise InputError(f"model: {folder} has no *.safetensors file. Pass a folder that holds the weights.")
 
 
 def _head_to_load_with(config: PreTrainedConfig, name: str, revision: str | None) -> RewardHead | None:
@@ -228,8 +212,8 @@ def _head_to_load_with(config: PreTrainedConfig, name: str, revision: str | None
     """
     if config.is_encoder_decoder:
         raise InputError(
-            f"model: {name} is an encoder-decoder model ({config.model_type}), which has no last token of prompt and "
-            "response to read a reward at. Pass a reward model on a decoder."
+            f"model: {name} is an encoder-decoder model ({config.model_type}): no last token of prompt and response "
+            "to read a reward at. Pass a reward model on a decoder."
         )
     own_code = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
     if config.model_type == "inform" or (own_code and config.num_labels == 1):
@@ -239,27 +223,17 @@ def _head_to_load_with(config: PreTrainedConfig, name: str, revision: str | None
         return None
     if head is not None:
         if getattr(config, "normalize_reward", False):  # OpenRLHF, in evaluation: (reward - mean) / std
-            logger.warning(
-                "%s: its config asks for rewards with mean %s taken off, divided by %s; they are given as they are.",
-                name,
-                getattr(config, "mean", None),
-                getattr(config, "std", None),
-            )
+            text = "%s: its config asks for rewards with mean %s taken off, divided by %s; they are given as they are."
+            logger.warning(text, name, getattr(config, "mean", None), getattr(config, "std", None))
         return head
     architectures = ", ".join(getattr(config, "architectures", None) or ["not stated"])
     others = other_head_weights(name, revision=revision)
     if "SequenceClassification" in architectures:
         advice = "Classifiers with several classes give no single reward; choose a model trained with num_labels=1."
     elif others:
-        advice = (
-            f"It holds {others[0]}, which is no head that is read here: one linear layer with one row. Pass a reward "
-            "model with such a head."
-        )
+        advice = f"It holds {others[0]}, which is no head that is read here: one linear layer with one row."
     else:
-        advice = (
-            "This is not a reward model: it has no trained reward head. Train one from it (inform-rm train), "
-            "or pass the folder of a trained reward model."
-        )
+        advice = "This is not a reward model: it has no trained reward head. Train one from it (inform-rm train)."
     raise InputError(
         f"model: {name} has num_labels={config.num_labels} (architectures: {architectures}); a reward model has "
         f"num_labels=1. {advice}"
@@ -283,36 +257,29 @@ def _check_loading(loading: dict[str, Any], name: str) -> None:
         )
 
 
-def _resolve_device(device: str | torch.device | None) -> str:
+def _device_and_dtype(
+    device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> tuple[str, str | torch.dtype]:
+    """Both as `load_reward_model` takes them, checked, with its defaults."""
     if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if str(device) == "auto":
-        return "auto"
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device: {device!r} is not a device; expected 'cpu', 'cuda', 'cuda:1' or 'auto'.") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device: {device!r} asks for a GPU, but torch finds none here. Use 'cpu'.")
-    return str(resolved)
-
-
-def _choose_dtype(dtype: str | torch.dtype | None, target: str) -> str | torch.dtype:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif str(device) != "auto":
+        try:
+            kind = torch.device(device).type
+        except RuntimeError as error:
+            expected = "'cpu', 'cuda', 'cuda:1' or 'auto'"
+            raise InputError(f"device: {device!r} is not a device; expected {expected}.") from error
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"device: {device!r} asks for a GPU, but torch finds none here. Use 'cpu'.")
+    target = str(device)
     if dtype is None:
-        return torch.float32 if target == "cpu" else "auto"
-    return _dtype_from_name(dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-
-
-def _dtype_from_name(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f"dtype: {name!r} is not a float type; expected 'float32', 'bfloat16', 'float16' or 'auto'.")
-    return dtype
-
-
-def _first_lines(error: Exception, length: int = 400) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= length else text[:length] + " ..."
+        return target, torch.float32 if target == "cpu" else "auto"
+    if not isinstance(dtype, str) or dtype == "auto":
+        return target, dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype: {dtype!r} is not a float type; expected 'float32', 'bfloat16', 'float16' or 'auto'.")
+    return target, found
 
 
 def _advice(error: Exception) -> str:

@@ -44,11 +44,10 @@ def score_file(
     """Score ``prompt`` / ``response`` rows, of a file of any length or in memory, into JSON Lines, in input order.
 
     Each output row is the input row with ``reward`` (and ``reward_std``) added. Memory holds one chunk of rows, and of
-    an earlier call's rewards 24 bytes each. A first pass reads and encodes every row before the model runs, and all
-    faults are reported at once. Finished rewards wait in ``OUTPUT.partial``, each under a digest of its row's token
-    ids; after a kill the same call takes them up, and so does one on an input that was mended or with another
-    ``max_length``. It refuses if model, tokenizer, dtype or ``uncertainty`` has changed. ``OUTPUT`` appears whole at
-    the end. With a scorer that splits its work over processes, all of them read the input and the main one writes.
+    an earlier call's rewards 24 bytes each. All faults are reported at once, before the model runs. Finished rewards
+    wait in ``OUTPUT.partial`` under a digest of their row's token ids; after a kill the same call takes them up, also
+    on an input that was mended. It refuses if model, tokenizer, dtype or ``uncertainty`` has changed. ``OUTPUT``
+    appears whole at the end. With several processes all read the input and the main one writes.
 
     Args:
         scorer: the model: a `RewardScorer`, or what it takes where its defaults will do.
@@ -141,49 +140,38 @@ def _encoded_chunks(
     """All rows of the input in order, a chunk at a time, each with its token ids, or with its fault."""
     rows = score_rows_or_faults(input, columns, reading)
     while chunk := list(islice(rows, chunk_rows)):
-        if on_bad_row == "skip":
-            chunk = [_without_error_field(row) for row in chunk]
+        for place, row in enumerate(chunk):
+            if on_bad_row == "skip" and isinstance(row, ScoreRow) and "error" in row.fields:
+                reason = f"{row.where} has a field 'error' already, which is for the faults of bad rows. Rename it."
+                chunk[place] = RowFault(row.fields, reason)
         yield encoded_or_faults(scorer, chunk)
-
-
-def _without_error_field(row: ScoreRow | RowFault) -> ScoreRow | RowFault:
-    if isinstance(row, ScoreRow) and "error" in row.fields:
-        reason = f"{row.where} has a field 'error' already, which holds the faults of bad rows here. Rename it."
-        return RowFault(row.fields, reason)
-    return row
 
 
 def encoded_or_faults(scorer: RewardScorer, rows: Sequence[ScoreRow | RowFault]) -> list[Row]:
     """Rows with their token ids; those that cannot be encoded, or that the model cannot take, become faults."""
-    good = [row for row in rows if isinstance(row, ScoreRow)]
-    encoded = iter(
-        scorer.encode_each([row.prompt for row in good], [row.response for row in good], [row.where for row in good])
-    )
+    good = [(row.prompt, row.response, row.where) for row in rows if isinstance(row, ScoreRow)]
+    encoded = iter(scorer.encode_each(*zip(*good, strict=True)) if good else ())
     found: list[Row] = []
     for row in rows:
-        if isinstance(row, ScoreRow):
+        if isinstance(row, RowFault):
+            found.append(row)
+        else:
             ids = next(encoded)
             found.append(RowFault(row.fields, str(ids)) if isinstance(ids, InputError) else (row, ids))
-        else:
-            found.append(row)
     return found
 
 
 def _check_all(
     chunks: Iterator[list[Row]], name: str, progress: bool, on_bad_row: str
 ) -> tuple[int, int, dict[str, Any]]:
-    """Number of rows, and of those that cannot be scored, and what the chat template deleted of the others.
-
-    Raises:
-        InputError: if there are some under ``on_bad_row="error"``, or nothing else.
-    """
+    """Number of rows, and of those that cannot be scored, and what the chat template deleted of the others."""
     num_rows = num_bad = 0
     first: list[str] = []
     lost = partly_rendered([])
     with tqdm(unit="row", desc="check", disable=not (progress and is_main_process())) as bar:
         for chunk in chunks:
             reasons = [row.reason for row in chunk if isinstance(row, RowFault)]
-            first += reasons[: _SHOWN_FAULTS - len(first)]
+            first = [*first, *reasons][:_SHOWN_FAULTS]
             good = [row for row in chunk if not isinstance(row, RowFault)]
             add_partly_rendered(lost, partly_rendered(ids.lost and f"{row.where}: {ids.lost}" for row, ids in good))
             num_rows, num_bad = num_rows + len(chunk), num_bad + len(reasons)
@@ -218,11 +206,11 @@ def _score_chunk(
     prompt_lengths = [len(rows[place][1].prompt_ids) for place in todo]
     try:
         for batch, rewards, stds in scorer.iter_scores(sequences, prompt_lengths, uncertainty):
-            places = [todo[number] for number in batch]
-            std_values = None if stds is None else stds.tolist()
-            journal.add([keys[place] for place in places], rewards.tolist(), std_values)
-            for place, reward, std in zip(places, rewards.tolist(), std_values or rewards.tolist(), strict=True):
-                scores[place] = (reward, std)
+            places, columns = [todo[number] for number in batch], [rewards.tolist()]
+            if stds is not None:
+                columns.append(stds.tolist())
+            journal.add([keys[place] for place in places], *columns)
+            scores |= dict(zip(places, zip(columns[0], columns[-1], strict=True), strict=True))
             bar.update(len(places))
     except NonFiniteRewardError as error:
         place = todo[error.row]
@@ -236,30 +224,21 @@ def _key(ids: Sequence[int]) -> int:
 
 
 class _FinishedRewards:
-    """Rewards of an earlier call by the key of their row, in 24 bytes each.
-
-    Args:
-        entries: ``(key, reward, reward_std)``.
-    """
+    """``(key, reward, reward_std)`` of an earlier call's rows, in 24 bytes each."""
 
     def __init__(self, entries: Iterable[tuple[int, float, float]]):
-        high, low, scores = array("Q"), array("Q"), array("f")
-        for key, reward, std in entries:
-            high.append(key >> 64 & _LOW_BITS)
-            low.append(key & _LOW_BITS)
-            scores.extend((reward, std))
-        order = np.argsort(np.array(high, dtype=np.uint64), kind="stable")
-        self._high, self._low = np.array(high, dtype=np.uint64)[order], np.array(low, dtype=np.uint64)[order]
-        self._scores = np.array(scores, dtype=np.float32).reshape(-1, 2)[order]
+        halves = ((key >> 64 & _LOW_BITS, key & _LOW_BITS, reward, std) for key, reward, std in entries)
+        rows = np.fromiter(halves, dtype=[("high", "u8"), ("low", "u8"), ("reward", "f4"), ("std", "f4")])
+        self._rows = rows[np.argsort(rows["high"], kind="stable")]
 
     def find(self, keys: Sequence[int]) -> dict[int, tuple[float, float]]:
         """``(reward, reward_std)`` by the place in ``keys`` of those that are known."""
-        if not len(self._high):
+        if not len(self._rows):
             return {}
         wanted = np.array([key >> 64 for key in keys], dtype=np.uint64)
-        places = np.searchsorted(self._high, wanted).clip(max=len(self._high) - 1)
+        rows = self._rows[np.searchsorted(self._rows["high"], wanted).clip(max=len(self._rows) - 1)].tolist()
         return {
-            number: (float(self._scores[at, 0]), float(self._scores[at, 1]))
-            for number, (key, at) in enumerate(zip(keys, places.tolist(), strict=True))
-            if self._high[at] == key >> 64 and self._low[at] == key & _LOW_BITS
+            place: (reward, std)
+            for place, (key, (high, low, reward, std)) in enumerate(zip(keys, rows, strict=True))
+            if key == high << 64 | low
         }

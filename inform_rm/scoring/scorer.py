@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from inform_rm.data.encoding import Encoded, encode_groups
 from inform_rm.data.messages import Fault, conversation
 from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.data.tokenizer import check_vocabulary, fix_date, load_tokenizer, warn_of_no_template
-from inform_rm.errors import InputError, shortened
+from inform_rm.errors import InputError, check_whole_number, shortened
 from inform_rm.scoring.packing import (
     default_tokens_per_batch,
     eval_mode_of,
@@ -31,7 +32,7 @@ from inform_rm.scoring.reward_models import (
     fingerprint_tokenizer,
     load_reward_model,
 )
-from inform_rm.util.processes import computed_in_turn, join_processes
+from inform_rm.util.processes import computed_alone, computed_in_turn, join_processes
 
 logger = logging.getLogger(__name__)
 
@@ -39,53 +40,53 @@ BATCHINGS = ("packed", "padded")
 _ENOUGH_TOKENS = 1024
 
 Prompt = str | list[dict[str, str]]
+Scores = tuple[Tensor, Tensor | None, int]  # rewards, their standard deviations, tokens computed
 
 
 class NonFiniteRewardError(RuntimeError):
     """A model gave NaN or infinity as a reward; ``row`` is the row's place in the input, from 0."""
 
     def __init__(self, row: int, value: float, where: str | None = None):
-        where = where or f"row {row} (counted from 0)"
         super().__init__(
-            f"{where} has the reward {value}; expected a finite number. The model's weights are broken, or its dtype "
-            "overflows: try dtype='float32'."
+            f"{where or row_name(row)} has the reward {value}; expected a finite number. The model's weights are "
+            "broken, or its dtype overflows: try dtype='float32'."
         )
-        self.row = row
-        self.value = value
+        self.row, self.value = row, value
+
+
+def row_name(row: int) -> str:
+    """A row of an argument, for messages."""
+    return f"row {row} (counted from 0)"
 
 
 class RewardScorer:
     """Scores responses with any reward model: a folder, a Hub id or a loaded model with one output.
 
-    Rows are sorted by length and batched by a token budget; results come back in input order. In float32 a reward
-    differs by less than 1e-5 from that of a batch of one. Batches are packed (`inform_rm.scoring.packing`): a prompt
-    is computed once for its responses, and nothing is padded. A model with which that gives other rewards, found out
-    on a few random tokens when the scorer is made, is run on padded batches with an attention mask, and a log line
-    says why. The sequence classifiers of transformers find the last token by ``config.pad_token_id``, so rows are
-    padded with that id; where a model has none, padded rows are scored one at a time.
+    Rows are batched by a token budget; in float32 a reward differs by less than 1e-5 from that of a batch of one.
+    Batches are packed (`inform_rm.scoring.packing`): a prompt is computed once for its responses, and nothing is
+    padded. A model with which that gives other rewards, found out on a few random tokens when the scorer is made, is
+    run on padded batches, and a log line says why. The sequence classifiers of transformers find the last token by
+    ``config.pad_token_id``: rows are padded with that id or, where a model has none, scored one at a time.
 
     Args:
         model: folder, Hub id (see `load_reward_model`) or a loaded model, whose device and dtype are kept.
         tokenizer: by default the one beside the model. A loaded model needs it for text, not for token ids. Where its
             chat template reads the clock, a copy with a fixed date is used (`inform_rm.data.tokenizer.fix_date`).
-        max_length: longest accepted input in tokens. By default the model's own limit, which is its config's
-            ``max_position_embeddings``, or the size of its table of positions. A longer input is an error; nothing is
-            cut.
+        max_length: longest accepted input in tokens, by default the model's own limit; nothing is cut.
         tokens_per_batch: tokens in one forward pass, with padding or, packed, with each prompt counted once; a longer
             row makes a batch of its own, and many responses to a long prompt may take four times its tokens. By
             default 2048 on a CPU, else 8192.
-        device: see `load_reward_model`.
-        dtype: see `load_reward_model`.
-        trust_remote_code: run code from the checkpoint. Off unless asked.
-        revision: branch, tag or commit of a Hub model.
+        device: see `load_reward_model`, as dtype, trust_remote_code and revision.
+        dtype: see there.
+        trust_remote_code: see there.
+        revision: see there.
         chat_template: see `inform_rm.data.tokenizer.load_tokenizer`.
         batching: ``"packed"`` or ``"padded"``.
         split_over_processes: every process of an ``accelerate launch`` asks for the rewards of the same rows and gets
             them all, but computes its share of the batches alone, on the GPU that belongs to it.
 
     Attributes:
-        tokens_computed: tokens that went through the model so far, padding included; of all processes that share the
-            work.
+        tokens_computed: tokens that went through the model so far, with padding, in all processes that share the work.
 
     Raises:
         InputError: if the model is no reward model, or the tokenizer is missing or does not fit it.
@@ -108,29 +109,26 @@ class RewardScorer:
         batching: str = "packed",
         split_over_processes: bool = False,
     ):
-        self.split_over_processes = split_over_processes
         for name, value in (("max_length", max_length), ("tokens_per_batch", tokens_per_batch)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InputError(f"{name}: {value!r}; expected a whole number of at least 1.")
+            if value is not None:
+                check_whole_number(name, value)
+        if batching not in BATCHINGS:
+            raise InputError(f"batching: {batching!r}; expected one of {', '.join(BATCHINGS)}.")
+        self.split_over_processes = split_over_processes
         self.model: Any
         if isinstance(model, str | Path):
             self.name = str(model)
             if split_over_processes:
                 join_processes(device)
-            self.model = load_reward_model(
-                model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, revision=revision
-            )
+            origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+            self.model = load_reward_model(model, dtype=dtype, device=device, **origin)
             if tokenizer is None:
-                tokenizer = load_tokenizer(
-                    model, revision=revision, trust_remote_code=trust_remote_code, chat_template=chat_template
-                )
+                tokenizer = load_tokenizer(model, chat_template=chat_template, **origin)
         else:
             given = {"device": device, "dtype": dtype, "revision": revision, "chat_template": chat_template}
-            useless = [key for key, value in given.items() if value is not None]
-            if useless:
-                raise InputError(
-                    f"{useless[0]} applies to a model named by folder or Hub id; this one is loaded already."
-                )
+            for key, setting in given.items():
+                if setting is not None:
+                    raise InputError(f"{key} applies to a model named by folder or Hub id; this one is loaded.")
             self.name = getattr(model, "name_or_path", "") or type(model).__name__
             self.model = model
             if self.model.config.num_labels != 1:
@@ -138,22 +136,22 @@ class RewardScorer:
         self.tokenizer = fix_date(tokenizer, self.name)
         warn_of_no_template(self.tokenizer, self.name)
         self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(self.model)
-        text_config = self.model.config.get_text_config()
         self.max_length = checked_max_length(self.model, max_length)
         self._vocabulary_size = self.model.get_input_embeddings().weight.shape[0]
         if tokenizer is not None:
             check_vocabulary(tokenizer, self._vocabulary_size)
-        parameters = inspect.signature(self.model.forward).parameters
-        if batching not in BATCHINGS:
-            raise InputError(f"batching: {batching!r}; expected one of {', '.join(BATCHINGS)}.")
-        self.batching = batching
         self.tokens_computed = 0
-        reason = why_not_packed(self.model) if batching == "packed" else None
-        if reason is not None:
+        self.batching = batching
+        if batching == "packed" and (reason := why_not_packed(self.model)):
             self.batching = "padded"
             logger.warning("%s is scored in padded batches: %s.", self.name, reason)
-        self._pad_id = self._padding_id(text_config) if self.batching == "padded" else None
-        self._forward_options = {"use_cache": False} if "use_cache" in parameters else {}
+        is_inform = self.model.config.model_type == "inform"
+        # The classifiers of transformers read the reward at the last token that is not this id; InfoRM asks the mask.
+        self._pad_id = None if is_inform else getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        self._can_pad = is_inform or (self._pad_id is not None and 0 <= self._pad_id < self._vocabulary_size)
+        if self.batching == "padded" and not self._can_pad:
+            text = "%s has no usable pad_token_id in its config (%r): rows are scored one at a time. Set it for speed."
+            logger.warning(text, self.name, self._pad_id)
 
     def score(
         self,
@@ -167,13 +165,11 @@ class RewardScorer:
         Args:
             prompts: N prompts: text, or a list of ``{"role", "content"}`` messages.
             responses: N responses.
-            uncertainty: for InfoRM models: draw the latent this many times (at least 2) and return the mean reward
-                and its standard deviation.
+            uncertainty: for InfoRM models: mean and standard deviation over this many draws of the latent, at least 2.
             progress: show a progress bar.
 
         Returns:
-            ``(N,)`` float32 rewards on the CPU, in input order; with ``uncertainty`` a tuple of two such tensors,
-            means and standard deviations.
+            ``(N,)`` float32 rewards on the CPU, in input order; with ``uncertainty`` a tuple of two such tensors.
 
         Raises:
             InputError: on unequal numbers of prompts and responses, or a row that cannot be encoded or is too long.
@@ -182,16 +178,8 @@ class RewardScorer:
         if isinstance(prompts, str) or isinstance(responses, str):
             raise InputError("score expects lists of prompts and responses, got a single text. Put it in a list.")
         if len(prompts) != len(responses):
-            raise InputError(
-                f"{len(prompts)} prompts for {len(responses)} responses; expected one prompt per response."
-            )
-        encoded = []
-        places = [f"row {row} (counted from 0)" for row in range(len(prompts))]
-        for row in self.encode_each(prompts, responses, places):
-            if isinstance(row, InputError):
-                raise row
-            encoded.append(row)
-        self.tell_of_loss(encoded, places)
+            raise InputError(f"{len(prompts)} prompts for {len(responses)} responses; expected one prompt each.")
+        encoded = self.encode_all(prompts, responses, [row_name(row) for row in range(len(prompts))])
         sequences, prompt_lengths = [row.input_ids for row in encoded], [len(row.prompt_ids) for row in encoded]
         return self.score_encoded(sequences, prompt_lengths, uncertainty, progress)
 
@@ -200,17 +188,7 @@ class RewardScorer:
     ) -> Any:
         """Rewards of the last replies of N conversations, each after the turns before it; for the rest see `score`.
 
-        Args:
-            conversations: lists of ``{"role", "content"}`` messages that end with a turn of the assistant.
-            uncertainty: see `score`.
-            progress: show a progress bar.
-
-        Returns:
-            As `score`.
-
-        Raises:
-            InputError: on what is no such conversation, and as `score`.
-            NonFiniteRewardError: if the model gives NaN or infinity.
+        A conversation is a list of ``{"role", "content"}`` messages that ends with a turn of the assistant.
 
         Example::
 
@@ -222,10 +200,10 @@ class RewardScorer:
             try:
                 turns = conversation("the conversation", messages) or []
             except Fault as fault:
-                raise InputError(f"row {row} (counted from 0): {fault}") from None
+                raise InputError(f"{row_name(row)}: {fault}") from None
             if len(turns) < 2 or turns[-1]["role"] != "assistant":
                 raise InputError(
-                    f"row {row} (counted from 0) is {shortened(repr(messages), 60)}; expected a list of messages that "
+                    f"{row_name(row)} is {shortened(repr(messages), 60)}; expected a list of messages that "
                     "ends with a reply of the assistant."
                 )
             prompts.append(turns[:-1])
@@ -240,8 +218,7 @@ class RewardScorer:
         progress: bool = False,
     ) -> Any:
         """Rewards of N rows of token ids, without padding; see `iter_scores` and, for the rest, `score`."""
-        rewards = torch.full((len(sequences),), float("nan"))
-        stds = torch.full((len(sequences),), float("nan"))
+        rewards, stds = torch.full((2, len(sequences)), float("nan"))
         with tqdm(total=len(sequences), unit="row", desc="score", disable=not progress) as bar:
             for rows, batch_rewards, batch_stds in self.iter_scores(sequences, prompt_lengths, uncertainty):
                 rewards[rows] = batch_rewards
@@ -252,10 +229,17 @@ class RewardScorer:
 
     def encode(self, prompt: Prompt, response: str, where: str) -> Encoded:
         """Token ids of one row as the model sees them; ``where`` names the row in an error."""
-        (found,) = self.encode_each([prompt], [response], [where])
-        if isinstance(found, InputError):
-            raise found
-        return found
+        return self.encode_all([prompt], [response], [where])[0]
+
+    def encode_all(self, prompts: Sequence[Prompt], responses: Sequence[str], places: Sequence[str]) -> list[Encoded]:
+        """`encode` for many rows at once; what the chat template deletes of them is logged."""
+        encoded = []
+        for row in self.encode_each(prompts, responses, places):
+            if isinstance(row, InputError):
+                raise row
+            encoded.append(row)
+        self.tell_of_loss(encoded, places)
+        return encoded
 
     def encode_each(
         self, prompts: Sequence[Prompt], responses: Sequence[str], places: Sequence[str]
@@ -300,25 +284,20 @@ class RewardScorer:
         """
         self.check_uncertainty(uncertainty)
         for row, ids in enumerate(sequences):
-            self.check_ids(ids, f"row {row} (counted from 0)")
-        forward = self._forward if self.batching == "padded" else self._packed_forward
+            self.check_ids(ids, row_name(row))
         lengths = [0] * len(sequences) if prompt_lengths is None else prompt_lengths
+        if self.batching == "padded":
+            batches, forward = self._padded_batches(sequences), self._padded_forward
+        else:
+            batches = packed_batches(*split_at(sequences, lengths), self.tokens_per_batch)
+            forward = self._packed_forward
+
+        def compute(rows: list[int]) -> Scores:
+            return forward([sequences[row] for row in rows], [lengths[row] for row in rows], uncertainty)
+
+        in_turn = computed_in_turn if self.split_over_processes else computed_alone
         with eval_mode_of(self.model):
-            if self.batching == "padded":
-                batches = self._batches(sequences)
-            else:
-                batches = iter(packed_batches(*split_at(sequences, lengths), self.tokens_per_batch))
-
-            def compute(rows: list[int]) -> tuple[Tensor, Tensor | None, int]:
-                before = self.tokens_computed
-                scores = forward([sequences[row] for row in rows], [lengths[row] for row in rows], uncertainty)
-                tokens, self.tokens_computed = self.tokens_computed - before, before
-                return *scores, tokens
-
-            turns = computed_in_turn(list(batches), compute) if self.split_over_processes else (
-                (rows, compute(rows)) for rows in batches
-            )  # fmt: skip
-            for rows, (rewards, stds, tokens) in turns:
+            for rows, (rewards, stds, tokens) in in_turn(batches, compute):
                 self.tokens_computed += tokens
                 for values in (rewards, stds):
                     if check_finite and values is not None and not values.isfinite().all():
@@ -330,13 +309,9 @@ class RewardScorer:
         """Raise `InputError` unless the model can give this many reward samples (``None`` always passes)."""
         if uncertainty is None:
             return
-        if isinstance(uncertainty, bool) or not isinstance(uncertainty, int) or uncertainty < 2:
-            raise InputError(f"uncertainty: {uncertainty!r}; expected a number of draws of at least 2.")
-        config = self.model.config
-        if config.model_type != "inform" or config.architecture != "inform":
-            raise InputError(
-                f"uncertainty: {self.name} has no latent distribution to draw from; InfoRM models have. Leave it out."
-            )
+        check_whole_number("uncertainty", uncertainty, least=2)
+        if self.model.config.model_type != "inform" or self.model.config.architecture != "inform":
+            raise InputError(f"uncertainty: {self.name} has no latent to draw from; InfoRM models have. Leave it out.")
 
     def identity(self) -> dict[str, Any]:
         """What decides a reward: weights, tokenizer and dtype, as text that is equal on every machine."""
@@ -346,63 +321,49 @@ class RewardScorer:
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
 
-    def _batches(self, sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    def _padded_batches(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
         """Rows in batches of similar length whose padded size keeps the token budget; longest first, to fail early."""
-        lengths = [len(ids) for ids in sequences]
-        batch: list[int] = []
-        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-            if batch:
-                padded = len(batch) * lengths[batch[0]]
-                is_full = padded + lengths[batch[0]] > self.tokens_per_batch
-                # From some size on a larger batch saves less than the padding of a much shorter row costs.
-                is_ragged = padded >= _ENOUGH_TOKENS and lengths[row] < 0.8 * lengths[batch[0]]
-                if is_full or is_ragged or self._pad_id is None:
-                    yield batch
-                    batch = []
-            batch.append(row)
-        if batch:
-            yield batch
+        batches: list[list[int]] = []
+        padded = 0  # tokens of the last batch, with padding
+        for row in sorted(range(len(sequences)), key=lambda row: -len(sequences[row])):
+            longest = len(sequences[batches[-1][0]]) if batches else 0
+            is_full = padded + longest > self.tokens_per_batch
+            # From some size on a larger batch saves less than the padding of a much shorter row costs.
+            is_ragged = padded >= _ENOUGH_TOKENS and len(sequences[row]) < 0.8 * longest
+            if not batches or is_full or is_ragged or not self._can_pad:
+                batches.append([])
+                padded, longest = 0, len(sequences[row])
+            batches[-1].append(row)
+            padded += longest
+        return batches
 
     @torch.no_grad()
     def _packed_forward(
         self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], uncertainty: int | None
-    ) -> tuple[Tensor, Tensor | None]:
-        is_inform = self.model.config.model_type == "inform"
-        # transformers' own classifiers read the reward at the last token that is not the padding id.
-        pad_id = None if is_inform else getattr(self.model.config.get_text_config(), "pad_token_id", None)
-        row = pack_sequences(sequences, prompt_lengths, pad_id)
+    ) -> Scores:
+        row = pack_sequences(sequences, prompt_lengths, self._pad_id)
         with packed_attention_of(self.model):
             rewards, stds = packed_rewards(self.model, row, reward_samples=uncertainty)
-        self.tokens_computed += row.input_ids.numel()
-        return rewards.float().cpu(), None if stds is None else stds.float().cpu()
+        return rewards.float().cpu(), None if stds is None else stds.float().cpu(), row.input_ids.numel()
 
     @torch.no_grad()
-    def _forward(
+    def _padded_forward(
         self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], uncertainty: int | None
-    ) -> tuple[Tensor, Tensor | None]:
-        longest = len(sequences[0])
-        input_ids = torch.full((len(sequences), longest), self._pad_id or 0, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for index, ids in enumerate(sequences):
-            input_ids[index, : len(ids)] = torch.as_tensor(ids)
-            attention_mask[index, : len(ids)] = 1
-        samples = {} if uncertainty is None else {"reward_samples": uncertainty}
+    ) -> Scores:
         device = self.model.get_input_embeddings().weight.device
-        output = self.model(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            **self._forward_options,
-            **samples,
-        )
-        self.tokens_computed += input_ids.numel()
+        input_ids = pad_sequence([torch.tensor(ids) for ids in sequences], True, self._pad_id or 0)
+        lengths = torch.tensor([[len(ids)] for ids in sequences])
+        inputs = {"input_ids": input_ids, "attention_mask": (torch.arange(input_ids.shape[1]) < lengths).long()}
+        options: dict[str, Any] = {} if uncertainty is None else {"reward_samples": uncertainty}
+        if "use_cache" in inspect.signature(self.model.forward).parameters:
+            options["use_cache"] = False
+        output = self.model(**{name: tensor.to(device) for name, tensor in inputs.items()}, **options)
         logits = output.logits if hasattr(output, "logits") else output[0]
         if logits.shape != (len(sequences), 1):
-            raise InputError(
-                f"model: {self.name} gave logits of shape {tuple(logits.shape)} for {len(sequences)} rows; expected "
-                f"{(len(sequences), 1)}: one reward a row."
-            )
+            shapes = f"{tuple(logits.shape)}; expected {(len(sequences), 1)}, one reward a row"
+            raise InputError(f"model: {self.name} gave logits of shape {shapes}.")
         stds = None if uncertainty is None else output.reward_std.flatten().float().cpu()
-        return logits.flatten().float().cpu(), stds
+        return logits.flatten().float().cpu(), stds, input_ids.numel()
 
     def check_ids(self, ids: Sequence[int], where: str) -> None:
         """Raise `InputError` unless the model can take the token ids; ``where`` names the row."""
@@ -413,25 +374,12 @@ class RewardScorer:
                 f"{where} has {len(ids)} tokens; the limit is {self.max_length}. Shorten or leave out the row; inputs "
                 "are never cut silently. A larger max_length lifts the limit if the model can take it."
             )
-        if min(ids) < 0 or max(ids) >= self._vocabulary_size:
-            raise InputError(
-                f"{where} has the token id {max(ids) if min(ids) >= 0 else min(ids)}; the model's vocabulary has "
-                f"{self._vocabulary_size}. Use the tokenizer that belongs to the model."
-            )
-
-    def _padding_id(self, text_config: Any) -> int | None:
-        if self.model.config.model_type == "inform":
-            return 0  # pools by the attention mask: any id will do
-        pad_id = getattr(text_config, "pad_token_id", None)
-        if pad_id is None or not 0 <= pad_id < self._vocabulary_size:
-            logger.warning(
-                "%s has no usable pad_token_id in its config (%r): rows are scored one at a time. Set "
-                "model.config.pad_token_id for speed.",
-                self.name,
-                pad_id,
-            )
-            return None
-        return pad_id
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < self._vocabulary_size:
+                raise InputError(
+                    f"{where} has the token id {token}; the model's vocabulary has {self._vocabulary_size}. Use the "
+                    "tokenizer that belongs to the model."
+                )
 
 
 def as_scorer(model: Any, tokenizer: Any, options: dict[str, Any]) -> RewardScorer:
@@ -440,12 +388,10 @@ def as_scorer(model: Any, tokenizer: Any, options: dict[str, Any]) -> RewardScor
     Raises:
         InputError: if there is no tokenizer, or a scorer comes with settings that it has already.
     """
-    if isinstance(model, RewardScorer):
-        if tokenizer is not None or options:
-            raise InputError("model: a RewardScorer has its tokenizer and options already. Set them on the scorer.")
-        scorer = model
-    else:
-        scorer = RewardScorer(model, tokenizer, **options)
+    is_scorer = isinstance(model, RewardScorer)
+    if is_scorer and (tokenizer is not None or options):
+        raise InputError("model: a RewardScorer has its tokenizer and options already. Set them on the scorer.")
+    scorer = model if is_scorer else RewardScorer(model, tokenizer, **options)
     if scorer.tokenizer is None:
         raise InputError("tokenizer: a loaded model needs its tokenizer here. Pass tokenizer=...")
     return scorer

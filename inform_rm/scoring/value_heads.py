@@ -27,17 +27,11 @@ HEAD_FILE, PICKLED_HEAD_FILE = "value_head.safetensors", "value_head.bin"
 
 @dataclass(frozen=True)
 class RewardHead:
-    """A linear layer from the hidden state to one number, by its weights.
+    """A linear layer from the hidden state to one number, by its weights."""
 
-    Attributes:
-        prefix: what its weight's name begins with: ``"score"``, ``"v_head.summary"``, ...
-        has_bias: whether there is a constant.
-        file: the file that holds it, where that is not one of the backbone's; else ``None``.
-    """
-
-    prefix: str
+    prefix: str  # of its weight's name: "score", "v_head.summary", ...
     has_bias: bool
-    file: Path | None = None
+    file: Path | None = None  # where it is not among the backbone's weights
 
     def __str__(self) -> str:
         return f"{self.prefix}.weight" + ("" if self.file is None else f" in {self.file.name}")
@@ -61,13 +55,14 @@ def find_reward_head(model: str | Path, config: Any, *, revision: str | None = N
     ):
         return None
     beside = find_file(model, HEAD_FILE, revision)
-    heads = [] if beside is None else _heads_in([beside], hidden_size, beside)
+    heads = [] if beside is None else _heads_in(beside, hidden_size, beside)
     if beside is not None and not heads:
         raise InputError(
             f"model: {model}/{HEAD_FILE} holds no linear layer from {hidden_size} numbers to one. Pass the folder of "
             "a reward model whose value head is such a layer."
         )
-    heads += _heads_in(weight_files(model, revision=revision), hidden_size, None)
+    for path in weight_files(model, revision=revision):
+        heads += _heads_in(path, hidden_size, None)
     if len(heads) > 1:
         raise InputError(
             f"model: {model} holds {len(heads)} heads that could give the reward: {', '.join(map(str, heads))}. "
@@ -108,53 +103,44 @@ def load_with_head(model: str | Path, head: RewardHead | None, **settings: Any) 
         InputError: a head beside the backbone that cannot be read or does not fit.
         ValueError: see ``from_backbone``.
     """
-    name = str(model)
+    name, from_backbone = str(model), InfoRMForSequenceClassification.from_backbone
     if head is None:
-        return InfoRMForSequenceClassification.from_backbone(name, **settings)
+        return from_backbone(name, **settings)
     if head.file is None and head.prefix != "score":
         settings["key_mapping"] = {rf"^{re.escape(head.prefix)}\.": "score."}
-    goes_on = settings.get("architecture") == "standard"
-    if not goes_on:
+    if settings.get("architecture") != "standard":
         logger.warning("%s has a reward head (%s); architecture: inform starts with a fresh one.", name, head)
-        return InfoRMForSequenceClassification.from_backbone(name, **settings)
+        return from_backbone(name, **settings)
     # A value head of TRL may stand beside what a PPO run left; by their weights the two are the same.
     logger.warning("%s: its head %s is taken as reward head, at the last token of each row.", name, head)
     wants_info = settings.pop("output_loading_info", False)
-    reward_model, loading = InfoRMForSequenceClassification.from_backbone(
-        name, **{**settings, "head_bias": head.has_bias, "output_loading_info": True}
-    )
+    options = {**settings, "head_bias": head.has_bias, "output_loading_info": True}
+    reward_model, loading = from_backbone(name, **options)
     absent = {key for key in loading["missing_keys"] if key.startswith("score.")}
     if head.file is not None:
-        _copy_head(reward_model, head)
+        with safe_open(head.file, framework="pt") as weights, torch.no_grad():
+            for kind, parameter in reward_model.score.named_parameters():
+                parameter.copy_(weights.get_tensor(f"{head.prefix}.{kind}"))
     elif absent:
         raise InputError(f"model: {name} holds {head}, which could not be read as the reward head ({sorted(absent)}).")
     loading["missing_keys"] = set(loading["missing_keys"]) - absent
     return (reward_model, loading) if wants_info else reward_model
 
 
-def _heads_in(paths: list[Path], hidden_size: int, file: Path | None) -> list[RewardHead]:
-    heads = []
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as weights:
-                names = set(weights.keys())
-                for name in sorted(names):
-                    prefix, _, last = name.rpartition(".")
-                    # Gates of experts and embeddings of one row have the same shape; they lie in layers, or say so.
-                    if last != "weight" or re.search(r"(^|\.)\d+(\.|$)|embed", prefix):
-                        continue
-                    if weights.get_slice(name).get_shape() == [1, hidden_size]:
-                        heads.append(RewardHead(prefix, f"{prefix}.bias" in names, file))
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"model: cannot load {path}: the safetensors file is incomplete or broken ({str(error)[:200]}). Copy "
-                "or download it again."
-            ) from None
-    return heads
-
-
-def _copy_head(reward_model: Any, head: RewardHead) -> None:
-    with safe_open(head.file, framework="pt") as weights, torch.no_grad():
-        reward_model.score.weight.copy_(weights.get_tensor(f"{head.prefix}.weight"))
-        if head.has_bias:
-            reward_model.score.bias.copy_(weights.get_tensor(f"{head.prefix}.bias"))
+def _heads_in(path: Path, hidden_size: int, file: Path | None) -> list[RewardHead]:
+    """Weights of shape ``(1, hidden_size)`` outside layers, where gates of experts have that shape as well."""
+    try:
+        with safe_open(path, framework="pt") as weights:
+            names = set(weights.keys())
+            found = [name for name in sorted(names) if weights.get_slice(name).get_shape() == [1, hidden_size]]
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"model: cannot load {path}: the safetensors file is incomplete or broken ({str(error)[:200]}). Copy "
+            "or download it again."
+        ) from None
+    prefixes = [name.removesuffix(".weight") for name in found if name.endswith(".weight")]
+    return [
+        RewardHead(prefix, f"{prefix}.bias" in names, file)
+        for prefix in prefixes
+        if not re.search(r"(^|\.)\d+(\.|$)|embed", prefix)
+    ]

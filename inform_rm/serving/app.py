@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fastapi.security import HTTPBearer
 
 import inform_rm
 from inform_rm.data.encoding import Encoded
-from inform_rm.errors import InputError, shortened
+from inform_rm.errors import InputError, check_whole_number, shortened
 from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer
 from inform_rm.serving import wire
 from inform_rm.serving.batcher import QueueFullError, Scored, TokenBatcher
@@ -58,14 +58,12 @@ class Limits:
     max_queued_rows: int = 32768
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{field.name}: {value!r}; expected a whole number of at least 1.")
+        for name, value in vars(self).items():
+            check_whole_number(name, value)
         if self.max_queued_rows < self.max_rows:
             raise InputError(
-                f"max_queued_rows: {self.max_queued_rows} is below max_rows, {self.max_rows}: a request of that many "
-                "rows would never be taken. Raise the first or lower the second."
+                f"max_queued_rows: {self.max_queued_rows} is below max_rows, {self.max_rows}. Raise the one or "
+                "lower the other: a request of that many rows would never be taken."
             )
 
 
@@ -104,11 +102,8 @@ def create_app(scorer: RewardScorer, limits: Limits | None = None, token: str | 
         max_body_bytes=limits.max_body_bytes,
         observe=metrics.observe_request,
     )
-    app.add_exception_handler(RequestError, _refuse)
-    app.add_exception_handler(RequestValidationError, _refuse_invalid)
-    app.add_exception_handler(Exception, _fail)
-    for status in (400, 404, 405):
-        app.add_exception_handler(status, _refuse_http)
+    for kind in (RequestError, RequestValidationError, Exception, 400, 404, 405):
+        app.add_exception_handler(kind, _refuse)
     # The gate asks for the token; this is how the schema says so.
     bearer = [] if token is None else [Depends(HTTPBearer(auto_error=False))]
     _add_endpoints(app, scorer, limits, batcher, metrics, bearer)
@@ -136,8 +131,7 @@ def _add_endpoints(
             raise RequestError(500, str(error), error.row) from error
         except Exception as error:
             logger.exception("the model failed on %d rows", num_rows)
-            text = f"the model failed ({type(error).__name__}); the server's log says more."
-            raise RequestError(500, text) from error
+            raise RequestError(500, f"the model failed ({type(error).__name__}); the log says more.") from error
 
     def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         return {status: {"model": wire.ErrorBody, "description": _ERRORS[status]} for status in statuses}
@@ -149,11 +143,8 @@ def _add_endpoints(
     @app.post("/score", **every)
     async def score(request: wire.ScoreRequest) -> wire.ScoreResponse:
         """Rewards of prompt/response rows."""
-        prompts = [
-            row.prompt if isinstance(row.prompt, str) else [turn.model_dump() for turn in row.prompt]
-            for row in request.rows
-        ]  # fmt: skip
-        responses = [row.response for row in request.rows]
+        rows = [row.model_dump() for row in request.rows]
+        prompts, responses = [row["prompt"] for row in rows], [row["response"] for row in rows]
         result = await scored(len(responses), lambda: encode_rows(scorer, prompts, responses))
         return wire.ScoreResponse(model=name, rewards=result.rewards, tokens=result.tokens)
 
@@ -169,14 +160,9 @@ def _add_endpoints(
     async def classify(request: wire.ClassifyRequest) -> wire.ClassifyResponse:
         """Classification as vLLM has it; `probs` holds the raw reward."""
         result = await scored(*_classify_rows(scorer, request))
-        return wire.ClassifyResponse(
-            model=name,
-            data=[
-                wire.ClassifyItem(index=index, label=label, probs=[reward])
-                for index, reward in enumerate(result.rewards)
-            ],
-            usage=wire.Usage(prompt_tokens=result.tokens, total_tokens=result.tokens),
-        )
+        data = [wire.ClassifyItem(index=i, label=label, probs=[reward]) for i, reward in enumerate(result.rewards)]
+        usage = wire.Usage(prompt_tokens=result.tokens, total_tokens=result.tokens)
+        return wire.ClassifyResponse(model=name, data=data, usage=usage)
 
     @app.get("/health", responses=errors(408, 413, 429))
     async def health() -> wire.Health:
@@ -184,13 +170,9 @@ def _add_endpoints(
         return wire.Health(model=name)
 
     text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    answers = text | errors(*([401] if bearer else []), 408, 413, 429)
 
-    @app.get(
-        "/metrics",
-        response_class=Response,
-        responses=text | errors(*([401] if bearer else []), 408, 413, 429),
-        dependencies=bearer,
-    )
+    @app.get("/metrics", response_class=Response, responses=answers, dependencies=bearer)
     async def read_metrics() -> Response:
         """Metrics for Prometheus."""
         return Response(metrics.exposition(), media_type=CONTENT_TYPE)
@@ -227,25 +209,23 @@ def _label(scorer: RewardScorer) -> str | None:
 
 
 async def _refuse(_: Request, error: Any) -> JSONResponse:
+    """The answer to whatever ended a request."""
+    if isinstance(error, RequestValidationError):
+        error = _invalid(error)
+    elif hasattr(error, "status_code"):  # the framework's own: no such path or method
+        error = RequestError(error.status_code, f"{error.detail}.", headers=error.headers)
+    elif not isinstance(error, RequestError):
+        error = RequestError(500, f"internal error ({type(error).__name__}); the server's log says more.")
     return refusal(error)
 
 
-async def _refuse_invalid(_: Request, error: Any) -> JSONResponse:
+def _invalid(error: RequestValidationError) -> RequestError:
     """422 with the most precise fault; the input is not repeated, which could be anything."""
     first = max(error.errors(), key=lambda fault: len(fault["loc"]))  # a union has one for each of its types
     if first["type"] == "json_invalid":
-        return refusal(RequestError(400, f"the body is not JSON: {first['ctx']['error']} at {first['loc'][-1]}."))
+        return RequestError(400, f"the body is not JSON: {first['ctx']['error']} at {first['loc'][-1]}.")
     if first["loc"] == ("body",):
-        return refusal(RequestError(422, "the body is no JSON object sent with 'Content-Type: application/json'."))
+        return RequestError(422, "the body is no JSON object sent with 'Content-Type: application/json'.")
     is_row = first["loc"][1] in ("rows", "query") and len(first["loc"]) > 2
-    row = first["loc"][2] if is_row else None
     place = shortened(".".join(str(part) for part in first["loc"][1:]))
-    return refusal(RequestError(422, f"{place}: {first['msg']}.", row))
-
-
-async def _refuse_http(_: Request, error: Any) -> JSONResponse:
-    return refusal(RequestError(error.status_code, f"{error.detail}.", headers=error.headers))
-
-
-async def _fail(_: Request, error: Any) -> JSONResponse:
-    return refusal(RequestError(500, f"internal error ({type(error).__name__}); the server's log says more."))
+    return RequestError(422, f"{place}: {first['msg']}.", first["loc"][2] if is_row else None)

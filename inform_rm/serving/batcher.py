@@ -113,14 +113,11 @@ class TokenBatcher:
     def _encode(self, request: _Request, encode: Callable[[], list[Encoded]]) -> None:
         try:
             encoded = encode()
-            rows = [
-                _Row(row.input_ids, tuple(row.prompt_ids), request, place)
-                for place, row in enumerate(encoded)
-            ]  # fmt: skip
-            request.tokens = sum(len(row.ids) for row in rows)
         except Exception as error:
             self._finish(request, error)
             return
+        rows = [_Row(row.input_ids, tuple(row.prompt_ids), request, place) for place, row in enumerate(encoded)]
+        request.tokens = sum(len(row.ids) for row in rows)
         if not rows:
             self._finish(request)
             return
@@ -170,20 +167,19 @@ class TokenBatcher:
             requests = list(dict.fromkeys(row.request for row in batch))
             if len(requests) == 1:
                 self._finish(requests[0], error)
-                return
-            for request in requests:
-                self._score([row for row in batch if row.request is request])
+            else:
+                for request in requests:
+                    self._score([row for row in batch if row.request is request])
             return
         for row, reward in zip(batch, rewards, strict=True):
             request = row.request
-            if request.future.done():
+            request.rewards[row.place] = reward
+            request.rows_left -= 1
+            if request.future.done():  # an earlier row of it failed
                 continue
             if not math.isfinite(reward):
                 self._finish(request, NonFiniteRewardError(row.place, reward))
-                continue
-            request.rewards[row.place] = reward
-            request.rows_left -= 1
-            if not request.rows_left:
+            elif not request.rows_left:
                 self._finish(request)
 
     def _rewards(self, batch: Sequence[_Row]) -> list[float]:

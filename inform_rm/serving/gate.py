@@ -67,25 +67,16 @@ class Gate:
                 await _discard(receive)
                 text = "the header 'Authorization: Bearer TOKEN' is missing or wrong."
                 raise RequestError(401, text, headers={"WWW-Authenticate": "Bearer"})
-            async with asyncio.timeout(_BODY_SECONDS):
-                if not await self._read(scope, receive, body):
-                    return  # the client went away
-        except RequestError as error:
-            await refusal(error)(scope, receive, send)
-            return
-        except TimeoutError:
+            if not await asyncio.wait_for(self._read(scope, receive, body), _BODY_SECONDS):
+                return  # the client went away
+        except (RequestError, asyncio.TimeoutError) as error:
             late = RequestError(408, f"the body did not arrive within {_BODY_SECONDS:g} seconds.")
-            await refusal(late)(scope, receive, send)
-            return
+            await refusal(error if isinstance(error, RequestError) else late)(scope, receive, send)
         else:
-            whole: Any = {"type": "http.request", "body": bytes(body), "more_body": False}
+            whole = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
             async def replay() -> Any:
-                nonlocal whole
-                if whole is None:
-                    return await receive()
-                message, whole = whole, None
-                return message
+                return whole.pop() if whole else await receive()
 
             await self.app(scope, replay, send)
         finally:
@@ -147,8 +138,10 @@ def refusal(error: RequestError) -> JSONResponse:
 
 
 async def _discard(receive: Any) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_DISCARD_SECONDS):
-            message = {"type": "http.request", "more_body": True}
-            while message["type"] == "http.request" and message.get("more_body", False):
-                message = await receive()
+    async def rest() -> None:
+        message = {"type": "http.request", "more_body": True}
+        while message["type"] == "http.request" and message.get("more_body", False):
+            message = await receive()
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(rest(), _DISCARD_SECONDS)

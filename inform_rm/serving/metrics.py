@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
 
-CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+# The text format, under the name that the installed version gives it.
+_encode, CONTENT_TYPE = choose_encoder("")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
 
 
@@ -54,4 +55,4 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """All metrics as Prometheus reads them."""
-        return generate_latest(self.registry)
+        return _encode(self.registry)

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from inform_rm.data.encoding import Encoded, encode_groups
+from inform_rm.data.encoding import Encoded
+from inform_rm.data.messages import Fault, check_unicode
 from inform_rm.errors import InputError
-from inform_rm.scoring.scorer import Prompt, RewardScorer
+from inform_rm.scoring.scorer import Prompt, RewardScorer, row_name
 from inform_rm.serving.errors import RowError
 
 
@@ -16,15 +17,15 @@ def encode_rows(scorer: RewardScorer, prompts: Sequence[Prompt], responses: Sequ
     Raises:
         RowError: a prompt that the template refuses, a response that leaves no token, or a row that is too long.
     """
-    for row, response in enumerate(responses):
-        _check_unicode(row, response)
-    encoded: list[Encoded] = []
-    for row, group in enumerate(encode_groups(scorer.tokenizer, prompts, [[response] for response in responses])):
-        if isinstance(group, InputError):
-            raise RowError(row, str(group)) from group
-        encoded += group
-    scorer.tell_of_loss(encoded, [f"row {row} (counted from 0) of a request" for row in range(len(encoded))])
-    return _checked(scorer, encoded)
+    _check_unicode(responses)
+    places = [row_name(row) for row in range(len(prompts))]
+    encoded = []
+    for row, found in enumerate(scorer.encode_each(prompts, responses, places)):
+        if isinstance(found, InputError):
+            raise RowError(row, str(found)) from found
+        encoded.append(found)
+    scorer.tell_of_loss(encoded, [f"{place} of a request" for place in places])
+    return encoded
 
 
 def encode_texts(scorer: RewardScorer, texts: Sequence[str], add_special_tokens: bool) -> list[Encoded]:
@@ -35,8 +36,7 @@ def encode_texts(scorer: RewardScorer, texts: Sequence[str], add_special_tokens:
     """
     if not texts:
         return []
-    for row, text in enumerate(texts):
-        _check_unicode(row, text)
+    _check_unicode(texts)
     options = {"add_special_tokens": add_special_tokens, "padding": False, "truncation": False}
     return encode_ids(scorer, scorer.tokenizer(list(texts), **options)["input_ids"])
 
@@ -47,21 +47,18 @@ def encode_ids(scorer: RewardScorer, sequences: Sequence[Sequence[int]]) -> list
     Raises:
         RowError: none, too many, or ids that the model does not have.
     """
-    return _checked(scorer, [Encoded([], list(ids)) for ids in sequences])
-
-
-def _check_unicode(row: int, text: str) -> None:
-    r"""JSON can say \\ud800, half a character, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(row, f"unpaired surrogate at character {error.start + 1}. Repair the text.") from error
-
-
-def _checked(scorer: RewardScorer, encoded: list[Encoded]) -> list[Encoded]:
-    for row, item in enumerate(encoded):
+    for row, ids in enumerate(sequences):
         try:
-            scorer.check_ids(item.input_ids, "it")
+            scorer.check_ids(ids, row_name(row))
         except InputError as error:
             raise RowError(row, str(error)) from error
-    return encoded
+    return [Encoded([], list(ids)) for ids in sequences]
+
+
+def _check_unicode(texts: Sequence[str]) -> None:
+    r"""JSON can say \\ud800, half a character, which no tokenizer takes."""
+    for row, text in enumerate(texts):
+        try:
+            check_unicode(row_name(row), text)
+        except Fault as fault:
+            raise RowError(row, str(fault)) from None

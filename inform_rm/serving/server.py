@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,20 +104,17 @@ def read_token(path: str | Path | None) -> str | None:
 @contextmanager
 def _bound_socket(host: str, port: int) -> Iterator[socket.socket]:
     """A socket that has its address and does not listen yet."""
-    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
+    if type(port) is not int or not 0 <= port < 65536:  # a larger one would be cut to 16 bits
         raise InputError(f"port: {port!r}; expected a whole number from 0 to 65535.")
-    bound = None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except (OSError, UnicodeError) as error:
-        if bound is not None:
-            bound.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"host, port: cannot listen at {host}:{port} ({reason}). Choose others.") from error
-    with bound:
+    with ExitStack() as stack:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            bound = stack.enter_context(socket.socket(family, kind, protocol))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise InputError(f"host, port: cannot listen at {host}:{port} ({reason}). Choose others.") from error
         yield bound
 
 

@@ -203,7 +203,8 @@ class RewardArguments:
     def faults(self) -> list[str]:
         """What is impossible, all of it, each with its name."""
         values: Any = self  # also what TrainingArguments adds
-        faults = [f"{name} is empty" for name in ("model", "output_dir") if _is_blank(getattr(values, name))]
+        given = {name: getattr(values, name) for name in ("model", "output_dir")}
+        faults = [f"{name} is empty" for name, text in given.items() if isinstance(text, str) and not text.strip()]
         at_least = {
             "latent_dim": 1, "beta": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
             "gradient_accumulation_steps": 1, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "lora_r": 0,
@@ -224,22 +225,31 @@ class RewardArguments:
         for name, limit in (("label_smoothing", 0.5), ("lora_dropout", 1.0), ("warmup_fraction", 1.0)):
             if not 0 <= getattr(self, name) < limit:
                 faults.append(f"{name} must be at least 0 and below {limit}, got {getattr(self, name)}")
-        if not math.isfinite(self.lora_alpha):
-            faults.append(f"lora_alpha must be a finite number, got {self.lora_alpha}")
-        if not 0 < self.ess_target <= 1:
-            faults.append(f"ess_target must be above 0 and at most 1, got {self.ess_target}")
-        if (self.weights == "behavior") != (self.behavior_model is not None):
-            faults.append(
-                f"weights {self.weights!r} does not go with behavior_model {self.behavior_model!r}: 'behavior' needs "
-                "one, 'uniform' uses none"
-            )
-        if self.load_in_4bit and self.load_in_8bit:
-            faults.append("load_in_4bit and load_in_8bit exclude each other: choose one")
-        if values.load_best_model_at_end and self.data and not self.eval_data:
-            faults.append("load_best_model_at_end needs eval_data to choose by")
-        if values.load_best_model_at_end and self.eval_steps != self.save_steps:
-            faults.append("load_best_model_at_end needs eval_steps equal to save_steps")
-        return faults + self._against_trainer() + (self._against_streaming() if self.streaming else [])
+        chooses_best = values.load_best_model_at_end
+        faults += _true_ones(
+            (not math.isfinite(self.lora_alpha), f"lora_alpha must be a finite number, got {self.lora_alpha}"),
+            (not 0 < self.ess_target <= 1, f"ess_target must be above 0 and at most 1, got {self.ess_target}"),
+            ((self.weights == "behavior") != (self.behavior_model is not None),
+             f"weights {self.weights!r} does not go with behavior_model {self.behavior_model!r}: 'behavior' needs "
+             "one, 'uniform' uses none"),
+            (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit exclude each other: choose one"),
+            (chooses_best and self.data and not self.eval_data, "load_best_model_at_end needs eval_data to choose by"),
+            (chooses_best and self.eval_steps != self.save_steps,
+             "load_best_model_at_end needs eval_steps equal to save_steps"),
+            (values.push_to_hub and values.hub_model_id is None, "push_to_hub needs hub_model_id, name/model"),
+            # What would do nothing here, or harm.
+            (values.label_smoothing_factor, "label_smoothing_factor is for classifiers: use label_smoothing"),
+            (values.batch_eval_metrics, "batch_eval_metrics gives metrics of single batches: leave it out"),
+            (values.prediction_loss_only, "prediction_loss_only leaves no rewards to measure: leave it out"),
+            (values.auto_find_batch_size, "auto_find_batch_size changes the batch in silence: lower "
+             "per_device_train_batch_size"),
+            (self.remove_unused_columns, "remove_unused_columns would take the pairs' columns away: leave it false"),
+            (self.logging_nan_inf_filter, "logging_nan_inf_filter would hide losses that are no numbers: leave it "
+             "false"),
+            (getattr(self.hub_strategy, "value", self.hub_strategy) != "end",
+             "hub_strategy: only 'end' is known; checkpoints are not uploaded"),
+        )  # fmt: skip
+        return faults + (self._against_streaming() if self.streaming else [])
 
     def faults_without_adapters(self) -> list[str]:
         """What needs LoRA, for a run that has none: neither ``lora_r`` nor a ``peft_config``."""
@@ -251,59 +261,37 @@ class RewardArguments:
             faults.append("merge_adapters is false, but lora_r is 0: without LoRA there are no adapters")
         return faults
 
-    def _against_trainer(self) -> list[str]:
-        """Settings of TrainingArguments that would do nothing here, or harm."""
-        values: Any = self
-        reasons = {
-            "label_smoothing_factor": "is for classifiers: use label_smoothing",
-            "batch_eval_metrics": "gives metrics of single batches: leave it out",
-            "prediction_loss_only": "leaves no rewards to measure: leave it out",
-            "auto_find_batch_size": "changes the batch in silence: lower per_device_train_batch_size",
-            "remove_unused_columns": "would take the pairs' columns away: leave it false",
-            "logging_nan_inf_filter": "would hide losses that are no numbers: leave it false",
-        }
-        faults = [f"{name} {reason}" for name, reason in reasons.items() if getattr(values, name)]
-        if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
-            faults.append("hub_strategy: only 'end' is known; checkpoints are not uploaded")
-        return faults
-
     def _against_streaming(self) -> list[str]:
         """What streaming cannot do, each with the reason."""
         values: Any = self
-        faults = []
-        if values.max_steps <= 0:
-            faults.append(
-                "streaming needs max_steps, because the number of pairs is not known before they are read (one pass: "
-                "pairs / (per_device_train_batch_size * gradient_accumulation_steps * processes))"
-            )
-        for name, used, reason in (
-            ("objective 'prioritized'", self.objective == "prioritized", "draws prompts from all the data"),
-            ("augmentation 'rrm'", self.augmentation == "rrm", "draws responses from all the data"),
-            ("group_by_length", values.train_sampling_strategy == "group_by_length", "sorts all pairs by length"),
-            ("max_pairs_per_source", self.max_pairs_per_source is not None, "chooses among all pairs of a source"),
-        ):
-            if used:
-                faults.append(f"{name} does not go with streaming: it {reason}")
-        return faults
+        no = "does not go with streaming: it"
+        return _true_ones(
+            (values.max_steps <= 0,
+             "streaming needs max_steps, because the number of pairs is not known before they are read (one pass: "
+             "pairs / (per_device_train_batch_size * gradient_accumulation_steps * processes))"),
+            (self.objective == "prioritized", f"objective 'prioritized' {no} draws prompts from all the data"),
+            (self.augmentation == "rrm", f"augmentation 'rrm' {no} draws responses from all the data"),
+            (values.train_sampling_strategy == "group_by_length", f"group_by_length {no} sorts all pairs by length"),
+            (self.max_pairs_per_source is not None, f"max_pairs_per_source {no} chooses among all pairs of a source"),
+        )  # fmt: skip
+
+
+def _true_ones(*claims: tuple[Any, str]) -> list[str]:
+    return [text for is_true, text in claims if is_true]
+
+
+# Name -> dataclass field of what `RewardArguments` adds or gives another default, in order.
+OUR_SETTINGS: dict[str, Any] = {spec.name: spec for spec in dataclasses.fields(RewardArguments)}
+SETTINGS_BY_CONTENT = [name for name, spec in OUR_SETTINGS.items() if spec.metadata["by_content"]]  # they name files
 
 
 def decides(name: str) -> bool | str:
     """Whether a setting decides what is learnt; the name of another setting: where that one is set."""
-    if name in _OURS:
-        return _OURS[name].metadata["decides"]
+    if name in OUR_SETTINGS:
+        return OUR_SETTINGS[name].metadata["decides"]
     if name.startswith(_DECIDE_WHICH_IS_BEST):
         return "load_best_model_at_end"
     return not name.startswith(_DECIDE_NOTHING)
-
-
-def settings_by_content() -> list[str]:
-    """Names of the settings that name files."""
-    return [name for name, spec in _OURS.items() if spec.metadata["by_content"]]
-
-
-def our_settings() -> dict[str, Any]:
-    """Name to dataclass field of what `RewardArguments` adds or gives another default, in order."""
-    return _OURS
 
 
 def read_columns(value: Any) -> dict[str, str]:
@@ -324,10 +312,3 @@ def read_columns(value: Any) -> dict[str, str]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"names a field twice, got {shown(value)}")
     return dict(pairs)
-
-
-def _is_blank(value: Any) -> bool:
-    return isinstance(value, str) and not value.strip()
-
-
-_OURS: dict[str, Any] = {spec.name: spec for spec in dataclasses.fields(RewardArguments)}

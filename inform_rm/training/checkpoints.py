@@ -19,7 +19,7 @@ from transformers import TrainerState
 
 from inform_rm.data.sources import parse_source, source_digest
 from inform_rm.errors import InputError
-from inform_rm.training.arguments import settings_by_content
+from inform_rm.training.arguments import SETTINGS_BY_CONTENT
 from inform_rm.training.half_precision import COMPENSATED_BETA2, COMPENSATED_OPTIM
 from inform_rm.training.reward_arguments import (
     RewardTrainingArguments,
@@ -56,18 +56,6 @@ def reading_checkpoint(checkpoint: str | Path | None, files: str) -> Iterator[No
             f"{' '.join(str(error).split())[:300]}). Do not trust it: remove the checkpoint, or pass --overwrite true "
             "to start again."
         ) from error
-
-
-def check_trainer_state(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose ``trainer_state.json`` is damaged or belongs to another step.
-
-    Raises:
-        InputError: naming the file.
-    """
-    with reading_checkpoint(checkpoint, "trainer_state.json"):
-        found = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
-        if found != checkpoint_step(checkpoint):
-            raise ValueError(f"it is of step {found!r}")
 
 
 def discard(folder: Path) -> None:
@@ -119,29 +107,24 @@ def check_resume(
 
     Settings that decide nothing (`inform_rm.training.arguments.decides`) may change, and so may the spelling of a
     path. Other versions of the libraries are named in a warning: whether they change the result cannot be known here.
-
-    Args:
-        output: the run's folder.
-        args: all settings.
-        fingerprints: per source of ``data``.
-        eval_fingerprints: per source of ``eval_data``.
-        resume_from: the checkpoint to go on from; ``None`` starts a new run.
-        adapters: what a ``peft_config`` that the caller passed holds.
+    The fingerprints are per source; ``adapters`` is what a ``peft_config`` that the caller passed holds.
 
     Raises:
         InputError: naming what differs.
     """
     path = output / "checkpoints" / "run.json"
     if resume_from is not None:
-        check_trainer_state(resume_from)
-    settings = settings_of(args)
-    launch = _launch()
+        with reading_checkpoint(resume_from, "trainer_state.json"):
+            found = TrainerState.load_from_json(str(resume_from / "trainer_state.json")).global_step
+            if found != checkpoint_step(resume_from):
+                raise ValueError(f"it is of step {found!r}")
+    settings, launch = settings_of(args), _launch()
     now = {
         **settings, "data_fingerprints": fingerprints | eval_fingerprints,
         "contents": _contents(args, fingerprints, eval_fingerprints) | {"peft_config": adapters}, **launch,
     }  # fmt: skip
     if resume_from is not None and path.exists():
-        before = _with_todays_names(_recorded_settings(path))
+        before = _recorded_settings(path)
         if any(name in before and before[name] != now[name] for name in launch):
             raise InputError(
                 f"output: {output} holds an unfinished run of {before['num_processes']} processes "
@@ -208,7 +191,7 @@ def _contents(
         ],
         "eval_data": [content(source, eval_fingerprints[source]) for source in args.eval_data],
     }
-    for name in settings_by_content():
+    for name in SETTINGS_BY_CONTENT:
         value = getattr(args, name)
         if name not in contents:
             is_file = value is not None and Path(value).is_file()
@@ -217,23 +200,19 @@ def _contents(
 
 
 def _recorded_settings(path: Path) -> dict[str, Any]:
+    """What a run recorded, as today's would have: names of an earlier version, and what it set without a setting."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
     except (ValueError, RecursionError) as error:
         raise InputError(f"output: {path} is damaged ({error}). Pass --overwrite true to start again.") from None
-    return found
-
-
-def _with_todays_names(before: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier version recorded, as today's would have: other names, and what it set without a setting."""
-    if "output" in before:
-        before["data_seed"] = before.get("seed")
-        before["adam_beta2"] = COMPENSATED_BETA2 if before.get("optim") == COMPENSATED_OPTIM else 0.999
-        if before.get("load_best_model_at_end"):
-            before |= {"metric_for_best_model": "eval_accuracy", "greater_is_better": True}
-    return with_our_names(before, [])
+    if "output" in found:
+        found["data_seed"] = found.get("seed")
+        found["adam_beta2"] = COMPENSATED_BETA2 if found.get("optim") == COMPENSATED_OPTIM else 0.999
+        if found.get("load_best_model_at_end"):
+            found |= {"metric_for_best_model": "eval_accuracy", "greater_is_better": True}
+    return with_our_names(found, {}, [])
 
 
 def _launch() -> dict[str, Any]:

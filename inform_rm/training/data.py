@@ -96,13 +96,8 @@ def load_training_pairs(
     each combination of data, tokenizer, chat template, settings and versions; ``datasets.disable_caching()`` turns it
     off. Folders in it may be deleted at any time.
 
-    Args:
-        args: settings of the run.
-        sources: files, folders or Hub ids; or rows: a `Dataset`, an `IterableDataset`, a list of dicts.
-        max_pairs: most pairs of a source; a random choice, by ``args.seed``.
-        tokenizer: see `inform_rm.data.tokenizer.load_tokenizer`.
-        argument: ``"data"`` or ``"eval_data"``, for messages.
-        max_length: most tokens of prompt + response.
+    ``sources`` are files, folders, Hub ids or rows in memory, of each at most ``max_pairs``, drawn by ``args.seed``;
+    ``argument`` is ``"data"`` or ``"eval_data"``; ``max_length`` is in tokens of prompt + response.
 
     Raises:
         InputError: on bad data, or if no pair is left.

@@ -7,7 +7,6 @@ distance from a weight to the next number, so that weight plus update is rounded
 import importlib.util
 import logging
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,14 +37,6 @@ def check_optimizer(optim: str) -> None:
         raise InputError(f"optim: '{optim}' needs torch-optimi. Install it with: pip install 'inform-rm[bf16]'")
 
 
-@dataclass
-class _Sample:
-    weight: Tensor
-    stride: int
-    before: Tensor
-    has_update: Tensor
-
-
 class LostUpdates(TrainerCallback):
     """Says once what share of the updates of half-precision weights an optimizer step lost, where that is over 1 %.
 
@@ -59,7 +50,7 @@ class LostUpdates(TrainerCallback):
 
     def __init__(self) -> None:
         self.share: float | None = None
-        self._samples: list[_Sample] = []
+        self._samples: list[tuple[Tensor, int, Tensor, Tensor]] = []  # weight, stride, before, where it has an update
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remember weights."""
@@ -71,18 +62,17 @@ class LostUpdates(TrainerCallback):
             if weight.dtype in (torch.bfloat16, torch.float16) and weight.grad is not None:
                 stride = math.ceil(weight.numel() / _SAMPLED)
                 has_update = _entries(weight.grad, stride) != 0
-                self._samples.append(_Sample(weight, stride, _entries(weight, stride).clone(), has_update))
+                self._samples.append((weight, stride, _entries(weight, stride).clone(), has_update))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compare, and warn."""
-        samples, self._samples = self._samples, []
-        updates = sum(sample.stride * int(sample.has_update.sum()) for sample in samples)
+        updates = lost = 0
+        for weight, stride, before, has_update in self._samples:
+            updates += stride * int(has_update.sum())
+            lost += stride * int((has_update & (_entries(weight, stride) == before)).sum())
+        self._samples.clear()
         if not updates:
             return
-        lost = sum(
-            sample.stride * int((sample.has_update & (_entries(sample.weight, sample.stride) == sample.before)).sum())
-            for sample in samples
-        )
         self.share = lost / updates
         if self.share > _NEGLIGIBLE and state.is_world_process_zero:
             logger.warning(

@@ -44,10 +44,7 @@ class NonFiniteLossError(FloatingPointError):
 class RewardLoop(Trainer):
     """Steps, evaluation and checkpoints of `inform_rm.training.trainer.RewardTrainer`, which puts its parts together.
 
-    Args:
-        stream: pairs that are read while training, in place of ``train_dataset``.
-        selector: chooses from each batch, a pool then, what is learnt from.
-        kwargs: arguments of `transformers.Trainer`.
+    ``stream``: pairs that are read while training; ``selector``: chooses from each pool what is learnt from.
     """
 
     args: RewardTrainingArguments

@@ -1,6 +1,7 @@
 """Metrics of a training run: counts and sums over processes, divided once."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -54,13 +55,16 @@ def metrics_from_sums(sums: Tensor, has_kl: bool) -> dict[str, float]:
     return metrics
 
 
-def compute_eval_metrics(prediction: EvalPrediction, loss_type: str = "bradley_terry") -> dict[str, float]:
+def compute_eval_metrics(
+    loss_type: str, further: Callable[..., dict[str, float]] | None, prediction: EvalPrediction
+) -> dict[str, float]:
     """Metrics of an evaluation's gathered rows.
 
     The loss, ``{loss_type}_loss``, is the pair loss alone, so that it compares models with and without a bottleneck.
 
     Args:
         loss_type: a name of `inform_rm.training.losses.PAIR_LOSSES`.
+        further: gives the caller's own metrics beside these.
         prediction: ``predictions`` ``(N, 3)``: chosen reward, rejected reward and ``KL_w + KL_l`` (NaN in every row
             of a standard reward model); ``label_ids`` ``(N,)``: margin targets.
     """
@@ -73,4 +77,5 @@ def compute_eval_metrics(prediction: EvalPrediction, loss_type: str = "bradley_t
         **metrics_from_sums(pair_sums(chosen, rejected, kl if has_kl else None), has_kl),
         "calibration_error": expected_calibration_error(margins),
         "num_pairs": len(rows),
+        **({} if further is None else further(prediction)),
     }

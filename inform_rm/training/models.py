@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from inform_rm.safety.checkpoints import check_checkpoint
 from inform_rm.scoring.adapters import holds_adapters, import_peft
 from inform_rm.scoring.packing import use_packed_attention, why_not_packed
 from inform_rm.scoring.reward_models import checked_max_length, table_length, trained_length
-from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.scoring.value_heads import find_reward_head, load_with_head
 from inform_rm.training.checkpoints import is_fsdp_launch
 from inform_rm.training.reward_arguments import RewardTrainingArguments
@@ -166,10 +164,7 @@ def add_adapters(model: PreTrainedModel, args: RewardTrainingArguments, peft_con
     the Trainer turns checkpointing on where it is asked for, without re-entrance, and the head is float32 already.
     What would be left is embeddings and norms in float32, which `dtype` says.
 
-    Args:
-        model: the whole model.
-        args: settings of the run.
-        peft_config: a `LoraConfig` in place of the settings; what it leaves open is as above.
+    A `LoraConfig` as ``peft_config`` takes the place of the settings; what it leaves open is as above.
     """
     peft = import_peft("lora_r: LoRA")
     model.score.float()
@@ -191,41 +186,6 @@ def add_adapters(model: PreTrainedModel, args: RewardTrainingArguments, peft_con
     name = str(args.model)
     adapted.peft_config["default"].base_model_name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
     return adapted
-
-
-def sample_rewards(model: Any, pairs: Sequence[dict[str, Any]], tokenizer: Any, batching: str) -> torch.Tensor:
-    """Rewards of both sides of N encoded pairs, ``(2N,)`` in float32, without latent noise."""
-    sequences = [pair[side] for pair in pairs for side in ("chosen_input_ids", "rejected_input_ids")]
-    # The model was trained on them, so it takes their length, whatever its own limit.
-    longest = max(map(len, sequences))
-    return RewardScorer(model, tokenizer, max_length=longest, batching=batching).score_encoded(sequences)
-
-
-def reward_difference(bits: int, before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
-    """How far the rewards of base + adapters in full precision are from those on the quantised base; also logged.
-
-    Args:
-        bits: of the quantised base.
-        before: ``(N,)`` rewards on the quantised base.
-        after: ``(N,)`` rewards of the same responses in full precision.
-
-    Returns:
-        Entry ``quantization`` of a run's result.
-    """
-    difference = (after - before).abs()
-    figures = {
-        "bits": bits,
-        "num_responses": len(before),
-        "reward_difference_mean": difference.mean().item(),
-        "reward_difference_max": difference.max().item(),
-        "reward_std": after.std().item(),
-    }
-    logger.warning(
-        "Trained on a %d-bit base, the model goes out in full precision: over %d training responses its rewards "
-        "differ from those seen in training by %.3g on average and %.3g at most (their standard deviation is %.3g).",
-        *figures.values(),
-    )
-    return figures
 
 
 def _quantized_loading(args: RewardTrainingArguments, found: Any) -> dict[str, Any]:
@@ -269,8 +229,12 @@ def _prepare_quantized(model: Any) -> None:
         # bfloat16 and hands no gradient back: after an evaluation, training would go on with wrong gradients.
         layer.support_avx512bf16_for_cpu = False
     model.score.float()
-    # It says at each layer and each step that LLM.int8 rounds its inputs to float16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
+
+
+def _is_no_cast(record: logging.LogRecord) -> bool:
+    """False for what is said at each layer and step: that LLM.int8 rounds its inputs to float16."""
+    return not record.getMessage().startswith("MatMul8bitLt: inputs will be cast from")
 
 
 def _is_bitsandbytes(module: nn.Module) -> bool:

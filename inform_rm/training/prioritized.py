@@ -26,21 +26,11 @@ from inform_rm.util.files import atomic_write_text
 _GAPS_FILE = "prompt_free_gaps.json"
 
 
-class PoolCollator:
-    """Training rows -> ``{"positions": (N,)}``, places in the dataset; evaluation rows -> batches of ``collate``.
-
-    Args:
-        collate: what makes a batch of encoded pairs.
-    """
-
-    def __init__(self, collate: Any):
-        self.collate = collate
-
-    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-        """See the class."""
-        if "position" in pairs[0]:
-            return {"positions": torch.tensor([pair["position"] for pair in pairs])}
-        return self.collate(pairs)
+def pool_or_batch(collate: Any, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Training rows -> ``{"positions": (N,)}``, places in the dataset; evaluation rows -> a batch of ``collate``."""
+    if "position" in pairs[0]:
+        return {"positions": torch.tensor([pair["position"] for pair in pairs])}
+    return collate(pairs)
 
 
 class PoolSelector:
@@ -49,14 +39,8 @@ class PoolSelector:
     With several processes the pools of all are one: every process estimates a part of its gaps, all select the same
     pairs, and each learns from its share of them, as one process with such a pool would.
 
-    Args:
-        args: how pairs are chosen.
-        pairs: encoded pairs with their text (``keep_text``).
-        collate: what makes a batch of encoded pairs.
-        scorer: scores the model that is trained; nothing but its tokenizer and batching may differ. With several
-            processes it splits its work over them, and so does ``likelihood``.
-        likelihood: weighs the prompts of a gap by how likely it finds both responses under them; ``None`` weighs all
-            the same.
+    ``pairs`` are encoded with their text (``keep_text``); ``scorer`` scores the model that is trained; ``likelihood``
+    weighs the prompts of a gap by how likely it finds both responses under them, ``None`` weighs all the same.
     """
 
     def __init__(
@@ -77,7 +61,7 @@ class PoolSelector:
         self._sums = torch.zeros(8, dtype=torch.float64)
 
     def batch(self, inputs: dict[str, Any], accelerator: Any, state: Any) -> dict[str, Any]:
-        """What this process learns from of a pool that `PoolCollator` made."""
+        """What this process learns from of a pool that `pool_or_batch` made."""
         start = time.perf_counter()
         self._step = state.global_step
         positions = accelerator.gather(inputs["positions"]).cpu()

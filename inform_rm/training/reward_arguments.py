@@ -1,7 +1,7 @@
 """`RewardTrainingArguments`: transformers' TrainingArguments and ours; read from YAML, from flags or from both."""
 
+import contextlib
 import dataclasses
-import difflib
 import enum
 import math
 import types
@@ -16,9 +16,9 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
-from inform_rm.errors import InputError, shown
+from inform_rm.errors import InputError, did_you_mean, shown
 from inform_rm.safety.settings_yaml import read_settings_yaml
-from inform_rm.training.arguments import RewardArguments, decides, our_settings, read_columns
+from inform_rm.training.arguments import OUR_SETTINGS, RewardArguments, decides, read_columns
 from inform_rm.training.half_precision import COMPENSATED_BETA2, COMPENSATED_OPTIM, check_optimizer
 from inform_rm.training.losses import PAIR_LOSSES
 
@@ -59,17 +59,20 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
         """Refuse what is impossible, then what TrainingArguments refuses."""
         self.data, self.eval_data = _as_tuple(self.data), _as_tuple(self.eval_data)
         faults = self.faults()
-        known: tuple[tuple[str, type[enum.Enum]], ...] = (
-            ("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames)
-        )  # fmt: skip
-        for name, names in known:
-            choices, value = [choice.value for choice in names], getattr(self, name)
+        for name, choices in (
+            ("lr_scheduler_type", [choice.value for choice in SchedulerType]),
+            ("optim", [choice.value for choice in OptimizerNames]),
+            ("loss_type", list(PAIR_LOSSES)),
+        ):
+            value = getattr(self, name)
             if getattr(value, "value", value) not in choices:
                 faults.append(f"{name}: {value!r} is unknown. Choose one of {', '.join(choices)}")
-        if self.loss_type not in PAIR_LOSSES:
-            faults.append(f"loss_type: {self.loss_type!r} is unknown. Choose one of {', '.join(PAIR_LOSSES)}")
         if self.push_to_hub and self.hub_model_id is None:
             faults.append("push_to_hub needs hub_model_id, name/model")
+        if self.hub_revision is not None or self.hub_private_repo is False:
+            faults.append(
+                "hub_revision, hub_private_repo: uploads go to the main branch, new repositories are private"
+            )
         if faults:
             raise InputError("Training settings: " + "; ".join(faults) + ".")
         check_optimizer(getattr(self.optim, "value", self.optim))
@@ -95,7 +98,7 @@ def settings_of(args: RewardTrainingArguments) -> dict[str, Any]:
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in now.items()
-        if name in our_settings() or name in _REQUIRED or (value != usual[name] and name not in _OF_THIS_PLACE)
+        if name in OUR_SETTINGS or name in _REQUIRED or (value != usual[name] and name not in _OF_THIS_PLACE)
     }
 
 
@@ -147,15 +150,14 @@ def arguments_from_mapping(
     """
     hints = field_types()
     faults: list[str] = []
-    named = with_our_names({**_renamed(values, faults), **_renamed(overrides, faults)}, faults)
+    named = with_our_names(values, overrides, faults)
     accepted: dict[str, Any] = {}
     for key, value in named.items():
         if key not in hints:
             name = key if isinstance(key, str) and len(key) <= 80 else shown(key)
-            known = [*hints, *_OTHER_NAMES]
-            nearest = difflib.get_close_matches(name, known, n=1) if len(faults) < _MOST_FAULTS else []
-            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-            faults.append(f"unknown setting {shown(key)}{hint}")
+            known = {known: repr(known) for known in (*hints, *_OTHER_NAMES)}
+            nearest = did_you_mean(name, known) if len(faults) < _MOST_FAULTS else ""
+            faults.append(f"unknown setting {shown(key)}{nearest}")
             continue
         try:
             accepted[key] = _convert(value, hints[key])
@@ -187,31 +189,26 @@ def read_arguments(path: str | Path | None, overrides: Mapping[str, Any]) -> Rew
     Raises:
         InputError: if the file is missing, is not YAML, is not a mapping, or holds a wrong setting.
     """
-    values: Any = {}
-    if path is not None:
-        values = read_settings_yaml(path)
-        if values is None:
-            values = {}
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: expected 'setting: value' lines, got a {type(values).__name__}.")
-    return arguments_from_mapping(values, str(path) if path is not None else "command line", overrides)
+    if path is None:
+        return arguments_from_mapping({}, "command line", overrides)
+    values = read_settings_yaml(path)
+    if not isinstance(values, dict | None):
+        raise InputError(f"{path}: expected 'setting: value' lines, got a {type(values).__name__}.")
+    return arguments_from_mapping(values or {}, str(path), overrides)
 
 
-def _renamed(values: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
-    """The same settings under this package's names."""
+def with_our_names(values: Mapping[str, Any], overrides: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """The settings under today's names, also what TRL and earlier versions have in place of ours; overrides win."""
     named: dict[str, Any] = {}
-    for key, value in values.items():
-        name = key.replace("-", "_") if isinstance(key, str) else key
-        name = _OTHER_NAMES.get(name, name)
-        if name in named:
-            faults.append(f"{name} is given twice, also as {shown(key)}: keep one")
-        named[name] = value
-    return named
-
-
-def with_our_names(values: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
-    """The same settings under today's names, also what TRL and earlier versions have in place of ours."""
-    named = _renamed(values, faults)
+    for given in (values, overrides):
+        found: dict[str, Any] = {}
+        for key, value in given.items():
+            name = key.replace("-", "_") if isinstance(key, str) else key
+            name = _OTHER_NAMES.get(name, name)
+            if name in found:
+                faults.append(f"{name} is given twice, also as {shown(key)}: keep one")
+            found[name] = value
+        named |= found
     if str(named.get("objective")) == "bradley_terry":
         named["objective"] = "plain"
     if "group_by_length" in named:
@@ -235,49 +232,41 @@ def _as_tuple(value: Any) -> tuple[str, ...]:
 
 def _convert(value: Any, hint: Any) -> Any:
     """`value` as the type `hint`; strings (from flags, and numbers like 5e-6 that YAML reads as text) are parsed."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        options = [option for option in typing.get_args(hint) if not _is_enum(option)]
-        if type(None) in options and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    is_text = isinstance(value, str)
+    if origin in (types.UnionType, typing.Union):
+        if type(None) in parts and (value is None or (is_text and value.lower() in ("none", "null"))):
             return None
-        options = [option for option in options if option is not type(None)]
+        options = [part for part in parts if part is not type(None) and not _is_enum(part)]
         # A bool is tried first, and text last, which takes everything that is written.
-        options.sort(key=lambda option: (option is not bool, option is str))
-        for option in options[:-1]:
-            try:
+        *others, last = sorted(options, key=lambda option: (option is not bool, option is str))
+        for option in others:
+            with contextlib.suppress(ValueError):
                 return _convert(value, option)
-            except ValueError:
-                pass
-        return _convert(value, options[-1])
-    origin = typing.get_origin(hint)
+        return _convert(value, last)
     if origin is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise ValueError(f"must be one of {', '.join(map(str, choices))}, got {shown(value)}")
+        if value not in parts:
+            raise ValueError(f"must be one of {', '.join(map(str, parts))}, got {shown(value)}")
         return value
     if hint == dict[str, str]:
         return read_columns(value)
-    if hint is dict or origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"must be a mapping, got {shown(value)}")
-        return value
     if origin in (tuple, list):
-        items = [value] if isinstance(value, str) else value
+        items = [value] if is_text else value
         if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item.strip() for item in items):
             what = "a path or a list of paths" if origin is tuple else "text or a list of texts"
             raise ValueError(f"must be {what}, got {shown(value)}")
         return origin(items)
-    if hint is bool:
-        parsed = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
-        if not isinstance(parsed, bool):
-            raise ValueError(f"must be true or false, got {shown(value)}")
-        return parsed
-    if hint is str:
-        if not isinstance(value, str):
-            raise ValueError(f"must be text, got {shown(value)}")
-        return value
-    if hint not in (int, float):
+    if hint in (int, float):
+        return _number(value, hint)
+    kinds = {bool: "true or false", str: "text", dict: "a mapping"}
+    kind = origin or hint
+    if kind not in kinds:
         raise ValueError(f"can be given in Python only, as a {hint.__name__}")
-    return _number(value, hint)
+    if kind is bool and is_text:
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    if not isinstance(value, kind):
+        raise ValueError(f"must be {kinds[kind]}, got {shown(value)}")
+    return value
 
 
 def _is_enum(option: Any) -> bool:
@@ -285,16 +274,17 @@ def _is_enum(option: Any) -> bool:
 
 
 def _number(value: Any, hint: type) -> int | float:
+    is_whole = "whole " if hint is int else ""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"must be a number, got {shown(value)}")
-    if isinstance(value, str) and len(value) > _MOST_DIGITS:
-        raise ValueError(f"must be a number, got {shown(value)}")
     try:
-        number = hint(value) if not isinstance(value, float) or hint is float else int(value)
+        if isinstance(value, str) and len(value) > _MOST_DIGITS:
+            raise ValueError
+        number = hint(value) if isinstance(value, str) else int(value) if hint is int else float(value)
     except (ValueError, OverflowError):
-        raise ValueError(f"must be a {'whole ' if hint is int else ''}number, got {shown(value)}") from None
+        raise ValueError(f"must be a {is_whole}number, got {shown(value)}") from None
     if _LARGEST_NUMBER < abs(number) != math.inf:
         raise ValueError(f"must be a number of at most {_LARGEST_NUMBER}, got {shown(value)}")
-    if hint is int and number != float(value):
+    if is_whole and number != float(value):
         raise ValueError(f"must be a whole number, got {shown(value)}")
     return number

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import torch
 
 from inform_rm.errors import InputError
+from inform_rm.hub.eval_results import ENTRIES_FOLDER
 from inform_rm.scoring.adapters import ADAPTER_FILES, load_adapter_model
 from inform_rm.scoring.packing import use_packed_attention
+from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.training.checkpoints import RESULT_FILE, STAGING, discard
-from inform_rm.training.models import is_quantized, reward_difference, sample_rewards
+from inform_rm.training.models import is_quantized
 from inform_rm.training.reward_arguments import RewardTrainingArguments, missing_settings
 from inform_rm.training.trainer import RewardTrainer
-from inform_rm.util.files import atomic_write_text, check_output_directory, write_json
-from inform_rm.util.intervals import wilson_interval
+from inform_rm.util.files import check_output_directory, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +50,7 @@ def train(args: RewardTrainingArguments) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=True)
     if is_quantized(args):
         trainer.quantization = _leave_quantized_base(trainer, output)
-    if trainer.eval_pairs is not None:
-        trainer.evaluation = _final_evaluation(trainer)
+    trainer.evaluation = trainer.final_evaluation()
     result = trainer.result()
     _save_final(trainer, output, result)
     if args.push_to_hub:
@@ -63,32 +64,43 @@ def _leave_quantized_base(trainer: RewardTrainer, output: Path) -> dict[str, Any
     Merging into the quantised weights would round the adapters away. So the base is loaded anew, unquantised, and
     what follows, the evaluation too, is about the model that people get. Both models are in memory for a moment.
     """
-    args, tokenizer, batching = trainer.args, trainer.processing_class, trainer.batching
-    dataset: Any = trainer.train_dataset
-    pairs = list(islice(dataset, 16))
-    before = sample_rewards(trainer.accelerator.unwrap_model(trainer.model), pairs, tokenizer, batching)
+    args, batching = trainer.args, trainer.batching
+    dataset: Any = trainer.train_dataset if trainer.stream is None else trainer.stream.pairs()
+    sides = ("chosen_input_ids", "rejected_input_ids")
+    sequences = [pair[side] for pair in islice(dataset, 16) for side in sides]
+    # The model was trained on them, so it takes their length, whatever its own limit.
+    scoring: dict[str, Any] = {"max_length": max(map(len, sequences)), "batching": batching}
+
+    def rewards(model: Any) -> torch.Tensor:
+        return RewardScorer(model, trainer.processing_class, **scoring).score_encoded(sequences)
+
+    before = rewards(trainer.accelerator.unwrap_model(trainer.model))
     staging = output / STAGING
     trainer.save_model(str(staging), _internal_call=True)
     trainer.accelerator.wait_for_everyone()
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model: Any = load_adapter_model(staging, dtype=dtype, device=args.device, trust_remote_code=args.trust_remote_code)
-    after = sample_rewards(model, pairs, tokenizer, batching)
+    after = rewards(model)
     if batching == "packed":
         use_packed_attention(model)
     trainer.model = trainer.model_wrapped = model
     trainer.accelerator.wait_for_everyone()
     if args.merge_adapters and args.should_save:
         discard(staging)
-    return reward_difference(4 if args.load_in_4bit else 8, before, after)
-
-
-def _final_evaluation(trainer: RewardTrainer) -> dict[str, Any]:
-    metrics = trainer.evaluate()
-    evaluation = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
-    n = int(evaluation["num_pairs"])
-    # The product is a whole number of half points; rounding undoes the division's floating-point error.
-    correct = round(evaluation["accuracy"] * n * 2) / 2
-    return {**evaluation, "num_pairs": n, "accuracy_interval": list(wilson_interval(correct, n))}
+    difference = (after - before).abs()
+    figures = {
+        "bits": 4 if args.load_in_4bit else 8,
+        "num_responses": len(before),
+        "reward_difference_mean": difference.mean().item(),
+        "reward_difference_max": difference.max().item(),
+        "reward_std": after.std().item(),
+    }
+    logger.warning(
+        "Trained on a %d-bit base, the model goes out in full precision: over %d training responses its rewards "
+        "differ from those seen in training by %.3g on average and %.3g at most (their standard deviation is %.3g).",
+        *figures.values(),
+    )
+    return figures
 
 
 def _save_final(trainer: RewardTrainer, output: Path, result: dict[str, Any]) -> None:
@@ -105,7 +117,8 @@ def _save_final(trainer: RewardTrainer, output: Path, result: dict[str, Any]) ->
     stale = ("model*.safetensors*",) if not args.merge_adapters else ADAPTER_FILES
     for path in [path for pattern in stale for path in output.glob(pattern)]:
         path.unlink()
-    atomic_write_text(staging / "README.md", trainer.card(result))
+    shutil.rmtree(output / ENTRIES_FOLDER, ignore_errors=True)
+    trainer.write_card(staging, result)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, output / path.name)
     staging.rmdir()

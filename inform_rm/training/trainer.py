@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 from accelerate.utils import set_seed
 from datasets import IterableDataset
-from transformers import EvalPrediction, IntervalStrategy, PreTrainedTokenizerBase, TrainerCallback
+from transformers import IntervalStrategy, PreTrainedTokenizerBase, TrainerCallback
 
 from inform_rm.data.tokenizer import check_vocabulary, load_tokenizer, with_plain_template
 from inform_rm.errors import InputError, Interrupted
 from inform_rm.hub.cards import model_card
+from inform_rm.hub.eval_results import entries_of_run, write_entries
 from inform_rm.hub.export import push_folder
 from inform_rm.scoring.packing import CPU_TOKENS_PER_BATCH
+from inform_rm.training.card_settings import card_settings
 from inform_rm.training.checkpoints import (
     check_resume,
     discard_incomplete,
@@ -38,11 +40,13 @@ from inform_rm.training.models import (
     load_model,
     longest_input,
 )
-from inform_rm.training.prioritized import PoolCollator, pool_selector
+from inform_rm.training.prioritized import pool_or_batch, pool_selector
 from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
-from inform_rm.training.streaming import EncodedStream, StepsAreTheEpoch, StreamSource, open_stream, stream_of
+from inform_rm.training.stream_sources import StreamSource, open_stream, stream_of
+from inform_rm.training.streaming import EncodedStream, StepsAreTheEpoch
 from inform_rm.util.checkpoints import checkpoint_step, is_complete, last_complete
 from inform_rm.util.files import atomic_write_text, check_output_directory, versions
+from inform_rm.util.intervals import wilson_interval
 
 
 class RewardTrainer(RewardLoop):
@@ -114,53 +118,59 @@ class RewardTrainer(RewardLoop):
                 raise InputError("load_best_model_at_end needs eval_dataset (or eval_data) to choose by.")
             args.eval_strategy = IntervalStrategy.NO
         whole = load_model(args) if loaded is None else loaded
-        if whole.config.model_type == "inform":  # its own loss, and what it says of itself, are those of this run
-            whole.config.beta, whole.config.loss_type = args.beta, args.loss_type
-            whole.loss_function = PAIR_LOSSES[args.loss_type]
-        check_max_length(whole, self.max_length)
-        check_vocabulary(tokenizer, whole.config.get_text_config().vocab_size)
-        whole.config.pad_token_id = tokenizer.pad_token_id
+        self._fit_model(whole)
         if data_collator is None:
             self.batching = choose_batching(whole, args)
         else:
             self.batching = "packed" if isinstance(data_collator, PackedPairCollator) else "padded"
         self.peft_config = peft_config
-        trained = add_adapters(whole, args, peft_config) if args.lora_r or peft_config is not None else whole
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         self.resumed_from: Path | None = None
         self.train_seconds: float | None = None
         self.evaluation: dict[str, Any] | None = None
         self.quantization: dict[str, Any] | None = None
-        collate = data_collator or (
-            PackedPairCollator(tokens_per_batch(args)) if self.batching == "packed" else PairCollator(tokenizer)
+        parts = self._parts(
+            add_adapters(whole, args, peft_config) if args.lora_r or peft_config is not None else whole,
+            data_collator
+            or (PackedPairCollator(tokens_per_batch(args)) if self.batching == "packed" else PairCollator(tokenizer)),
         )
-        rows = None if self.train_pairs is None else self.train_pairs.dataset
-        stream = selector = None
-        if isinstance(self.train_pairs, StreamSource):
-            stream = EncodedStream(
-                self.train_pairs, tokenizer, args, max_length=self.max_length, overlong=args.overlong,
-                on_bad_row=args.on_bad_row,
-            )  # fmt: skip
-            rows = stream.dataset()
-            args.ignore_data_skip = True  # a resumed stream begins where it is to go on
-        elif args.objective == "prioritized" and rows is not None:
-            selector = pool_selector(
-                args, rows, collate, trained, tokenizer, max_length=self.max_length, batching=self.batching
-            )
-            rows, collate = rows.add_column("position", np.arange(len(rows))), PoolCollator(collate)
         super().__init__(
-            stream=stream,
-            selector=selector,
-            model=trained,
             args=args,
-            data_collator=collate,
-            train_dataset=rows,
             eval_dataset=None if self.eval_pairs is None else self.eval_pairs.dataset,
             processing_class=tokenizer,
-            compute_metrics=functools.partial(_metrics, args.loss_type, compute_metrics),
-            callbacks=[*(callbacks or []), LostUpdates(), OwnSteps(), *([StepsAreTheEpoch()] if stream else [])],
+            compute_metrics=functools.partial(compute_eval_metrics, args.loss_type, compute_metrics),
+            callbacks=[*(callbacks or []), LostUpdates(), OwnSteps(), *([StepsAreTheEpoch()] * bool(parts["stream"]))],
+            **parts,
             **kwargs,
         )
+
+    def _fit_model(self, model: Any) -> None:
+        """Check that a model takes the run's tokens, and make it say of itself what the run does."""
+        args, tokenizer = self._args_of_pairs, self._tokenizer
+        if model.config.model_type == "inform":
+            model.config.beta, model.config.loss_type = args.beta, args.loss_type
+            model.loss_function = PAIR_LOSSES[args.loss_type]
+        check_max_length(model, self.max_length)
+        check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+    def _parts(self, model: Any, collate: Any) -> dict[str, Any]:
+        """The loop's arguments: from what rows, chosen how, batches are made."""
+        args, tokenizer, pairs = self._args_of_pairs, self._tokenizer, self.train_pairs
+        parts = {"model": model, "data_collator": collate, "stream": None, "selector": None, "train_dataset": None}
+        if isinstance(pairs, StreamSource):
+            rules = {name: getattr(args, name) for name in ("overlong", "on_bad_row")}
+            stream = EncodedStream(pairs, tokenizer, args, max_length=self.max_length, **rules)
+            args.ignore_data_skip = True  # a resumed stream begins where it is to go on
+            return {**parts, "stream": stream, "train_dataset": stream}
+        if pairs is None or args.objective != "prioritized":
+            return parts if pairs is None else {**parts, "train_dataset": pairs.dataset}
+        scoring: dict[str, Any] = {"max_length": self.max_length, "batching": self.batching}
+        return {
+            **parts, "data_collator": functools.partial(pool_or_batch, collate),
+            "train_dataset": pairs.dataset.add_column("position", np.arange(len(pairs.dataset))),
+            "selector": pool_selector(args, pairs.dataset, collate, model, tokenizer, **scoring),
+        }  # fmt: skip
 
     def _pairs(self, setting: str, rows: Any) -> TrainingPairs | StreamSource | None:
         """What is given for ``data`` or ``eval_data``, read and, but for a stream, encoded."""
@@ -204,11 +214,11 @@ class RewardTrainer(RewardLoop):
         """
         output = check_output_directory(str(self.args.output_dir))
         checkpoint = self._prepare_output(output, resume_from_checkpoint)
+        adapters = None if self.peft_config is None else self.peft_config.to_dict()
         check_resume(
-            output, self.args, _fingerprints(self.train_pairs), _fingerprints(self.eval_pairs), checkpoint,
-            None if self.peft_config is None else json.loads(json.dumps(self.peft_config.to_dict(), default=sorted)),
-        )  # fmt: skip
-        self.resumed_from = checkpoint
+            output, self.args, *self._fingerprints(), checkpoint, json.loads(json.dumps(adapters, default=sorted))
+        )
+        self.resumed_from, self.evaluation = checkpoint, None
         for part in (self.stream, self._selector):
             if checkpoint is not None and part is not None:
                 part.load(checkpoint)
@@ -257,11 +267,12 @@ class RewardTrainer(RewardLoop):
 
     def result(self) -> dict[str, Any]:
         """What is known of the run, as ``train_result.json`` holds it; every process must call it."""
+        fingerprints, eval_fingerprints = self._fingerprints()
         counts = getattr(self.train_pairs, "counts", None) if self.stream is None else self.stream.total_counts()
         return {
             "settings": settings_of(self.args),
             "versions": versions(),
-            "data_fingerprints": _fingerprints(self.train_pairs) | _fingerprints(self.eval_pairs),
+            "data_fingerprints": fingerprints | eval_fingerprints,
             "train_pairs": counts,
             "eval_pairs": getattr(self.eval_pairs, "counts", None),
             "max_length": self.max_length,
@@ -276,37 +287,81 @@ class RewardTrainer(RewardLoop):
             "log_history": self.state.log_history,
         }
 
-    def card(self, result: dict[str, Any]) -> str:
-        """The model card of what has been trained; ``result`` as `result` gives it."""
-        settings = {name: value for name, value in settings_of(self.args).items() if value is not None}
-        if not hasattr(self.accelerator.unwrap_model(self.model), "peft_config"):
-            settings["merge_adapters"] = True
-        for name in ("eval_data", "overwrite"):
-            settings.pop(name, None)
-        config = self.accelerator.unwrap_model(self.model).config
-        return model_card(config, settings, result)
+    def _fingerprints(self) -> tuple[dict[str, str], dict[str, str]]:
+        train, evaluation = self.train_pairs, self.eval_pairs
+        return {} if train is None else train.fingerprints, {} if evaluation is None else evaluation.fingerprints
+
+    def final_evaluation(self) -> dict[str, Any] | None:
+        """What the model as it is now gives on the evaluation pairs; every process must call it.
+
+        Returns:
+            The metrics, ``num_pairs`` and ``accuracy_interval`` among them; ``None`` without such pairs.
+        """
+        if self.eval_pairs is None:
+            return None
+        metrics = self.evaluate()
+        found = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+        n = int(found["num_pairs"])
+        # The product is a whole number of half points; rounding undoes the division's floating-point error.
+        interval = wilson_interval(round(found["accuracy"] * n * 2) / 2, n)
+        return {**found, "num_pairs": n, "accuracy_interval": list(interval)}
+
+    def write_card(self, folder: Path, result: dict[str, Any]) -> None:
+        """Write the model card of what has been trained and its ``.eval_results``; ``result`` as `result` gives it."""
+        model = self.accelerator.unwrap_model(self.model)
+        settings = card_settings(self.args, hasattr(model, "peft_config"))
+        atomic_write_text(folder / "README.md", model_card(model.config, settings, result))
+        write_entries(folder, entries_of_run(result))
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Nothing yet: `push_to_hub` makes the repository, private, when there is something to upload."""
 
-    def push_to_hub(self, *args: Any, token: str | None = None, **kwargs: Any) -> Any:
-        """Upload the model, its tokenizer, code and card as one commit to ``args.hub_model_id``, after a scan of them.
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload model, tokenizer, code, card and ``.eval_results`` in one commit to ``args.hub_model_id``.
 
-        The commit's message and that a new repository is private are fixed (`inform_rm.hub.export.push_folder`).
+        They are looked through first, and a new repository is private (`inform_rm.hub.export.push_folder`). The
+        evaluation pairs, if there are any, are evaluated where that has not been done since training. Every process
+        must call it.
+
+        Args:
+            commit_message: of the commit.
+            blocking: as all that follows but ``token``, of `transformers.Trainer.push_to_hub`, and refused if given.
+            token: of the Hub; ``None``: ``args.hub_token``, or the one that is logged in.
+            revision: see ``blocking``.
+            private: see ``blocking``.
+            kwargs: see ``blocking``.
 
         Raises:
-            InputError: before anything is uploaded: no id, or what must not be uploaded.
+            InputError: before anything is uploaded: no id, an argument that would do nothing, or what must not be
+                uploaded.
             ConnectionError: the Hub refuses or cannot be reached.
         """
         if self.args.hub_model_id is None:
             raise InputError("hub_model_id: none given; push_to_hub needs one, name/model.")
+        given = {"blocking": None if blocking else blocking, "revision": revision, "private": private, **kwargs}
+        unknown = [name for name, value in given.items() if value is not None]
+        if unknown:
+            raise InputError(
+                f"{unknown[0]}: push_to_hub makes one commit to the main branch and waits for it; what else a card "
+                "should say, inform-rm export --license and --results put there. Leave it out."
+            )
+        if self.evaluation is None:
+            self.evaluation = self.final_evaluation()
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
             self.save_whole_model(str(folder))
-            card = self.card(self.result())
+            result = self.result()
             if self.is_world_process_zero():
-                atomic_write_text(folder / "README.md", card)
-                push_folder(folder, self.args.hub_model_id, token=token or self.args.hub_token)
+                self.write_card(folder, result)
+                push_folder(folder, self.args.hub_model_id, token or self.args.hub_token, commit_message)
 
 
 def _name_of(model: Any) -> str | None:
@@ -322,16 +377,6 @@ def _tokenizer(args: RewardTrainingArguments) -> PreTrainedTokenizerBase:
         raise InputError("processing_class: the model does not say where it comes from. Pass its tokenizer.")
     names = ("revision", "trust_remote_code", "chat_template")
     return load_tokenizer(args.model, **{name: getattr(args, name) for name in names})
-
-
-def _fingerprints(pairs: TrainingPairs | StreamSource | None) -> dict[str, str]:
-    return {} if pairs is None else pairs.fingerprints
-
-
-def _metrics(
-    loss_type: str, further: Callable[..., dict[str, float]] | None, prediction: EvalPrediction
-) -> dict[str, float]:
-    return {**compute_eval_metrics(prediction, loss_type), **({} if further is None else further(prediction))}
 
 
 def tokens_per_batch(args: RewardTrainingArguments) -> int | None:

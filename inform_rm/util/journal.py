@@ -69,9 +69,7 @@ class RewardJournal:
         """Append one batch and hand it to the operating system."""
         if not self._writes:
             return
-        columns = [list(rows), [shortest_float(value) for value in rewards]]
-        if stds is not None:
-            columns.append([shortest_float(value) for value in stds])
+        columns = [rows, map(shortest_float, rewards), *([] if stds is None else [map(shortest_float, stds)])]
         self._file.write("".join(json.dumps(entry) + "\n" for entry in zip(*columns, strict=True)))
         self._file.flush()
 
@@ -82,21 +80,17 @@ class RewardJournal:
 
     def delete(self) -> None:
         """Close and remove the file: the run is complete."""
-        if not self._writes:
-            return
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        self.close()
+        if self._writes:
+            self.path.unlink(missing_ok=True)
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
         try:
             if not self.path.is_file():
                 raise ValueError
             with self.path.open(encoding="utf-8") as file:
-                header = file.readline(_MOST_HEADER_CHARACTERS)
-            found = json.loads(header)
-            if not isinstance(found, dict):
-                raise ValueError
-        except (ValueError, RecursionError):
+                found = dict(json.loads(file.readline(_MOST_HEADER_CHARACTERS)))
+        except (ValueError, TypeError, RecursionError):
             raise InputError(f"{self.path} is not the record of an unfinished run. {self._way_out}") from None
         wanted = json.loads(self._header)
         changed = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -36,7 +36,6 @@ _LIST_START = re.compile(r"^(?:[-+]|\d+[.)](?=\s|$))")
 class Heading:
     """A heading below the page's title."""
 
-    kind: ClassVar[str] = "heading"
     text: str
 
 
@@ -44,7 +43,6 @@ class Heading:
 class Note:
     """A paragraph that steps back: how to read what stands above it."""
 
-    kind: ClassVar[str] = "note"
     text: str
 
 
@@ -63,7 +61,6 @@ class Table:
         ValueError: a row or ``align`` has another length than the header.
     """
 
-    kind: ClassVar[str] = "table"
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
     align: str = ""
@@ -100,7 +97,6 @@ class Image:
         is_wide: keep it legible on a phone; it scrolls in a box of its own there.
     """
 
-    kind: ClassVar[str] = "image"
     png: bytes
     caption: str
     file: str = ""
@@ -117,7 +113,6 @@ class PointMap:
         colors: kind to colour.
     """
 
-    kind: ClassVar[str] = "point map"
     points: Mapping[str, Sequence[Any]]
     colors: Mapping[str, str]
 
@@ -196,10 +191,10 @@ def _setting_text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def figure_png(figure: "Figure", dots_per_inch: int = 130) -> bytes:
+def figure_png(figure: "Figure") -> bytes:
     """The figure as a PNG file's bytes, drawn without a display."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dots_per_inch)
+    figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
 
 
@@ -266,10 +261,8 @@ def _markdown_block(block: Block) -> str:
             return f"![{markdown_text(block.caption, _MARKED_IN_LABEL)}]({block.file})" if block.file else ""
         case PointMap():
             return ""
-        case Note():
-            return markdown_paragraph(block.text)
-        case str():
-            return markdown_paragraph(block)
+        case _:
+            return markdown_paragraph(block if isinstance(block, str) else block.text)
 
 
 def fill_markdown(template: str, **values: Any) -> str:
@@ -293,5 +286,5 @@ def _templates(is_html: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["data_uri"] = png_data_uri
+    environment.filters |= {"data_uri": png_data_uri, "kind": lambda block: type(block).__name__}
     return environment

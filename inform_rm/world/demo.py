@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from inform_rm.errors import InputError
@@ -19,7 +18,9 @@ from inform_rm.eval.accuracy import pairwise_accuracy
 from inform_rm.eval.comparison.paired import paired_bootstrap
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.detection.detect import detect
+from inform_rm.eval.detection.report import DetectionResult
 from inform_rm.eval.evaluate import evaluate
+from inform_rm.eval.frame import json_lines
 from inform_rm.hub.export import export_model
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.training.reward_arguments import RewardTrainingArguments
@@ -113,63 +114,37 @@ def demo(
     for name in ("result.json", "report.html"):
         (folder / name).unlink(missing_ok=True)  # stale results must not stand beside new models
     with Stages(_USUAL_SECONDS) as stages:
-        result = _run(folder, backbone, seed, budget or DemoBudget(), stages)
+        result = _run(folder, backbone, WorldConfig(seed=seed), budget or DemoBudget(), stages)
     print(f"\n{console_table(result)}\n")
     print(f"report:    {folder / 'report.html'}")
     print(f"Hub model: {folder / 'hub-model'} (loads with trust_remote_code=True)")
     return result
 
 
-def _run(folder: Path, backbone: str | None, seed: int, budget: DemoBudget, stages: Stages) -> dict[str, Any]:
+def _run(folder: Path, backbone: str | None, world: WorldConfig, budget: DemoBudget, stages: Stages) -> dict[str, Any]:
     stages.start("world")
-    world = WorldConfig(seed=seed)
-    steps = budget.reward_steps if backbone is None else budget.pretrained_reward_steps
+    seed, steps = world.seed, budget.reward_steps if backbone is None else budget.pretrained_reward_steps
     files, rows = _write_world(folder / "world", world, steps * budget.pairs_per_step, budget.test_pairs)
     if backbone is None:
         write_backbone(folder / "backbone", seed=seed)
-    runs, scorers, evaluations, audits = {}, {}, {}, {}
-    for architecture in ARCHITECTURES:
-        stages.start(f"train {architecture}")
-        runs[architecture] = train(_training_config(folder, architecture, backbone, seed, steps, budget))
-    for architecture in ARCHITECTURES:
-        scorer = scorers[architecture] = RewardScorer(folder / architecture)
-        stages.start(f"evaluate {architecture}")
-        evaluations[architecture] = evaluate(
-            scorer,
-            [files[name] for name in TEST_SETS],
-            folder / "evaluation" / architecture,
-            progress=False,
-        )
-        stages.start(f"decompose {architecture}")
-        audits[architecture] = decompose(
-            scorer,
-            files["in_distribution"],
-            folder / "decomposition" / architecture,
-            num_prompts=budget.num_prompts,
-            max_pairs=budget.audited_pairs,
-            seed=seed,
-            progress=False,
-        )
+    runs = {}
+    for name in ARCHITECTURES:
+        stages.start(f"train {name}")
+        runs[name] = train(_training_arguments(folder, name, backbone, seed, steps, budget))
+    scorers, evaluations, audits = _audit_both(folder, files, budget, seed, stages)
     stages.start("optimize against both")
-    curves = attack(
-        scorers,
-        folder / "best-of-n",
-        num_prompts=budget.attacked_prompts,
-        num_responses=budget.responses_per_prompt,
-        seed=seed,
-        progress=False,
-    ).to_dict()
-    detection = _detect_best_of_n(folder, scorers["inform"], seed)
-
+    best_of_n = attack(
+        scorers, folder / "best-of-n", num_prompts=budget.attacked_prompts,
+        num_responses=budget.responses_per_prompt, seed=seed, progress=False,
+    )  # fmt: skip
+    detection = _detect_best_of_n(folder, scorers["inform"], best_of_n.responses, seed)
     stages.start("export and load elsewhere")
     hub_folder = folder / "hub-model"
-    if hub_folder.exists():
-        shutil.rmtree(hub_folder)
+    shutil.rmtree(hub_folder, ignore_errors=True)
     export_model(str(folder / "inform"), str(hub_folder))
     loaded_elsewhere = check_loads_elsewhere(hub_folder, rows["in_distribution"][:8], scorers["inform"])
-
     stages.start("report")
-    rewards = {architecture: _pair_rewards(folder / "evaluation" / architecture) for architecture in ARCHITECTURES}
+    rewards = {name: _pair_rewards(found.rows) for name, found in evaluations.items()}
     result = {
         "settings": {"backbone": backbone or "Llama from scratch", "seed": seed, **asdict(budget)},
         "world": asdict(world),
@@ -184,82 +159,75 @@ def _run(folder: Path, backbone: str | None, seed: int, budget: DemoBudget, stag
         },
         "best_of_n": {
             name: {"proxy_gain": part["proxy"]["gain"][-1], "gold_gain": part["gold"]["gain"][-1], **part["peak"]}
-            for name, part in curves["proxies"].items()
+            for name, part in best_of_n.proxies.items()
         },
-        "detection": {key: detection["candidates"][0][key] for key in _DETECTION_KEYS} | {"null": detection["null"]},
+        "detection": {key: detection.candidates[0][key] for key in _DETECTION_KEYS} | {"null": detection.null},
         "loaded_elsewhere": loaded_elsewhere,
-        "seconds": stages.seconds(),
     }
     page = demo_page(
-        result,
-        rows,
-        rewards,
-        logs={architecture: run["log_history"] for architecture, run in runs.items()},
+        {**result, "seconds": stages.seconds()}, rows, rewards,
+        logs={name: run["log_history"] for name, run in runs.items()},
         latents=_latents(scorers["inform"], rows["in_distribution"]),
-        gaps={name: _read_parquet(folder / "decomposition" / name / "pairs.parquet") for name in ARCHITECTURES},
-        curves=curves,
-        points=_read_parquet(folder / "detection" / "responses.parquet"),
-    )
+        gaps={name: audit.pairs for name, audit in audits.items()},
+        curves=best_of_n.to_dict(), points=detection.points,
+    )  # fmt: skip
     atomic_write_text(folder / "report.html", page.html())
     result["seconds"] = stages.seconds()
     write_json(folder / "result.json", result)
     return result
 
 
-def _training_config(
+def _audit_both(
+    folder: Path, files: dict[str, Path], budget: DemoBudget, seed: int, stages: Stages
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Scorer, accuracy and decomposition of each model."""
+    scorers, evaluations, audits = {}, {}, {}
+    test_files = [files[name] for name in TEST_SETS]
+    for name in ARCHITECTURES:
+        scorer = scorers[name] = RewardScorer(folder / name)
+        stages.start(f"evaluate {name}")
+        evaluations[name] = evaluate(scorer, test_files, folder / "evaluation" / name, progress=False)
+        stages.start(f"decompose {name}")
+        audits[name] = decompose(
+            scorer, files["in_distribution"], folder / "decomposition" / name, num_prompts=budget.num_prompts,
+            max_pairs=budget.audited_pairs, seed=seed, progress=False,
+        )  # fmt: skip
+    return scorers, evaluations, audits
+
+
+def _training_arguments(
     folder: Path, architecture: str, backbone: str | None, seed: int, steps: int, budget: DemoBudget
 ) -> RewardTrainingArguments:
+    is_own = backbone is None
     return RewardTrainingArguments(
-        model=str(folder / "backbone") if backbone is None else backbone,
-        data=(str(folder / "world" / "train.jsonl"),),
-        eval_data=(str(folder / "world" / "validation.jsonl"),),
-        max_length=MAX_LENGTH if backbone is None else None,
-        output_dir=str(folder / architecture),
-        architecture=architecture,  # type: ignore[arg-type]
-        latent_dim=budget.latent_dim,
-        beta=budget.beta,
-        learning_rate=budget.learning_rate if backbone is None else budget.pretrained_learning_rate,
-        max_steps=steps,
-        per_device_train_batch_size=budget.pairs_per_step,
-        per_device_eval_batch_size=64,
-        gradient_accumulation_steps=1,
-        warmup_steps=0.05,
-        logging_steps=10,
-        eval_steps=0.125,
-        save_steps=steps,
-        save_total_limit=1,
-        seed=seed,
-        overwrite=True,
-    )
+        output_dir=str(folder / architecture), overwrite=True, seed=seed,
+        model=str(folder / "backbone") if is_own else backbone, max_length=MAX_LENGTH if is_own else None,
+        data=(str(folder / "world" / "train.jsonl"),), eval_data=(str(folder / "world" / "validation.jsonl"),),
+        architecture=architecture, latent_dim=budget.latent_dim, beta=budget.beta,  # type: ignore[arg-type]
+        learning_rate=budget.learning_rate if is_own else budget.pretrained_learning_rate, warmup_steps=0.05,
+        per_device_train_batch_size=budget.pairs_per_step, gradient_accumulation_steps=1, max_steps=steps,
+        per_device_eval_batch_size=64, eval_steps=0.125, logging_steps=10, save_steps=steps, save_total_limit=1,
+    )  # fmt: skip
 
 
-def _detect_best_of_n(folder: Path, scorer: RewardScorer, seed: int) -> dict[str, Any]:
+def _detect_best_of_n(folder: Path, scorer: RewardScorer, responses: dict[str, Any], seed: int) -> DetectionResult:
     """Compare latents of InfoRM's choices with those of the policy's first responses to the same prompts."""
-    table = _read_parquet(folder / "best-of-n" / "responses.parquet")
     by_prompt: dict[str, list[tuple[float, str]]] = {}
-    for prompt, reward, text in zip(table["prompt"], table["inform"], table["response"], strict=True):
+    for prompt, reward, text in zip(*(responses[name] for name in ("prompt", "inform", "response")), strict=True):
         by_prompt.setdefault(prompt, []).append((reward, text))
     first, best = [], []
     for prompt, found in by_prompt.items():
         # Four responses to each prompt stand for the policy; the best of each quarter of the others for its optimum.
         quarter = (len(found) - 4) // 4
-        others = [found[4 + part * quarter : 4 + (part + 1) * quarter] for part in range(4)]
         first += [{"prompt": prompt, "response": text} for _, text in found[:4]]
-        best += [{"prompt": prompt, "response": max(part)[1]} for part in others]
-    files = {name: folder / "best-of-n" / f"{name}.jsonl" for name in ("first", "best")}
-    _write_jsonl(files["first"], first)
-    _write_jsonl(files["best"], best)
+        for start in range(4, 4 + 4 * quarter, quarter):
+            best.append({"prompt": prompt, "response": max(found[start : start + quarter])[1]})
+    files = folder / "best-of-n" / "first.jsonl", folder / "best-of-n" / "best.jsonl"
+    for path, rows in zip(files, (first, best), strict=True):
+        atomic_write_text(path, json_lines(rows))
     return detect(
-        scorer,
-        files["first"],
-        files["best"],
-        folder / "detection",
-        alpha=_ALPHA,
-        num_splits=50,
-        num_resamples=50,
-        seed=seed,
-        progress=False,
-    ).to_dict()
+        scorer, *files, folder / "detection", alpha=_ALPHA, num_splits=50, num_resamples=50, seed=seed, progress=False
+    )
 
 
 def _write_world(
@@ -270,43 +238,30 @@ def _write_world(
     rows = {split: make_pairs(world, split, size) for split, size in sizes.items()}
     files = {split: folder / f"{split}.jsonl" for split in sizes}
     for split, path in files.items():
-        _write_jsonl(path, [{name: row[name] for name in _PAIR_COLUMNS} for row in rows[split]])
-    _write_jsonl(folder / "with_gold.jsonl", [row for part in rows.values() for row in part])
+        atomic_write_text(path, json_lines({name: row[name] for name in _PAIR_COLUMNS} for row in rows[split]))
+    atomic_write_text(folder / "with_gold.jsonl", json_lines(row for part in rows.values() for row in part))
     return files, rows
 
 
-def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _read_parquet(path: Path) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = pq.read_table(path).to_pydict()
-    return columns
-
-
-def _pair_rewards(folder: Path) -> dict[str, np.ndarray]:
+def _pair_rewards(pairs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Per test set ``(N, 2)``: rewards of the chosen and of the rejected response, in the order of the file."""
     rewards: dict[str, list[tuple[float, float]]] = {name: [] for name in TEST_SETS}
-    for row in map(json.loads, (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()):
+    for row in pairs:
         rewards[row["subset"]].append((row["chosen_reward"], row["rejected_reward"]))
     return {name: np.array(values) for name, values in rewards.items()}
 
 
 def _compare(test_set: str, rows: list[dict[str, Any]], rewards: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
     """The statistics of both models on a test set, lengths in words, and the difference in accuracy."""
-    chosen_lengths, rejected_lengths = ([len(row[side].split()) for row in rows] for side in ("chosen", "rejected"))
     pairs = {architecture: rewards[architecture][test_set] for architecture in ARCHITECTURES}
     right = {architecture: 0.5 + 0.5 * np.sign(part @ [1.0, -1.0]) for architecture, part in pairs.items()}
     # Twins share their responses, so they are drawn together.
     block = 2 if test_set == "adversarial_prompt" else 1
     found = paired_bootstrap((right["inform"] - right["standard"]).reshape(-1, block).mean(axis=1))
-    return {
-        **{
-            name: pairwise_accuracy(part[:, 0], part[:, 1], None, chosen_lengths, rejected_lengths)
-            for name, part in pairs.items()
-        },
-        "inform_minus_standard": {"accuracy_difference": found.estimate, "interval": [found.low, found.high]},
-    }
+    lengths = [[len(row[side].split()) for row in rows] for side in ("chosen", "rejected")]
+    compared = {name: pairwise_accuracy(part[:, 0], part[:, 1], None, *lengths) for name, part in pairs.items()}
+    difference = {"accuracy_difference": found.estimate, "interval": [found.low, found.high]}
+    return {**compared, "inform_minus_standard": difference}
 
 
 @torch.no_grad()
@@ -335,8 +290,9 @@ model = AutoModelForSequenceClassification.from_pretrained(request["folder"], tr
 tokenizer = AutoTokenizer.from_pretrained(request["folder"], trust_remote_code=True)
 rewards, ids_agree = [], True
 with torch.no_grad():
-    for messages, ids in zip(request["messages"], request["input_ids"]):
+    for (prompt, response), ids in zip(request["texts"], request["input_ids"]):
         if tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
             ids_agree &= tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"] == ids
         rewards.append(model(input_ids=torch.tensor([ids])).logits.item())
 json.dump({"rewards": rewards, "ids_agree": ids_agree, "class": type(model).__module__}, sys.stdout)
@@ -359,30 +315,16 @@ def check_loads_elsewhere(folder: str | Path, rows: list[dict[str, Any]], scorer
     """
     texts = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
     input_ids = [scorer.encode(prompt, response, prompt).input_ids for prompt, response in texts]
-    request = {
-        "folder": str(Path(folder).resolve()),
-        "messages": [
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            for prompt, response in texts
-        ],
-        "input_ids": input_ids,
-    }
+    request = {"folder": str(Path(folder).resolve()), "texts": texts, "input_ids": input_ids}
     with tempfile.TemporaryDirectory() as modules:
-        environment = {**os.environ, "HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1"}
         finished = subprocess.run(
-            [sys.executable, "-I", "-c", _LOAD_ELSEWHERE],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=modules,
-            check=False,
-        )
+            [sys.executable, "-I", "-c", _LOAD_ELSEWHERE], input=json.dumps(request), capture_output=True, text=True,
+            env={**os.environ, "HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1"}, cwd=modules, check=False,
+        )  # fmt: skip
     if finished.returncode != 0:
         raise RuntimeError(f"{folder} does not load without the package:\n{finished.stderr[-2000:]}")
     answer = json.loads(finished.stdout.splitlines()[-1])
-    here = scorer.score_encoded(input_ids).numpy()
-    difference = float(np.abs(here - np.array(answer["rewards"])).max())
+    difference = float(np.abs(scorer.score_encoded(input_ids).numpy() - np.array(answer["rewards"])).max())
     if difference > ROUND_TRIP_TOLERANCE or not answer["ids_agree"]:
         raise RuntimeError(
             f"{folder} gives other {'rewards' if answer['ids_agree'] else 'token ids'} in a fresh interpreter "

@@ -36,6 +36,20 @@ _MEANINGS = {
     "adversarial_prompt": "two responses under two prompts with opposite preference; blind to the prompt gives 0.5",
     "unseen_family": "kinds of task that training never showed; length tells nothing",
 }
+_CAPTIONS = (
+    "Accuracy on each test set with 95 % Wilson intervals. Dotted: chance.",
+    "Reward margin (chosen minus rejected) against the difference in length. Points above 0 are ranked right. A model "
+    "that goes by length puts the points on a rising line.",
+    f"In-distribution pairs, coloured by length difference. {PLANE_CAPTION}",
+    "Training. Loss without the KL term and accuracy are those of the validation pairs, which hold no label noise.",
+    "Share of in-distribution pairs ranked right against the probability that the model gives, with 95 % Wilson "
+    "intervals. On the dashed line a model is as sure as it should be.",
+    "InfoRM: mean KL of each latent dimension from its prior, largest first. Dimensions near 0 carry nothing.",
+    "InfoRM: the latent means of in-distribution responses, on their two main axes, coloured by how many of the two "
+    "requested things the response gets right.",
+    f"Best of n responses, chosen by each model. {CURVES_CAPTION}",
+    f"InfoRM's choices as candidates, the policy's first responses as reference. {MAP_CAPTION}",
+)
 _MODELS = {"standard": "standard", "inform": "InfoRM"}
 _COLORS = {"standard": "#3f8fd2", "inform": "#e0772f", "rule": "#8a8a8a"}
 _GOLD_COLORS = ("#c2413b", "#c9a227", "#3a9d5d")
@@ -61,7 +75,7 @@ def demo_page(
     *,
     logs: dict[str, list[dict[str, float]]],
     latents: dict[str, np.ndarray],
-    gaps: dict[str, dict[str, list[Any]]],
+    gaps: dict[str, dict[str, np.ndarray]],
     curves: dict[str, Any],
     points: dict[str, list[Any]],
 ) -> Page:
@@ -73,49 +87,27 @@ def demo_page(
         rewards: model to test set to ``(N, 2)`` rewards, chosen and rejected.
         logs: model to the log lines of its training.
         latents: ``mean`` and ``kl_nats`` ``(M, K)`` and ``gold_r1`` ``(M,)`` of in-distribution responses.
-        gaps: model to the columns of its ``pairs.parquet`` (see `inform_rm.eval.decompose`).
+        gaps: model to the columns of `inform_rm.eval.decompose.DecompositionResult.pairs`.
         curves: best-of-n with both models (see `inform_rm.eval.best_of_n.simulate.simulate`).
-        points: columns of ``responses.parquet`` (see `inform_rm.eval.detection.detect`).
+        points: of the map (see `inform_rm.eval.detection.report.map_figure`).
     """
-    figures: list[tuple[Callable[[], Figure], str]] = [
-        (lambda: _accuracy_figure(result), "Accuracy on each test set with 95 % Wilson intervals. Dotted: chance."),
-        (
-            lambda: _margin_figure(rows, rewards),
-            "Reward margin (chosen minus rejected) against the difference in length. Points above 0 are ranked right. "
-            "A model that goes by length puts the points on a rising line.",
-        ),
-        (lambda: _plane_figure(gaps), f"In-distribution pairs, coloured by length difference. {PLANE_CAPTION}"),
-        (
-            lambda: _training_figure(logs),
-            "Training. Loss without the KL term and accuracy are those of the validation pairs, which hold no label "
-            "noise.",
-        ),
-        (
-            lambda: _reliability_figure(result),
-            "Share of in-distribution pairs ranked right against the probability that the model gives, with 95 % "
-            "Wilson intervals. On the dashed line a model is as sure as it should be.",
-        ),
-        (
-            lambda: _kl_figure(latents),
-            "InfoRM: mean KL of each latent dimension from its prior, largest first. Dimensions near 0 carry nothing.",
-        ),
-        (
-            lambda: _latent_figure(latents),
-            "InfoRM: the latent means of in-distribution responses, on their two main axes, coloured by how many of "
-            "the two requested things the response gets right.",
-        ),
-        (lambda: curves_figure(curves), f"Best of n responses, chosen by each model. {CURVES_CAPTION}"),
-        (
-            lambda: map_figure(points),
-            f"InfoRM's choices as candidates, the policy's first responses as reference. {MAP_CAPTION}",
-        ),
-    ]
-    blocks = [
+    figures: list[Callable[[], Figure]] = [
+        lambda: _accuracy_figure(result), lambda: _margin_figure(rows, rewards), lambda: _plane_figure(gaps),
+        lambda: _training_figure(logs), lambda: _reliability_figure(result), lambda: _kl_figure(latents),
+        lambda: _latent_figure(latents), lambda: curves_figure(curves), lambda: map_figure(points),
+    ]  # fmt: skip
+    elsewhere = result["loaded_elsewhere"]
+    blocks: list[Block] = [
         *_findings(result),
-        *(themed_image(draw, caption) for draw, caption in figures),
+        *(themed_image(draw, caption) for draw, caption in zip(figures, _CAPTIONS, strict=True)),
         Heading("Three pairs"),
-        *(_example(name, rows[name], rewards) for name in ("in_distribution", "bias_reversed", "unseen_family")),
-        *_run(result),
+        *(_example(name, rows[name][0], rewards) for name in ("in_distribution", "bias_reversed", "unseen_family")),
+        Heading("Run"),
+        "The exported InfoRM model was loaded in a fresh interpreter without this package and gave the same rewards "
+        f"for {elsewhere['num_responses']} responses (largest difference "
+        f"{elsewhere['largest_reward_difference']:.1e}).",
+        Table(("stage", "seconds"), [(name, f"{value:.0f}") for name, value in result["seconds"].items()]),
+        _settings(result),
     ]
     return Page("InfoRM and a standard reward model on a generated world", blocks)
 
@@ -142,18 +134,6 @@ def _findings(result: dict[str, Any]) -> list[Block]:
             "The world's policy writes many responses to each prompt and each model picks the best; gains are over a "
             f"response drawn at random. {_detection_verdict(result)}"
         ),
-    ]
-
-
-def _run(result: dict[str, Any]) -> list[Block]:
-    elsewhere = result["loaded_elsewhere"]
-    return [
-        Heading("Run"),
-        "The exported InfoRM model was loaded in a fresh interpreter without this package and gave the same rewards "
-        f"for {elsewhere['num_responses']} responses (largest difference "
-        f"{elsewhere['largest_reward_difference']:.1e}).",
-        Table(("stage", "seconds"), [(name, f"{value:.0f}") for name, value in result["seconds"].items()]),
-        _settings(result),
     ]
 
 
@@ -228,8 +208,8 @@ def _settings(result: dict[str, Any]) -> Table:
     return settings_table({key.replace("_", " "): value for key, value in {**values, **result["versions"]}.items()})
 
 
-def _example(name: str, rows: list[dict[str, Any]], rewards: dict[str, dict[str, np.ndarray]]) -> Table:
-    row = rows[0]
+def _example(name: str, row: dict[str, Any], rewards: dict[str, dict[str, np.ndarray]]) -> Table:
+    """The first pair of a test set."""
     cells = [
         (row[side], f"{row[f'gold_r1_{side}']:.0f}", f"{row[f'gold_r2_{side}']:.2f}",
          *(f"{rewards[model][name][0, column]:.2f}" for model in _MODELS))
@@ -283,16 +263,14 @@ def _margin_figure(rows: dict[str, list[dict[str, Any]]], rewards: dict[str, dic
     return figure
 
 
-def _plane_figure(gaps: dict[str, dict[str, list[Any]]]) -> Figure:
+def _plane_figure(gaps: dict[str, dict[str, np.ndarray]]) -> Figure:
     figure, panels = _panels(3.9, 1, 2)
-    words = {model: np.array(columns["words_difference"]) for model, columns in gaps.items()}
-    limit = max(1.0, *(np.abs(part).max() for part in words.values()))
+    limit = max(1.0, *(np.abs(columns["words difference"]).max() for columns in gaps.values()))
     for axes, (model, label) in zip(panels, _MODELS.items(), strict=True):
-        free, related = (np.array(gaps[model][name]) for name in ("prompt_free_gap", "prompt_related_gap"))
+        free, related = (gaps[model][name] for name in ("prompt_free_gap", "prompt_related_gap"))
         draw_plane(axes, 1.05 * max(np.abs(free).max(), np.abs(related).max(), 1e-6))
-        points = axes.scatter(
-            free, related, s=9, linewidths=0, c=words[model], cmap="coolwarm", vmin=-limit, vmax=limit
-        )
+        words = gaps[model]["words difference"]
+        points = axes.scatter(free, related, s=9, linewidths=0, c=words, cmap="coolwarm", vmin=-limit, vmax=limit)
         axes.set_title(label, fontsize=11)
     panels[1].set_ylabel("")
     figure.colorbar(points, ax=panels, location="bottom", label="words, chosen - rejected", shrink=0.6)
@@ -300,9 +278,9 @@ def _plane_figure(gaps: dict[str, dict[str, list[Any]]]) -> Figure:
 
 
 def _training_figure(logs: dict[str, list[dict[str, float]]]) -> Figure:
-    panels = [("eval_bradley_terry_loss", "Bradley-Terry loss (nats)"), ("eval_accuracy", "accuracy (share)")]
     figure, axes_list = _panels(6.4, 3, 1, sharex=True)
-    for axes, (key, label) in zip(axes_list, panels, strict=False):
+    labels = {"eval_bradley_terry_loss": "Bradley-Terry loss (nats)", "eval_accuracy": "accuracy (share)"}
+    for axes, (key, label) in zip(axes_list, labels.items(), strict=False):
         for model, log in logs.items():
             points = [(line["step"], line[key]) for line in log if key in line]
             axes.plot(*np.array(points).T, "o-", markersize=4, color=_COLORS[model], label=_MODELS[model])
@@ -322,14 +300,9 @@ def _reliability_figure(result: dict[str, Any]) -> Figure:
     for model, label in _MODELS.items():
         calibration = result["test_sets"]["in_distribution"][model]["calibration"]
         bins = calibration["bins"]
-        axes.errorbar(
-            [part["mean_confidence"] for part in bins],
-            *_error_bars(bins),
-            fmt="o-",
-            capsize=3,
-            color=_COLORS[model],
-            label=f"{label}, calibration error {calibration['expected_calibration_error']:.3f}",
-        )
+        label += f", calibration error {calibration['expected_calibration_error']:.3f}"
+        confidences = [part["mean_confidence"] for part in bins]
+        axes.errorbar(confidences, *_error_bars(bins), fmt="o-", capsize=3, color=_COLORS[model], label=label)
     axes.set(xlabel="predicted probability, sigmoid(|margin|)", ylabel="pairs ranked right (share)", ylim=(0, 1.02))
     axes.legend(loc="lower right")
     return figure
@@ -348,8 +321,6 @@ def _latent_figure(latents: dict[str, np.ndarray]) -> Figure:
     figure, axes = _panels(4.8)
     centered = latents["mean"] - latents["mean"].mean(axis=0)
     left, scale, _ = np.linalg.svd(centered, full_matrices=False)
-    if len(scale) < 2:
-        left, scale = np.column_stack([left, 0 * left]), np.append(scale, 0.0)
     points = left[:, :2] * scale[:2]
     shares = scale[:2] ** 2 / max(float((scale**2).sum()), 1e-12)
     for value, color in enumerate(_GOLD_COLORS):

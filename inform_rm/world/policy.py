@@ -21,8 +21,8 @@ class WorldPolicy:
     """The sampler of the embedded world, `inform_rm.world.worlds.sample_responses`.
 
     Args:
-        word_accuracy: how often a requested word is the one that a response uses. The rarer right responses are, the
-            further best-of-n has to reach for them, and the more wrong ones a reward model has to withstand.
+        word_accuracy: how often a requested word is the one that a response uses; the lower, the further best-of-n
+            has to reach.
     """
 
     name = "world"
@@ -82,12 +82,10 @@ def world_prompts(num_prompts: int = WORLD_PROMPTS, seed: int = 0) -> list[str]:
     Raises:
         InputError: the world has fewer.
     """
-    drawn = num_prompts
     texts: dict[str, None] = {}
-    before = -1
-    while before < len(texts) < num_prompts:  # until a draw of twice the size finds no new prompt: that is all
+    drawn, before = num_prompts, -1
+    while before < len(texts) < num_prompts:  # until a draw of twice the size, which starts alike, finds no new prompt
         before = len(texts)
-        # The longer draw starts with the shorter one.
         texts = dict.fromkeys(sample_prompts(WorldConfig(seed=seed), drawn, seed))
         drawn *= 2
     if len(texts) < num_prompts:
@@ -101,8 +99,8 @@ def attack(proxy: Any, output: str | Path | None = None, **options: Any) -> Best
     Args:
         proxy: see `simulate`.
         output: see `simulate`.
-        options: of `simulate`; ``gold``, ``policy`` and, with neither ``prompts`` nor ``data``, prompts
-            (``num_prompts`` of them, 128 by default) may be left out or ``None``.
+        options: of `simulate`; ``gold``, ``policy`` and, without ``data``, ``prompts`` may be left out or ``None``;
+            ``num_prompts`` (128 by default) says how many prompts then.
 
     Raises:
         InputError: as `simulate`, and on prompts that are not the world's without a gold reward model.

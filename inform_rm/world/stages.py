@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any
 
 import datasets
 import transformers.trainer
@@ -31,7 +31,7 @@ class Stages(TrainerCallback):
         self._bar: tqdm | None = None
         self._restore = ExitStack()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Stages":
         """Quieten the libraries."""
         undo = self._restore.callback
         undo(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
@@ -57,26 +57,18 @@ class Stages(TrainerCallback):
         self._end_line(is_finished=True)
         self._starts[stage] = time.perf_counter()
         label = f"{len(self._starts):2}/{len(self._usual)} {stage:<{max(map(len, self._usual))}}"
-        self._bar = tqdm(
-            total=1.0,
-            desc=label,
-            bar_format="{desc} {percentage:3.0f}% |{bar:20}| {elapsed}{postfix}",
-            file=sys.stdout,
-            disable=None,  # unless it is a terminal
-        )
+        shape = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}{postfix}"
+        # Disabled by itself unless it is on a terminal.
+        self._bar = tqdm(total=1.0, desc=label, bar_format=shape, file=sys.stdout, disable=None)
         if self._bar.disable:
             seconds = self._starts[stage] - next(iter(self._starts.values()))
             print(f"{label}  {seconds:4.0f} s gone{self._time_left(0.0)}", flush=True)
 
-    def advance(self, fraction: float) -> None:
-        """So much of the current stage is done, from 0 to 1."""
-        if self._bar is not None and not self._bar.disable:
-            self._bar.n = fraction
-            self._bar.set_postfix_str(self._time_left(fraction).removeprefix(", "))
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer."""
-        self.advance(state.global_step / state.max_steps)
+        """Called by the Trainer: a part of the current stage is done."""
+        if self._bar is not None and not self._bar.disable:
+            self._bar.n = fraction = state.global_step / state.max_steps
+            self._bar.set_postfix_str(self._time_left(fraction).removeprefix(", "))
 
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds of each stage so far."""

@@ -5,9 +5,7 @@ bodies are sentences that answer such a prompt. Style phrases and filler sentenc
 response says and how it says it can be varied apart from each other.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SLOT_WORDS: dict[str, tuple[str, ...]] = {
     "animal": ("fox", "wolf", "horse", "rabbit", "beaver", "goat", "heron", "turtle", "badger", "swan"),
@@ -21,8 +19,7 @@ SLOT_WORDS: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """One kind of task: its prompts ask for a word of each slot, its bodies answer with a word of each slot."""
 
     slots: tuple[str, str]

@@ -13,12 +13,10 @@ probability `label_noise`, rather than drawn from the Bradley-Terry model: the b
 every noise-free set, so that a test accuracy reads as a share of what can be learnt. Only training pairs are flipped.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from inform_rm.errors import InputError
 from inform_rm.world.text import FAMILIES, FILLERS, HEDGES, POLITE_CLOSERS, POLITE_OPENERS, SLOT_WORDS
@@ -44,7 +42,7 @@ class WorldConfig:
             well, so that style alone decides.
         off_topic_share: share of wrong responses that answer another kind of task; the others answer the same kind
             about one or two other things, which is harder to see.
-        unseen_families: task families that only the `unseen_family` set uses (names in `world_text.FAMILIES`).
+        unseen_families: task families that only the `unseen_family` set uses (names in `FAMILIES`).
         seed: seed of every draw.
     """
 
@@ -57,30 +55,21 @@ class WorldConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        faults = []
-        for name, low, high in (
-            ("style_bias", -1.0, 1.0),
-            ("label_noise", 0.0, 0.5),
-            ("adversarial_share", 0.0, 1.0),
-            ("equal_content_share", 0.0, 1.0),
-            ("off_topic_share", 0.0, 1.0),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high or (name == "label_noise" and value == high):
-                faults.append(f"{name}={value!r} must lie in [{low}, {high}{')' if name == 'label_noise' else ']'}")
+        shares = ("adversarial_share", "equal_content_share", "off_topic_share")
+        rules = [
+            ("style_bias", -1 <= self.style_bias <= 1, "lie in [-1, 1]"),
+            ("label_noise", 0 <= self.label_noise < 0.5, "lie in [0, 0.5)"),
+            *((name, 0 <= getattr(self, name) <= 1, "lie in [0, 1]") for name in shares),
+            ("unseen_families", set() < set(self.unseen_families) < set(FAMILIES), f"be some of {sorted(FAMILIES)}"),
+        ]
+        faults = [f"{name}={getattr(self, name)!r} must {rule}" for name, holds, rule in rules if not holds]
         if self.adversarial_share + self.equal_content_share > 1:
             faults.append("adversarial_share + equal_content_share must not exceed 1")
-        unknown = sorted(set(self.unseen_families) - set(FAMILIES))
-        if unknown:
-            faults.append(f"unseen_families has unknown names {unknown}; known are {sorted(FAMILIES)}")
-        elif not 0 < len(set(self.unseen_families)) < len(FAMILIES):
-            faults.append(f"unseen_families must name at least one and not all of {sorted(FAMILIES)}")
         if faults:
             raise InputError("WorldConfig: " + "; ".join(faults) + ".")
 
 
-@dataclass(frozen=True)
-class GoldReward:
+class GoldReward(NamedTuple):
     """The two parts of the gold reward of one response, and their sum `total`."""
 
     prompt_related: float
@@ -92,22 +81,11 @@ class GoldReward:
         return self.prompt_related + self.style
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """What a prompt asks for, or what a response answers: a family and a word for each of its slots."""
 
     family: str
     words: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a response is worded, apart from what it says."""
-
-    fillers: int
-    polite: bool
-    listed: bool
-    hedged: bool
 
 
 def _slot_words(text: str) -> dict[str, set[str]]:
@@ -150,17 +128,15 @@ def gold_reward(prompt: str, response: str) -> GoldReward:
     return GoldReward(gold_prompt_related(prompt, response), gold_style(response))
 
 
-def _draw_style(rng: random.Random, fillers: int) -> Style:
-    return Style(fillers, polite=rng.random() < 0.5, listed=rng.random() < 0.5, hedged=rng.random() < 0.4)
-
-
-def _render_response(rng: random.Random, task: Task, style: Style) -> str:
-    sentences = [rng.choice(HEDGES)] if style.hedged else []
+def _render_response(rng: random.Random, task: Task, fillers: int) -> str:
+    """A response with so many filler sentences, worded in a style that is drawn."""
+    polite, listed, hedged = rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.4
+    sentences = [rng.choice(HEDGES)] if hedged else []
     sentences.append(rng.choice(FAMILIES[task.family].bodies).format(**task.words))
-    sentences += rng.sample(FILLERS, style.fillers)
-    text = "\n".join(f"- {sentence}" for sentence in sentences) if style.listed else " ".join(sentences)
-    separator = "\n" if style.listed else " "
-    if style.polite:
+    sentences += rng.sample(FILLERS, fillers)
+    text = "\n".join(f"- {sentence}" for sentence in sentences) if listed else " ".join(sentences)
+    separator = "\n" if listed else " "
+    if polite:
         opens = rng.random() < 0.5
         phrase = rng.choice(POLITE_OPENERS if opens else POLITE_CLOSERS)
         text = phrase + separator + text if opens else text + separator + phrase
@@ -189,9 +165,7 @@ def _render_prompt(rng: random.Random, task: Task) -> str:
     return rng.choice(FAMILIES[task.family].prompts).format(**task.words)
 
 
-def _row(
-    split: str, index: int, family: str, prompt: str, responses: tuple[str, str], flip: bool = False
-) -> dict[str, Any]:
+def _row(split: str, index: int, family: str, prompt: str, responses: tuple[str, str], flip: bool) -> dict[str, Any]:
     golds = [gold_reward(prompt, response) for response in responses]
     best = int(golds[1].total > golds[0].total)
     chosen, rejected = (1 - best, best) if flip else (best, 1 - best)
@@ -249,8 +223,8 @@ def make_pairs(config: WorldConfig, split: str, num_pairs: int) -> list[dict[str
         other = task if equal else _draw_other_task(rng, task, families, config.off_topic_share)
         few, many = sorted(rng.sample(range(MAX_FILLERS + 1), 2))
         right_is_longer = rng.random() < (1 + style_bias) / 2
-        right = _render_response(rng, task, _draw_style(rng, many if right_is_longer else few))
-        wrong = _render_response(rng, other, _draw_style(rng, few if right_is_longer else many))
+        right = _render_response(rng, task, many if right_is_longer else few)
+        wrong = _render_response(rng, other, few if right_is_longer else many)
         for asked in [task, other] if twins else [task]:
             prompt = _render_prompt(rng, asked)
             flip = split == "train" and rng.random() < config.label_noise
@@ -286,6 +260,5 @@ def sample_responses(prompt: str, num_responses: int, seed: int = 0, word_accura
             slot: word if rng.random() < word_accuracy else rng.choice([w for w in SLOT_WORDS[slot] if w != word])
             for slot, word in requested.items()
         }
-        style = _draw_style(rng, rng.randint(0, MAX_FILLERS))
-        responses.append(_render_response(rng, Task(families[0], words), style))
+        responses.append(_render_response(rng, Task(families[0], words), rng.randint(0, MAX_FILLERS)))
     return responses

@@ -97,6 +97,13 @@ def test_wrong_use_exits_with_2_and_one_line(tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
+def test_train_ends_with_what_was_made_and_where(tmp_path, monkeypatch, capsys):
+    result = {"evaluation": None, "steps": 2, "train_pairs": {"pairs": 8}}
+    monkeypatch.setattr("inform_rm.training.run.train", lambda args: result)
+    assert main(["train", "--model", "m", "--data", "d", "--output", f"{tmp_path}/o"]) == 0
+    assert capsys.readouterr().out == f"trained a reward model in 2 steps on 8 pairs; see {tmp_path}/o\n"
+
+
 def test_flags_of_train_may_be_dashed_bare_and_named_as_in_trl():
     words = ["a.yaml", "--model_name_or_path", "m", "--per-device-train-batch-size=4", "--bf16", "--data", "a", "b"]
     assert read_flags(words) == (

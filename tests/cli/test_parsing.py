@@ -123,7 +123,6 @@ LOADING = "transformers.modeling_utils"
         ("transformers.tokenization_utils_base", "Token indices sequence length is longer than the specified", False),
         ("transformers.tokenization_utils_base", "Anything else", True),
         ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: x", False),
-        ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast from bfloat16", False),
     ],
 )
 def test_only_normal_messages_are_silenced(logger, message, alarming):

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from inform_rm.data.check_data import check_data, format_report, write_report
+from inform_rm.data.check_data import check_data, write_report
+from inform_rm.data.check_data_text import format_report
 from inform_rm.data.encoding import encode, encode_pairs
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import load_preferences
@@ -76,7 +77,7 @@ small_pairs = st.tuples(st.sampled_from("pq"), st.sampled_from("xyz"), st.sample
 
 
 @given(rows=st.lists(small_pairs.filter(lambda row: row[1] != row[2]), min_size=1, max_size=14))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_counts_equal_those_of_a_plain_loop(tmp_path, rows):
     report = check_one(tmp_path / "a.jsonl", [pair(*row) for row in rows])
     assert report["duplicates"]["n"] == sum(row in rows[:index] for index, row in enumerate(rows))
@@ -162,7 +163,7 @@ def test_token_quantiles_are_those_of_the_encoded_pairs(tmp_path, tokenizer):
     assert report["chosen_longer_tokens"]["longer"] == int((chosen > rejected).sum())
 
 
-@pytest.mark.parametrize("max_length", [5, 18, 22, 40, 60, 500])
+@pytest.mark.parametrize("max_length", [5, 22, 40, 500])
 def test_what_a_limit_would_do_is_what_it_does(max_length, tmp_path, tokenizer):
     rows = [pair("Name a colour. " * n, "Blue " * (n % 5 + 1), "Red " * (n % 4 + 2)) for n in range(1, 30)]
     path = write(tmp_path / "a.jsonl", rows)
@@ -334,11 +335,12 @@ def test_wrong_use(options, message):
         check_data(**options)
 
 
-def test_real_splits_share_no_prompt(shared_dir):
-    folder = shared_dir / "data" / "truthfulqa"
-    tokenizer = shared_dir / "models" / "smollm2-135m-first6-v16k"
-    report = check_data([folder / "train.jsonl.gz", folder / "test.jsonl.gz"], tokenizer, 64)
-    assert [source["pairs"] for source in report["sources"]] == [1455, 596]
+def test_real_splits_share_no_prompt(shared_dir, tmp_path):
+    files = [shared_dir / "data" / "pandalm-human" / f"{split}.jsonl.gz" for split in ("train", "test")]
+    sources = [load_preferences(file).dataset.select(range(100)).to_list() for file in files]
+    paths = [write(tmp_path / f"{number}.jsonl", rows) for number, rows in enumerate(sources)]
+    report = check_data(paths, shared_dir / "models" / "smollm2-135m-first6-v16k", 64)
+    assert [source["pairs"] for source in report["sources"]] == [100, 100]
     assert report["overlap"][0]["shared_prompts"] == 0
     for source in report["sources"]:
         assert source["bad_rows"]["n"] == source["template"]["double_bos"] == 0

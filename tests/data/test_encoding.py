@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from inform_rm.data.encoding import TokenPair, encode, encode_many, encode_pairs, shared_prefix_length, truncate_prompt
-from inform_rm.data.pairs import BadRow
+from inform_rm.data.encoding import TokenPair, encode, encode_many, encode_pairs, fit_pair
+from inform_rm.data.pairs import BadRow, shared_prefix_length
 from inform_rm.data.preferences import FEATURES, load_preferences
 from inform_rm.data.tokenizer import check_vocabulary, load_tokenizer
 from inform_rm.errors import InputError
@@ -91,7 +91,7 @@ def assert_is_the_template(tokenizer, encoded, messages, response):
 
 
 @given(turns=st.lists(texts, min_size=1, max_size=3), response=texts)
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_ids_are_those_of_the_chat_template(tokenizer, turns, response):
     messages = []
     for number, turn in enumerate(turns):
@@ -103,13 +103,13 @@ def test_ids_are_those_of_the_chat_template(tokenizer, turns, response):
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        *((name, "hh-rlhf/test") for name in REAL_TOKENIZERS),
-        *((next(iter(REAL_TOKENIZERS)), f"{data}/test") for data in ("oasst-sample", "humanevalpack", "truthfulqa")),
+        ("smollm2-135m-first6-v16k", "oasst-sample/test"),
+        ("stories260K", "xstest/test"),
     ],
 )
 def test_ids_are_those_of_the_chat_template_on_real_data(name, data, shared_dir):
     tokenizer = load_tokenizer(shared_dir / "models" / name, chat_template=REAL_TOKENIZERS[name])
-    rows = load_preferences(shared_dir / "data" / f"{data}.jsonl.gz").dataset.select(range(0, 200, 5))
+    rows = load_preferences(shared_dir / "data" / f"{data}.jsonl.gz").dataset.select(range(0, 75, 4))
     pairs = encode_pairs(rows, tokenizer, max_length=None).dataset
     for row, pair in zip(rows, pairs, strict=True):
         shared = pair["prompt_length"]
@@ -122,7 +122,7 @@ def test_ids_are_those_of_the_chat_template_on_real_data(name, data, shared_dir)
 
 def test_ids_without_a_template_are_prompt_response_end_on_real_data(shared_dir):
     tokenizer = load_tokenizer(shared_dir / "models" / "stories260K")
-    rows = load_preferences(shared_dir / "data" / "truthfulqa" / "test.jsonl.gz").dataset.select(range(200))
+    rows = load_preferences(shared_dir / "data" / "truthfulqa" / "test.jsonl.gz").dataset.select(range(60))
     reference = AutoTokenizer.from_pretrained(shared_dir / "models" / "stories260K").backend_tokenizer
     for row in rows:
         ids = encode(tokenizer, row["prompt"], row["chosen"]).input_ids
@@ -131,7 +131,7 @@ def test_ids_without_a_template_are_prompt_response_end_on_real_data(shared_dir)
 
 
 @given(prompt=texts, response=texts)
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_without_a_template_the_text_survives_between_bos_and_end(shared_tokenizers, prompt, response):
     with_bos, bare = shared_tokenizers
     for tokenizer, bos in ((with_bos, [1]), (bare, [])):
@@ -273,15 +273,16 @@ ids = st.lists(st.integers(0, 3), max_size=6)
 
 
 @given(prompt=ids, chosen=ids, rejected=ids, bos=st.sampled_from([None, 0]), limit=st.integers(1, 14))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_truncation_keeps_bos_and_responses_and_the_difference(prompt, chosen, rejected, bos, limit):
     whole = TokenPair([*prompt, *chosen], [*prompt, *rejected], len(prompt))
     keep = int(prompt[:1] == [bos])
-    cut = truncate_prompt(whole, limit, bos)
     responses = max(len(chosen), len(rejected))
     if keep + responses > limit and len(prompt) + responses > limit:
-        assert cut is None
+        with pytest.raises(BadRow, match=f"alone takes {keep + responses} of max_length {limit} tokens"):
+            fit_pair(whole, limit, "truncate_prompt", bos, "f", 1)
         return
+    cut = fit_pair(whole, limit, "truncate_prompt", bos, "f", 1)
     left = min(len(prompt), limit - responses)
     kept = [*prompt[:keep], *prompt[len(prompt) - left + keep :]]  # BOS and the prompt's end, as much as fits
     assert cut == TokenPair([*kept, *chosen], [*kept, *rejected], len(kept)) and len(kept) == left
@@ -302,14 +303,6 @@ def test_truncation_keeps_bos_and_responses_and_the_difference(prompt, chosen, r
 def test_wrong_arguments(arguments, message, tokenizer):
     with pytest.raises(InputError, match=message):
         encode_pairs(pairs_dataset([{}]), tokenizer, **arguments)
-
-
-def test_two_processes_encode_like_one(tokenizer):
-    dataset = pairs_dataset([{"prompt": f"Name colour {number}."} for number in range(20)])
-    one = encode_pairs(dataset, tokenizer, max_length=None).dataset.to_list()
-    assert encode_pairs(dataset, tokenizer, max_length=None, num_proc=2).dataset.to_list() == one
-    with pytest.raises(BadRow, match=r"pairs\.jsonl, row \d+: \d+ tokens, over max_length 3"):
-        encode_pairs(dataset, tokenizer, max_length=3, num_proc=2)
 
 
 def test_loading_again_sees_a_changed_template(tokenizer):
@@ -359,7 +352,8 @@ def test_unloadable_tokenizers(tmp_path, tokenizer):
     with pytest.raises(InputError, match=r"no loadable tokenizer .* holds one \(tokenizer.json\)"):
         load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(InputError, match="no loadable tokenizer"):
+    # Earlier versions of transformers make an empty one of this.
+    with pytest.raises(InputError, match=r"no loadable tokenizer|its tokenizer has no vocabulary"):
         load_tokenizer(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{broken")

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inform_rm.data.check_data import check_data, format_report
+from inform_rm.data.check_data import check_data
+from inform_rm.data.check_data_text import format_report
 from inform_rm.data.encoding import encode, encode_each, encode_many, encode_pairs
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import load_preferences
@@ -169,10 +170,8 @@ def test_pairs_of_which_nothing_is_left_are_bad_rows_of_their_own_kind(tokenizer
 def test_check_data_shows_what_is_lost_and_what_is_refused(tokenizer, cut_rows, tmp_path):
     report = check_data(cut_rows, with_template(tokenizer, CUTTING_TEMPLATE))
     assert report["sources"][0]["template"]["partly_rendered"]["n"] == 4 and report["unusable_rows"] == 0
-    assert any("4 pairs lose text in the chat template" in line and "row 1: chosen:" in line
-               for line in report["warnings"])  # fmt: skip
-    text = format_report(report)
-    assert "pairs that lose text in the chat template 4" in text and f"    row 6: {LOST_REASONING}" in text
+    (said,) = [line for line in report["warnings"] if "4 pairs lose text in the chat template" in line]
+    assert "row 1: chosen:" in said and f"row 6: {LOST_REASONING}" in said and said in format_report(report)
     refused = check_data(cut_rows, with_template(tokenizer, PARTS_TEMPLATE))
     assert refused["unusable_rows"] == 6 and "not encodable 6" in format_report(refused)
 

@@ -10,14 +10,13 @@ from scipy.optimize import brentq
 
 from inform_rm.decomposition.prompt_free_gap import (
     decompose_gaps,
-    effective_sample_size,
     prompt_free_gap,
     sample_prompts,
     tempered_weights,
 )
 
 NAN, INF = math.nan, math.inf
-quick = settings(max_examples=50, deadline=None)
+quick = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -138,7 +137,7 @@ def test_root_rises_with_each_gap(seed, column, increase):
 @given(seed=seeds)
 def test_prompt_related_preference_is_a_coin_flip_over_the_prompts(seed):
     gaps, weights = grid(seed), grid(seed + 1).abs()
-    related = torch.stack([decompose_gaps(gaps, weights, own_prompt=k).prompt_related_gap for k in range(7)], dim=1)
+    related = gaps - prompt_free_gap(gaps, weights)[:, None]
     mean = (weights * related.sigmoid()).sum(1) / weights.sum(1)
     torch.testing.assert_close(mean, torch.full((5,), 0.5, dtype=torch.float64), atol=1e-6, rtol=0)
 
@@ -148,9 +147,9 @@ def test_prompt_related_preference_is_a_coin_flip_over_the_prompts(seed):
 def test_exact_on_a_sum_whose_prompt_related_gaps_are_symmetric(seed):
     half, weights, free = grid(seed, prompts=4), grid(seed + 1, prompts=4).abs(), grid(seed + 2)[:, 0]
     gaps = torch.cat([half, -half], dim=1) + free[:, None]
-    parts = decompose_gaps(gaps, weights.repeat(1, 2), own_prompt=5)
+    parts = decompose_gaps(gaps, weights.repeat(1, 2))
     torch.testing.assert_close(parts.prompt_free_gap, free, atol=1e-6, rtol=0)
-    torch.testing.assert_close(parts.prompt_related_gap, -half[:, 1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(parts.prompt_related_gap, half[:, 0], atol=1e-6, rtol=0)
 
 
 def mutual_information(related, weights):
@@ -218,21 +217,10 @@ def test_wrong_input_is_named(gaps, weights, message):
         decompose_gaps(gaps, weights)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    (
-        ({"tolerance": 0.0}, "tolerance"),
-        ({"own_prompt": 7}, "own_prompt of row 0 is 7"),
-        ({"own_prompt": torch.tensor([0, 1, -1, 0, 0])}, "own_prompt of row 2 is -1"),
-        ({"own_prompt": torch.tensor([0, 1])}, "own_prompt has shape"),
-        ({"own_prompt": torch.zeros(5)}, r"own_prompt has .* type torch\.float32"),
-        ({"population": 6}, "population of row 0 is 6"),
-        ({"population": torch.tensor([7, 7, 7, 3, 7])}, "population of row 3 is 3"),
-    ),
-)
-def test_wrong_options_of_decompose_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        decompose_gaps(grid(0), **options)
+def test_a_population_smaller_than_the_prompts_is_named():
+    for population, row in ((6, 0), (torch.tensor([7, 7, 7, 3, 7]), 3)):
+        with pytest.raises(ValueError, match=rf"population of row {row} is \d, but 7 of its prompts"):
+            decompose_gaps(grid(0), population=population)
 
 
 def test_types_and_empty_batches():
@@ -245,12 +233,11 @@ def test_types_and_empty_batches():
 # ---- decompose -----------------------------------------------------------------------------------------------------
 
 
-def test_own_prompt_may_differ_between_pairs():
-    gaps, own = grid(5), torch.tensor([3, 0, 6, 2, 2])
-    parts = decompose_gaps(gaps, own_prompt=own)
-    assert parts.own_gap.equal(gaps[torch.arange(5), own])
+def test_the_own_gap_is_the_first_and_the_parts_add_up():
+    gaps = grid(5)
+    parts = decompose_gaps(gaps)
+    assert parts.own_gap.equal(gaps[:, 0])
     assert parts.prompt_related_gap.equal(parts.own_gap - parts.prompt_free_gap)
-    assert decompose_gaps(gaps, own_prompt=2).own_gap.equal(gaps[:, 2])
 
 
 def test_not_converged_where_floats_are_too_coarse():
@@ -301,10 +288,11 @@ def test_standard_error_covers_the_root_of_all_prompts(population):
 
 def test_effective_sample_size():
     weights = doubles([1.0, 1.0, 1.0, 1.0], [3.0, 1.0, 0.0, 0.0], [1e200, 1e200, 0.0, 0.0], [INF, 1.0, 1.0, INF])
-    assert effective_sample_size(weights).tolist() == pytest.approx([4.0, 1.6, 2.0, 2.0])
     assert decompose_gaps(grid(0, 4, 4), weights).effective_sample_size.tolist() == pytest.approx([4.0, 1.6, 2.0, 2.0])
-    with pytest.raises(ValueError, match=r"shape \(3,\)"):
-        effective_sample_size(torch.ones(3))
+
+
+def effective_sample_size(weights):
+    return weights.sum(1).square() / weights.square().sum(1)
 
 
 def tempered(scores, exponent):
@@ -355,16 +343,11 @@ def test_tempering_at_its_ends():
 
 
 def test_tempering_names_wrong_input():
-    for target in (0.0, -1.0, 1.5, NAN):
-        with pytest.raises(ValueError, match=r"target is .* at most 1: take"):
-            tempered_weights(torch.zeros(2, 2), target)
     with pytest.raises(ValueError, match="row 1 have no usable"):
         tempered_weights(doubles([0.0, 0.0], [-INF, -INF]))
     for bad in (NAN, INF):
         with pytest.raises(ValueError, match="row 1 hold NaN"):
             tempered_weights(doubles([0.0, 0.0], [0.0, bad]))
-    with pytest.raises(ValueError, match="shape"):
-        tempered_weights(torch.zeros(3))
 
 
 # ---- prompt draws --------------------------------------------------------------------------------------------------
@@ -410,7 +393,7 @@ def test_all_others_are_equally_likely_in_every_column_and_pair_of_columns(strat
     population, step = (16, 2) if stratified else (8, 1)
     strata = torch.arange(population) % 2 if stratified else None
     own_prompt = 7 if stratified else 3
-    draws = 8000
+    draws = 4000
     rows = sample_prompts(torch.full((draws,), own_prompt), 4, population, seed=9, strata=strata)
     others = torch.tensor([p for p in range(1 if stratified else 0, population, step) if p != own_prompt])
     assert len(others) == 7
@@ -427,25 +410,6 @@ def test_draws_from_a_large_population_are_spread_evenly():
     rows = sample_prompts(torch.arange(5000), 9, 100000, seed=0)
     counts = torch.histc(rows[:, 1:].double(), bins=50, min=0, max=100000)
     assert ((counts - 800) ** 2 / 800).sum() < chi_square_bound(49)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    (
-        ({"num_prompts": 0}, "num_prompts is 0"),
-        ({"population": 0}, "population 0"),
-        ({"own": torch.tensor([0, 5])}, "row 1 is 5"),
-        ({"own": torch.tensor([0, -1])}, "row 1 is -1"),
-        ({"own": torch.tensor([0.0])}, "own has"),
-        ({"own": torch.tensor([[0]])}, "own has"),
-        ({"strata": torch.zeros(4, dtype=torch.long)}, "strata has"),
-        ({"strata": torch.zeros(5)}, "strata has"),
-    ),
-)
-def test_wrong_draws_are_named(changes, message):
-    call = {"own": torch.tensor([0, 1]), "num_prompts": 2, "population": 5, "seed": 0, **changes}
-    with pytest.raises(ValueError, match=message):
-        sample_prompts(**call)
 
 
 def test_no_pairs_draw_nothing():

@@ -1,4 +1,4 @@
-"""Folded models for an engine to serve, with the rewards that this package gives: the first half of `make test-engines`.
+"""Folded models for an engine to serve, with the rewards of this package: the first half of `make test-engines`.
 
     python folded_models.py FOLDER [FAMILY ...]     FOLDER/FAMILY/folded and FOLDER/FAMILY/cases.json of each family
 

@@ -29,7 +29,7 @@ SUITE = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, coarse_figures):
     return tmp_path_factory.mktemp("report")
 
 
@@ -97,7 +97,7 @@ def test_page_holds_what_was_measured(source, run, results, config, read_page):
     for part in detected["candidates"]:
         assert [part["name"], "24", f"{part['csi_normalized']:.3f}"] in [row[:3] for row in page.rows]
     for name, value in settings_of(config).items():
-        shown = ", ".join(value) if isinstance(value, list) else "none" if value is None else str(value)
+        shown = ", ".join(value or ["none"]) if isinstance(value, list) else "none" if value is None else str(value)
         assert [name, shown] in page.rows
     for file, digest in trained["data_fingerprints"].items():
         assert [file, digest] in page.rows
@@ -197,7 +197,7 @@ def test_damage_is_named(run, results, tmp_path):
 
 def test_command_line(run, results, tmp_path, capsys):
     command = ["report", "--run", run, "--output", str(tmp_path / "page.html")]
-    assert main([*command, "--results", str(results[0])]) == 0
+    assert main([*command, "--results", str(results[-1])]) == 0
     assert "page.html" in capsys.readouterr().out and (tmp_path / "page.html").stat().st_size > 10_000
     assert main(["report", "--run", str(tmp_path), "--output", str(tmp_path / "no.html")]) == 2
     assert "holds no training run" in capsys.readouterr().err

@@ -12,9 +12,10 @@ from inform_rm.errors import InputError
 from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
 from inform_rm.eval.detection.latents import collect_latents
 from inform_rm.eval.detection.nearest_neighbours import fit_nearest_neighbours
-from inform_rm.eval.detection.outliers import cluster_separation_index, fit_mahalanobis
+from inform_rm.eval.detection.outliers import fit_mahalanobis
 from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.eval.detection.statistic import Statistic
+from inform_rm.eval.outliers import cluster_separation_index, mahalanobis_outlier_probability
 from inform_rm.integrations.trl import OveroptimizationCallback, RewardFunction
 from inform_rm.scoring.scorer import RewardScorer
 
@@ -45,14 +46,12 @@ def test_shaped_rewards_are_the_formula(scorer, reference, squared):
     rewards = function(PROMPTS[:3], texts, log_metric=logged.__setitem__, trainer_state=None, completion_ids=None)
     plain = scorer.score(PROMPTS[:3], texts).double().numpy()
     found = collect_latents(scorer, PROMPTS[:3], texts)
-    distances = fit_mahalanobis(reference).distances(found.values)
+    distances = np.sqrt(fit_mahalanobis(reference).squared_distances(found.values))
     assert rewards == pytest.approx((plain - 0.25 * (distances**2 if squared else distances)).tolist(), abs=1e-5)
     assert logged["unshaped_reward"] == pytest.approx(plain.mean(), abs=1e-6)
     assert logged["mahalanobis_distance"] == pytest.approx(distances.mean())
-    assert (
-        logged["mop"]
-        == fit_mahalanobis(reference).outlier_probability(found.values, alpha=0.1, tail="reference").estimate
-    )
+    mop = mahalanobis_outlier_probability(found.values, reference, alpha=0.1, tail="reference")
+    assert logged["mop"] == mop
     assert function.recent() == (PROMPTS[:3], texts) and function.recent() == ([], [])
 
 
@@ -90,7 +89,7 @@ class Recorder(RewardFunction):
         return taken
 
 
-@pytest.mark.parametrize("algorithm", ("GRPO", "RLOO"))
+@pytest.mark.parametrize("algorithm", ("GRPO", pytest.param("RLOO", marks=pytest.mark.slow)))
 def test_policy_run_with_checks(algorithm, scorer, reference, causal_lm_dir, tmp_path):
     function = Recorder(scorer, reference=reference, shaping_coefficient=0.1, alpha=0.1)
     function.seen = []
@@ -108,8 +107,8 @@ def test_policy_run_with_checks(algorithm, scorer, reference, causal_lm_dir, tmp
         found = collect_latents(scorer, prompts, texts)
         csi = cluster_separation_index(found.values, reference, eps=0.8)
         assert line["csi"] == pytest.approx(csi) and line["csi_normalized"] == pytest.approx(csi / 16)
-        fitted = fit_mahalanobis(reference)
-        assert line["mop"] == fitted.outlier_probability(found.values, alpha=0.1, tail="reference").estimate
+        mop = mahalanobis_outlier_probability(found.values, reference, alpha=0.1, tail="reference")
+        assert line["mop"] == mop
         near = fit_nearest_neighbours(reference, DetectionSettings(**settings))(found.values, 0)[0]
         assert line["knn_outliers"] == near["knn_outliers"]
         assert line["mean_knn_distance"] == pytest.approx(near["mean_knn_distance"])

@@ -10,12 +10,13 @@ Tested here is what that path does to text and batch, in own code: the chat temp
 tokenized again with left padding, a second BOS hidden by the mask, the logits of the whole batch read as scores.
 """
 
+import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from inform_rm.eval.suites.scores import ScoredItem, ties_score, weighted_mean
+from inform_rm.eval.suites.scores import ScoredItem, ties_score
 from inform_rm.eval.suites.tables import SUITES
 from inform_rm.scoring.scorer import RewardScorer
 
@@ -36,7 +37,7 @@ def rewardbench_scores(model, tokenizer, texts: list[str]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("architecture", "bos"),
-    [("inform", "none"), ("inform", "in the template"), ("inform", "added twice"), ("standard", "none")],
+    [("inform", "none"), ("standard", "in the template"), ("inform", "added twice")],
 )
 def test_rewardbench_and_scorer_agree(architecture, bos, save_reward_model, preference_rows):
     folder = save_reward_model(architecture)
@@ -95,10 +96,10 @@ def test_sections_weigh_their_subsets_as_rewardbench_does():
     for section in SUITES["rewardbench"].sections:
         if section.weight:
             accuracies = [ACCURACIES[subset.name] for subset in section.subsets]
-            found = weighted_mean(accuracies, [subset.share for subset in section.subsets])
+            found = np.average(accuracies, weights=[subset.share for subset in section.subsets])
             assert found == pytest.approx(SECTIONS[section.name], abs=1e-15)
 
 
 def test_ties_of_rewardbench_2_are_scored_as_rewardbench_does():
     items = [ScoredItem(name, "Ties", rewards, number) for name, number, rewards in TIES]
-    assert ties_score(items).score == pytest.approx(TIES_SCORE, abs=1e-15)
+    assert ties_score(items)["score"] == pytest.approx(TIES_SCORE, abs=1e-15)

@@ -72,9 +72,9 @@ def members(start, tokenizer, tmp_path_factory):
     return [save(with_noise(base, seed), tokenizer, root / str(seed)) for seed in range(3)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mixed(start, tokenizer):
-    """Scorers of a standard model, an InfoRM model and a Llama classifier that share nothing but the tokenizer."""
+    """Read-only: scorers of a standard model, an InfoRM model and a Llama classifier that share the tokenizer."""
     torch.manual_seed(7)
     config = copy.deepcopy(start().config.text_config)
     config.num_labels = 1
@@ -132,8 +132,7 @@ def test_average_is_the_mean_of_the_state_dicts_and_a_complete_folder(members, t
     assert 0.9 < result["backbone_cosine"] < 1 and 0.9 < result["head_cosine"] < 1
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("number", (2, 7))
+@pytest.mark.parametrize(("dtype", "number"), [(torch.float32, 2), (torch.bfloat16, 7)])
 def test_average_of_a_model_with_itself_is_the_model(start, tokenizer, tmp_path, dtype, number):
     member = save(start().to(dtype), tokenizer, tmp_path / "member")
     average_weights([member] * number, tmp_path / "mean", progress=False)
@@ -288,16 +287,16 @@ def test_what_is_no_list_of_reward_models_is_refused(members, causal_lm_dir, tmp
 # --- combined rewards
 
 
-@pytest.mark.parametrize("offsets", (None, [1.0, -2.0, 0.5]))
-@pytest.mark.parametrize("coefficient", (0.0, 0.7))
+@pytest.mark.parametrize(("coefficient", "offsets"), [(0.0, None), (0.7, [1.0, -2.0, 0.5])])
 def test_ensemble_reward_is_mean_minus_coefficient_times_population_variance(mixed, coefficient, offsets):
     expected, expected_std = rewards_by_hand(mixed, PROMPTS, RESPONSES, coefficient, offsets)
     scorer = EnsembleScorer(mixed, coefficient=coefficient, offsets=offsets)
+    before = sum(member.tokens_computed for member in mixed)
     rewards, stds = scorer.score(PROMPTS, RESPONSES, uncertainty=3)
     assert expected_std.min() > 0.01
     np.testing.assert_allclose(rewards, expected, atol=2e-5)
     np.testing.assert_allclose(stds, expected_std, atol=2e-5)
-    assert scorer.tokens_computed == sum(member.tokens_computed for member in mixed)
+    assert scorer.tokens_computed == sum(member.tokens_computed for member in mixed) - before
 
 
 def test_offsets_from_member_rewards_take_out_each_members_constant(start, tokenizer):
@@ -313,10 +312,8 @@ def test_offsets_from_member_rewards_take_out_each_members_constant(start, token
     assert stds.max() < 1e-4 and abs(rewards.mean()) < 1e-4
 
 
-@pytest.mark.parametrize("batching", ("packed", "padded"))
-def test_ensemble_rewards_do_not_depend_on_batches(mixed, tokenizer, batching):
-    members = [RewardScorer(scorer.model, tokenizer, batching=batching) for scorer in mixed]
-    scorer = EnsembleScorer(members, coefficient=0.5)
+def test_ensemble_rewards_do_not_depend_on_batches(mixed):
+    scorer = EnsembleScorer(mixed, coefficient=0.5)
     alone = torch.cat([scorer.score([x], [y]) for x, y in zip(PROMPTS, RESPONSES, strict=True)])
     for tokens_per_batch in (1, 40, 10_000):
         scorer.tokens_per_batch = tokens_per_batch
@@ -392,10 +389,12 @@ def test_folders_and_averaged_models_are_members_too(members, tmp_path):
 
 
 def test_a_member_in_training_mode_scores_without_noise_and_stays_in_it(mixed):
-    expected = EnsembleScorer(mixed, coefficient=0.5).score(PROMPTS, RESPONSES)
-    mixed[1].model.train()
-    rewards = EnsembleScorer(mixed, coefficient=0.5).score(PROMPTS, RESPONSES)
-    assert mixed[1].model.training and mixed[1].model.score.training
+    scorer = EnsembleScorer(mixed, coefficient=0.5)
+    expected = scorer.score(PROMPTS, RESPONSES)
+    model = mixed[1].model.train()
+    rewards = scorer.score(PROMPTS, RESPONSES)
+    assert model.training and model.score.training
+    model.eval()
     torch.testing.assert_close(rewards, expected, atol=1e-6, rtol=0)
 
 
@@ -422,7 +421,9 @@ def test_wrong_ensembles_are_refused(mixed, tokenizer):
 
 
 def test_a_member_that_gives_nan_names_the_row(mixed, tokenizer):
+    broken = copy.deepcopy(mixed[2].model)
     with torch.no_grad():
-        mixed[2].model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("~")] = float("nan")
+        broken.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("~")] = float("nan")
+    scorer = EnsembleScorer([mixed[0], RewardScorer(broken, tokenizer)], coefficient=0.5)
     with pytest.raises(NonFiniteRewardError, match=r"row 1 \(counted from 0\) has the reward nan"):
-        EnsembleScorer(mixed, coefficient=0.5).score(["Hi", "Hi"], ["Red.", "~"])
+        scorer.score(["Hi", "Hi"], ["Red.", "~"])

@@ -61,9 +61,18 @@ def rewards_alone(model, sequences):
     return torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in sequences])
 
 
-@pytest.mark.parametrize("attention", ("sdpa", "eager"))
-@pytest.mark.parametrize("kind", ("inform", "transformers"))
-@pytest.mark.parametrize("name", ("llama", "mistral", "qwen2", "gpt_neox", "gpt2"))
+@pytest.mark.parametrize(
+    ("name", "kind", "attention"),
+    [
+        ("llama", "inform", "sdpa"),
+        ("llama", "transformers", "eager"),
+        ("mistral", "inform", "eager"),
+        ("mistral", "transformers", "sdpa"),
+        ("qwen2", "transformers", "sdpa"),
+        ("gpt_neox", "inform", "sdpa"),
+        ("gpt2", "transformers", "sdpa"),
+    ],
+)
 def test_rewards_and_gradients_are_those_of_one_sequence_at_a_time(backbone_configs, name, kind, attention):
     model = build(backbone_configs[name], kind, attention)
     weights = torch.linspace(-1, 1, len(SEQUENCES)).exp()
@@ -100,7 +109,7 @@ def mistral(backbone_configs):
     return build(backbone_configs["mistral"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(rows=trees(), budget=st.integers(1, 80))
 def test_rewards_do_not_depend_on_packing_order_or_mates(mistral, rows, budget):
     sequences, lengths = [ids for ids, _ in rows], [length for _, length in rows]
@@ -111,7 +120,7 @@ def test_rewards_do_not_depend_on_packing_order_or_mates(mistral, rows, budget):
     torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(rows=trees(), budget=st.integers(1, 80))
 def test_batches_keep_the_budget_and_part_no_prompt_that_fits(rows, budget):
     sequences, lengths = [ids for ids, _ in rows], [length for _, length in rows]
@@ -149,7 +158,7 @@ def test_a_long_prompt_is_not_computed_for_every_response():
     assert [len(batch) for batch in batches] == [150, 150]  # 400 tokens: the prompt and 150 responses of 2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(rows=trees())
 def test_a_row_holds_each_prompt_once_and_every_response(rows):
     sequences, lengths = [ids for ids, _ in rows], [length for _, length in rows]
@@ -162,7 +171,7 @@ def test_a_row_holds_each_prompt_once_and_every_response(rows):
         assert ids[place] == sequence[-1] and positions[place] == len(sequence) - 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     segments=st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=3),
     window=st.none() | st.integers(1, 8),

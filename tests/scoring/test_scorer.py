@@ -25,14 +25,13 @@ from transformers import (
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.data.encoding import encode
-from inform_rm.data.response_rows import read_score_rows
+from inform_rm.data.response_rows import score_rows_or_faults
 from inform_rm.errors import InputError
 from inform_rm.scoring.reward_models import fingerprint_model, fingerprint_tokenizer, load_reward_model
 from inform_rm.scoring.score_files import _FinishedRewards, score_file
 from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer
 
-SEQUENCE_CLASSIFIERS = ("llama", "mistral", "qwen2", "gpt_neox", "gpt2")
-MODELS = ("inform", "inform_standard", *SEQUENCE_CLASSIFIERS)
+MODELS = ("inform", "inform_standard", "llama", "mistral", "qwen2", "gpt_neox", "gpt2")
 VOCABULARY = 320
 
 
@@ -113,13 +112,13 @@ class Calls:
 # --- one score
 
 
-@pytest.mark.parametrize("batching", ("packed", "padded"))
-@pytest.mark.parametrize("name", MODELS)
+# Packed rows of every family: test_packing.py.
+@pytest.mark.parametrize(("name", "batching"), [("inform", "packed"), *((name, "padded") for name in MODELS)])
 def test_reward_equals_that_of_the_bare_model_on_an_unpadded_row(models, name, batching):
     rows = random_rows(23)
     expected = alone(models[name], rows)
     assert expected.std() > 0.1  # otherwise the comparison shows nothing
-    for tokens_per_batch in (1, 100, 100_000):
+    for tokens_per_batch in (1, 100):
         scorer = RewardScorer(models[name], tokens_per_batch=tokens_per_batch, batching=batching)
         rewards = scorer.score_encoded(rows)
         assert scorer.batching == batching
@@ -127,8 +126,8 @@ def test_reward_equals_that_of_the_bare_model_on_an_unpadded_row(models, name, b
         torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ("inform", "llama", "mistral"))
-@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize("name", ("inform", "mistral"))
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_reward_depends_neither_on_order_nor_on_mates(models, name, data):
     rows = data.draw(
@@ -181,7 +180,7 @@ def test_inform_needs_no_padding_token_for_batches(models):
     torch.testing.assert_close(rewards, alone(model, rows), atol=1e-5, rtol=0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=20), budget=st.integers(1, 300))
 def test_batches_keep_the_token_budget_unless_one_row_exceeds_it(models, lengths, budget):
     with Calls(models["inform"]) as calls:
@@ -600,12 +599,11 @@ def test_file_with_uncertainty_adds_the_standard_deviation(scorer, tmp_path):
         assert item["reward_std"] == pytest.approx(std.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("fail_at", (0, 6))
-def test_interrupted_file_is_finished_without_scoring_a_row_twice(scorer, tmp_path, fail_at):
+def test_interrupted_file_is_finished_without_scoring_a_row_twice(scorer, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", [row(index) for index in range(30)])
     score_file(scorer, source, tmp_path / "whole.jsonl", chunk_rows=8, progress=False)
     with Calls(scorer.model) as calls:
-        calls.fail_at = fail_at
+        calls.fail_at = 6
         with pytest.raises(KeyboardInterrupt):
             score_file(scorer, source, tmp_path / "out.jsonl", chunk_rows=8, progress=False)
         done = calls.rows
@@ -687,21 +685,15 @@ def test_resuming_refuses_another_model_or_setting_by_name_and_the_way_out_works
     assert score_file(scorer, unfinished, output, uncertainty=4, progress=False)["resumed_rows"] == 0
 
 
-@pytest.mark.parametrize("change", ["corrected", "removed", "added", "reordered"])
-def test_finished_rewards_stay_usable_when_the_input_is_mended(scorer, unfinished, change, tmp_path):
+def test_finished_rewards_stay_usable_when_the_input_is_mended(scorer, unfinished, tmp_path):
     finished = len((tmp_path / "out.jsonl.partial").read_text().splitlines()) - 1
     assert 0 < finished < 20
-    rows = [row(index) for index in range(20)]
-    rows = {
-        "corrected": [*rows[:19], {**rows[19], "response": "Corrected."}],
-        "removed": rows[:19],
-        "added": [row(77), *rows],
-        "reordered": rows[::-1],
-    }[change]
+    # One row is corrected, one removed, one added, and the order is another.
+    rows = [row(77), *(row(index) for index in range(18)), {**row(19), "response": "Corrected."}][::-1]
     write_jsonl(unfinished, rows)
     with Calls(scorer.model) as calls:
         summary = score_file(scorer, unfinished, tmp_path / "out.jsonl", chunk_rows=8, progress=False)
-    assert finished - 1 <= summary["resumed_rows"] <= finished  # the row that changed may have been among them
+    assert finished - 2 <= summary["resumed_rows"] <= finished  # what changed may have been among them
     assert calls.rows == len(rows) - summary["resumed_rows"]
     written = read_jsonl(tmp_path / "out.jsonl")
     expected = scorer.score([item["prompt"] for item in rows], [item["response"] for item in rows])
@@ -815,7 +807,7 @@ def test_no_more_rows_than_a_chunk_are_held_and_rows_are_read_lazily(scorer, tmp
     score_file(scorer, source, tmp_path / "out.jsonl", chunk_rows=8, progress=False)
     assert held == [8, 8, 8, 6]
     source.write_text(json.dumps(row(0)) + "\nbroken\n")
-    assert next(read_score_rows(source)).fields == row(0)
+    assert next(score_rows_or_faults(source)).fields == row(0)
 
 
 @pytest.mark.parametrize(
@@ -824,14 +816,8 @@ def test_no_more_rows_than_a_chunk_are_held_and_rows_are_read_lazily(scorer, tmp
         ("in.jsonl", '{"prompt": "a", "response": "b"}\n\n{"prompt": "a"\n', "in.jsonl, row 3: .*JSON"),
         ("in.jsonl", '{"prompt": "a"}\n', r"row 1: no 'response'. Its fields are 'prompt'; add"),
         ("in.jsonl", '{"response": "a"}\n', "row 1: no 'prompt'"),
-        ("in.jsonl", '{"prompt": "a", "response": null}\n', "row 1: no 'response'"),
         ("in.jsonl", '{"prompt": "a", "response": 3}\n', "row 1: 'response' is int 3; expected text"),
-        ("in.jsonl", '{"prompt": 5, "response": "b"}\n', "row 1: .*prompt"),
-        ("in.jsonl", '{"prompt": "", "response": "b"}\n', "row 1: .*empty"),
-        ("in.jsonl", '{"prompt": [], "response": "b"}\n', "row 1: .*prompt"),
         ("in.jsonl", '{"prompt": [{"role": "user"}], "response": "b"}\n', "row 1: .*content"),
-        ("in.jsonl", '{"prompt": "a", "response": "\\ud800"}\n', "row 1.*unpaired surrogate"),
-        ("in.jsonl", '{"prompt": "a", "response": "b", "reward": 1}\n', "row 1 has a field 'reward' already"),
         ("in.jsonl", "[1, 2]\n", "row 1 is a list"),
         ("in.csv", "prompt,answer\na,b\n", "row 1: no 'response'.*--columns response=answer"),
     ],

@@ -230,8 +230,9 @@ def test_a_classifier_of_several_classes_is_refused_as_such(backbone_configs, tm
         load_reward_model(tmp_path, device="cpu")
 
 
-@pytest.mark.parametrize("problem_type", [None, "regression", "multi_label_classification"])
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("kind", "problem_type"), [("llama", "multi_label_classification"), ("bert", "regression"), ("bert", None)]
+)
 def test_classifiers_with_one_label_keep_their_own_class(kind, problem_type, backbone_configs, tmp_path):
     sizes = {**backbone_configs["llama"].to_dict(), "num_labels": 1, "problem_type": problem_type}
     sizes.pop("model_type")

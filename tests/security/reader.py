@@ -11,10 +11,11 @@ import torch
 
 from inform_rm.data.encoding import encode_pairs
 from inform_rm.data.preferences import load_preferences
-from inform_rm.data.response_rows import read_score_rows
+from inform_rm.data.response_rows import RowFault, score_rows_or_faults
 from inform_rm.data.sources import source_digest
 from inform_rm.data.tokenizer import load_tokenizer, render
 from inform_rm.decomposition.likelihoods import load_likelihood
+from inform_rm.errors import InputError
 from inform_rm.hub.averaging import average_weights
 from inform_rm.hub.export import export_model
 from inform_rm.scoring.reward_models import load_reward_model
@@ -48,6 +49,12 @@ def encoded_pairs(folder, data):
     return encode_pairs(load_preferences(data).dataset, load_tokenizer(folder), max_length=None).counts
 
 
+def rows_to_score(path):
+    for row in score_rows_or_faults(path):
+        if isinstance(row, RowFault):
+            raise InputError(row.reason)
+
+
 OPERATIONS = {
     "reward model": lambda folder: load_reward_model(folder, device="cpu"),
     "trusted reward model": lambda folder: load_reward_model(folder, device="cpu", trust_remote_code=True),
@@ -60,7 +67,7 @@ OPERATIONS = {
     "export": export_model,
     "pairs": lambda path: load_preferences(path).bad_rows,
     "pairs but bad ones": lambda path: load_preferences(path, on_bad_row="skip").bad_rows,
-    "rows to score": lambda path: sum(1 for _ in read_score_rows(path)),
+    "rows to score": rows_to_score,
     "digest": source_digest,
     "settings": lambda path: read_arguments(path, {}),
     "journal": lambda path: list(RewardJournal(path, {"model": "a"}).finished()),

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inform_rm.data.preferences import load_preferences
-from inform_rm.data.response_rows import read_score_rows
+from inform_rm.data.response_rows import score_rows_or_faults
 from inform_rm.errors import InputError
 from inform_rm.safety.checkpoints import check_checkpoint
 from inform_rm.training.reward_arguments import read_arguments
@@ -92,7 +92,7 @@ def test_preferences(name, data, folder):
 def test_rows_to_score(name, data, folder):
     (folder / name).write_bytes(data.draw(damaged(SOUND[name])))
     with contextlib.suppress(InputError):
-        list(read_score_rows(folder / name))
+        list(score_rows_or_faults(folder / name))
 
 
 @fuzz

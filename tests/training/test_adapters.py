@@ -29,6 +29,7 @@ COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
 PROMPTS = ["Name the colour red", "Name the colour blue please", "How many apples?"]
 RESPONSES = ["It is red.", "It is red. Indeed.", "Seven."]
 BITS = pytest.mark.parametrize("bits", [4, 8])
+RUNS_OF_BITS = pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +89,16 @@ def bitsandbytes_layers(module):
     return [name for name, part in module.named_modules() if type(part).__module__.startswith("bitsandbytes")]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "mistral", "qwen2", "gpt_neox", "gpt2"])
-@pytest.mark.parametrize("head", ["inform", "standard"])
+@pytest.mark.parametrize(
+    ("architecture", "head"),
+    [
+        ("llama", "inform"),
+        ("llama_tied", "standard"),
+        ("qwen2", "inform"),
+        ("gpt_neox", "standard"),
+        ("gpt2", "inform"),
+    ],
+)  # fmt: skip
 def test_every_linear_layer_of_the_backbone_has_an_adapter_and_the_head_none(
     settings, causal_lm_dir, architecture, head
 ):
@@ -227,16 +236,14 @@ def test_checkpoint_of_adapters_is_evaluated_and_exported_as_the_model_in_traini
 
 def check_resume(config, tmp_path):
     """A run that lost all after its first checkpoint ends with the weights of the run that did not."""
-    expected = train(config)
+    expected = train(dataclasses.replace(config, max_steps=4, save_steps=2))
     cut = tmp_path / "cut"
     shutil.copytree(config.output_dir, cut)
-    shutil.rmtree(cut / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
     for name in ("train_result.json", "model.safetensors"):
         (cut / name).unlink()
-    path = cut / "checkpoints" / "run.json"
-    path.write_text(path.read_text().replace(config.output_dir, str(cut)))
-    resumed = train(dataclasses.replace(config, output_dir=str(cut)))
-    assert resumed["resumed_from_step"] == 3
+    resumed = train(dataclasses.replace(config, max_steps=4, save_steps=2, output_dir=str(cut)))
+    assert resumed["resumed_from_step"] == 2
     assert losses(resumed) == losses(expected)
     first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", cut))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -246,7 +253,7 @@ def test_resumed_run_with_adapters_equals_the_uninterrupted_one(settings, tmp_pa
     check_resume(dataclasses.replace(settings, lora_dropout=0.1), tmp_path)
 
 
-@pytest.mark.parametrize("lora_r", [0, 4])
+@pytest.mark.parametrize("lora_r", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_resumed_run_with_an_eight_bit_optimizer_equals_the_uninterrupted_one(settings, lora_r, tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     check_resume(dataclasses.replace(settings, optim="adamw_bnb_8bit", lora_r=lora_r), tmp_path)
@@ -283,8 +290,7 @@ def quantized(settings, bits):
 
 
 @BITS
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2"])
-@pytest.mark.parametrize("head", ["inform", "standard"])
+@pytest.mark.parametrize(("architecture", "head"), [("llama", "inform"), ("gpt_neox", "inform"), ("gpt2", "standard")])
 def test_backbone_is_quantised_and_the_head_is_that_of_a_plain_model(
     quantized, settings, causal_lm_dir, bits, architecture, head
 ):
@@ -348,7 +354,7 @@ def test_evaluation_leaves_the_gradients_of_a_quantised_model(quantized, wider_m
         assert torch.equal(value, after[name]), name
 
 
-@BITS
+@RUNS_OF_BITS
 def test_quantised_run_learns_and_leaves_a_model_in_full_precision(
     quantized, settings, pairs_file, bits, tmp_path, tokenizer, caplog
 ):
@@ -404,7 +410,7 @@ def test_quantised_run_with_other_adapters_leaves_adapters_that_load(quantized, 
     torch.testing.assert_close(rewards(config.output_dir, None), expected, atol=1e-5, rtol=0)
 
 
-@BITS
+@RUNS_OF_BITS
 def test_resumed_quantised_run_equals_the_uninterrupted_one(quantized, settings, bits, tmp_path):
     check_resume(quantized, tmp_path)
 
@@ -412,7 +418,10 @@ def test_resumed_quantised_run_equals_the_uninterrupted_one(quantized, settings,
 # --- 8-bit optimizers ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit"])
+@pytest.mark.parametrize(
+    "optim",
+    ["adamw_bnb_8bit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("paged_adamw_8bit", "lion_8bit"))],
+)
 def test_eight_bit_optimizer_trains_and_keeps_eight_bit_states(settings, optim, wider_model, tmp_path):
     """bitsandbytes keeps states of fewer than 4096 numbers in 32 bits, the Trainer those of embeddings."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from inform_rm.errors import InputError
 from inform_rm.training.loop import NonFiniteLossError
-from inform_rm.training.reward_arguments import settings_of
+from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
 from inform_rm.training.run import train
 from inform_rm.util.checkpoints import complete_checkpoints, is_complete
 from inform_rm.util.files import file_digest
@@ -43,6 +43,26 @@ def pairs_file(tmp_path_factory):
 @pytest.fixture
 def settings(base_settings):
     return base_settings(max_steps=8, save_steps=2, lr_scheduler_type="linear")
+
+
+@pytest.fixture(scope="module")
+def whole(causal_lm_dir, pairs_file, tmp_path_factory):
+    """A finished run with all its checkpoints: its settings; its folder is to be copied, not changed."""
+    args = RewardTrainingArguments(
+        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), latent_dim=8, learning_rate=1e-3, max_steps=8,
+        output_dir=str(tmp_path_factory.mktemp("whole") / "run"), per_device_train_batch_size=4,
+        gradient_accumulation_steps=2, logging_steps=1, save_steps=2, save_total_limit=None, use_cpu=True,
+    )  # fmt: skip
+    train(args)
+    return args
+
+
+@pytest.fixture
+def unfinished(whole, tmp_path):
+    """The settings of that run, as a kill after its last checkpoint would have left it, in a folder of the test's."""
+    shutil.copytree(whole.output_dir, tmp_path / "run")
+    (tmp_path / "run" / "train_result.json").unlink()
+    return dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
 
 
 def steps(folder):
@@ -255,27 +275,23 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_changes_nothing(settings, 
         assert all(value.isfinite().all() for name, value in state.items() if "embed" not in name)
 
 
-def test_clock_jumps_change_neither_what_is_removed_nor_what_is_continued(settings, tmp_path):
-    train(dataclasses.replace(settings, save_total_limit=None))
+def test_clock_jumps_change_neither_what_is_removed_nor_what_is_continued(unfinished, tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     assert steps(tmp_path / "run") == [2, 4, 6, 8]
     for step, year in ((2, 2100), (4, 2050), (6, 2001), (8, 1971)):
         stamp = (year - 1970) * 365.25 * 86400
         os.utime(checkpoints / f"checkpoint-{step}", (stamp, stamp))
     expected = file_digest(tmp_path / "run" / "model.safetensors")
-    (tmp_path / "run" / "train_result.json").unlink()
     shutil.rmtree(checkpoints / "checkpoint-8")
-    again = train(dataclasses.replace(settings, save_total_limit=2))
+    again = train(dataclasses.replace(unfinished, save_total_limit=2))
     assert again["resumed_from_step"] == 6
     assert steps(tmp_path / "run") == [6, 8]
     assert file_digest(tmp_path / "run" / "model.safetensors") == expected
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "no list", "list of nonsense"])
-def test_a_damaged_checkpoint_is_not_continued_from(settings, tmp_path, caplog, damage):
-    train(settings)
+def test_a_damaged_checkpoint_is_not_continued_from(unfinished, tmp_path, caplog, damage):
     expected = file_digest(tmp_path / "run" / "model.safetensors")
-    (tmp_path / "run" / "train_result.json").unlink()
     newest = tmp_path / "run" / "checkpoints" / "checkpoint-8"
     if damage == "truncated":
         os.truncate(newest / "model.safetensors", 100)
@@ -285,7 +301,7 @@ def test_a_damaged_checkpoint_is_not_continued_from(settings, tmp_path, caplog, 
         (newest / "complete.json").unlink()
     else:
         (newest / "complete.json").write_text("[1, 2]")
-    assert train(settings)["resumed_from_step"] == 6
+    assert train(unfinished)["resumed_from_step"] == 6
     assert "checkpoint-8 is incomplete" in caplog.text
     assert file_digest(tmp_path / "run" / "model.safetensors") == expected
 
@@ -310,10 +326,8 @@ def test_another_backbone_or_library_is_noticed(settings, causal_lm_dir, tmp_pat
         train(config)
 
 
-def test_the_rest_of_the_folder_is_left_alone(settings, tmp_path):
-    (tmp_path / "run").mkdir()
+def test_the_rest_of_the_folder_is_left_alone(unfinished, tmp_path):
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    train(settings)
-    train(dataclasses.replace(settings, overwrite=True))
+    train(dataclasses.replace(unfinished, overwrite=True, max_steps=1))
     assert Path(tmp_path / "run" / "notes.txt").read_text() == "mine"
     assert not list((tmp_path / "run").rglob(".discarded*"))

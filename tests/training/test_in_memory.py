@@ -2,10 +2,15 @@
 
 import json
 import warnings
+from pathlib import Path
+from typing import ClassVar
 
+import huggingface_hub
 import pytest
 import torch
+import yaml
 from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
@@ -13,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from inform_rm import RewardTrainer, RewardTrainingArguments
 from inform_rm.errors import InputError
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
+from inform_rm.training.run import train
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
 ROWS = [
@@ -230,22 +236,76 @@ def test_loss_type_is_the_loss_of_training_of_evaluation_and_of_the_model_itself
     assert trainer.model.config.loss_type == "hinge"
 
 
-def test_push_to_hub_uploads_a_loadable_folder_with_its_card(arguments, causal_lm_dir, monkeypatch, tmp_path):
-    pushed = {}
+class StandInHub:
+    """Takes a commit as `HfApi` does and keeps its message and the content of its files."""
 
-    def push(folder, repository, token=None):
-        pushed[repository] = sorted(path.name for path in folder.iterdir())
-        pushed["card"] = (folder / "README.md").read_text()
-        AutoModelForSequenceClassification.from_pretrained(folder)
+    files: ClassVar[dict[str, bytes]] = {}
+    messages: ClassVar[list[str]] = []
 
-    monkeypatch.setattr("inform_rm.training.trainer.push_folder", push)
-    trainer = RewardTrainer(
-        str(causal_lm_dir("llama")), arguments(hub_model_id="me/model"), train_dataset=ROWS, eval_dataset=ROWS[:8]
-    )
+    def __init__(self, token=None):
+        pass
+
+    def repo_exists(self, repository):
+        return False
+
+    def create_repo(self, repository, private):
+        assert repository == "me/model" and private
+
+    def create_commit(self, repository, operations, commit_message):
+        self.messages.append(commit_message)
+        self.files.update((each.path_in_repo, Path(each.path_or_fileobj).read_bytes()) for each in operations)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", StandInHub)
+    monkeypatch.setattr(StandInHub, "files", {})
+    monkeypatch.setattr(StandInHub, "messages", [])
+    return StandInHub
+
+
+def test_a_run_that_is_asked_to_uploads_what_it_leaves(arguments, causal_lm_dir, pairs_file, hub, tmp_path):
+    train(arguments(
+        model=str(causal_lm_dir("llama")), data=str(pairs_file), eval_data=str(pairs_file), push_to_hub=True,
+        hub_model_id="me/model",
+    ))  # fmt: skip
+    assert hub.messages == ["Upload reward model"]
+    for name in ("README.md", "model.safetensors", "config.json", "modeling_inform.py"):
+        assert hub.files[name] == (tmp_path / "run" / name).read_bytes()
+    assert len(ModelCard(hub.files["README.md"].decode()).data.eval_results) == 1
+    assert not any(name.startswith(".eval_results") for name in hub.files)  # a local file is no data set of the Hub
+
+
+def test_push_to_hub_uploads_a_loadable_folder_with_its_card(arguments, causal_lm_dir, hub, monkeypatch, tmp_path):
+    arguments = arguments(hub_model_id="me/model", weight_decay=0.25)
+    trainer = RewardTrainer(str(causal_lm_dir("llama")), arguments, train_dataset=ROWS, eval_dataset=ROWS[:8])
     trainer.train()
-    trainer.push_to_hub()
-    assert {"config.json", "model.safetensors", "modeling_inform.py", "tokenizer.json"} <= {*pushed["me/model"]}
-    assert "latent_dim" in pushed["card"] and str(tmp_path) not in pushed["card"]
+    of_memory = trainer.result
+    settings = {**of_memory()["settings"], "eval_data": ["org/pairs[test]"]}  # as if they had come from there
+    more = {"settings": settings, "data_fingerprints": {"org/pairs[test]": "1" * 64}}
+    monkeypatch.setattr(trainer, "result", lambda: {**of_memory(), **more})
+    with pytest.raises(InputError, match="revision: push_to_hub makes one commit to the main branch"):
+        trainer.push_to_hub(revision="v2")
+    trainer.push_to_hub("First", revision=None)
+    assert hub.messages == ["First"]
+    for name, content in hub.files.items():
+        (tmp_path / "pulled" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pulled" / name).write_bytes(content)
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "pulled")
+    assert {"config.json", "model.safetensors", "modeling_inform.py", "tokenizer.json"} <= {*hub.files}
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(hub.files[".eval_results/org--pairs--test.yaml"]))
+    assert (entry.dataset_id, entry.value) == ("org/pairs", accuracy)
+    card = ModelCard.load(tmp_path / "pulled" / "README.md")
+    (legacy,) = card.data.eval_results
+    assert (legacy.dataset_type, legacy.dataset_split, legacy.metric_value) == ("org/pairs", "test", accuracy)
+    assert str(tmp_path) not in str(card)
+    table = card.text.partition("| setting | value |")[2].partition("\n\n")[0]
+    shown = {line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]}
+    assert {"model", "latent_dim", "beta", "learning_rate", "weight_decay", "max_steps"} <= shown
+    # Neither what was left as it is, nor what this run had no use for.
+    assert shown.isdisjoint({"pool_factor", "lora_alpha", "num_train_epochs", "streaming", "hub_model_id"})
+    assert len(shown) < 24
 
 
 @pytest.mark.parametrize(
@@ -274,6 +334,7 @@ def test_pairs_that_are_given_twice_are_refused(arguments, causal_lm_dir):
         ({"bf16": True, "fp16": True}, "At most one of fp16 and bf16"),
         ({"loss_type": "x"}, "loss_type: 'x' is unknown"),
         ({"push_to_hub": True}, "push_to_hub needs hub_model_id"),
+        ({"hub_revision": "v2"}, "uploads go to the main branch"),
     ],
 )  # fmt: skip
 def test_settings_that_would_do_nothing_or_harm_are_refused(arguments, setting, message):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from inform_rm.errors import InputError
-from inform_rm.training.arguments import decides, our_settings, settings_by_content
+from inform_rm.training.arguments import OUR_SETTINGS, SETTINGS_BY_CONTENT, decides
 from inform_rm.training.checkpoints import check_resume
-from inform_rm.training.reward_arguments import deciding_settings, field_types
+from inform_rm.training.reward_arguments import RewardTrainingArguments, deciding_settings, field_types
 from inform_rm.training.run import train
-from inform_rm.training.streaming import open_stream
+from inform_rm.training.stream_sources import open_stream
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
 # Ours, and of TrainingArguments' own some of each kind.
@@ -33,7 +34,7 @@ OF_TRAINER = (
     ),
     *("output_dir", "run_name", "dataloader_num_workers", "gradient_checkpointing", "torch_empty_cache_steps"),
 )
-DECIDES = {name: decides(name) for name in (*our_settings(), *OF_TRAINER)}
+DECIDES = {name: decides(name) for name in (*OUR_SETTINGS, *OF_TRAINER)}
 ALWAYS_DECIDE = [name for name, found in DECIDES.items() if found is True]
 NEVER_DECIDE = [name for name, found in DECIDES.items() if found is False]
 DECIDE_WITH = [(name, other) for name, other in DECIDES.items() if isinstance(other, str)]
@@ -62,12 +63,29 @@ def settings(base_settings, pairs_file):
     )
 
 
-def train_and_cut(config, folder):
-    """Train, and make a copy of the run as a kill after its first checkpoint would have left it."""
-    train(config)
-    shutil.copytree(config.output_dir, folder)
+@pytest.fixture(scope="module")
+def whole(causal_lm_dir, pairs_file, tmp_path_factory):
+    """That run with a chat template in a file, whole: its settings, which lie beside its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    template = folder / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}")
+    args = RewardTrainingArguments(
+        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), eval_data=(str(pairs_file),),
+        output_dir=str(folder / "run"), chat_template=str(template), latent_dim=8, learning_rate=1e-3, max_steps=8,
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=1, save_steps=3, eval_steps=3,
+        save_total_limit=None, use_cpu=True,
+    )  # fmt: skip
+    train(args)
+    return args
+
+
+@pytest.fixture
+def cut(whole, tmp_path):
+    """A copy of the run as a kill after its first checkpoint would have left it."""
+    folder = tmp_path / "cut"
+    shutil.copytree(whole.output_dir, folder)
     for name in ("checkpoints/checkpoint-6", "checkpoints/checkpoint-8"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        shutil.rmtree(folder / name)
     for name in ("train_result.json", "model.safetensors"):
         (folder / name).unlink()
     return folder
@@ -81,64 +99,58 @@ def weights(folder):
     return load_file(f"{folder}/model.safetensors")
 
 
-def test_settings_that_decide_nothing_may_change_and_change_nothing(settings, tmp_path):
+def test_settings_that_decide_nothing_may_change_and_change_nothing(whole, cut):
     """All at once. `tokens_per_batch` has a test of its own, because sums of other parts are rounded otherwise."""
     changes = {
-        "output_dir": str(train_and_cut(settings, tmp_path / "cut")), "eval_data": settings.data * 2,
+        "output_dir": str(cut), "eval_data": whole.data * 2,
         "max_eval_pairs_per_source": 10, "per_device_eval_batch_size": 3, "gradient_checkpointing": True,
         "dataloader_num_workers": 1, "logging_steps": 2, "eval_steps": 0.125, "save_steps": 7, "save_total_limit": 1,
-        "report_to": "tensorboard", "run_name": "again", "overwrite": False, "torch_empty_cache_steps": 2,
+        "report_to": "tensorboard", "run_name": "again", "torch_empty_cache_steps": 2,
     }  # fmt: skip
-    elsewhere = {"tokens_per_batch", "eval_strategy", "metric_for_best_model", "hub_strategy"}
+    elsewhere = {"tokens_per_batch", "overwrite", "eval_strategy", "metric_for_best_model", "hub_strategy"}
     assert {*NEVER_DECIDE, *dict(DECIDE_WITH)} - {*changes} == elsewhere
     assert not {*changes} & {*ALWAYS_DECIDE}
-    expected = json.loads((tmp_path / "run" / "train_result.json").read_text())
-    resumed = train(dataclasses.replace(settings, **changes))
+    expected = json.loads(Path(whole.output_dir, "train_result.json").read_text())
+    resumed = train(dataclasses.replace(whole, **changes))
     assert resumed["resumed_from_step"] == 3
-    first, second = weights(settings.output_dir), weights(changes["output_dir"])
+    first, second = weights(whole.output_dir), weights(cut)
     assert all(torch.equal(first[name], second[name]) for name in first)
     # The new intervals are those of the rest of the run, and not the checkpoint's.
     assert sorted(lines(expected, "loss")) == [*range(1, 9)] and sorted(lines(resumed, "loss")) == [1, 2, 3, 4, 6, 8]
     assert sorted(lines(expected, "eval_accuracy")) == [3, 6, 8]
     assert sorted(lines(resumed, "eval_accuracy")) == [3, 4, 5, 6, 7, 8]
-    assert [path.name for path in (tmp_path / "cut" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-8"]
+    assert [path.name for path in (cut / "checkpoints").glob("checkpoint-*")] == ["checkpoint-8"]
 
 
-def test_a_batch_may_be_split_otherwise_after_an_interruption(settings, tmp_path):
+def test_a_batch_may_be_split_otherwise_after_an_interruption(whole, cut):
     """Each pair keeps its latent noise, whatever forward pass it is part of."""
-    cut = train_and_cut(settings, tmp_path / "cut")
-    expected = json.loads((tmp_path / "run" / "train_result.json").read_text())
-    resumed = train(dataclasses.replace(settings, output_dir=str(cut), overwrite=False, tokens_per_batch=40))
+    expected = json.loads(Path(whole.output_dir, "train_result.json").read_text())
+    resumed = train(dataclasses.replace(whole, output_dir=str(cut), tokens_per_batch=40))
     assert resumed["resumed_from_step"] == 3
     assert lines(resumed, "loss") == pytest.approx(lines(expected, "loss"), abs=1e-5)
-    first, second = weights(settings.output_dir), weights(cut)
+    first, second = weights(whole.output_dir), weights(cut)
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, atol=1e-4, rtol=0)
 
 
-def test_evaluation_leaves_the_latent_noise_of_training_alone(settings, tmp_path):
-    train(settings)
-    train(dataclasses.replace(settings, output_dir=str(tmp_path / "without"), eval_data=()))
-    first, second = weights(settings.output_dir), weights(tmp_path / "without")
+def test_evaluation_leaves_the_latent_noise_of_training_alone(whole, tmp_path):
+    train(dataclasses.replace(whole, output_dir=str(tmp_path / "without"), eval_data=()))
+    first, second = weights(whole.output_dir), weights(tmp_path / "without")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_paths_may_be_spelt_otherwise(settings, pairs_file, tmp_path, monkeypatch):
-    template = tmp_path / "template.jinja"
-    template.write_text("{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}")
-    settings = dataclasses.replace(settings, chat_template=str(template))
-    cut = train_and_cut(settings, tmp_path / "cut")
-    (tmp_path / "linked").symlink_to(settings.model)
+def test_paths_may_be_spelt_otherwise(whole, cut, pairs_file, tmp_path, monkeypatch):
+    (tmp_path / "linked").symlink_to(whole.model)
     (tmp_path / "other-name.jsonl").symlink_to(pairs_file)
-    shutil.copy(template, tmp_path / "copy.jinja")
+    shutil.copy(whole.chat_template, tmp_path / "copy.jinja")
     monkeypatch.chdir(tmp_path)
     respelt = {
         "model": "./linked/", "data": ("other-name.jsonl",), "eval_data": (os.path.relpath(pairs_file),),
         "chat_template": "copy.jinja", "output_dir": "cut",
     }  # fmt: skip
-    resumed = train(dataclasses.replace(settings, overwrite=False, **respelt))
+    resumed = train(dataclasses.replace(whole, **respelt))
     assert resumed["resumed_from_step"] == 3
-    first, second = weights(settings.output_dir), weights(cut)
+    first, second = weights(whole.output_dir), weights(cut)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -192,7 +204,7 @@ def other_value(name, value):
 def test_setting_that_decides_is_refused_by_name(unfinished, name):
     value = other_value(name, getattr(unfinished.config, name))
     options = {"digests": ("other",)} if name == "data" else {}
-    shown = f"the content of {name}" if name in settings_by_content() else f"{name}: "
+    shown = f"the content of {name}" if name in SETTINGS_BY_CONTENT else f"{name}: "
     with pytest.raises(InputError, match=rf"other settings or data \({shown}"):
         unfinished(**{name: value}, **options)
 

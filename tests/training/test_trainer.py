@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from inform_rm.training.collators import EpochSeededLengthSampler, PackedPairCol
 from inform_rm.training.data import load_training_pairs
 from inform_rm.training.losses import reward_model_loss
 from inform_rm.training.models import load_model
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
@@ -44,6 +46,26 @@ def settings(base_settings):
     return base_settings(lr_scheduler_type="linear")
 
 
+@pytest.fixture(scope="module")
+def finished(causal_lm_dir, pairs_file, tmp_path_factory):
+    """A finished run of six steps with evaluation: its result and its folder, which is to be copied, not changed."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    args = RewardTrainingArguments(
+        model=str(causal_lm_dir("llama")), data=(str(pairs_file),), output_dir=str(output), latent_dim=8,
+        learning_rate=1e-3, max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        logging_steps=1, save_steps=3, use_cpu=True, lr_scheduler_type="linear", eval_data=(str(pairs_file),),
+        eval_steps=3,
+    )  # fmt: skip
+    return train(args), args
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The settings of that run, whose output is a copy of its folder."""
+    shutil.copytree(finished[1].output_dir, tmp_path / "run")
+    return dataclasses.replace(finished[1], output_dir=str(tmp_path / "run"))
+
+
 def losses(result):
     return [line["loss"] for line in result["log_history"] if "loss" in line]
 
@@ -52,9 +74,10 @@ def weights(folder):
     return AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
 
 
-def test_finished_folder_is_complete(settings, pairs_file, tmp_path):
-    result = train(dataclasses.replace(settings, eval_data=(str(pairs_file),), eval_steps=3))
-    names = {path.name for path in (tmp_path / "run").iterdir()}
+def test_finished_folder_is_complete(finished):
+    result, settings = finished
+    folder = Path(settings.output_dir)
+    names = {path.name for path in folder.iterdir()}
     assert names == {
         "README.md", "config.json", "configuration_inform.py", "modeling_inform.py", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_config.yaml", "train_result.json",
@@ -63,14 +86,14 @@ def test_finished_folder_is_complete(settings, pairs_file, tmp_path):
     assert result["evaluation"]["num_pairs"] == 48
     low, high = result["evaluation"]["accuracy_interval"]
     assert low < result["evaluation"]["accuracy"] < high
-    card = (tmp_path / "run" / "README.md").read_text()
+    card = (folder / "README.md").read_text()
     assert f"n = 48, 95 % Wilson interval {low:.3f} to {high:.3f}" in card
-    assert str(tmp_path) not in card
+    assert str(folder.parent) not in card
     # Nothing of this machine is in what goes to the Hub from here; the rest of the folder does not.
-    leaks = [finding for finding in scan_folder(tmp_path / "run") if "not a file of a model folder" not in finding]
+    leaks = [finding for finding in scan_folder(folder) if "not a file of a model folder" not in finding]
     assert leaks == [] and f"| model | {Path(settings.model).name} |" in card
     assert {"accuracy", "margin", "kl_nats", "reward_mean", "reward_std"} <= set(result["log_history"][0])
-    assert json.loads((tmp_path / "run" / "train_result.json").read_text())["steps"] == 6
+    assert json.loads((folder / "train_result.json").read_text())["steps"] == 6
 
 
 def test_final_weights_equal_a_plain_loop(settings, tokenizer):
@@ -116,37 +139,36 @@ def test_resumed_run_equals_the_uninterrupted_one(settings, sampling, tmp_path, 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_checkpoints_are_hub_folders(settings, tmp_path):
-    train(settings)
-    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-6"
-    assert not list((tmp_path / "run").rglob("training_args.bin"))
+@pytest.mark.slow
+def test_checkpoints_are_hub_folders(finished):
+    folder = Path(finished[1].output_dir)
+    checkpoint = folder / "checkpoints" / "checkpoint-6"
+    assert not list(folder.rglob("training_args.bin"))
     code = (
         "import sys; from transformers import AutoModelForSequenceClassification as A\n"
         "m, i = A.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)\n"
         "assert not i['missing_keys'] and not i['unexpected_keys'] and 'inform_rm' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-I", "-c", code, str(checkpoint)], check=True, capture_output=True)
-    final, last = weights(settings.output_dir), weights(checkpoint)
+    final, last = weights(folder), weights(checkpoint)
     assert all(torch.equal(final[name], last[name]) for name in final)
 
 
-def test_changed_setting_or_data_is_refused_on_resume(settings, pairs_file, tmp_path):
-    train(settings)
+def test_changed_setting_or_data_is_refused_on_resume(copied, pairs_file, tmp_path):
     (tmp_path / "run" / "train_result.json").unlink()  # as if killed before the end
     with pytest.raises(InputError, match=r"other settings or data \(beta: 0.1 -> 0.2\)"):
-        train(dataclasses.replace(settings, beta=0.2))
+        train(dataclasses.replace(copied, beta=0.2))
     other = tmp_path / "other.jsonl"
     other.write_text(pairs_file.read_text().replace("Indeed", "Truly"))
     with pytest.raises(InputError, match=r"\(the content of data: "):
-        train(dataclasses.replace(settings, data=(str(other),)))
+        train(dataclasses.replace(copied, data=(str(other),)))
 
 
-def test_finished_run_is_not_overwritten_unasked(settings):
-    first = train(settings)
+def test_finished_run_is_not_overwritten_unasked(finished, copied):
     with pytest.raises(InputError, match="holds a finished run"):
-        train(settings)
-    again = train(dataclasses.replace(settings, overwrite=True))
-    assert losses(again) == losses(first)
+        train(copied)
+    again = train(dataclasses.replace(copied, overwrite=True))
+    assert losses(again) == losses(finished[0])
 
 
 def test_one_batch_of_eight_equals_eight_accumulated_pairs(settings, tmp_path):
@@ -224,7 +246,10 @@ def test_rows_of_a_batch_keep_the_budget_and_the_order(tokenizer):
 
 @pytest.mark.parametrize("architecture", ["standard", "inform"])
 def test_packed_and_padded_batches_train_alike(settings, architecture, tmp_path):
-    config = dataclasses.replace(settings, architecture=architecture, max_steps=50, save_steps=50)
+    config = dataclasses.replace(
+        settings, architecture=architecture, max_steps=16, save_steps=16, gradient_accumulation_steps=1,
+        learning_rate=5e-3, per_device_train_batch_size=16, beta=1e-3, kl_warmup_steps=0,
+    )  # fmt: skip
     packed = train(config)
     padded = train(dataclasses.replace(config, batching="padded", output_dir=str(tmp_path / "padded")))
     assert (packed["batching"], padded["batching"]) == ("packed", "padded")
@@ -277,9 +302,9 @@ def test_collator_keeps_order_and_masks_padding(tokenizer):
     assert batch["margin"].tolist() == [0.0, 0.5] and batch["ids"] == ["a", "b"]
 
 
-def test_continuing_from_a_model_of_another_shape_is_refused(settings, tmp_path):
-    train(settings)
-    config = dataclasses.replace(settings, model=settings.output_dir, output_dir=str(tmp_path / "next"), latent_dim=16)
+def test_continuing_from_a_model_of_another_shape_is_refused(finished, settings, tmp_path):
+    model = finished[1].output_dir
+    config = dataclasses.replace(settings, model=model, output_dir=str(tmp_path / "next"), latent_dim=16)
     with pytest.raises(InputError, match=r"latent_dim: .* has 8, not 16"):
         train(config)
     assert train(dataclasses.replace(config, latent_dim=8))["steps"] == 6

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inform_rm.util.intervals import expected_calibration_error, wilson_interval
@@ -30,6 +30,7 @@ def test_wilson_refuses_impossible_counts(case):
 
 
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=60))
+@settings(max_examples=40)
 def test_calibration_error_matches_a_loop(margins):
     total = 0.0
     for index in range(10):

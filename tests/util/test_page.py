@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
@@ -48,6 +48,7 @@ def page_of(text):
 
 
 @given(TEXTS)
+@settings(max_examples=60)
 def test_any_text_is_the_same_text_in_every_place_of_a_page(read_page, text):
     page = read_page(page_of(text).html())
     assert page.texts["title"] == page.texts["h1"] == page.texts["h2"] == page.texts["caption"] == [text]
@@ -60,6 +61,7 @@ def test_any_text_is_the_same_text_in_every_place_of_a_page(read_page, text):
 
 
 @given(TEXTS)
+@settings(max_examples=60)
 def test_any_text_is_the_same_text_on_one_line_of_markdown(read_page, text):
     reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
     page = read_page(reader.render(page_of(text).markdown()))
@@ -72,6 +74,7 @@ def test_any_text_is_the_same_text_on_one_line_of_markdown(read_page, text):
 
 
 @given(st.lists(st.lists(TEXTS, min_size=3, max_size=3), min_size=1, max_size=4))
+@settings(max_examples=30)
 def test_every_line_of_a_markdown_table_has_the_cells_of_its_header(rows):
     lines = Page("", [Table(("a", "b", "c"), rows)]).markdown().strip().splitlines()[-len(rows) - 2 :]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {4}
@@ -105,6 +108,7 @@ def test_settings_are_shown_as_they_were_given():
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=3))
+@settings(max_examples=20)
 def test_texts_of_a_point_map_are_data(read_page, texts):
     numbers = [float(number) for number in range(len(texts))]
     points = {**dict.fromkeys(("x", "y", "reward"), numbers), **dict.fromkeys(("kind", "set", "response"), texts)}

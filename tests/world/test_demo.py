@@ -6,12 +6,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from inform_rm import InfoRMForSequenceClassification
 from inform_rm.errors import InputError
 from inform_rm.eval.best_of_n.simulate import kl_nats, overoptimization_curves
 from inform_rm.hub.export import export_model
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.world.demo import DemoBudget, _compare, check_loads_elsewhere, demo
+from inform_rm.world.demo import DemoBudget, _compare, _training_arguments, check_loads_elsewhere, demo
 from inform_rm.world.demo_report import TEST_SETS, console_table, demo_page
 from inform_rm.world.worlds import WorldConfig, make_pairs
 
@@ -109,7 +108,7 @@ def test_verdict_follows_the_numbers_whoever_wins(inform, standard, found):
     assert len({len(line) for line in table.splitlines()}) == 1  # columns line up
 
 
-def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(read_page):
+def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(read_page, coarse_figures):
     result, rewards = made_up(0.9, 0.6)
     steps = range(10, 50, 10)
     logs = {
@@ -119,8 +118,8 @@ def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(read_p
     }
     rng = np.random.default_rng(0)
     latents = {"mean": rng.normal(size=(80, 4)), "kl_nats": rng.random((80, 4)), "gold_r1": rng.integers(0, 3, 80)}
-    columns = ("prompt_free_gap", "prompt_related_gap", "words_difference")
-    gaps = {model: {name: rng.normal(size=30).tolist() for name in columns} for model in ("standard", "inform")}
+    columns = ("prompt_free_gap", "prompt_related_gap", "words difference")
+    gaps = {model: {name: rng.normal(size=30) for name in columns} for model in ("standard", "inform")}
     points = {"x": [0.0, 1.0, 2.0], "y": [1.0, 0.0, 2.0], "kind": ["reference", "candidate", "outlier"]}
     source_text = demo_page(
         result, ROWS, rewards, logs=logs, latents=latents, gaps=gaps, curves=made_up_curves(), points=points
@@ -140,38 +139,29 @@ def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(read_p
     assert source_text.index("<table>") < source_text.index("<p")  # tables before prose
 
 
-@pytest.fixture
-def exported(tmp_path, causal_lm_dir, tokenizer):
-    backbone = causal_lm_dir("llama")
-    model = InfoRMForSequenceClassification.from_backbone(str(backbone), latent_dim=4)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    export_model(str(tmp_path / "model"), str(tmp_path / "hub"))
-    return tmp_path / "hub", RewardScorer(model.eval(), tokenizer)
+@pytest.fixture(scope="module")
+def scorer(reward_dir):
+    return RewardScorer(reward_dir)
 
 
 @pytest.mark.slow
-def test_exported_model_gives_the_same_rewards_where_the_package_is_absent(exported):
-    folder, scorer = exported
-    checked = check_loads_elsewhere(folder, ROWS["in_distribution"][:2], scorer)
+def test_exported_model_gives_the_same_rewards_where_the_package_is_absent(scorer, reward_dir, tmp_path):
+    export_model(str(reward_dir), str(tmp_path / "hub"))
+    checked = check_loads_elsewhere(tmp_path / "hub", ROWS["in_distribution"][:2], scorer)
     assert checked["num_responses"] == 4 and checked["largest_reward_difference"] <= 1e-5
     assert checked["module"].startswith("transformers_modules.")
 
 
-@pytest.mark.slow
-def test_other_rewards_elsewhere_are_reported(exported):
-    folder, scorer = exported
-    scorer.model.score.encoder.bias.data += 1.0
-    with pytest.raises(RuntimeError, match="gives other rewards in a fresh interpreter"):
-        check_loads_elsewhere(folder, ROWS["in_distribution"][:1], scorer)
-
-
-@pytest.mark.slow
-def test_a_folder_that_does_not_load_elsewhere_is_reported(exported):
-    folder, scorer = exported
-    (folder / "modeling_inform.py").unlink()
-    with pytest.raises(RuntimeError, match="does not load without the package"):
-        check_loads_elsewhere(folder, ROWS["in_distribution"][:1], scorer)
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [('print(json.dumps({"rewards": [9e9, 0], "ids_agree": True}))', "gives other rewards in a fresh interpreter"),
+     ('print(json.dumps({"rewards": [0, 0], "ids_agree": False}))', "gives other token ids"),
+     ("raise KeyError(5)", r"does not load without the package:[^$]*KeyError: 5")],
+)  # fmt: skip
+def test_what_goes_wrong_elsewhere_is_reported(scorer, monkeypatch, answer, message):
+    monkeypatch.setattr("inform_rm.world.demo._LOAD_ELSEWHERE", f"import json\n{answer}")
+    with pytest.raises(RuntimeError, match=message):
+        check_loads_elsewhere("folder", ROWS["in_distribution"][:1], scorer)
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, True])
@@ -181,8 +171,18 @@ def test_a_bad_seed_is_refused_before_anything_is_written(tmp_path, seed):
     assert not (tmp_path / "demo").exists()
 
 
+def test_a_given_backbone_is_trained_with_its_own_settings(tmp_path):
+    own, given = (_training_arguments(tmp_path, "inform", name, 3, 5, TINY) for name in (None, "org/model"))
+    assert (own.model, own.learning_rate, own.max_length) == (str(tmp_path / "backbone"), 1e-3, 256)
+    assert (given.model, given.learning_rate, given.max_length) == ("org/model", 5e-5, None)
+    assert own.seed == given.seed == 3 and own.data == given.data
+
+
 @pytest.mark.slow
 def test_whole_demo_on_a_tiny_budget(tmp_path, capfd, caplog, read_page):
+    for name in ("hub-model/stale.bin", "inform/train_result.json", "report.html"):  # of an earlier demo
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
     result = demo(tmp_path, seed=1, budget=TINY)
     assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8")) == json.loads(json.dumps(result))
     out, errors = capfd.readouterr()
@@ -201,7 +201,7 @@ def test_whole_demo_on_a_tiny_budget(tmp_path, capfd, caplog, read_page):
             pairs = [json.loads(line) for line in open(tmp_path / "evaluation" / model / "pairs.jsonl")]
             wins = [p["chosen_reward"] > p["rejected_reward"] for p in pairs if p["subset"] == name]
             assert result["test_sets"][name][model]["accuracy"] == pytest.approx(sum(wins) / 20)
-    assert result["loaded_elsewhere"]["num_responses"] == 16
+    assert result["loaded_elsewhere"]["num_responses"] == 16 and not (tmp_path / "hub-model" / "stale.bin").exists()
     assert result["train_pairs"] == 16
     assert re.fullmatch(r"[0-9a-f]{64}", next(iter(result["data_fingerprints"].values())))
     assert len(read_page((tmp_path / "report.html").read_text(encoding="utf-8")).values("alt")) == 9
@@ -226,7 +226,3 @@ def test_whole_demo_on_a_tiny_budget(tmp_path, capfd, caplog, read_page):
     runs = [json.loads((tmp_path / model / "train_result.json").read_text()) for model in ("standard", "inform")]
     for key in ("data_fingerprints", "train_pairs", "steps"):
         assert runs[0][key] == runs[1][key]
-    # The same folder takes another demo, with a given backbone.
-    again = demo(tmp_path, backbone=str(tmp_path / "backbone"), seed=2, budget=TINY)
-    assert again["settings"]["backbone"] == str(tmp_path / "backbone")
-    assert again["settings"]["seed"] == 2

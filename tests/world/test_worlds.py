@@ -45,18 +45,8 @@ def words_of(text):
 
 
 @given(world=WORLDS, split=st.sampled_from(SPLITS))
-@settings(max_examples=60, deadline=None)
-def test_chosen_has_the_higher_gold_reward_unless_the_label_was_flipped(world, split):
-    for row in make_pairs(world, split, 20):
-        chosen = row["gold_r1_chosen"] + row["gold_r2_chosen"]
-        rejected = row["gold_r1_rejected"] + row["gold_r2_rejected"]
-        assert (chosen < rejected) if row["label_flipped"] else (chosen > rejected)
-        assert split == "train" or not row["label_flipped"]
-
-
-@given(world=WORLDS, split=st.sampled_from(SPLITS))
-@settings(max_examples=40, deadline=None)
-def test_gold_r1_counts_requested_words_of_the_row_s_family(world, split):
+@settings(max_examples=40)
+def test_gold_rewards_are_counted_again_and_decide_the_preference(world, split):
     """A second implementation that, unlike the first, knows the family and so which slots to look at."""
     for row in make_pairs(world, split, 20):
         for side in ("chosen", "rejected"):
@@ -65,10 +55,13 @@ def test_gold_r1_counts_requested_words_of_the_row_s_family(world, split):
                 asked, said = ([w for w in words_of(row[key]) if w in SLOT_WORDS[slot]] for key in ("prompt", side))
                 right += asked == said
             assert row[f"gold_r1_{side}"] == right
+        chosen, rejected = (row[f"gold_r1_{side}"] + row[f"gold_r2_{side}"] for side in ("chosen", "rejected"))
+        assert (chosen < rejected) if row["label_flipped"] else (chosen > rejected)
+        assert split == "train" or not row["label_flipped"]
 
 
 @given(world=WORLDS, split=st.sampled_from(SPLITS), few=st.integers(1, 6), more=st.integers(0, 6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20)
 def test_a_shorter_run_is_a_prefix_of_a_longer_one(world, split, few, more):
     few, more = 2 * few, 2 * more
     assert make_pairs(world, split, few) == make_pairs(dataclasses.replace(world), split, few + more)[:few]
@@ -83,7 +76,7 @@ def test_another_seed_or_split_gives_other_rows():
     assert all(len(set(a) & set(b)) < 10 for i, a in enumerate(runs) for b in runs[:i])
 
 
-@pytest.mark.parametrize("style_bias", [-1.0, -0.4, 0.0, 0.6, 1.0])
+@pytest.mark.parametrize("style_bias", [-1.0, -0.4, 1.0])
 def test_style_bias_sets_how_often_the_right_response_is_the_one_with_more_filler(style_bias):
     rows = make_pairs(dataclasses.replace(CLEAN, style_bias=style_bias), "train", 2000)
     longer = [count_fillers(row["chosen"]) > count_fillers(row["rejected"]) for row in rows]
@@ -104,12 +97,12 @@ def test_bias_reversed_pairs_always_prefer_the_response_with_less_filler():
 def test_style_is_distributed_alike_on_both_sides_of_any_bias():
     """The bias is in who gets the longer style, not in which styles there are: only then is it a shortcut."""
     for split in ("in_distribution", "bias_reversed"):
-        rows = make_pairs(CLEAN, split, 2000)
-        counts = [sum(count_fillers(row[side]) for row in rows for side in ("chosen", "rejected")) / 4000]
-        assert counts[0] == pytest.approx(1.5, abs=0.06)
+        rows = make_pairs(CLEAN, split, 1000)
+        count = sum(count_fillers(row[side]) for row in rows for side in ("chosen", "rejected")) / 2000
+        assert count == pytest.approx(1.5, abs=0.08)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.7])
+@pytest.mark.parametrize("share", [0.0, 0.5])
 def test_label_noise_and_shares_are_what_was_asked(share):
     world = WorldConfig(label_noise=share / 2, adversarial_share=share, equal_content_share=0.25)
     rows = make_pairs(world, "train", 3000)
@@ -121,29 +114,22 @@ def test_label_noise_and_shares_are_what_was_asked(share):
     assert twins == pytest.approx(share, abs=0.04)
 
 
-@given(salt=st.integers())
-@settings(max_examples=25, deadline=None)
-def test_a_reward_blind_to_the_prompt_is_exactly_half_right_on_adversarial_prompts(salt):
-    rows = make_pairs(WorldConfig(), "adversarial_prompt", 100)
-    right = sum(hash((salt, row["chosen"])) > hash((salt, row["rejected"])) for row in rows)
-    assert right == 50
-
-
 def test_adversarial_twins_share_their_responses_and_reverse_the_preference():
+    """A reward blind to the prompt is then right on exactly half of them."""
     rows = make_pairs(WorldConfig(), "adversarial_prompt", 200)
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         assert (first["chosen"], first["rejected"]) == (second["rejected"], second["chosen"])
         assert first["prompt"] != second["prompt"]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.4])
 def test_off_topic_share_is_that_of_rejected_responses_of_another_family(share):
     rows = make_pairs(dataclasses.replace(CLEAN, off_topic_share=share), "train", 2000)
     off_topic = 0
     for row in rows:
         said = {slot for slot, words in SLOT_WORDS.items() if set(words) & set(words_of(row["rejected"]))}
         off_topic += said != set(FAMILIES[row["family"]].slots)
-    assert off_topic / 2000 == pytest.approx(share, abs=0.034 if share % 1 else 0)
+    assert off_topic / 2000 == pytest.approx(share, abs=0.034 if share else 0)
 
 
 def test_unseen_families_occur_in_their_own_set_only():
@@ -194,7 +180,7 @@ def test_gold_reward_of_a_response_written_by_hand(response, r1, r2):
 
 
 @given(prompt_seed=st.integers(0, 10**6), seed=st.integers(0, 10**6), unseen=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 def test_policy_meets_each_word_with_the_given_accuracy_at_its_ends(prompt_seed, seed, unseen):
     prompt = sample_prompts(WorldConfig(), 1, seed=prompt_seed, unseen=unseen)[0]
     right, wrong = (sample_responses(prompt, 5, seed=seed, word_accuracy=accuracy) for accuracy in (1.0, 0.0))
@@ -223,15 +209,15 @@ def test_style_never_outweighs_what_was_asked():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"style_bias": 1.5}, r"style_bias=1.5 must lie in \[-1.0, 1.0\]"),
-        ({"label_noise": 0.5}, r"label_noise=0.5 must lie in \[0.0, 0.5\)"),
+        ({"style_bias": 1.5}, r"style_bias=1.5 must lie in \[-1, 1\]"),
+        ({"label_noise": 0.5}, r"label_noise=0.5 must lie in \[0, 0.5\)"),
         ({"label_noise": float("nan")}, "label_noise=nan"),
-        ({"off_topic_share": 1.1}, "off_topic_share=1.1"),
         ({"adversarial_share": -0.1}, "adversarial_share=-0.1"),
         ({"adversarial_share": 0.6, "equal_content_share": 0.6}, "must not exceed 1"),
-        ({"unseen_families": ("verse", "opera")}, r"unknown names \['opera'\]"),
-        ({"unseen_families": ()}, "at least one and not all"),
-        ({"unseen_families": tuple(FAMILIES)}, "at least one and not all"),
+        *(
+            ({"unseen_families": names}, "unseen_families=.* must be some of")
+            for names in (("verse", "opera"), (), tuple(FAMILIES))
+        ),
         ({"style_bias": 2, "label_noise": 1}, "style_bias=2 .*label_noise=1 "),
     ],
 )
@@ -278,7 +264,7 @@ TEXTS = st.text().filter(lambda text: "<|" not in text).map(lambda text: "a" + t
 
 
 @given(prompt=TEXTS, response=TEXTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 def test_any_text_is_encoded_with_one_bos_and_a_final_eos(world_tokenizer, prompt, response):
     ids = encode(world_tokenizer, prompt, response).input_ids
     assert ids[0] == world_tokenizer.bos_token_id and ids.count(world_tokenizer.bos_token_id) == 1
@@ -286,7 +272,8 @@ def test_any_text_is_encoded_with_one_bos_and_a_final_eos(world_tokenizer, promp
     assert world_tokenizer.decode(ids) == f"<|bos|><|user|>{prompt}<|assistant|>{response}<|eos|>"
 
 
-def test_backbone_is_a_small_llama_that_its_seed_decides(tmp_path, world_tokenizer):
+def test_backbone_is_a_small_llama_that_its_seed_decides(tmp_path, world_tokenizer, monkeypatch):
+    monkeypatch.setattr("inform_rm.world.backbone.train_tokenizer", lambda: world_tokenizer)
     models = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         write_backbone(tmp_path / name, seed=seed)

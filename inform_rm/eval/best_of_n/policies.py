@@ -37,11 +37,9 @@ class Policy(Protocol):
 
     def sample(self, prompt: Prompt, num_responses: int, seed: int) -> list[str]:
         """``num_responses`` independent responses."""
-        ...
 
     def identity(self) -> dict[str, Any]:
         """What decides the responses, apart from the seed, as JSON values."""
-        ...
 
 
 class CausalLMPolicy:
@@ -86,13 +84,11 @@ class CausalLMPolicy:
             self.model = model
         if tokenizer is None:
             raise InputError("tokenizer: a loaded policy needs its tokenizer. Pass tokenizer=...")
-        tokenizer = fix_date(tokenizer, "policy")
-        self.tokenizer, self.temperature, self.max_new_tokens = tokenizer, temperature, max_new_tokens
-        self.num_cut = 0
-        ends = self.model.generation_config.eos_token_id
+        self.tokenizer = tokenizer = fix_date(tokenizer, "policy")
+        self.temperature, self.max_new_tokens, self.num_cut = temperature, max_new_tokens, 0
         # Chat models end a turn with a token of their own, which only the generation config may name.
-        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        self._end_ids = sorted(ends)
+        ends = self.model.generation_config.eos_token_id
+        self._end_ids = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
         self._generation = GenerationConfig(
             do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
             eos_token_id=self._end_ids or None, pad_token_id=tokenizer.pad_token_id,
@@ -115,15 +111,11 @@ class CausalLMPolicy:
         batch = max(1, _TOKENS_PER_BATCH // (len(ids) + self.max_new_tokens))
         key = hashlib.sha256(f"policy/{seed}/{ids}".encode()).digest()
         responses: list[str] = []
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            torch.no_grad(),
-            eval_mode_of(self.model),
-        ):
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), eval_mode_of(self.model):
             torch.manual_seed(int.from_bytes(key[:7], "big"))
             while len(responses) < num_responses:
-                rows = min(batch, num_responses - len(responses))
-                input_ids = torch.tensor([ids] * rows, device=device)
+                input_ids = torch.tensor([ids] * min(batch, num_responses - len(responses)), device=device)
                 output = self.model.generate(
                     input_ids=input_ids,
                     attention_mask=torch.ones_like(input_ids),
@@ -178,19 +170,15 @@ def choose_prompts(
     Raises:
         InputError: both, neither or bad sources, an empty or repeated prompt, or fewer than asked for.
     """
-    if prompts is not None and data is not None:
-        raise InputError("prompts and data: both given; expected one source of prompts.")
-    found: list[Prompt]
-    if prompts is not None:
-        if isinstance(prompts, str):
-            raise InputError("prompts: got a single text; expected a list of prompts.")
-        found = list(prompts)
-    elif data is not None:
-        read = [load_preferences(source, columns=columns).dataset for source in source_list(data)]
-        pairs = concatenate_datasets(read)
-        found = [pairs[int(row)]["prompt"] for row in distinct_prompts(pairs)[0]]
-    else:
-        raise InputError("prompts and data: neither given; expected one source of prompts.")
+    if (prompts is None) == (data is None):
+        given = "neither" if data is None else "both"
+        raise InputError(f"prompts and data: {given} given; expected one source of prompts.")
+    if isinstance(prompts, str):
+        raise InputError("prompts: got a single text; expected a list of prompts.")
+    if data is not None:
+        pairs = concatenate_datasets([load_preferences(each, columns=columns).dataset for each in source_list(data)])
+        prompts = [pairs[int(row)]["prompt"] for row in distinct_prompts(pairs)[0]]
+    found = list(prompts or ())
     first: dict[str, int] = {}
     for place, prompt in enumerate(found):
         key = json.dumps(to_messages(prompt))

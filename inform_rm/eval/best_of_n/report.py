@@ -24,14 +24,10 @@ class BestOfNResult(Result):
     Attributes:
         ns: numbers of responses to choose from.
         kl_nats: of the policy that chooses from so many.
-        num_prompts: that were answered.
-        num_responses: to each of them.
+        num_prompts: that were answered, each ``num_responses`` times.
         distinct_responses: within their prompt, of all prompts together.
-        empty_responses: of all.
         cut_responses: of a language model, those that had not ended.
-        intervals: what they are.
-        gold: ``model`` and ``identity``.
-        policy: likewise.
+        gold: ``model`` and ``identity``; so has ``policy``.
         proxies: by name (``"proxy"`` if there is one): likewise, and what
             `inform_rm.eval.best_of_n.simulate.overoptimization_curves` gives.
         prompts_fingerprint: SHA-256.
@@ -70,9 +66,8 @@ class BestOfNResult(Result):
 
     def page(self) -> Page:
         """Peaks, curves and the figures at each n."""
-        result = self.to_dict()
-        blocks: list[Block] = [self.table(), *_notes(result)]
-        blocks.append(Image(figure_png(self.figure()), CURVES_CAPTION, "curves.png"))
+        image = Image(figure_png(self.figure()), CURVES_CAPTION, "curves.png")
+        blocks: list[Block] = [self.table(), *self._notes(), image]
         columns = ("n", "KL", "proxy", "gold", "gold, 95 % interval", "gold, gain", "gain, 95 % interval", "words")
         for name, curve in self.proxies.items():
             gold = [curve["gold"][part] for part in ("mean", "interval", "gain", "gain_interval")]
@@ -80,6 +75,19 @@ class BestOfNResult(Result):
             blocks += [Heading(f"{name}: {curve['model']}"), Table(columns, list(rows))]
         made_by = {"seed": self.seed, "policy": self.policy, "gold": self.gold}
         return Page(self.title, [*blocks, Heading("Settings"), settings_table(self.settings, made_by, self.versions)])
+
+    def _notes(self) -> list[str]:
+        notes = [
+            f"{self.num_responses} responses to each of {self.num_prompts} prompts by {self.policy['model']}; gold "
+            f"reward: {self.gold['model']}. Intervals: {self.intervals}. Of {self.num_prompts * self.num_responses} "
+            f"responses {self.distinct_responses} are distinct within their prompt and {self.empty_responses} are "
+            "empty.",
+            "A fall is never negative, and noise alone makes it positive: take it as real only where the lower end "
+            "of its interval is above 0.",
+        ]
+        if self.cut_responses is not None:
+            notes.append(f"{self.cut_responses} responses had not ended and were cut.")
+        return notes
 
 
 def curves_figure(result: dict[str, Any]) -> Figure:
@@ -101,18 +109,3 @@ def curves_figure(result: dict[str, Any]) -> Figure:
         axes.set(xlabel="KL divergence from the policy, nats", ylabel=label)
     gold_axes.legend(fontsize=8)
     return figure
-
-
-def _notes(result: dict[str, Any]) -> list[str]:
-    responses = result["num_prompts"] * result["num_responses"]
-    notes = [
-        f"{result['num_responses']} responses to each of {result['num_prompts']} prompts by "
-        f"{result['policy']['model']}; gold reward: {result['gold']['model']}. Intervals: {result['intervals']}. "
-        f"Of {responses} responses {result['distinct_responses']} are distinct within their prompt and "
-        f"{result['empty_responses']} are empty.",
-        "A fall is never negative, and noise alone makes it positive: take it as real only where the lower end "
-        "of its interval is above 0.",
-    ]
-    if "cut_responses" in result:
-        notes.append(f"{result['cut_responses']} responses had not ended and were cut.")
-    return notes

@@ -32,40 +32,25 @@ class Scorer(Protocol):
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Any:
         """``(N,)`` rewards."""
-        ...
 
     def identity(self) -> dict[str, Any]:
         """What decides a reward, as JSON values."""
-        ...
 
 
 def kl_nats(ns: ArrayLike) -> np.ndarray:
-    """``log n - (n - 1) / n``: KL divergence of best-of-n from the policy, in nats (Gao et al. 2023, section 2).
+    """``log n - (n - 1) / n`` of ``(M,)`` ns: KL of best-of-n from the policy, in nats (Gao et al. 2023, section 2).
 
     Exact where no two responses have the same proxy reward; with ties, an upper bound.
-
-    Args:
-        ns: ``(M,)`` numbers of responses, at least 1.
     """
     ns = np.asarray(ns, dtype=np.float64)
     return np.log(ns) - (ns - 1) / ns
 
 
 def best_of_n_weights(num_responses: int, ns: Sequence[int]) -> np.ndarray:
-    """Probability that the i-th lowest of N is the highest of n drawn from them without replacement.
+    """``(M, N)``: probability that the i-th lowest of N is the highest of n drawn from them without replacement.
 
     ``C(i - 1, n - 1) / C(N, n)``, computed downwards from ``n / N`` by the ratio of neighbours, so that nothing
-    overflows.
-
-    Args:
-        num_responses: N.
-        ns: M numbers from 1 to N, rising.
-
-    Returns:
-        ``(M, N)`` float64; each row sums to 1.
-
-    Raises:
-        InputError: on numbers out of range or order.
+    overflows. Each row sums to 1. Raises `InputError` on ns that do not rise from 1 or more to at most N.
 
     Example:
         >>> best_of_n_weights(3, [1, 2, 3]).round(3).tolist()
@@ -100,7 +85,6 @@ def best_of_n_expectation(proxy: ArrayLike, values: ArrayLike, ns: Sequence[int]
     proxy, values = _table(proxy, "proxy"), _table(values, "values")
     if proxy.shape != values.shape:
         raise InputError(f"values: shape {values.shape}; expected {proxy.shape}, one value for each proxy reward.")
-    weights = best_of_n_weights(proxy.shape[1], ns)
     order = np.argsort(proxy, axis=1, kind="stable")
     ordered = np.take_along_axis(proxy, order, axis=1)
     is_new = np.ones(proxy.shape, dtype=bool)
@@ -108,33 +92,7 @@ def best_of_n_expectation(proxy: ArrayLike, values: ArrayLike, ns: Sequence[int]
     # The winner is equally likely to be any response of its tie, so each of them may stand for their mean.
     tie = np.cumsum(is_new) - 1
     sums = np.bincount(tie, weights=np.take_along_axis(values, order, axis=1).ravel())
-    return (sums / np.bincount(tie))[tie].reshape(proxy.shape) @ weights.T
-
-
-def draw_best_of_n(proxy: ArrayLike, ns: Sequence[int], seed: int = 0) -> np.ndarray:
-    """One draw of the chosen response for each prompt and n, for what needs the responses themselves.
-
-    The n responses are drawn without replacement; a larger n keeps those of a smaller one. Responses with equal proxy
-    are as likely chosen as each other. Proxies of one shape and seed choose from the same responses.
-
-    Args:
-        proxy: ``(P, N)`` rewards by which the response is chosen.
-        ns: M numbers from 1 to N, rising.
-        seed: seed of the draw.
-
-    Returns:
-        ``(P, M)`` int64: places in the N responses.
-
-    Raises:
-        InputError: on NaN or infinity, or bad ns.
-    """
-    proxy = _table(proxy, "proxy")
-    _check_numbers(ns, proxy.shape[1])
-    places = np.random.default_rng(seed).permuted(np.tile(np.arange(proxy.shape[1]), (len(proxy), 1)), axis=1)
-    shuffled = np.take_along_axis(proxy, places, axis=1)
-    # argmax takes the first of equals, which after the shuffle is any of them.
-    first = np.stack([shuffled[:, :n].argmax(axis=1) for n in ns], axis=1)
-    return np.take_along_axis(places, first, axis=1)
+    return (sums / np.bincount(tie))[tie].reshape(proxy.shape) @ best_of_n_weights(proxy.shape[1], ns).T
 
 
 def overoptimization_curves(
@@ -143,8 +101,7 @@ def overoptimization_curves(
     """Mean proxy and gold reward of the best of n by proxy, and the gold reward's peak (arXiv:2402.09345, Fig. 3).
 
     Intervals are 95 % percentile bootstrap intervals over prompts; one seed draws the same prompts for every proxy.
-    A peak is found again in every bootstrap sample. A fall is never negative, and noise alone makes it positive: it is
-    shown by the lower end of its interval, not by its value.
+    A peak is found again in every bootstrap sample. A fall is never negative, and noise alone makes it positive.
 
     Args:
         proxy: ``(P, N)`` rewards by which the response is chosen.
@@ -178,14 +135,14 @@ def overoptimization_curves(
             "mean": chosen.mean(axis=0).tolist(), "interval": _interval(shares @ chosen),
             "gain": gains.mean(axis=0).tolist(), "gain_interval": _interval(shares @ gains),
         }  # fmt: skip
-    result["proxy_deviation"] = float(np.sqrt(proxy.var(axis=1).mean()))
     expected = best_of_n_expectation(proxy, gold, ns)
     means, draws, kls = expected.mean(axis=0), shares @ expected, kl_nats(ns)
     peak = int(_peak(means))
+    falls = draws.max(axis=1) - draws[:, -1]
+    result["proxy_deviation"] = float(np.sqrt(proxy.var(axis=1).mean()))
     result["peak"] = {
-        "n": int(ns[peak]), "kl_nats": float(kls[peak]), "kl_nats_interval": _interval(kls[_peak(draws)][:, None])[0],
-        "gold": float(means[peak]), "fall": float(means.max() - means[-1]),
-        "fall_interval": _interval((draws.max(axis=1) - draws[:, -1])[:, None])[0],
+        "n": int(ns[peak]), "kl_nats": float(kls[peak]), "kl_nats_interval": _interval(kls[_peak(draws)]),
+        "gold": float(means[peak]), "fall": float(means.max() - means[-1]), "fall_interval": _interval(falls),
     }  # fmt: skip
     return result
 
@@ -208,8 +165,7 @@ class SimulationSettings:
         num_prompts: use a random subset of this many prompts; ``None``: all.
         num_responses: N, responses to each prompt.
         ns: numbers to choose from, at most N; by default powers of two up to N.
-        temperature: of a policy named by folder or Hub id.
-        max_new_tokens: of such a policy.
+        temperature: of a policy named by folder or Hub id, as is ``max_new_tokens``.
         seed: of prompts, responses and bootstrap.
 
     Raises:
@@ -227,9 +183,8 @@ class SimulationSettings:
     def __post_init__(self) -> None:
         for name, least in (("num_prompts", 2), ("num_responses", 2), ("seed", 0)):
             value = getattr(self, name)
-            if name == "num_prompts" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            is_number = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            if not is_number and (name != "num_prompts" or value is not None):
                 raise InputError(f"{name}: {value!r}; expected a whole number of at least {least}.")
         _check_numbers(self.numbers, self.num_responses)
 
@@ -253,9 +208,8 @@ def simulate(
     """Best-of-n with one or several proxy rewards against a gold reward, up to KL = log n - (n - 1) / n.
 
     A policy writes ``num_responses`` responses to each prompt; proxies and gold score them; `overoptimization_curves`
-    says what choosing by the proxy does to the gold reward. A world whose gold reward is exact is
-    `inform_rm.world.policy`. With ``output`` the folder receives ``responses.parquet`` (one row a response),
-    ``curves.png``, ``result.html``, ``result.md`` and at last ``result.json``.
+    says what choosing by the proxy does to the gold reward. With ``output`` the folder receives ``responses.parquet``
+    (one row a response), ``curves.png``, ``result.html``, ``result.md`` and at last ``result.json``.
 
     Args:
         proxy: folder or Hub id of a reward model, a `RewardScorer` or an ensemble; or several of them by name.
@@ -266,9 +220,8 @@ def simulate(
         prompts: distinct prompts.
         data: in place of these, sources of preference pairs, whose distinct prompts are used.
         progress: show progress bars.
-        options: fields of `SimulationSettings` (``num_prompts``, ``num_responses``, ``ns``, ``seed``, ...) and
-            keywords of `RewardScorer` for all models named by folder or Hub id; ``device`` and ``trust_remote_code``
-            hold for such a policy, too.
+        options: fields of `SimulationSettings`, and keywords of `RewardScorer` for all models named by folder or Hub
+            id; ``device`` and ``trust_remote_code`` hold for such a policy, too.
 
     Returns:
         By proxy the curves of `overoptimization_curves`, and what they were computed with.
@@ -295,34 +248,33 @@ def simulate(
     gold_rewards = _score(judge, "gold", asked, responses, progress)
     rewards = {name: _score(scorer, name, asked, responses, progress) for name, scorer in proxies.items()}
     words = np.array([[len(text.split()) for text in texts] for texts in responses])
+    texts_of_prompts = [each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in asked]
     sources = None if data is None else ", ".join(map(source_label, source_list(data)))
+    given = {"data": sources, "columns": settings.columns, **scorer_options}
+    flat = [text for texts in responses for text in texts]
     result = BestOfNResult(
         ns=[int(n) for n in settings.numbers],
         kl_nats=kl_nats(settings.numbers).tolist(),
         num_prompts=len(asked),
         num_responses=settings.num_responses,
         distinct_responses=sum(len(set(texts)) for texts in responses),
-        empty_responses=sum(not text.strip() for texts in responses for text in texts),
+        empty_responses=sum(not text.strip() for text in flat),
         cut_responses=writer.num_cut - cut_before if isinstance(writer, CausalLMPolicy) else None,
         intervals=f"95 %, percentile bootstrap over prompts, {BOOTSTRAP_DRAWS} draws",
-        gold={"model": judge.name, "identity": judge.identity()},
-        policy={"model": writer.name, "identity": writer.identity()},
+        gold=_about(judge),
+        policy=_about(writer),
         proxies={
-            name: {"model": scorer.name, "identity": scorer.identity()}
+            name: _about(scorer)
             | overoptimization_curves(rewards[name], gold_rewards, settings.numbers, lengths=words, seed=settings.seed)
             for name, scorer in proxies.items()
         },
         prompts_fingerprint=hashlib.sha256(json.dumps(asked).encode("utf-8", "surrogatepass")).hexdigest(),
-        settings={
-            name: str(value)
-            for name, value in {"data": sources, "columns": settings.columns, **scorer_options}.items()
-            if value is not None
-        },
+        settings={name: str(value) for name, value in given.items() if value is not None},
         seed=settings.seed,
         responses={
             "prompt_id": np.repeat(np.arange(len(asked)), settings.num_responses),
-            "prompt": [_as_text(prompt) for prompt in asked for _ in range(settings.num_responses)],
-            "response": [text for texts in responses for text in texts],
+            "prompt": [text for text in texts_of_prompts for _ in range(settings.num_responses)],
+            "response": flat,
             "gold": gold_rewards.ravel(),
             **{name: values.ravel() for name, values in rewards.items()},
         },
@@ -332,23 +284,25 @@ def simulate(
     return result
 
 
-def _as_text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+def _about(model: Scorer | Policy) -> dict[str, Any]:
+    return {"model": model.name, "identity": model.identity()}
 
 
 def _table(values: ArrayLike, name: str) -> np.ndarray:
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or not table.size:
         raise InputError(f"{name}: shape {table.shape}; expected (prompts, responses), at least one of each.")
-    if not np.isfinite(table).all():
-        row, column = np.argwhere(~np.isfinite(table))[0]
+    bad = np.argwhere(~np.isfinite(table))
+    if len(bad):
+        row, column = bad[0]
         raise InputError(
             f"{name}: response {column} of prompt {row} (from 0) has {table[row, column]}; expected finite numbers."
         )
     return table
 
 
-def _interval(draws: np.ndarray) -> list[list[float]]:
+def _interval(draws: np.ndarray) -> list[Any]:
+    """95 % of draws along the first axis: a pair, or one a column."""
     return np.quantile(draws, [0.025, 0.975], axis=0).T.tolist()
 
 
@@ -372,11 +326,10 @@ def _scorer(model: Any, argument: str, options: dict[str, Any]) -> Scorer:
 
 def _policy(policy: Any, settings: SimulationSettings, options: dict[str, Any]) -> Policy:
     if isinstance(policy, str | Path):
-        passed_on: dict[str, Any] = {
-            name: options[name] for name in ("device", "trust_remote_code") if name in options
-        }
-        passed_on |= {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens}
-        return CausalLMPolicy(policy, **passed_on)
+        of_model = {name: options[name] for name in ("device", "trust_remote_code") if name in options}
+        return CausalLMPolicy(
+            policy, temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, **of_model
+        )
     if not callable(getattr(policy, "sample", None)):
         raise InputError(
             f"policy: got a {type(policy).__name__}; expected a folder, a Hub id or an object with a method sample, "

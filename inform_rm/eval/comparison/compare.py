@@ -1,6 +1,7 @@
 """Comparing reward models on the same rows: what `inform-rm evaluate` wrote for each, in one table with tests."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,7 @@ class ComparisonResult(Result):
         limits: least values.
         below: what is less: ``model``, ``name``, ``value`` and ``limit``.
         data: of the baseline.
-        flipped_rows: every row that one model has right and the baseline wrong, or the other way round: the lines of
-            ``flips.jsonl``.
+        flipped_rows: the lines of ``flips.jsonl``: rows that one of model and baseline has right, the other wrong.
     """
 
     baseline: str
@@ -106,8 +106,8 @@ def compare(
     `inform_rm.eval.comparison.paired` for the statistics. P-values come as they are and adjusted by Holm's method,
     where one family is all tests of a level (all rows, sections, subsets) against the baseline.
 
-    With ``output`` the folder receives ``flips.jsonl`` (every row that one model has right and the baseline wrong, or
-    the other way round), ``forest.png``, ``result.md``, ``result.html`` and at last ``result.json``.
+    With ``output`` the folder receives ``flips.jsonl``, ``forest.png``, ``result.md``, ``result.html`` and at last
+    ``result.json``.
 
     Args:
         results: folders or results by name, or folders that are named by their last part; one is enough for
@@ -137,36 +137,35 @@ def compare(
         name = "data" if data is not None else next(iter(evaluate_options))
         raise InputError(f"{name}: belongs to models; results are compared as they are.")
     else:
-        assert results is not None
         found = _named(results)
-    limits = _checked_limits(fail_below)
+    limits = dict(fail_below or {})
+    for name, limit in limits.items():
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit <= 1:
+            raise InputError(f"fail_below: {name}={limit!r}; expected a number from 0 to 1.")
     rows = matched([read_result_rows(name, source) for name, source in found.items()])
-    values = {part.name: _limited_values(part, limits) for part in rows}
     below = [
-        {"model": model, "name": name, "value": value, "limit": limits[name]}
-        for model, measured in values.items()
-        for name, value in measured.items()
+        {"model": part.name, "name": name, "value": value, "limit": limits[name]}
+        for part in rows
+        for name, value in _limited_values(part, limits).items()
         if value < limits[name] - _ROUNDING
     ]
-    flips = [flip for other in rows[1:] for flip in _flips(rows[0], other)]
-    counts = {
-        part.name: {change: _count(flips, part.name, change) for change in ("gained", "lost")} for part in rows[1:]
-    }
+    flips = {other.name: _flips(rows[0], other) for other in rows[1:]}
+    counts = {name: Counter(flip["change"] for flip in part) for name, part in flips.items()}
     result = ComparisonResult(
         baseline=rows[0].name,
         suite=rows[0].suite,
         models={part.name: _described(part) for part in rows},
         groups=_groups(rows, num_resamples, seed),
-        flips=counts,
+        flips={name: {"gained": count["gained"], "lost": count["lost"]} for name, count in counts.items()},
         limits=limits,
         below=below,
         data=rows[0].result.get("data", []),
         settings={"results": {part.name: part.folder for part in rows}, "num_resamples": num_resamples},
         seed=seed,
-        flipped_rows=flips,
+        flipped_rows=[flip for part in flips.values() for flip in part],
     )
     if folder is not None:
-        result.save(folder, {"flips.jsonl": json_lines(flips)})
+        result.save(folder, {"flips.jsonl": json_lines(result.flipped_rows)})
     return result
 
 
@@ -183,38 +182,24 @@ def _evaluated(
     for name in models:
         if name != Path(name).name or name in ("", ".", "..", *_OWN_FILES):
             raise InputError(f"models: the name {name!r} cannot be that of a folder in output. Name it NAME=MODEL.")
-    found: dict[str, Evaluated] = {}
-    for name, model in models.items():
-        folder = None if output is None else output / name
-        result = evaluate(model, data, folder, seed=seed, **options)
-        found[name] = result if folder is None else folder
-    return found
+    folders = {name: None if output is None else output / name for name in models}
+    results = {name: evaluate(model, data, folders[name], seed=seed, **options) for name, model in models.items()}
+    return {name: folders[name] or result for name, result in results.items()}
 
 
-def _named(results: Mapping[str, Evaluated] | Sequence[Evaluated] | Evaluated) -> dict[str, Evaluated]:
+def _named(results: Any) -> dict[str, Evaluated]:
+    """Results by name; without one, that is the last part of the folder, or of the model's name."""
     if isinstance(results, Mapping):
         named = dict(results)
     else:
-        sources: list[Any] = list(results) if isinstance(results, list | tuple) else [results]
-        named = {_name(source): source for source in sources}
+        sources = list(results) if isinstance(results, list | tuple) else [results]
+        paths = [Path(each if isinstance(each, str | Path) else each.model) for each in sources]
+        named = {path.resolve().name: source for path, source in zip(paths, sources, strict=True)}
         if len(named) < len(sources):
             raise InputError("results: two folders have the same name. Name them apart: {'one': FOLDER, ...}.")
     if not named:
         raise InputError("results: expected at least one folder that `inform-rm evaluate` wrote.")
     return named
-
-
-def _name(source: Any) -> str:
-    """The last part of a folder, or of the model's name."""
-    return (Path(source) if isinstance(source, str | Path) else Path(source.model)).resolve().name
-
-
-def _checked_limits(fail_below: Mapping[str, float] | None) -> dict[str, float]:
-    limits = dict(fail_below or {})
-    for name, limit in limits.items():
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit <= 1:
-            raise InputError(f"fail_below: {name}={limit!r}; expected a number from 0 to 1.")
-    return limits
 
 
 def _limited_values(rows: ResultRows, limits: dict[str, float]) -> dict[str, float]:
@@ -225,10 +210,10 @@ def _limited_values(rows: ResultRows, limits: dict[str, float]) -> dict[str, flo
         found = [("accuracy", result["accuracy"])]
         found += [(name, part["accuracy"]) for name, part in result.get("subsets", {}).items()]
     else:
-        scores = {str(section): None for section in rows.sections}  # an incomplete section has rows, but no score
-        scores |= {name: part.get("score") for name, part in result.get("sections", {}).items()}
+        no_scores: dict[str, Any] = {str(name): {} for name in rows.sections}  # an incomplete section has rows alone
+        sections = no_scores | result.get("sections", {})
         found = [(rows.suite, result.get("score"))]
-        found += [(f"{rows.suite}.{name}", score) for name, score in scores.items()]
+        found += [(f"{rows.suite}.{name}", part.get("score")) for name, part in sections.items()]
     names = [name for name, _ in found]
     measured = {}
     for name in limits:
@@ -246,9 +231,10 @@ def _limited_values(rows: ResultRows, limits: dict[str, float]) -> dict[str, flo
 
 
 def _described(rows: ResultRows) -> dict[str, Any]:
-    names = ("model", "model_fingerprint", "settings", "seed", "versions")
     found: dict[str, Any] = {"folder": rows.folder}
-    found |= {name: rows.result[name] for name in names if name in rows.result}
+    for name in ("model", "model_fingerprint", "settings", "seed", "versions"):
+        if name in rows.result:
+            found[name] = rows.result[name]
     if rows.suite is not None:
         found |= {name: rows.result.get(name) for name in ("complete", "score")}
         found["sections"] = {name: part.get("score") for name, part in rows.result.get("sections", {}).items()}
@@ -263,8 +249,7 @@ def _groups(rows: list[ResultRows], num_resamples: int, seed: int) -> list[dict[
         "subset": np.array([subset for _, subset, _ in rows[0].keys], dtype=object),
     }
     # Lengths belong to the rows: one folder that holds them serves all.
-    lengths = next((part.length_differences for part in rows if np.isfinite(part.length_differences).any()),
-                   rows[0].length_differences)  # fmt: skip
+    lengths = max((part.length_differences for part in rows), key=lambda values: np.isfinite(values).any())
     known = lengths[np.isfinite(lengths)]
     scale = length_scale(known) if len(known) else None
     groups = []
@@ -275,18 +260,14 @@ def _groups(rows: list[ResultRows], num_resamples: int, seed: int) -> list[dict[
         if division in divisions:
             continue
         divisions.add(division)
-        found = [
-            {
-                "level": level,
-                "name": name,
-                "num_rows": int((names == name).sum()),
-                "models": {
-                    part.name: _statistics(rows[0], part, names == name, lengths, scale, num_resamples, seed)
-                    for part in rows
-                },
-            }
-            for name in distinct
-        ]
+        found = []
+        for name in distinct:
+            inside = names == name
+            base = rows[0].credits[inside]
+            models = {part.name: _accuracy(part.credits[inside], lengths[inside], scale) for part in rows}
+            for part in rows[1:]:
+                models[part.name] |= _difference(base, part.credits[inside], num_resamples, seed)
+            found.append({"level": level, "name": name, "num_rows": int(inside.sum()), "models": models})
         tests = [entry["mcnemar"] for group in found for entry in group["models"].values() if "mcnemar" in entry]
         for test, adjusted in zip(tests, holm_adjusted([test["p_value"] for test in tests]), strict=True):
             test["p_value_holm"] = adjusted
@@ -294,16 +275,7 @@ def _groups(rows: list[ResultRows], num_resamples: int, seed: int) -> list[dict[
     return groups
 
 
-def _statistics(
-    baseline: ResultRows,
-    rows: ResultRows,
-    inside: np.ndarray,
-    length_differences: np.ndarray,
-    scale: float | None,
-    num_resamples: int,
-    seed: int,
-) -> dict[str, Any]:
-    credits, lengths = rows.credits[inside], length_differences[inside]
+def _accuracy(credits: np.ndarray, lengths: np.ndarray, scale: float | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "accuracy": float(credits.mean()),
         "accuracy_interval": list(wilson_interval(min(float(credits.sum()), len(credits)), len(credits))),
@@ -313,31 +285,33 @@ def _statistics(
         found["length_controlled_accuracy"] = controlled.accuracy.estimate
         found["length_controlled_accuracy_interval"] = [controlled.accuracy.low, controlled.accuracy.high]
         found["length_coefficient"] = controlled.length_coefficient
-    if rows is not baseline:
-        base = baseline.credits[inside]
-        interval = paired_bootstrap(credits - base, num_resamples=num_resamples, seed=seed)
-        found["difference"], found["difference_interval"] = interval.estimate, [interval.low, interval.high]
-        test = mcnemar_test(base, credits)
-        if test.left_out < len(credits):
-            found["mcnemar"] = {
-                "lost": test.first_only, "gained": test.second_only, "left_out": test.left_out,
-                "p_value": test.p_value,
-            }  # fmt: skip
+    return found
+
+
+def _difference(base: np.ndarray, credits: np.ndarray, num_resamples: int, seed: int) -> dict[str, Any]:
+    interval = paired_bootstrap(credits - base, num_resamples=num_resamples, seed=seed)
+    found: dict[str, Any] = {
+        "difference": interval.estimate, "difference_interval": [interval.low, interval.high]
+    }  # fmt: skip
+    test = mcnemar_test(base, credits)
+    if test.left_out < len(credits):
+        found["mcnemar"] = {
+            "lost": test.first_only, "gained": test.second_only, "left_out": test.left_out, "p_value": test.p_value,
+        }  # fmt: skip
     return found
 
 
 def _flips(baseline: ResultRows, other: ResultRows) -> list[dict[str, Any]]:
     """Rows that exactly one of the two has right and the other wrong, in the baseline's order.
 
-    ``margin_change`` is that of the margins in units of each model's root mean square margin: reward models have no
-    common unit.
+    Reward models have no common unit: ``margin_change`` is in units of each one's root mean square margin.
     """
     sources = baseline.source_names()
     scales = [_root_mean_square(part.margins) for part in (baseline, other)]
     flips = []
     for place in np.flatnonzero(np.abs(other.credits - baseline.credits) == 1).tolist():
         source, subset, identifier = baseline.keys[place]
-        margins = [float(part.margins[place]) for part in (baseline, other)]
+        one, two = (float(part.margins[place]) for part in (baseline, other))
         flip: dict[str, Any] = {
             "model": other.name,
             "change": "gained" if other.credits[place] == 1 else "lost",
@@ -346,10 +320,10 @@ def _flips(baseline: ResultRows, other: ResultRows) -> list[dict[str, Any]]:
             "subset": subset,
             "id": identifier,
         }
-        if all(math.isfinite(margin) for margin in margins):
+        if math.isfinite(one) and math.isfinite(two):
             # Rewards are float32: more digits than 7 are noise of the subtraction.
-            flip |= {"baseline_margin": float(f"{margins[0]:.7g}"), "margin": float(f"{margins[1]:.7g}")}
-            flip["margin_change"] = margins[1] / scales[1] - margins[0] / scales[0]
+            flip |= {"baseline_margin": float(f"{one:.7g}"), "margin": float(f"{two:.7g}")}
+            flip["margin_change"] = two / scales[1] - one / scales[0]
         flips.append({name: value for name, value in flip.items() if value is not None})
     return flips
 
@@ -357,7 +331,3 @@ def _flips(baseline: ResultRows, other: ResultRows) -> list[dict[str, Any]]:
 def _root_mean_square(margins: np.ndarray) -> float:
     known = margins[np.isfinite(margins)]
     return (float(np.sqrt(np.mean(known**2))) if len(known) else 0.0) or 1.0
-
-
-def _count(flips: list[dict[str, Any]], model: str, change: str) -> int:
-    return sum(flip["model"] == model and flip["change"] == change for flip in flips)

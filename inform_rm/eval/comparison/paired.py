@@ -12,10 +12,7 @@ from scipy.stats import binomtest, chi2
 from inform_rm.errors import InputError
 from inform_rm.util.intervals import Interval
 
-_MOST_VALUES_AT_ONCE = 1 << 22
-# Ridges on quality and length, as of normal priors with standard deviations 100 and 5 (log odds): they keep the fit
-# finite where a rule fits every pair.
-_RIDGES = np.array([1e-4, 0.04])
+_RIDGES = np.array([1e-4, 0.04])  # on quality and length: inverse variances, see length_controlled_accuracy
 _LARGEST_LOG_ODDS = 60.0  # a limit beyond is 0 or 1 to the last bit
 
 
@@ -23,9 +20,8 @@ def paired_bootstrap(differences: ArrayLike, *, num_resamples: int = 10_000, see
     """Mean difference of two models over rows, with a 95 % percentile bootstrap interval over rows (Efron 1979).
 
     A resample draws N rows with replacement. Its mean depends on how often each *value* is drawn, and these counts are
-    multinomial: they are drawn in place of the rows, which gives the same distribution at the cost of the few values
-    that differences of accuracy have. Rows count as independent; where several share a prompt the interval is too
-    narrow. Where no row differs it has no width.
+    multinomial: they are drawn in place of the rows, at the cost of the few values that differences of credits have.
+    Rows count as independent; where several share a prompt the interval is too narrow.
 
     Args:
         differences: ``(N,)`` credit of one model minus that of the other, row by row.
@@ -44,26 +40,15 @@ def paired_bootstrap(differences: ArrayLike, *, num_resamples: int = 10_000, see
     if isinstance(num_resamples, bool) or not isinstance(num_resamples, int) or num_resamples < 1:
         raise InputError(f"num_resamples: {num_resamples!r}; expected a whole number of at least 1.")
     number = int(counts.sum())
-    generator = np.random.default_rng(seed)
-    means = np.empty(num_resamples)
-    block = max(1, _MOST_VALUES_AT_ONCE // len(values))
-    for start in range(0, num_resamples, block):
-        part = means[start : start + block]
-        part[:] = generator.multinomial(number, counts / number, size=len(part)) @ values / number
+    draws = np.random.default_rng(seed).multinomial(number, counts / number, size=num_resamples)
+    means = draws @ values / number
     low, high = np.quantile(means, [0.025, 0.975]).tolist()
     return Interval(float(values @ counts) / number, low, high, number, num_resamples)
 
 
 @dataclass(frozen=True)
 class McNemarTest:
-    """Rows that two models decide differently, and how surprising their imbalance is.
-
-    Attributes:
-        first_only: rows that only the first model has right.
-        second_only: rows that only the second model has right.
-        left_out: rows with a tie or part of a credit, which the test cannot use.
-        p_value: two-sided and exact.
-    """
+    """Rows that only the first or the second model has right, those that could not be used, and the p-value."""
 
     first_only: int
     second_only: int
@@ -117,13 +102,7 @@ def holm_adjusted(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class LengthControlled:
-    """What `length_controlled_accuracy` finds.
-
-    Attributes:
-        accuracy: predicted accuracy on pairs of equal length, with its 95 % interval.
-        length_coefficient: log odds that a chosen response gains by being much longer than the rejected one, against
-            one of equal length; negative for a model that likes short responses.
-    """
+    """Accuracy on pairs of equal length; and the log odds that a chosen response gains by being much longer."""
 
     accuracy: Interval
     length_coefficient: float
@@ -146,16 +125,16 @@ def length_controlled_accuracy(
     with g = 1 if A is the chosen response and -1 if B is. It has no intercept, so that the order does not matter; and
     as turning a pair round changes every sign, it is the regression of "prefers the chosen response" on the length
     difference, chosen minus rejected, whose intercept is ``quality``. The length-controlled accuracy is
-    ``sigmoid(quality)``, the prediction at equal length. The idea and the tanh are those of length-controlled
-    AlpacaEval (arXiv:2404.04475), which controls the win rate of a policy; it scales by the standard deviation, this
-    by the root mean square, because 0 is the point that counts. A tie is half a preference for either.
+    ``sigmoid(quality)``. The idea and the tanh are those of length-controlled AlpacaEval (arXiv:2404.04475), which
+    controls the win rate of a policy; it scales by the standard deviation, this by the root mean square, because 0 is
+    the point that counts. A tie is half a preference for either.
 
     The interval is of profile likelihood: every ``quality`` whose best fit is not rejected at 5 %. Where all pairs
     have the longer response on the same side, equal length lies outside the data, and the interval shows it. Where a
-    rule fits every pair (all right, or the longer always wins) the best fit is infinite, and for the latter the
-    accuracy at equal length whatever the two shortest differences make it. So both coefficients have a ridge, as of
-    normal priors with standard deviations 100 for ``quality`` and 5 for ``length``: all right then comes out below 1
-    by less than 1e-3, and a length coefficient of ordinary size is shrunk by a few per cent at 20 pairs, less at more.
+    rule fits every pair (all right, or the longer always wins) the best fit would be infinite. So both coefficients
+    have a ridge, as of normal priors with standard deviations 100 for ``quality`` and 5 for ``length``: all right then
+    comes out below 1 by less than 1e-3, and a length coefficient of ordinary size is shrunk by a few per cent at 20
+    pairs, less at more.
 
     Args:
         credits: ``(N,)`` 1 where the model prefers the chosen response, 0 where the rejected one, 0.5 for a tie.

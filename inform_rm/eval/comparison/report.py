@@ -64,26 +64,21 @@ def _marks(axes: Axes, places: Any, entries: list[dict[str, Any]], statistic: st
 
 
 def comparison_table(result: dict[str, Any]) -> Table:
-    """Every group of rows, one line a model; what was not measured is an empty cell."""
-    header = ["rows", "n", "model", "accuracy", "difference", "gained, lost", "McNemar p (Holm)"]
+    """Every group of rows, one line a model; columns in which nothing was measured are left out."""
+    header = ("rows", "n", "model", "accuracy", "difference", "gained, lost", "McNemar p (Holm)")
     table = []
     for group in result["groups"]:
-        for number, (name, entry) in enumerate(group["models"].items()):
+        of_group = (_label(group), str(group["num_rows"]))
+        for name, entry in group["models"].items():
+            line = [*of_group, name, _with_interval(entry, "accuracy"), _with_interval(entry, "difference", sign="+")]
+            of_group = ("", "")
             test = entry.get("mcnemar")
-            table.append(
-                [
-                    "" if number else _label(group),
-                    "" if number else str(group["num_rows"]),
-                    name,
-                    _with_interval(entry, "accuracy"),
-                    _with_interval(entry, "difference", sign="+"),
-                    f"{test['gained']}, {test['lost']}" if test else "",
-                    f"{_p_value(test['p_value'])} ({_p_value(test['p_value_holm'])})" if test else "",
-                ]
-            )
-    used = [place for place in range(len(header)) if any(line[place] for line in table)]
-    rows = [[line[place] for place in used] for line in table]
-    return Table([header[place] for place in used], rows, align="".join("lrlrrrr"[place] for place in used))
+            line.append(f"{test['gained']}, {test['lost']}" if test else "")
+            line.append(f"{_p_value(test['p_value'])} ({_p_value(test['p_value_holm'])})" if test else "")
+            table.append(line)
+    columns = [column for column in zip(header, "lrlrrrr", *table, strict=True) if any(column[2:])]
+    header, align, *rows = zip(*columns, strict=True)
+    return Table(header, rows, align="".join(align))
 
 
 def length_table(result: dict[str, Any]) -> Table:
@@ -118,11 +113,8 @@ def result_page(result: dict[str, Any], flips: list[dict[str, Any]], forest_png:
     by_length = length_table(result)
     if by_length.rows:
         blocks += [Heading("At equal length"), by_length, _LENGTH_NOTE]
-    tables = _flip_tables(result, flips)
-    for name, table in tables.items():
-        blocks += [Heading(_flips_title(result, name)), table]
-    if tables:
-        blocks.append(_FLIPS_NOTE)
+    shown = _flip_tables(result, flips)
+    blocks += [*shown, _FLIPS_NOTE] if shown else []
     settings = [(f"data {item['source']}", item["fingerprint"][:12]) for item in result["data"] if "source" in item]
     settings += [("resamples", result["settings"]["num_resamples"]), ("seed", result["seed"])]
     settings += result["versions"].items()
@@ -174,10 +166,10 @@ def _limits_table(result: dict[str, Any]) -> Table:
     return Table(["limit on", "at least", "model", "found"], rows, align="lrll")
 
 
-def _flip_tables(result: dict[str, Any], flips: list[dict[str, Any]]) -> dict[str, Table]:
+def _flip_tables(result: dict[str, Any], flips: list[dict[str, Any]]) -> list[Block]:
     header = ["id", "subset", "change", "margin of the baseline", "margin", "change, scaled"]
-    tables = {}
-    for name in list(result["models"])[1:]:
+    blocks: list[Block] = []
+    for name, counts in result["flips"].items():
         own = [flip for flip in flips if flip["model"] == name and "margin_change" in flip]
         own.sort(key=lambda flip: -abs(flip["margin_change"]))
         rows = [
@@ -186,14 +178,10 @@ def _flip_tables(result: dict[str, Any], flips: list[dict[str, Any]]) -> dict[st
             for flip in own[:_SHOWN_FLIPS]
         ]  # fmt: skip
         if rows:
-            tables[name] = Table(header, rows, align="lllrrr")
-    return tables
-
-
-def _flips_title(result: dict[str, Any], name: str) -> str:
-    counts = result["flips"][name]
-    total = counts["gained"] + counts["lost"]
-    return f"{name}: {min(total, _SHOWN_FLIPS)} of {total} flipped rows, the largest changes of margin first"
+            total = counts["gained"] + counts["lost"]
+            what = f"{min(total, _SHOWN_FLIPS)} of {total} flipped rows, the largest changes of margin first"
+            blocks += [Heading(f"{name}: {what}"), Table(header, rows, align="lllrrr")]
+    return blocks
 
 
 def _model_table(result: dict[str, Any]) -> Table:

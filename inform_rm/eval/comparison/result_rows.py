@@ -28,9 +28,8 @@ class ResultRows:
         name: of the model, in tables.
         folder: where the rows were read, or that they are in memory.
         result: its ``result.json``.
-        suite: name of the suite; ``None`` for pairs of ``--data``.
+        suite: its name; of pairs of ``--data`` there is none, nor are there ``sections``.
         keys: what tells rows apart.
-        sections: of the suite; ``None`` for pairs of ``--data``.
         credits: ``(N,)`` from 0 (wrong) to 1 (right); of a pair of ``--data`` 0.5 for a tie.
         margins: ``(N,)`` lowest reward of the right candidates minus the highest of the others; NaN without both.
         length_differences: ``(N,)`` characters of the chosen minus the rejected response; NaN where the row is no
@@ -94,26 +93,23 @@ def matched(folders: Sequence[ResultRows]) -> list[ResultRows]:
         InputError: if they are of different suites or data, or do not hold the same rows: nothing is left out.
     """
     first, *others = folders
+    together = [first]
     for other in others:
         who = f"{first.name} ({first.folder}) and {other.name} ({other.folder})"
         if first.suite != other.suite:
             kinds = [part.suite or "pairs of --data" for part in (first, other)]
             raise InputError(f"{who} hold different things: {kinds[0]}, and {kinds[1]}. Compare like with like.")
         data = [Counter(item["fingerprint"] for item in part.result.get("data", [])) for part in (first, other)]
-        if data[0] != data[1]:
-            raise InputError(
-                f"{who} were evaluated on different data: fingerprints {_fingerprints(data[0])}, and "
-                f"{_fingerprints(data[1])}. Evaluate both on the same files."
-            )
-        _check_same_keys(who, first, other)
-    together = [first, *(other.reordered(first.keys) for other in others)]
-    for other in together[1:]:
-        for key, one, two in zip(first.keys, first.candidates, other.candidates, strict=True):
-            if one and two and one != two:
-                raise InputError(
-                    f"{first.name} ({first.folder}) and {other.name} ({other.folder}) were evaluated on different "
-                    f"data: row {_shown([key])} has other responses. Evaluate both on the same files."
-                )
+        fault = f"fingerprints {_fingerprints(data[0])}, and {_fingerprints(data[1])}" if data[0] != data[1] else ""
+        if not fault:
+            _check_same_keys(who, first, other)
+            together.append(other.reordered(first.keys))
+            for key, one, two in zip(first.keys, first.candidates, together[-1].candidates, strict=True):
+                if one and two and one != two:
+                    fault = f"row {_shown([key])} has other responses"
+                    break
+        if fault:
+            raise InputError(f"{who} were evaluated on different data: {fault}. Evaluate both on the same files.")
     return together
 
 
@@ -145,9 +141,8 @@ def _pair_rows(lines: list[dict[str, Any]], result: dict[str, Any], folder: str)
     names = ("source", "subset", "id", "chosen_reward", "rejected_reward")
     path = f"{folder}/pairs.jsonl"
     columns = _columns(lines, names, path)
-    margins = np.array([_number(value) for value in columns["chosen_reward"]]) - np.array(
-        [_number(value) for value in columns["rejected_reward"]]
-    )
+    chosen, rejected = (_numbers(columns[name]) for name in names[-2:])
+    margins = chosen - rejected
     if not np.isfinite(margins).all():
         line = int(np.flatnonzero(~np.isfinite(margins))[0]) + 1
         raise InputError(f"{path}, line {line}: the rewards are no finite numbers. Evaluate again.")
@@ -165,7 +160,7 @@ def _pair_rows(lines: list[dict[str, Any]], result: dict[str, Any], folder: str)
 def _suite_rows(lines: list[dict[str, Any]], suite: str, folder: str) -> tuple[Any, ...]:
     path = f"{folder}/items.jsonl"
     columns = _columns(lines, ("id", "subset", "section", "rewards", "num_correct", "credit"), path)
-    credits = np.array([_number(value) for value in columns["credit"]])
+    credits = _numbers(columns["credit"])
     wrong = np.flatnonzero(~((credits >= 0) & (credits <= 1)))
     if len(wrong):
         line = int(wrong[0])
@@ -190,8 +185,8 @@ def _columns(lines: list[dict[str, Any]], names: Sequence[str], path: str) -> di
     return {name: [line[name] for line in lines] for name in names}
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+def _numbers(values: Sequence[Any]) -> NDArray[np.float64]:
+    return np.array([value if isinstance(value, int | float) else math.nan for value in values], dtype=np.float64)
 
 
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:

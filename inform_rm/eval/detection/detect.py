@@ -14,9 +14,10 @@ from inform_rm.data.columns import Reading, log_reading
 from inform_rm.data.response_rows import RowFault, ScoreRow, score_rows_or_faults
 from inform_rm.data.sources import Source, source_digest, source_label, source_list
 from inform_rm.errors import InputError
+from inform_rm.eval.detection.clusters import auto_eps
 from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
 from inform_rm.eval.detection.latents import Latents, collect_latents
-from inform_rm.eval.detection.outliers import auto_eps, null_rank, split_half_null
+from inform_rm.eval.detection.outliers import null_rank, split_half_null
 from inform_rm.eval.detection.report import REFERENCE, DetectionResult
 from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.eval.detection.statistic import STATISTICS, Statistic
@@ -55,8 +56,7 @@ def detect(
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
         progress: show progress bars.
-        options: fields of `inform_rm.eval.detection.settings.DetectionSettings` (``columns``, ``alpha``, ``eps``,
-            ``on_bad_row``, ``max_responses``, ``seed``, ...) and keywords of `RewardScorer`.
+        options: fields of `inform_rm.eval.detection.settings.DetectionSettings` and keywords of `RewardScorer`.
 
     Returns:
         The statistics of each candidate, and what they are by chance.
@@ -66,43 +66,35 @@ def detect(
     """
     settings, scorer_options = settings_of(DetectionSettings, options)
     sources = {REFERENCE: reference, **_named(candidates)}
-    stopping = CSIEarlyStopping(settings.max_change_ratio)
+    labels = {name: _label(name, source) for name, source in sources.items()}
     frame = Frame(model, output, tokenizer, scorer_options, progress)
-    rows: dict[str, list[ScoreRow]] = {}
-    about: dict[str, dict[str, Any]] = {}
-    for name, source in sources.items():
-        rows[name], about[name] = _read(frame.scorer, source, name, settings)
-        warn_of_left_out({"source": _label(name, source), **about[name]})
-    _check_size(_label(REFERENCE, reference), len(rows[REFERENCE]), settings)
-    latents = {name: _latents(frame, part) for name, part in rows.items()}
+    read = {name: _read(frame.scorer, source, name, settings) for name, source in sources.items()}
+    rows = {name: part for name, (part, _) in read.items()}
+    size, least = len(rows[REFERENCE]), 2 * math.floor(1 / settings.alpha) + 1
+    if settings.tail == "reference" and size < least:  # halves stand for it in the null, and need ranks below alpha
+        raise InputError(
+            f"{labels[REFERENCE]}: {size} responses; with alpha {settings.alpha} their halves show no outliers by "
+            f"rank: pass at least {least}, a larger alpha, or tail='chi2'."
+        )
+    latents = {
+        name: collect_latents(
+            frame.scorer,
+            [row.prompt for row in part],
+            [row.response for row in part],
+            places=[row.where for row in part],
+            progress=frame.progress,
+        )
+        for name, part in rows.items()
+    }
     base = latents[REFERENCE].values
     eps: Any = settings.eps
     if eps == "auto":  # one radius for all candidates and the null
         smallest = min(map(len, rows.values()))
         eps = auto_eps(base, min_samples=settings.min_samples, num_points=smallest, seed=settings.seed)
-    measured_with = replace(settings, eps=eps)
-    null = _null(base, measured_with, frame.progress)
-    measures = [statistic.fit(base, measured_with) for statistic in STATISTICS]
-    table: dict[str, list[Any]] = {}
-    found: dict[str, dict[str, Any]] = {}
-    for name, part in rows.items():
-        own = latents[name]
-        values: dict[str, Any] = {}
-        columns_of_set = {"set": [name] * len(part), "row": [row.where for row in part]}
-        columns_of_set |= {"response": [row.response for row in part], "reward": own.rewards.tolist()}
-        for measure in measures:
-            more, per_response = measure(own.values, 0 if name == REFERENCE else settings.num_resamples)
-            values |= more
-            columns_of_set |= per_response
-        for column, entries in columns_of_set.items():
-            table.setdefault(column, []).extend(entries)
-        found[name] = {**_text_statistics(part, own), **about[name]}
-        if name != REFERENCE:
-            values["most_outlying"] = _most_outlying(part, columns_of_set, settings.num_outliers)
-            values |= {f"{key}_null_rank": null_rank(values[key], by_chance) for key, by_chance in null.items()}
-            found[name] |= {**values, "stop": stopping.update(values["csi_normalized"])}
-    labels = [_label(name, source) for name, source in sources.items()]
-    asked = {"reference": labels[0], "candidates": labels[1:], **asdict(settings)}
+    null = _null(base, replace(settings, eps=eps), frame.progress)
+    table, found = _measure(rows, latents, replace(settings, eps=eps), null)
+    found = {name: {**_text_statistics(rows[name], latents[name]), **read[name][1], **found[name]} for name in rows}
+    asked = {"reference": labels.pop(REFERENCE), "candidates": list(labels.values()), **asdict(settings)}
     del asked["seed"]  # it has a place of its own
     result = DetectionResult(
         **frame.described(asked, settings.seed),
@@ -111,8 +103,12 @@ def detect(
         eps=eps,
         reference=found.pop(REFERENCE),
         candidates=[{"name": name, **values} for name, values in found.items()],
-        null={"splits": settings.num_splits, **{name: _spread(values) for name, values in null.items()}},
-        digests={label: source_digest(source) for label, source in zip(labels, sources.values(), strict=True)},
+        null={"splits": settings.num_splits}
+        | {
+            name: {"mean": float(values.mean()), "interval": np.quantile(values, [0.025, 0.975]).tolist()}
+            for name, values in null.items()
+        },
+        digests={_label(name, source): source_digest(source) for name, source in sources.items()},
         responses=table,
         values=np.concatenate([part.values for part in latents.values()]),
     )
@@ -161,22 +157,18 @@ def _read(
     label = _label(name, source)
     read = list(score_rows_or_faults(source, settings.columns, reading))
     log_reading(label, reading)
-    faults = [row for row in read if isinstance(row, RowFault)]
     rows = [row for row in read if isinstance(row, ScoreRow)]
     if settings.max_responses is not None and len(rows) > settings.max_responses:
         chosen = np.random.default_rng(settings.seed).choice(len(rows), settings.max_responses, replace=False)
         rows = [rows[place] for place in sorted(chosen.tolist())]
     checked = encoded_or_faults(scorer, rows)
-    faults += [row for row in checked if isinstance(row, RowFault)]
+    reasons = [row.reason for row in [*read, *checked] if isinstance(row, RowFault)]
     rows = [row[0] for row in checked if not isinstance(row, RowFault)]
-    of_set = "" if isinstance(source, str | Path) else f"{name}: "  # a row in memory does not say whose it is
-    if faults and settings.on_bad_row == "error":
-        raise InputError(f"{of_set}{faults[0].reason} (on_bad_row='skip' leaves bad rows out and lists them.)")
-    left_out: dict[str, Any] = {"bad_rows": len(faults)}
-    if faults:
-        left_out["bad_row_reasons"] = [fault.reason for fault in faults[:_LISTED_BAD_ROWS]]
+    if reasons and settings.on_bad_row == "error":
+        of_set = "" if isinstance(source, str | Path) else f"{name}: "  # a row in memory does not say whose it is
+        raise InputError(f"{of_set}{reasons[0]} (on_bad_row='skip' leaves bad rows out and lists them.)")
     if len(rows) < _SMALLEST_SET:
-        bad = f" and {len(faults)} bad rows ({faults[0].reason})" if faults else ""
+        bad = f" and {len(reasons)} bad rows ({reasons[0]})" if reasons else ""
         raise InputError(
             f"{label}: {len(rows)} responses{bad}; a comparison of latents needs at least {_SMALLEST_SET}."
         )
@@ -185,41 +177,53 @@ def _read(
             f"{label}: all responses have the same prompt; what its latents show would be that prompt. Pass responses "
             "to several prompts."
         )
+    left_out: dict[str, Any] = {"bad_rows": len(reasons)}
+    if reasons:
+        left_out["bad_row_reasons"] = reasons[:_LISTED_BAD_ROWS]
+    warn_of_left_out({"source": label, **left_out})
     return rows, left_out
-
-
-def _check_size(reference: str, size: int, settings: DetectionSettings) -> None:
-    """Halves of the reference stand for it in the null, and must have ranks below alpha."""
-    least = 2 * math.floor(1 / settings.alpha) + 1
-    if settings.tail == "reference" and size < least:
-        raise InputError(
-            f"{reference}: {size} responses; with alpha {settings.alpha} their halves show no outliers by rank: pass "
-            f"at least {least}, a larger alpha, or tail='chi2'."
-        )
-
-
-def _latents(frame: Frame, rows: list[ScoreRow]) -> Latents:
-    prompts, responses, places = zip(*((row.prompt, row.response, row.where) for row in rows), strict=True)
-    return collect_latents(frame.scorer, prompts, responses, places=places, progress=frame.progress)
 
 
 def _null(reference: np.ndarray, settings: DetectionSettings, progress: bool) -> dict[str, np.ndarray]:
     """What each statistic is when candidate and reference are halves of the same responses: one value a split."""
 
     def values(statistic: Statistic) -> np.ndarray:
+        def measure(candidate: np.ndarray, others: np.ndarray) -> float:
+            return statistic.fit(others, settings)(candidate, 0)[0][statistic.name]
+
         return split_half_null(
-            reference,
-            lambda candidate, others: statistic.fit(others, settings)(candidate, 0)[0][statistic.name],
-            num_splits=settings.num_splits,
-            seed=settings.seed,
-            progress=progress,
+            reference, measure, num_splits=settings.num_splits, seed=settings.seed, progress=progress
         )
 
     return {statistic.name: values(statistic) for statistic in STATISTICS}
 
 
-def _spread(values: np.ndarray) -> dict[str, Any]:
-    return {"mean": float(values.mean()), "interval": np.quantile(values, [0.025, 0.975]).tolist()}
+def _measure(
+    rows: dict[str, list[ScoreRow]],
+    latents: dict[str, Latents],
+    settings: DetectionSettings,
+    null: dict[str, np.ndarray],
+) -> tuple[dict[str, list[Any]], dict[str, dict[str, Any]]]:
+    """Columns with one entry for each response of all sets; and by set what the statistics say of it."""
+    measures = [statistic.fit(latents[REFERENCE].values, settings) for statistic in STATISTICS]
+    stopping = CSIEarlyStopping(settings.max_change_ratio)
+    table: dict[str, list[Any]] = {}
+    found: dict[str, dict[str, Any]] = {REFERENCE: {}}
+    for name, part in rows.items():
+        columns: dict[str, list[Any]] = {"set": [name] * len(part), "row": [row.where for row in part]}
+        columns |= {"response": [row.response for row in part], "reward": latents[name].rewards.tolist()}
+        values: dict[str, Any] = {}
+        for measure in measures:
+            more, per_response = measure(latents[name].values, 0 if name == REFERENCE else settings.num_resamples)
+            values |= more
+            columns |= per_response
+        for column, entries in columns.items():
+            table.setdefault(column, []).extend(entries)
+        if name != REFERENCE:
+            values["most_outlying"] = _most_outlying(part, columns, settings.num_outliers)
+            values |= {f"{key}_null_rank": null_rank(values[key], by_chance) for key, by_chance in null.items()}
+            found[name] = {**values, "stop": stopping.update(values["csi_normalized"])}
+    return table, found
 
 
 def _text_statistics(rows: list[ScoreRow], own: Latents) -> dict[str, Any]:
@@ -235,11 +239,11 @@ def _text_statistics(rows: list[ScoreRow], own: Latents) -> dict[str, Any]:
 
 def _most_outlying(rows: list[ScoreRow], columns: dict[str, list[Any]], number: int) -> list[dict[str, Any]]:
     """The farthest by Mahalanobis distance, with what every statistic says of them."""
-    squared = np.array(columns["squared_mahalanobis"])
+    order = np.argsort(-np.array(columns["squared_mahalanobis"]), kind="stable")
     return [
         {
             "prompt": "\n".join(message["content"] for message in rows[place].prompt),
             **{name: entries[place] for name, entries in columns.items() if name != "set"},
         }
-        for place in np.argsort(-squared, kind="stable")[:number].tolist()
+        for place in order[:number].tolist()
     ]

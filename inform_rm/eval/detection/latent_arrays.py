@@ -1,5 +1,6 @@
 """Sets of latents as arrays: what every function of them accepts, refuses and takes block by block."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,21 +21,17 @@ def check_latents(name: str, values: LatentArray) -> NDArray:
         values = values.detach().cpu()
         values = (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
     values = np.asarray(values)
-    if values.ndim != 2 or values.dtype.kind not in "fiu":
+    if values.ndim != 2 or values.dtype.kind not in "fiu" or 0 in values.shape:
         raise InputError(
             f"{name}: shape {values.shape} of {values.dtype}; expected real numbers of shape (responses, latent "
-            "dimensions)."
+            "dimensions), at least one of each."
         )
-    if 0 in values.shape:
-        raise InputError(f"{name}: shape {values.shape}; there must be at least one response and one dimension.")
-    size = rows_in_a_block(values)
-    for start in range(0, len(values), size):
-        bad = ~np.isfinite(values[start : start + size]).all(axis=1)
-        if bad.any():
-            raise InputError(
-                f"{name}: row {start + int(bad.argmax())} holds NaN or infinity. Leave such responses out, or find "
-                "out why the model gives them."
-            )
+    bad = ~np.isfinite(values).all(axis=1)
+    if bad.any():
+        raise InputError(
+            f"{name}: row {int(bad.argmax())} holds NaN or infinity. Leave such responses out, or find out why the "
+            "model gives them."
+        )
     return values
 
 
@@ -49,19 +46,14 @@ def check_both(candidate: LatentArray, reference: LatentArray) -> tuple[NDArray,
     return points, others
 
 
-def check_integer(name: str, value: int, smallest: int = 1) -> None:
-    """Refuse what is no whole number or too small."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < smallest:
-        raise InputError(f"{name}: {value!r}; expected a whole number, at least {smallest}.")
+def blocks(latents: NDArray) -> Iterator[NDArray]:
+    """The rows in order, in parts of at most 64 MiB in float64."""
+    size = max(1, _BLOCK_ELEMENTS // latents.shape[1])
+    return (latents[start : start + size] for start in range(0, len(latents), size))
 
 
-def rows_in_a_block(latents: NDArray) -> int:
-    """Rows that make up a block of at most 64 MiB in float64."""
-    return max(1, _BLOCK_ELEMENTS // latents.shape[1])
-
-
-def subsample(size: int, most: int, seed: int) -> NDArray:
-    """At most so many of 0 to size - 1, in rising order."""
-    if size <= most:
-        return np.arange(size)
-    return np.sort(np.random.default_rng(seed % 2**64).choice(size, most, replace=False))
+def subsample(latents: NDArray, most: int, seed: int) -> NDArray:
+    """Numbers of at most so many rows, in rising order."""
+    if len(latents) <= most:
+        return np.arange(len(latents))
+    return np.sort(np.random.default_rng(seed).choice(len(latents), most, replace=False))

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from inform_rm.errors import InputError
-from inform_rm.scoring.scorer import Prompt, RewardScorer
+from inform_rm.scoring.scorer import Prompt, RewardScorer, row_name
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ def collect_latents(
     Memory holds what is returned and one batch.
 
     Args:
-        scorer: the model; its head must be its module ``score``, as in all sequence classifiers of transformers that
-            decode.
+        scorer: the model; its head must be its module ``score``, as in all decoders of transformers that classify.
         prompts: N prompts.
         responses: N responses.
         places: what an error calls each row; by default its number, from 0.
@@ -56,44 +55,36 @@ def collect_latents(
         raise InputError(
             f"latents: {len(prompts)} prompts and {len(responses)} responses; expected as many of both, at least one."
         )
-    model: Any = getattr(scorer, "model", None)
-    head = getattr(model, "score", None)
+    head: Any = getattr(getattr(scorer, "model", None), "score", None)
     if not isinstance(head, torch.nn.Module):
         raise InputError(f"latents: {scorer.name} has no head named 'score' from whose input latents could be read.")
-    encoded = [
-        scorer.encode(prompt, response, places[row] if places else f"row {row} (counted from 0)")
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-    ]
-    scorer.tell_of_loss(encoded, places or [f"row {row} (counted from 0)" for row in range(len(encoded))])
-    sequences = [row.input_ids for row in encoded]
-    is_inform = model.config.model_type == "inform"
-    pads = None if is_inform else getattr(model.config.get_text_config(), "pad_token_id", None)
-    rewards = np.empty(len(sequences), dtype=np.float32)
-    values: np.ndarray | None = None
+    encoded = scorer.encode_all(prompts, responses, places or [row_name(row) for row in range(len(prompts))])
+    config = scorer.model.config
+    pad_id = None if config.model_type == "inform" else getattr(config.get_text_config(), "pad_token_id", None)
+    rewards = np.empty(len(encoded), dtype=np.float32)
+    values = np.empty((len(encoded), 0), dtype=np.float32)  # how wide, the first batch says
     seen: list[torch.Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     try:
-        batches = scorer.iter_scores(sequences, [len(row.prompt_ids) for row in encoded])
-        with tqdm(total=len(sequences), unit="row", desc="latents", disable=not progress) as bar:
+        batches = scorer.iter_scores([row.input_ids for row in encoded], [len(row.prompt_ids) for row in encoded])
+        with tqdm(total=len(encoded), unit="row", desc="latents", disable=not progress) as bar:
             for rows, batch_rewards, _ in batches:
-                (states,) = seen
-                seen.clear()
+                states = seen.pop()
                 if states.dim() == 3:  # a foreign model's padded batch: its reward is that of the last real token
-                    last = torch.tensor([_last_real(sequences[row], pads) for row in rows], device=states.device)
-                    states = states[torch.arange(len(rows), device=states.device), last]
+                    last = [_last_real(encoded[row].input_ids, pad_id) for row in rows]
+                    states = states[torch.arange(len(rows)), last]
                 part, again = _latents_and_rewards(head, states)
                 if not torch.allclose(again, batch_rewards, rtol=1e-3, atol=1e-3):
                     raise InputError(
                         f"latents: {scorer.name} does not read its reward from the hidden state of the last token."
                     )
-                if values is None:
-                    values = np.empty((len(sequences), part.shape[1]), dtype=np.float32)
+                if not values.size:
+                    values = np.empty((len(encoded), part.shape[1]), dtype=np.float32)
                 values[rows], rewards[rows] = part.numpy(), batch_rewards.numpy()
                 bar.update(len(rows))
     finally:
         hook.remove()
-    assert values is not None
-    has_latent = is_inform and model.config.architecture == "inform"
+    has_latent = config.model_type == "inform" and config.architecture == "inform"
     return Latents(values, rewards, "latent" if has_latent else "hidden_state")
 
 
@@ -104,8 +95,7 @@ def _latents_and_rewards(head: Any, states: torch.Tensor) -> tuple[torch.Tensor,
         latents, _ = head.encode(states)
         rewards = head.decode(latents)
     else:
-        # Called past its hooks, of which one is ours.
-        latents, rewards = states, head.forward(states)
+        latents, rewards = states, head.forward(states)  # past its hooks, of which one is ours
     return latents.float().cpu(), rewards.flatten().float().cpu()
 
 

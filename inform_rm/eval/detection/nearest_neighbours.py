@@ -1,7 +1,4 @@
-"""Outliers by nearest neighbours: how far candidate latents lie from the reference latents around them.
-
-Needs neither clusters nor a covariance, so that a reference of several separate clouds is no harder than one.
-"""
+"""Outliers by nearest neighbours, which need neither clusters nor a covariance: separate clouds are no harder."""
 
 from collections.abc import Callable
 
@@ -37,9 +34,8 @@ def neighbour_distances(
         >>> neighbour_distances(np.array([[0.0], [9.0]]), np.array([[1.0], [2.0], [4.0]]), 2).tolist()
         [1.5, 6.0]
     """
-    points, others = None, check_latents("reference", reference)
-    if candidate is not None:
-        points, others = check_both(candidate, reference)
+    others = check_latents("reference", reference)
+    points = None if candidate is None else check_both(candidate, others)[0]
     if len(others) <= num_neighbours:
         raise InputError(f"reference: {len(others)} points; {num_neighbours} neighbours of each need more than that.")
     center = others.mean(axis=0, dtype=np.float64)  # far from the origin, scikit-learn's squares cancel

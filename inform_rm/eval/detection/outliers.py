@@ -1,52 +1,27 @@
-"""Outliers among latents: Mahalanobis distances (MOP), and what MOP and CSI are by chance.
+"""Outliers among latents: Mahalanobis distances (MOP), and what a statistic is by chance.
 
-Terms, units and types as in `inform_rm.eval.detection.clusters`, whose functions are importable from here, too. Memory
-stays bounded for a million latents: distances are taken a block at a time, and the covariance is fitted to at most
-``max_points`` rows.
+Terms, units and types as in `inform_rm.eval.detection.clusters`. Memory stays bounded for a million latents: distances
+are taken a block at a time, and the covariance is fitted to at most 100,000 rows.
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import chi2
 from sklearn.covariance import ledoit_wolf
-from torch import Tensor, from_numpy
 from tqdm import tqdm
 
 from inform_rm.errors import InputError
-from inform_rm.eval.detection.clusters import (
-    ClusterSeparation,
-    auto_eps,
-    cluster_separation_index,
-    csi_interval,
-    separate_clusters,
-)
-from inform_rm.eval.detection.latent_arrays import (
-    LatentArray,
-    Measured,
-    check_integer,
-    check_latents,
-    rows_in_a_block,
-    subsample,
-)
-from inform_rm.eval.detection.settings import TAILS, DetectionSettings
-from inform_rm.util.intervals import Interval, wilson_interval
+from inform_rm.eval.detection.latent_arrays import LatentArray, Measured, blocks, check_latents, subsample
+from inform_rm.eval.detection.settings import DetectionSettings
+from inform_rm.util.intervals import wilson_interval
 
-__all__ = [
-    "ClusterSeparation", "MahalanobisReference", "auto_eps", "cluster_separation_index", "csi_interval",
-    "fit_mahalanobis", "fit_mop", "mahalanobis_outlier_probability", "null_rank", "separate_clusters",
-    "split_half_null", "squared_mahalanobis",
-]  # fmt: skip
-
+MOST_FITTED, MOST_SPLIT = 100_000, 10_000
 _FEW_POINTS = 10  # a dimension; with fewer the chi-square tail is far off (see mahalanobis_outlier_probability)
 _SMALLEST_REFERENCE = 10
-
-_Kind = TypeVar("_Kind", NDArray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -59,33 +34,26 @@ class MahalanobisReference:
         shrinkage: weight of the multiple of the identity in the Ledoit-Wolf covariance, 0 to 1.
         left_out_distances: ``(num_points,)`` sorted squared distance of each point from the others, as if it had not
             been fitted (see :func:`fit_mahalanobis`).
-        num_points: reference latents that were fitted.
     """
 
     mean: NDArray
     whitening: NDArray
     shrinkage: float
     left_out_distances: NDArray
-    num_points: int
 
-    def squared_distances(self, candidate: _Kind) -> _Kind:
-        """``(N,)`` float64 squared Mahalanobis distances; a tensor, on the same device, for a tensor."""
+    @property
+    def num_points(self) -> int:
+        """Reference latents that were fitted."""
+        return len(self.left_out_distances)
+
+    def squared_distances(self, candidate: LatentArray) -> NDArray:
+        """``(N,)`` float64 squared Mahalanobis distances."""
         points = check_latents("candidate", candidate)
         if points.shape[1] != len(self.mean):
             raise InputError(f"candidate: {points.shape[1]} latent dimensions; the reference has {len(self.mean)}.")
-        squares = np.empty(len(points))
-        block_rows = rows_in_a_block(points)
-        for start in range(0, len(points), block_rows):
-            part = slice(start, start + block_rows)
-            squares[part] = np.square((points[part] - self.mean) @ self.whitening).sum(axis=1)
-        return from_numpy(squares).to(candidate.device) if isinstance(candidate, Tensor) else squares
+        return np.concatenate([_squares(block - self.mean, self.whitening) for block in blocks(points)])
 
-    def distances(self, candidate: _Kind) -> _Kind:
-        """``(N,)`` float64 D_M, the roots of :meth:`squared_distances`."""
-        squares = self.squared_distances(candidate)
-        return squares.sqrt() if isinstance(squares, Tensor) else np.sqrt(squares)
-
-    def tail_probabilities(self, squared_distances: LatentArray, tail: str = "chi2") -> NDArray:
+    def tail_probabilities(self, squared_distances: NDArray, tail: str = "chi2") -> NDArray:
         """``(N,)`` how likely so large a distance is for a latent of the reference; small for an outlier.
 
         Args:
@@ -95,14 +63,11 @@ class MahalanobisReference:
                 which needs neither a Gaussian nor many points (see :func:`mahalanobis_outlier_probability`).
 
         Raises:
-            InputError: for another tail, or ``"chi2"`` with no more points than dimensions.
+            InputError: for ``"chi2"`` with no more points than dimensions.
         """
-        squares = np.asarray(squared_distances.cpu() if isinstance(squared_distances, Tensor) else squared_distances)
         if tail == "reference":
-            smaller = np.searchsorted(self.left_out_distances, squares, side="left")
+            smaller = np.searchsorted(self.left_out_distances, squared_distances, side="left")
             return (1 + self.num_points - smaller) / (self.num_points + 1)
-        if tail != "chi2":
-            raise InputError(f"tail: {tail!r}; expected one of {', '.join(TAILS)}.")
         latent_dim = len(self.mean)
         if self.num_points <= latent_dim:
             raise InputError(
@@ -117,20 +82,11 @@ class MahalanobisReference:
                 "the chi-square tail calls too many latents outliers. Pass more, or tail='reference'.",
                 stacklevel=2,
             )
-        return chi2.sf(squares, latent_dim)
-
-    def outlier_probability(self, candidate: LatentArray, *, alpha: float = 0.01, tail: str = "chi2") -> Interval:
-        """MOP, :func:`mahalanobis_outlier_probability`, with Wilson's interval over candidate latents."""
-        self.check_alpha(alpha, tail)
-        squares = self.squared_distances(check_latents("candidate", candidate))
-        outliers = self.tail_probabilities(squares, tail) < alpha
-        low, high = wilson_interval(int(outliers.sum()), len(outliers))
-        return Interval(float(outliers.mean()), low, high, len(outliers), 0)
+        return chi2.sf(squared_distances, latent_dim)
 
     def check_alpha(self, alpha: float, tail: str) -> None:
-        """Raise `InputError` for what is no probability, or below the smallest rank that there is."""
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1:
-            raise InputError(f"alpha: {alpha!r}; it is a probability, above 0 and below 1 (default 0.01).")
+        """Raise `InputError` for a wrong alpha or tail, or an alpha below the smallest rank that there is."""
+        DetectionSettings(alpha=alpha, tail=tail)
         if tail == "reference" and alpha * (self.num_points + 1) <= 1:
             raise InputError(
                 f"alpha: {alpha!r}; the smallest rank among {self.num_points} reference points is "
@@ -138,7 +94,7 @@ class MahalanobisReference:
             )
 
 
-def fit_mahalanobis(reference: LatentArray, *, max_points: int = 100_000, seed: int = 0) -> MahalanobisReference:
+def fit_mahalanobis(reference: LatentArray, *, seed: int = 0) -> MahalanobisReference:
     """Mean and Ledoit-Wolf covariance of the reference, and the distance that each of its points has when left out.
 
     A fitted point lies too near: it pulls mean and covariance towards itself. Removing it from m points with
@@ -146,20 +102,19 @@ def fit_mahalanobis(reference: LatentArray, *, max_points: int = 100_000, seed: 
     ``d^2 = q m / (m - 1) / (1 - (1 - shrinkage) q / (m - 1))``. Shrinkage and the size of its target stay as they are.
 
     Args:
-        reference: ``(M, K)``, at least 10. Fewer than K will do for distances, because the covariance is shrunk.
-        max_points: fit a random subsample above this size.
-        seed: of the subsample.
+        reference: ``(M, K)``, at least 10. Fewer than K will do for distances, because the covariance is shrunk. Of
+            more than 100,000 a random part of that size is fitted.
+        seed: of that part.
 
     Raises:
         InputError: for bad latents, fewer than 10, or a covariance that cannot be inverted (all points equal).
     """
-    check_integer("max_points", max_points, _SMALLEST_REFERENCE)
     points = check_latents("reference", reference)
     if len(points) < _SMALLEST_REFERENCE:
         raise InputError(
             f"reference: {len(points)} points; a covariance needs at least {_SMALLEST_REFERENCE}. Pass more."
         )
-    part = points[subsample(len(points), max_points, seed)].astype(np.float64)
+    part = points[subsample(points, MOST_FITTED, seed)].astype(np.float64)
     mean = part.mean(axis=0)
     covariance, shrinkage = ledoit_wolf(part - mean, assume_centered=True)
     variances, axes = np.linalg.eigh(covariance)
@@ -169,18 +124,21 @@ def fit_mahalanobis(reference: LatentArray, *, max_points: int = 100_000, seed: 
             f"{variances[0]:.3g}, largest {variances[-1]:.3g}): they are all equal, or lie on a line. Pass others."
         )
     whitening = axes / np.sqrt(variances)
-    fitted = MahalanobisReference(mean, whitening, float(shrinkage), np.empty(0), len(part))
-    squares, others = fitted.squared_distances(part), len(part) - 1
+    squares, others = _squares(part - mean, whitening), len(part) - 1
     left_out = squares * (len(part) / others) / (1 - (1 - shrinkage) * squares / others)
-    return MahalanobisReference(mean, whitening, float(shrinkage), np.sort(left_out), len(part))
+    return MahalanobisReference(mean, whitening, float(shrinkage), np.sort(left_out))
 
 
-def fit_mop(reference: NDArray, settings: DetectionSettings) -> Callable[[NDArray, int], Measured]:
+def _squares(centered: NDArray, whitening: NDArray) -> NDArray:
+    return np.square(centered @ whitening).sum(axis=1)
+
+
+def fit_mop(reference: LatentArray, settings: DetectionSettings) -> Callable[[LatentArray, int], Measured]:
     """MOP as a `Statistic`: with each response's squared distance and its tail probability."""
     fitted = fit_mahalanobis(reference, seed=settings.seed)
     fitted.check_alpha(settings.alpha, settings.tail)
 
-    def measure(candidate: NDArray, num_resamples: int) -> Measured:
+    def measure(candidate: LatentArray, num_resamples: int) -> Measured:
         squares = fitted.squared_distances(candidate)
         tails = fitted.tail_probabilities(squares, settings.tail)
         outliers = tails < settings.alpha
@@ -191,25 +149,16 @@ def fit_mop(reference: NDArray, settings: DetectionSettings) -> Callable[[NDArra
     return measure
 
 
-def squared_mahalanobis(candidate: _Kind, reference: LatentArray) -> _Kind:
-    """``(N,)`` squared Mahalanobis distance of each candidate latent from the reference (Ledoit-Wolf covariance).
-
-    For several candidates, or tail probabilities, keep the object that :func:`fit_mahalanobis` gives.
-    """
-    return fit_mahalanobis(reference).squared_distances(candidate)
-
-
 def mahalanobis_outlier_probability(
     candidate: LatentArray, reference: LatentArray, *, alpha: float = 0.01, tail: str = "chi2"
 ) -> float:
     """MOP: share of candidate latents whose tail probability, given the reference, is below alpha (arXiv:2510.13694).
 
     For a candidate from the same Gaussian as the reference it should be alpha. With the paper's chi-square tail it is
-    if all dimensions have the same variance or the reference is very large. Measured for K = 128, alpha = 0.01 and
-    variances 1, 1/2, ... 1/128: 0.68 at M = 110 (refused), 0.41 at 256 (warned of), 0.074 at 1024, 0.019 at 4096,
-    0.012 at 8192. With most variances near 0, as in a latent of which few dimensions are used, it was 0 at any M up to
-    16384: shrinkage widens the narrow dimensions, and outliers hide there. ``tail="reference"`` gave 0.005 to 0.016 in
-    all of these, as alpha and the chance of the draws allow; it does not ask for a Gaussian, either.
+    if all dimensions have the same variance or the reference is very large. For K = 128, alpha = 0.01 and variances 1,
+    1/2, ... 1/128 it was 0.68 at M = 110 (refused), 0.41 at 256 (warned of), 0.074 at 1024, 0.012 at 8192; with most
+    variances near 0 it was 0 at any M: shrinkage widens the narrow dimensions, and outliers hide there.
+    ``tail="reference"`` gave 0.005 to 0.016 in all of these; it does not ask for a Gaussian, either.
 
     Args:
         candidate: ``(N, K)``.
@@ -220,33 +169,29 @@ def mahalanobis_outlier_probability(
     Raises:
         InputError: for bad latents, different K, a reference that is too small, or a wrong argument.
     """
-    return fit_mahalanobis(reference).outlier_probability(candidate, alpha=alpha, tail=tail).estimate
+    values, _ = fit_mop(reference, DetectionSettings(alpha=alpha, tail=tail))(candidate, 0)
+    return values["mop"]
 
 
 def split_half_null(
-    reference: LatentArray,
+    reference: NDArray,
     statistic: Callable[[NDArray, NDArray], float],
     *,
     num_splits: int = 100,
-    num_candidates: int | None = None,
-    max_points: int = 10_000,
     seed: int = 0,
     progress: bool = False,
 ) -> NDArray:
     """``(num_splits,)`` values of a statistic when the candidate comes from the same policy as the reference.
 
-    Each time the reference is shuffled, and one part of it plays the candidate, the other the reference. CSI and MOP
-    both depend on the sizes of the sets: with as many reference latents as the real call has, and ``num_candidates``
-    as in it, the values compare best; with fewer reference latents, as here, both tend to be larger, and so the test
-    is on the safe side. CSI must be ``normalized`` and have a number for ``eps``, the one of the real call.
+    Each time the reference is shuffled, and one half of it (of a random 10,000, if it has more) plays the candidate,
+    the other the reference. CSI and MOP depend on the sizes of the sets; with fewer reference latents than the real
+    call has both tend to be larger, and so the test is on the safe side. CSI must be ``normalized`` and have a number
+    for ``eps``, the one of the real call.
 
     Args:
-        reference: ``(M, K)``, at least 4.
-        statistic: of candidate and reference, such as ``lambda candidate, reference:
-            cluster_separation_index(candidate, reference, eps=eps, normalized=True)``.
+        reference: ``(M, K)``.
+        statistic: of candidate and reference.
         num_splits: how many splits.
-        num_candidates: latents in the part that plays the candidate, at most half of those used; ``None`` for half.
-        max_points: use a random part of this size, drawn anew for each split, of a larger reference.
         seed: of all shuffles.
         progress: show a progress bar.
 
@@ -256,20 +201,12 @@ def split_half_null(
         >>> null_rank(0.5, null)  # 1 of 21: no split came near
         0.047619047619047616
     """
-    points = check_latents("reference", reference)
-    check_integer("num_splits", num_splits)
-    check_integer("max_points", max_points, 4)
-    used = min(len(points), max_points)
-    if used < 4:
-        raise InputError(f"reference: {used} points cannot be split into halves; at least 4 are needed.")
-    number = used // 2 if num_candidates is None else num_candidates
-    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= used // 2:
-        raise InputError(f"num_candidates: {number!r}; expected 1 to {used // 2}, half of the {used} points used.")
-    rng = np.random.default_rng(seed % 2**64)
+    used = min(len(reference), MOST_SPLIT)
+    rng = np.random.default_rng(seed)
     values = np.empty(num_splits)
     for split in tqdm(range(num_splits), desc="null", unit="split", disable=not progress):
-        order = rng.choice(len(points), used, replace=False)
-        values[split] = statistic(points[order[:number]], points[order[number:]])
+        order = rng.choice(len(reference), used, replace=False)
+        values[split] = statistic(reference[order[: used // 2]], reference[order[used // 2 :]])
     return values
 
 
@@ -278,7 +215,4 @@ def null_rank(observed: float, null: NDArray) -> float:
 
     Like a p-value, and no smaller than 1 / (1 + splits). The splits share their points, so it is an approximate one.
     """
-    null = np.asarray(null, dtype=np.float64)
-    if null.ndim != 1 or not len(null) or np.isnan(null).any() or math.isnan(observed):
-        raise InputError(f"null_rank: {observed!r} against {null.shape} values; expected one or more numbers, no NaN.")
     return float(1 + (null >= observed).sum()) / (1 + len(null))

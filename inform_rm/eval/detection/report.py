@@ -11,7 +11,7 @@ from sklearn.manifold import TSNE
 from inform_rm.eval.detection.statistic import STATISTICS, Statistic
 from inform_rm.eval.frame import ModelResult, unwritten
 from inform_rm.eval.report import result_settings
-from inform_rm.util.page import Heading, Image, Page, PointMap, Table, figure_png, format_interval
+from inform_rm.util.page import Block, Heading, Image, Page, PointMap, Table, figure_png, format_interval
 
 REFERENCE = "(reference)"
 
@@ -37,16 +37,13 @@ class DetectionResult(ModelResult):
         kind: of the latents, see `inform_rm.eval.detection.latents.Latents`.
         dimensions: of the latents.
         eps: radius of DBSCAN.
-        reference: ``num_responses``, ``num_prompts``, ``bad_rows`` and where there are any the first
-            ``bad_row_reasons``, ``mean_reward``, ``mean_words`` and ``repeated_trigrams`` of the reference.
+        reference: counts, mean reward and what its texts are like.
         candidates: the same of each candidate, in order, with its ``name``; for every statistic (``csi_normalized``,
             ``mop``, ``knn_outliers``) its value, ``NAME_interval`` and ``NAME_null_rank``; ``most_outlying``; and
             ``stop``, whether CSI's stopping rule fires.
-        null: what halves of the reference give against each other: ``splits``, and of every statistic ``mean`` and
-            ``interval``.
+        null: ``mean`` and ``interval`` of every statistic for halves of the reference against each other, ``splits``.
         digests: of the sources.
-        responses: columns ``set``, ``row``, ``response``, ``reward`` and those of the statistics, each with one entry
-            a response.
+        responses: columns ``set``, ``row``, ``response``, ``reward`` those of the statistics: an entry a response.
         values: ``(N, K)`` latents of these responses.
     """
 
@@ -86,10 +83,8 @@ class DetectionResult(ModelResult):
         values = (values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-12)
         perplexity = min(30.0, (len(rows) - 1) / 3)
         placed = TSNE(perplexity=perplexity, init="pca", random_state=self.seed).fit_transform(values)
-        columns: dict[str, list[Any]] = {"kind": [
-            "reference" if name == REFERENCE else "outlier" if tail < self.settings["alpha"] else "candidate"
-            for name, tail in zip(self.responses["set"], self.responses["tail_probability"], strict=True)
-        ]}  # fmt: skip
+        kinds = np.where(np.array(self.responses["tail_probability"]) < self.settings["alpha"], "outlier", "candidate")
+        columns: dict[str, list[Any]] = {"kind": np.where(sets == REFERENCE, "reference", kinds).tolist()}
         for axis, coordinates in zip("xy", placed.round(3).T.tolist(), strict=True):
             place_of = dict(zip(rows.tolist(), coordinates, strict=True))
             columns[axis] = [place_of.get(row) for row in range(len(sets))]
@@ -113,36 +108,26 @@ class DetectionResult(ModelResult):
              f"{row['squared_mahalanobis']:.1f}", f"{row['tail_probability']:.1e}")
             for part in self.candidates for row in part["most_outlying"]
         ]  # fmt: skip
-        several = len(self.candidates) > 1
-        steps = [Image(figure_png(steps_figure(result)), STEPS_CAPTION, "steps.png")] if several else []
-        return Page(
-            self.title,
-            [
-                self.table(),
-                *notes(result),
-                *steps,
-                Heading("Map"),
-                PointMap(self.points, _COLORS),
-                Image(figure_png(self.figure()), MAP_CAPTION, "map.png"),
-                Heading("The most outlying responses"),
-                Table(_OUTLIER_HEADER, outliers, align="lllrrr"),
-                Heading("Settings"),
-                result_settings(result),
-            ],
-        )
+        blocks: list[Block] = [self.table(), *notes(result)]
+        if len(self.candidates) > 1:
+            blocks.append(Image(figure_png(steps_figure(result)), STEPS_CAPTION, "steps.png"))
+        blocks += [
+            Heading("Map"), PointMap(self.points, _COLORS), Image(figure_png(self.figure()), MAP_CAPTION, "map.png"),
+            Heading("The most outlying responses"), Table(_OUTLIER_HEADER, outliers, align="lllrrr"),
+            Heading("Settings"), result_settings(result),
+        ]  # fmt: skip
+        return Page(self.title, blocks)
 
 
 def map_figure(points: dict[str, list[Any]]) -> Figure:
     """The map of arXiv:2402.09345, Fig. 7, from ``x``, ``y`` and ``kind`` of each point."""
     figure = Figure(figsize=(6.8, 5.6), layout="constrained")
     axes = figure.subplots()
-    kinds = np.array(points["kind"])
+    x, y, kinds = (np.array(points[name]) for name in ("x", "y", "kind"))
     for kind, color in _COLORS.items():
         mask = kinds == kind
         if mask.any():
-            axes.scatter(
-                np.array(points["x"])[mask], np.array(points["y"])[mask], s=10, c=color, label=f"{kind} ({mask.sum()})"
-            )
+            axes.scatter(x[mask], y[mask], s=10, c=color, label=f"{kind} ({mask.sum()})")
     axes.set(xticks=[], yticks=[])
     axes.legend()
     return figure
@@ -186,7 +171,7 @@ def candidate_table(result: dict[str, Any]) -> Table:
             part["name"], part["num_responses"], *map(part.get, names), f"{part['mean_reward']:.2f}",
             f"{part['mean_words']:.1f}", part["repeated_trigrams"], "fires" if part.get("stop") else "",
         )
-        for part in [{"name": "(reference)", **result["reference"]}, *result["candidates"]]
+        for part in [{"name": REFERENCE, **result["reference"]}, *result["candidates"]]
     ]  # fmt: skip
     return Table(header, rows)
 

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from inform_rm.errors import InputError
+from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
 
 NOISE_POLICIES = ("cluster", "singletons", "drop")
 TAILS = ("reference", "chi2")
@@ -22,17 +23,16 @@ class DetectionSettings:
 
     Attributes:
         columns: which columns are prompt, response, system and history: see `inform_rm.data.columns.Columns.of`.
-        eps: radius of DBSCAN, see `inform_rm.eval.detection.clusters.cluster_separation_index`; ``"auto"`` takes one
+        eps: see `inform_rm.eval.detection.clusters.cluster_separation_index`, like the next two; ``"auto"`` takes one
             radius from the reference, for all candidates and the null.
-        min_samples: see there.
-        noise: see there.
+        min_samples: of DBSCAN.
+        noise: of DBSCAN.
         alpha: tail probability below which a response is an outlier.
-        tail: ``"reference"`` or ``"chi2"``, see `inform_rm.eval.detection.outliers.mahalanobis_outlier_probability`.
-        max_change_ratio: see `inform_rm.eval.detection.early_stopping.CSIEarlyStopping`, applied to the normalized CSI
+        tail: see `inform_rm.eval.detection.outliers.MahalanobisReference.tail_probabilities`.
+        max_change_ratio: of `inform_rm.eval.detection.early_stopping.CSIEarlyStopping`, applied to the normalized CSI
             over the candidates in order.
         max_responses: use a random subset of this many responses of each set.
-        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists rows that cannot be scored. All rows
-            in use are checked before the first is scored.
+        on_bad_row: ``"error"`` or ``"skip"``. All rows in use are checked before the first is scored.
         num_outliers: outliers of each candidate that the result names, the farthest first.
         num_splits: splits of the reference that show what comes by chance.
         num_resamples: bootstrap resamples for intervals that have no closed form.
@@ -63,14 +63,16 @@ class DetectionSettings:
     seed: int = _setting(0, "seed of all random choices", least=0)
 
     def __post_init__(self) -> None:
-        for name, spec in self.__dataclass_fields__.items():
-            value, least, choices = getattr(self, name), spec.metadata["least"], spec.metadata["choices"]
+        for spec in fields(self):
+            value, least, choices = getattr(self, spec.name), spec.metadata["least"], spec.metadata["choices"]
             if choices and value not in choices:
-                raise InputError(f"{name}: {value!r}; expected one of {', '.join(choices)}.")
-            wrong = isinstance(value, bool) or not isinstance(value, int) or value < (least or 0)
-            if least is not None and wrong and not (value is None and spec.default is None):
-                raise InputError(f"{name}: {value!r}; expected a whole number, at least {least}.")
+                raise InputError(f"{spec.name}: {value!r}; expected one of {', '.join(choices)}.")
+            if least is None or value is spec.default is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{spec.name}: {value!r}; expected a whole number, at least {least}.")
         if self.eps != "auto" and (isinstance(self.eps, bool | str) or not 0 < self.eps < math.inf):
             raise InputError(f"eps: {self.eps!r}; expected a distance above 0, or 'auto'.")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < 1:
             raise InputError(f"alpha: {self.alpha!r}; it is a probability, above 0 and below 1 (default 0.01).")
+        CSIEarlyStopping(self.max_change_ratio)  # refuses a wrong ratio

@@ -11,18 +11,19 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from inform_rm.data.encoding import encode_groups, not_encodable, skippable
+from inform_rm.data import encoding
+from inform_rm.data.encoding import Encoded, TokenPair
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.data.sources import Sources
 from inform_rm.errors import InputError
-from inform_rm.eval.frame import Frame, ModelResult, RowSettings, json_lines, settings_of, unwritten
+from inform_rm.eval.frame import Frame, ModelResult, RowSettings, json_lines, progress_bars, settings_of, unwritten
 from inform_rm.eval.sources import add_bad_rows, warn_of_left_out
 from inform_rm.eval.suites import report
 from inform_rm.eval.suites.items import MOST_REASONS, SuiteItem, load_suite_items
-from inform_rm.eval.suites.scores import TIES, ScoredItem
-from inform_rm.eval.suites.summary import item_credits, summarize_suite
-from inform_rm.eval.suites.tables import Suite, suite_named
+from inform_rm.eval.suites.scores import TIES, ScoredItem, item_credit
+from inform_rm.eval.suites.summary import summarize_suite
+from inform_rm.eval.suites.tables import suite_named
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import shortest_float
 from inform_rm.util.page import Page, Table, figure_png
@@ -50,17 +51,15 @@ class SuiteSettings(RowSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult(ModelResult):
-    """The score of a reward model on a benchmark suite.
-
-    The figures are those of `summarize_suite`; what only some suites have is ``None`` for the others.
+    """The score of a reward model on a benchmark suite: the figures of `summarize_suite`.
 
     Attributes:
-        title: of the suite.
-        citation: of the suite.
         counts: items read, over-long, dropped, truncated, evaluated, those of which a correct and a wrong candidate
             become the same tokens (``indistinguishable``), and those of which the chat template deleted text
             (``partly_rendered``).
         data: each source as `load_suite_items` describes it.
+        on_hub: ``id``, ``config`` and ``split`` of the parts of the suite's data set on the Hub, wherever its items
+            were read; ``None`` if it has none.
         rows: of each item the rewards of its candidates, the correct ones first, and its mark: the lines of
             ``items.jsonl``.
     """
@@ -75,6 +74,7 @@ class SuiteResult(ModelResult):
     subsets: dict[str, dict[str, Any]]
     counts: dict[str, int]
     data: list[dict[str, Any]]
+    on_hub: list[dict[str, Any]] | None = None
     interval: list[float] | None = None
     score_with_prior_sets: float | None = None
     prior_sets_missing: list[str] | None = None
@@ -115,10 +115,8 @@ def evaluate_suite(
 
     A suite of which something is missing has no score, only the sections that are whole and the subsets that are
     there. With ``output`` the folder receives ``items.jsonl`` (for each item the rewards of its candidates, the
-    correct ones first, and its mark), ``sections.png``, ``result.md``, ``result.html`` and at last ``result.json``,
-    each written whole. After a kill the same call takes up the rewards computed before, and refuses if model, data or
-    settings have changed. With a scorer that splits its work over processes, all read the data and the main one
-    writes.
+    correct ones first, and its mark), ``sections.png``, ``result.md``, ``result.html`` and at last ``result.json``.
+    For interruptions and several processes see `inform_rm.evaluate`.
 
     Args:
         model: folder, Hub id, loaded model, or a `RewardScorer`, which several evaluations can share.
@@ -127,7 +125,7 @@ def evaluate_suite(
             `load_suite_items`.
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
-        progress: show a progress bar.
+        progress: show progress bars.
         options: fields of `SuiteSettings` (``data_revision``, ``on_bad_row``, ``overlong``, ``ties``, ``seed``) and
             keywords of `RewardScorer`.
 
@@ -144,38 +142,54 @@ def evaluate_suite(
         raise InputError(
             f"ties: {settings.ties!r} is an option of rewardbench; {suite} counts a tie as wrong. Leave it out."
         )
-    loaded = load_suite_items(table, data, revision=settings.data_revision, on_bad_row=settings.on_bad_row)
+    with progress_bars(progress):
+        items, sources = load_suite_items(table, data, revision=settings.data_revision, on_bad_row=settings.on_bad_row)
     frame = Frame(model, output, tokenizer, scorer_options, progress)
-    encoded, counts, bad_rows = encode_items(loaded.items, frame.scorer, settings.overlong, settings.on_bad_row)
-    ends = np.cumsum([source["items"] for source in loaded.sources])
+    encoded, counts, bad_rows = encode_items(items, frame.scorer, settings.overlong, settings.on_bad_row)
+    ends = np.cumsum([source["items"] for source in sources])
     for place, bad in bad_rows:
-        add_bad_rows(loaded.sources[int(np.searchsorted(ends, place, side="right"))], [bad], MOST_REASONS)
-    dropped = Counter(item.subset for item in loaded.items) - Counter(each.item.subset for each in encoded)
-    for record in (*loaded.sources, {"source": suite, **counts}):
+        add_bad_rows(sources[int(np.searchsorted(ends, place, side="right"))], [bad], MOST_REASONS)
+    dropped = Counter(item.subset for item in items) - Counter(each.item.subset for each in encoded)
+    for record in (*sources, {"source": suite, **counts}):
         warn_of_left_out(record)
 
-    described, run = frame.described_with(settings, loaded.sources, suite=suite)
+    described, run = frame.described_with(settings, sources, suite=suite)
     # Rewards depend neither on ties nor on the seed of the bootstrap.
     run["settings"] = {name: value for name, value in run["settings"].items() if name != "ties"}
     del run["seed"]
     scored = _score(frame, encoded, run)
     figures = summarize_suite(table, scored, settings.ties, settings.seed, dropped)
-    rows = _rows(table, settings.ties, encoded, scored)
-    result = SuiteResult(**described, title=table.title, citation=table.citation, counts=counts, **figures, rows=rows)
+    rows = [
+        {
+            "id": item.id,
+            "subset": item.subset,
+            "section": table.section_of(item.subset),
+            "rewards": list(item.rewards),
+            "num_correct": item.num_correct,
+            "characters": [len(text) for text in each.item.candidates],
+            "credit": item_credit(item, table.subsets[item.subset].credit, settings.ties),
+        }
+        for each, item in zip(encoded, scored, strict=True)
+    ]
+    result = SuiteResult(
+        **described,
+        title=table.title,
+        citation=table.citation,
+        on_hub=table.on_hub,
+        counts=counts,
+        **figures,
+        rows=rows,
+    )
     frame.finish(result, {"items.jsonl": json_lines(rows)})
     return result
 
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """An item with its candidates as token ids.
+    """An item with the different ones among its candidates' token ids, and the place of each candidate among them.
 
-    Attributes:
-        item: the item.
-        sequences: the different ones among the candidates' token ids. Candidates that become the same tokens must
-            tie, so they share one reward; computed twice, they may differ in the last bit.
-        places: for each candidate its place in ``sequences``.
-        prompt_length: tokens at the start that are the prompt.
+    Candidates that become the same tokens must tie, so they share one reward: computed twice, they may differ in the
+    last bit.
     """
 
     item: SuiteItem
@@ -185,85 +199,65 @@ class EncodedItem:
 
 
 def encode_items(
-    items: Sequence[SuiteItem], scorer: RewardScorer, overlong: str, on_bad_row: str = "error"
+    items: Sequence[SuiteItem], scorer: RewardScorer, overlong: str, on_bad_row: str
 ) -> tuple[list[EncodedItem], dict[str, int], list[tuple[int, BadRow]]]:
-    """Token ids of all candidates, the counts that `evaluate_suite` reports, and bad rows with their items' places.
-
-    Raises:
-        BadRow: an item that cannot be encoded, or is over the limit as the policy does not allow, under
-            ``on_bad_row="error"``.
-        InputError: no item is left.
-    """
+    """Token ids of all candidates, the counts that `evaluate_suite` reports, and bad rows with their items' places."""
     encoded: list[EncodedItem] = []
-    counts = {"items": len(items), "overlong": 0, "dropped": 0, "truncated": 0, "evaluated": 0, "indistinguishable": 0}
+    counts = Counter(items=len(items), overlong=0, dropped=0, truncated=0, evaluated=0, indistinguishable=0)
     losses: list[str | None] = []
     bad_rows: list[tuple[int, BadRow]] = []
-
-    def leave_out(place: int, bad: BadRow) -> None:
-        if on_bad_row == "error":
-            raise skippable(bad)
-        bad_rows.append((place, bad))
-
     for start in range(0, len(items), _ENCODED_AT_ONCE):
         group = items[start : start + _ENCODED_AT_ONCE]
-        groups = encode_groups(scorer.tokenizer, [x.prompt for x in group], [x.candidates for x in group])
+        groups = encoding.encode_groups(scorer.tokenizer, [x.prompt for x in group], [x.candidates for x in group])
         for place, rows in enumerate(groups, start):
             item = items[place]
-            if isinstance(rows, InputError):
-                leave_out(place, not_encodable(item.file, item.row, rows))
+            try:
+                if isinstance(rows, InputError):
+                    raise encoding.not_encodable(item.file, item.row, rows)
+                found = _encoded_item(item, rows, scorer, overlong, counts)
+            except BadRow as bad:
+                if on_bad_row == "error":
+                    raise encoding.skippable(bad) from None
+                bad_rows.append((place, bad))
                 continue
-            sequences = [row.input_ids for row in rows]
-            prompt_length = min(len(row.prompt_ids) for row in rows)
-            excess = 0 if scorer.max_length is None else max(map(len, sequences)) - scorer.max_length
-            if excess > 0:
-                counts["overlong"] += 1
-                if overlong == "drop":
-                    counts["dropped"] += 1
-                    continue
-                try:
-                    sequences = _fitted(item, sequences, prompt_length, excess, overlong, scorer)
-                except BadRow as bad:
-                    leave_out(place, bad)
-                    continue
-                prompt_length -= excess
-                counts["truncated"] += 1
-            what = next((row.lost for row in rows if row.lost is not None), None)
-            losses.append(what and f"{item.file}, row {item.row}: {what}")
-            different: dict[tuple[int, ...], int] = {}
-            places = [different.setdefault(tuple(ids), len(different)) for ids in sequences]
-            shared = set(places[: item.num_correct]) & set(places[item.num_correct :])
-            counts["indistinguishable"] += bool(shared)
-            encoded.append(EncodedItem(item, [array("i", ids) for ids in different], places, prompt_length))
-    counts["evaluated"] = len(encoded)
+            if found is not None:
+                encoded.append(found)
+                what = next((row.lost for row in rows if row.lost is not None), None)
+                losses.append(what and f"{item.file}, row {item.row}: {what}")
     lost = partly_rendered(losses)
-    counts["partly_rendered"] = lost["n"]
     warn_of_loss(lost, len(encoded), "items")
     if not encoded and bad_rows:
         shown = "; ".join(str(bad) for _, bad in bad_rows[:3])
         raise InputError(f"data: none of the {len(items)} items can be used, {len(bad_rows)} are bad rows. {shown}")
     if not encoded:
         raise InputError(f"max_length: {scorer.max_length} leaves none of the {len(items)} items. Raise it.")
-    return encoded, counts, bad_rows
+    return encoded, {**counts, "evaluated": len(encoded), "partly_rendered": lost["n"]}, bad_rows
 
 
-def _fitted(
-    item: SuiteItem, sequences: list[list[int]], prompt_length: int, excess: int, overlong: str, scorer: RewardScorer
-) -> list[list[int]]:
-    """The sequences with ``excess`` prompt tokens fewer, the same ones of each; a BOS token stays."""
-    length = max(map(len, sequences))
-    if overlong == "error":
-        reason = (
-            f"{length} tokens, over max_length {scorer.max_length}. Raise max_length, or choose overlong='drop' or "
-        )
-        raise BadRow(item.file, item.row, reason + "'truncate_prompt'.", "overlong")
-    keep = int(prompt_length > 0 and sequences[0][0] == scorer.tokenizer.bos_token_id)
-    if excess > prompt_length - keep:
-        reason = (
-            f"its longest candidate alone takes {length - prompt_length + keep} of max_length {scorer.max_length} "
-            "tokens, and candidates are never cut. Raise max_length, or choose overlong='drop'."
-        )
-        raise BadRow(item.file, item.row, reason, "overlong")
-    return [ids[:keep] + ids[keep + excess :] for ids in sequences]
+def _encoded_item(
+    item: SuiteItem, rows: Sequence[Encoded], scorer: RewardScorer, overlong: str, counts: Counter[str]
+) -> EncodedItem | None:
+    """The item within the scorer's length, ``None`` if it is dropped; what was done is counted."""
+    sequences = [row.input_ids for row in rows]
+    prompt_length = min(len(row.prompt_ids) for row in rows)
+    longest = max(sequences, key=len)
+    if scorer.max_length is not None and len(longest) > scorer.max_length:
+        counts["overlong"] += 1
+        if overlong == "drop":
+            counts["dropped"] += 1
+            return None
+        # What the longest candidate needs is taken from the left of the prompt of all, after a BOS token.
+        pair = TokenPair(longest, longest, prompt_length)
+        bos = scorer.tokenizer.bos_token_id
+        fitted = encoding.fit_pair(pair, scorer.max_length, overlong, bos, item.file, item.row)
+        prompt_length = fitted.prompt_length
+        keep, excess = encoding.removable_prompt_tokens(pair, bos)[0], len(longest) - scorer.max_length
+        sequences = [ids[:keep] + ids[keep + excess :] for ids in sequences]
+        counts["truncated"] += 1
+    different: dict[tuple[int, ...], int] = {}
+    places = [different.setdefault(tuple(ids), len(different)) for ids in sequences]
+    counts["indistinguishable"] += not set(places[: item.num_correct]).isdisjoint(places[item.num_correct :])
+    return EncodedItem(item, [array("i", ids) for ids in different], places, prompt_length)
 
 
 def _score(frame: Frame, encoded: list[EncodedItem], run: dict[str, Any]) -> list[ScoredItem]:
@@ -288,18 +282,3 @@ def _score(frame: Frame, encoded: list[EncodedItem], run: dict[str, Any]) -> lis
         own = tuple(values[place] for place in each.places)
         scored.append(ScoredItem(each.item.id, each.item.subset, own, each.item.num_correct))
     return scored
-
-
-def _rows(table: Suite, ties: str, encoded: list[EncodedItem], scored: list[ScoredItem]) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": item.id,
-            "subset": item.subset,
-            "section": table.section_of(item.subset),
-            "rewards": list(item.rewards),
-            "num_correct": item.num_correct,
-            "characters": [len(text) for text in each.item.candidates],
-            "credit": credit,
-        }
-        for each, item, credit in zip(encoded, scored, item_credits(table, scored, ties), strict=True)
-    ]

@@ -2,24 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from inform_rm.data import sources as places
 from inform_rm.data.columns import Columns
-from inform_rm.data.messages import Message, to_messages
+from inform_rm.data.encoding import skippable
+from inform_rm.data.messages import Fault, Message, check_unicode, prompt_messages
 from inform_rm.data.pairs import BadRow, parse_pair
 from inform_rm.data.records import Records, data_suffix, open_file
-from inform_rm.data.sources import (
-    Sources,
-    is_saved_dataset,
-    load_hub,
-    open_parts,
-    parse_source,
-    source_label,
-    source_list,
-)
+from inform_rm.data.sources import Sources, open_parts
 from inform_rm.errors import InputError, shortened
 from inform_rm.eval.suites.scores import NUM_STYLES, ties_id, twin_id
 from inform_rm.eval.suites.tables import HubSource, Suite
@@ -43,27 +37,9 @@ class SuiteItem:
     row: int
 
 
-@dataclass(frozen=True)
-class SuiteData:
-    """The items of a suite.
-
-    Attributes:
-        items: in reading order; ids are unique.
-        sources: for each source ``source``, ``fingerprint`` (SHA-256 of its items' content in order), ``items`` read,
-            ``bad_rows`` and, where there are any, the first ``bad_row_reasons``.
-    """
-
-    items: list[SuiteItem]
-    sources: list[dict[str, Any]]
-
-
 def load_suite_items(
-    suite: Suite,
-    data: Sources | None = None,
-    *,
-    revision: str | None = None,
-    on_bad_row: str = "error",
-) -> SuiteData:
+    suite: Suite, data: Sources | None = None, *, revision: str | None = None, on_bad_row: str = "error"
+) -> tuple[list[SuiteItem], list[dict[str, Any]]]:
     """Read a suite's items.
 
     Args:
@@ -77,12 +53,15 @@ def load_suite_items(
         revision: branch, tag or commit on the Hub.
         on_bad_row: ``"error"``, or ``"skip"``, which counts and lists rows that cannot be used.
 
+    Returns:
+        The items in reading order, under unique ids; and for each source ``source``, ``fingerprint`` (SHA-256 of its
+        items' content in order), ``items`` read, ``bad_rows`` and, where there are any, the first
+        ``bad_row_reasons``.
+
     Raises:
         BadRow: under ``"error"``: a row in no known layout, of an unknown subset, or with unusable text.
         InputError: no data, an unreadable source, or the same item twice.
     """
-    if on_bad_row not in ("error", "skip"):
-        raise InputError(f"on_bad_row: got {on_bad_row!r}; expected 'error' or 'skip'.")
     items: list[SuiteItem] = []
     sources: list[dict[str, Any]] = []
     seen: dict[str, list[SuiteItem]] = {}
@@ -91,102 +70,79 @@ def load_suite_items(
         digest = hashlib.sha256()
         first = len(items)
         for part in parts:
-            for item in _items_of(suite, part, bad, on_bad_row):
-                content = [item.id, item.subset, item.prompt, item.candidates, item.num_correct]
+            for found in _items_of(suite, part):
+                if isinstance(found, BadRow):
+                    if on_bad_row == "error":
+                        raise skippable(found)
+                    bad.append(found)
+                    continue
+                content = [found.id, found.subset, found.prompt, found.candidates, found.num_correct]
                 digest.update((json.dumps(content, ensure_ascii=False, sort_keys=True) + "\n").encode())
-                items.append(_with_own_id(suite, item, seen.setdefault(item.id, [])))
-        record: dict[str, Any] = {"source": name, "fingerprint": digest.hexdigest(), "items": len(items) - first}
-        record["bad_rows"] = len(bad)
+                items.append(_with_own_id(suite, found, seen.setdefault(found.id, [])))
+        record = {"source": name, "fingerprint": digest.hexdigest(), "items": len(items) - first, "bad_rows": len(bad)}
         if bad:
             record["bad_row_reasons"] = [str(row) for row in bad[:MOST_REASONS]]
         if len(items) == first:
             reasons = "".join(f" {row}" for row in bad[:3])
             raise InputError(f"{name}: no items of {suite.name}.{reasons}")
         sources.append(record)
-    return SuiteData(items, sources)
+    return items, sources
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows from one place; ``subset`` is what the place itself says about theirs."""
+    """Rows from one place; the last name in ``place`` that is a subset's is that of rows that name none."""
 
     name: str
     records: Records
-    subset: str | None = None
+    place: str = ""
 
 
 def _sources(suite: Suite, data: Sources | None, revision: str | None) -> Iterator[tuple[str, list[_Part]]]:
+    """Each source's name and parts."""
     if data is None:
         if not suite.hub:
             raise InputError(f"suite: {suite.name} is not on the Hub in a readable form. Name its files with data.")
-        for source in suite.hub:
-            if source.by_default:
-                yield _hub_name(source), [_hub_part(suite, source, revision)]
+        yield from (_from_hub(suite, known, revision) for known in suite.hub if known.by_default)
         return
-    named = source_list(data)
+    named = places.source_list(data)
     if not named:
         raise InputError(f"data: expected files of {suite.name}, or leave it out to read the Hub.")
     for each in named:
         if not isinstance(each, str | Path):
-            yield source_label(each), [_Part(*part) for part in open_parts(each, revision=revision)]
+            yield places.source_label(each), [_Part(*part) for part in open_parts(each, revision=revision)]
             continue
-        where = parse_source(each)
+        where = places.parse_source(each)
         path = Path(where.name)
-        if path.is_dir() and where.split is None and not is_saved_dataset(path):
-            _refuse_revision(each, revision)
-            yield str(each), [_file_part(file, path) for file in _files_in(path)]
-        elif path.exists() or not any(known.hub_id == where.name for known in suite.hub):
-            root = path.parent if path.is_file() else path
-            yield (
-                str(each),
-                [
-                    _Part(name, records, _place(Path(name), root))
-                    for name, records in open_parts(each, revision=revision)
-                ],
-            )
-        else:
-            on_hub = [
-                known
-                for known in suite.hub
-                if (known.hub_id, known.split) == (where.name, where.split or known.split)
-                and where.config in (None, known.config)
-            ]
-            if not on_hub:
+        on_hub = [] if path.exists() else [known for known in suite.hub if known.hub_id == where.name]
+        if on_hub:
+            named_part = {name: value for name, value in (("split", where.split), ("config", where.config)) if value}
+            wanted = [known for known in on_hub if named_part.items() <= vars(known).items()]
+            if not wanted:
                 splits = ", ".join(f"{known.hub_id}[{known.split}]" for known in suite.hub)
                 raise InputError(f"data: {suite.name} has no part {each}; its parts are {splits}.")
-            for known in on_hub:
-                yield _hub_name(known), [_hub_part(suite, known, revision)]
+            yield from (_from_hub(suite, known, revision) for known in wanted)
+        elif path.is_dir() and where.split is None and not places.is_saved_dataset(path):
+            if revision is not None:
+                raise InputError(f"revision: {revision!r} was given, but {each} is a local folder. Leave it out.")
+            # Names of folders above the one that was named say nothing.
+            files = _files_in(path)
+            yield str(each), [_Part(*open_file(file), str(file.relative_to(path.parent))) for file in files]
+        else:
+            place = f"{path.parent.name}/{path.name}" if path.is_file() else path.name
+            yield str(each), [_Part(*part, place) for part in open_parts(each, revision=revision)]
 
 
-def _hub_name(source: HubSource) -> str:
-    return "/".join(part for part in (source.hub_id, source.config, source.data_dir, source.split) if part)
-
-
-def _hub_part(suite: Suite, source: HubSource, revision: str | None) -> _Part:
+def _from_hub(suite: Suite, source: HubSource, revision: str | None) -> tuple[str, list[_Part]]:
+    name = "/".join(part for part in (source.hub_id, source.config, source.data_dir, source.split) if part)
     try:
-        rows = load_hub(source.hub_id, source.split, revision, config=source.config, data_dir=source.data_dir)
+        rows = places.load_hub(source.hub_id, source.split, revision, config=source.config, data_dir=source.data_dir)
     except InputError as error:
         raise InputError(
             f"suite: {suite.name} could not be read from the Hub ({shortened(str(error), 300)}). Check the "
             "network, or name local files or folders: --data FILES (Python: data=...)."
         ) from error
-    return _Part(_hub_name(source), enumerate(rows, start=1), source.subset)
-
-
-def _file_part(path: Path, root: Path) -> _Part:
-    """Rows of a file, with its place below ``root``."""
-    name, records = open_file(path)
-    return _Part(name, records, _place(path, root))
-
-
-def _place(path: Path, root: Path) -> str:
-    inside = path.relative_to(root) if root in path.parents else Path(path.name)
-    return f"{root.name}/{inside}"
-
-
-def _refuse_revision(name: str | Path, revision: str | None) -> None:
-    if revision is not None:
-        raise InputError(f"revision: {revision!r} was given, but {name} is a local folder. Leave revision out.")
+    return name, [_Part(name, enumerate(rows, start=1), source.subset or "")]
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -199,86 +155,86 @@ def _files_in(folder: Path) -> list[Path]:
     return found
 
 
-def _items_of(suite: Suite, part: _Part, bad: list[BadRow], on_bad_row: str) -> Iterator[SuiteItem]:
+def _items_of(suite: Suite, part: _Part) -> Iterator[SuiteItem | BadRow]:
+    """The items of the rows, and in place of those of a bad row its fault."""
     for row, record in part.records:
         try:
             if isinstance(record, str):  # the reader's description of a row that it could not read
                 raise BadRow(part.name, row, record, "unreadable")
-            yield from _parsed(suite, record, part, row)
-        except BadRow as fault:
-            if on_bad_row == "error":
-                reason = f"{fault.reason} (on_bad_row='skip' leaves bad rows out and lists them.)"
-                raise BadRow(fault.file, fault.row, reason, fault.kind) from None
-            bad.append(fault)
+            if not isinstance(record, dict):
+                raise BadRow(part.name, row, f"expected an object with fields, got {type(record).__name__}.")
+            layout = next((name for name in suite.layouts if _LAYOUTS[name][0] <= record.keys()), None)
+            if layout is None:
+                wanted = "; or ".join(", ".join(sorted(_LAYOUTS[name][0])) for name in suite.layouts)
+                there = shortened(", ".join(map(str, record)), 200)
+                reason = f"in no layout of {suite.name}: it has {there}; expected {wanted}."
+                raise BadRow(part.name, row, reason, "layout")
+            marked = _LAYOUTS[layout][1](record, part, row)
+            items = [_item(suite, record, part, row, each) for each in marked]
+        except BadRow as bad:
+            yield bad
+        except Fault as fault:
+            yield BadRow(part.name, row, str(fault))
+        else:
+            yield from items
 
 
-def _parsed(suite: Suite, record: Any, part: _Part, row: int) -> list[SuiteItem]:
-    if not isinstance(record, dict):
-        raise BadRow(part.name, row, f"expected an object with fields, got {type(record).__name__}.")
-    layout = next((name for name in suite.layouts if _FIELDS[name] <= record.keys()), None)
-    if layout is None:
-        wanted = "; or ".join(", ".join(sorted(_FIELDS[name])) for name in suite.layouts)
-        there = shortened(", ".join(map(str, record)), 200)
-        raise BadRow(part.name, row, f"in no layout of {suite.name}: it has {there}; expected {wanted}.", "layout")
-    try:
-        return _LAYOUTS[layout](suite, record, part, row)
-    except _Fault as fault:
-        raise BadRow(part.name, row, str(fault)) from None
+@dataclass(frozen=True)
+class _Marked:
+    """What a layout says of an item: its subset, if any, prompt and candidates, the correct ones apart."""
+
+    subset: Any
+    prompt: Any
+    correct: list[Any]
+    wrong: list[Any]
 
 
-class _Fault(Exception):
-    """What is wrong with a row, before its place is known."""
+def _invalid(reason: str) -> Fault:
+    return Fault("invalid", reason)
 
 
-def _pair(suite: Suite, record: dict[str, Any], part: _Part, row: int) -> list[SuiteItem]:
+def _pair(record: dict[str, Any], part: _Part, row: int) -> list[_Marked]:
     # Anthropic's rows name no prompt; other fields called prompt, chosen, rejected are those of preferences.
     pair = parse_pair(record, part.name, row, columns=Columns(sides="reply"), allow_identical=True)
-    subset = record.get("subset")
-    if suite.name == "judgebench" and subset is not None:
-        category = str(subset).removeprefix("judgebench-")
-        subset = f"{_judge_half(record, part)}/{'coding' if category == 'code' else category}"
-    return [_item(suite, record, part, row, subset, pair.prompt, [pair.chosen, pair.rejected], 1)]
+    return [_Marked(record.get("subset"), pair.prompt, [pair.chosen], [pair.rejected])]
 
 
-def _lists(suite: Suite, record: dict[str, Any], part: _Part, row: int) -> list[SuiteItem]:
-    chosen, rejected = _texts(record, "chosen"), _texts(record, "rejected")
-    item = _item(suite, record, part, row, record.get("subset"), record["prompt"], chosen + rejected, len(chosen))
-    stated = record.get("num_correct")
-    if stated is not None and stated != len(chosen):
-        raise _Fault(f"'num_correct' is {stated}, but 'chosen' holds {len(chosen)}.")
-    if item.subset != "Ties" and (len(chosen), len(rejected)) != (1, 3):
-        raise _Fault(f"{len(chosen)} chosen and {len(rejected)} rejected; {item.subset} has 1 and 3 (best of 4).")
-    if item.subset == "Ties":
-        place = ties_id(item.id)
-        if place is None:
-            raise _Fault(f"'id' is {record.get('id')!r}; items of Ties have ref:NUMBER or tied:NUMBER.")
-        if place[0] == "tied" and len(chosen) < 2:
-            raise _Fault("a tied item of Ties has at least two correct answers in 'chosen'.")
-    return [item]
+def _judge_pair(record: dict[str, Any], part: _Part, row: int) -> list[_Marked]:
+    (marked,) = _pair(record, part, row)
+    if marked.subset is None:
+        return [marked]
+    category = str(marked.subset).removeprefix("judgebench-")
+    category = "coding" if category == "code" else category
+    return [replace(marked, subset=f"{_judge_half(record, part)}/{category}")]
 
 
-def _styles(suite: Suite, record: dict[str, Any], part: _Part, row: int) -> list[SuiteItem]:
+def _lists(record: dict[str, Any], part: _Part, row: int) -> list[_Marked]:
+    marked = _Marked(record.get("subset"), record["prompt"], _texts(record, "chosen"), _texts(record, "rejected"))
+    stated, number = record.get("num_correct"), len(marked.correct)
+    if stated is not None and stated != number:
+        raise _invalid(f"'num_correct' is {stated}, but 'chosen' holds {number}.")
+    return [marked]
+
+
+def _styles(record: dict[str, Any], part: _Part, row: int) -> list[_Marked]:
     chosen, rejected = _texts(record, "chosen"), _texts(record, "rejected")
     if (len(chosen), len(rejected)) != (NUM_STYLES, NUM_STYLES):
-        raise _Fault(f"{len(chosen)} chosen and {len(rejected)} rejected; expected concise, detailed and markdown.")
+        raise _invalid(f"{len(chosen)} chosen and {len(rejected)} rejected; expected concise, detailed and markdown.")
     # The authors' files of one domain name it in their own name alone; `subset` says there where a row came from.
-    of_domain = _domain_file(part.subset) is not None
-    domain = record.get("domain", None if of_domain else record.get("subset"))
-    return [_item(suite, record, part, row, domain, record["prompt"], chosen + rejected, NUM_STYLES)]
+    subset = None if "_filtered." in Path(part.place).name else record.get("subset")
+    return [_Marked(record.get("domain", subset), record["prompt"], chosen, rejected)]
 
 
-def _judge(suite: Suite, record: dict[str, Any], part: _Part, row: int) -> list[SuiteItem]:
+def _judge(record: dict[str, Any], part: _Part, row: int) -> list[_Marked]:
     sides = [record["response_A"], record["response_B"]]
     if record["label"] not in ("A>B", "B>A"):
-        raise _Fault(f"'label' is {record['label']!r}; expected 'A>B' or 'B>A'.")
-    if record["label"] == "B>A":
-        sides.reverse()
+        raise _invalid(f"'label' is {record['label']!r}; expected 'A>B' or 'B>A'.")
+    better, worse = sides if record["label"] == "A>B" else sides[::-1]
     source = str(record.get("source"))
     category = next((name for start, name in _JUDGE_CATEGORIES.items() if source.startswith(start)), None)
     if category is None:
-        raise _Fault(f"'source' is {source!r}; expected one that starts with {', '.join(_JUDGE_CATEGORIES)}.")
-    subset = f"{_judge_half(record, part)}/{category}"
-    return [_item(suite, record, part, row, subset, record["question"], sides, 1)]
+        raise _invalid(f"'source' is {source!r}; expected one that starts with {', '.join(_JUDGE_CATEGORIES)}.")
+    return [_Marked(f"{_judge_half(record, part)}/{category}", record["question"], [better], [worse])]
 
 
 def _judge_half(record: dict[str, Any], part: _Part) -> str:
@@ -287,30 +243,28 @@ def _judge_half(record: dict[str, Any], part: _Part) -> str:
         for half in ("gpt", "claude"):
             if half in str(text or "").lower():
                 return half
-    raise _Fault("neither 'response_model', nor 'id', nor the file's name says gpt or claude.")
+    raise _invalid("neither 'response_model', nor 'id', nor the file's name says gpt or claude.")
 
 
-def _llmbar(suite: Suite, record: dict[str, Any], part: _Part, row: int) -> list[SuiteItem]:
-    sides = _preferred_first(record, "label")
-    return [_item(suite, record, part, row, record.get("subset"), record["input"], sides, 1)]
+def _llmbar(record: dict[str, Any], part: _Part, row: int) -> list[_Marked]:
+    return [_Marked(record.get("subset"), record["input"], *_better_output_first(record, "label"))]
 
 
-def _alpacaeval(suite: Suite, record: dict[str, Any], part: _Part, row: int) -> list[SuiteItem]:
+def _alpacaeval(record: dict[str, Any], part: _Part, row: int) -> list[_Marked]:
     prompt = "\n\n".join(text for text in (record["instruction"], record.get("input")) if text)
-    sides = _preferred_first(record, "preference")
-    return [_item(suite, record, part, row, "alpacaeval", prompt, sides, 1)]
+    return [_Marked("alpacaeval", prompt, *_better_output_first(record, "preference"))]
 
 
-def _preferred_first(record: dict[str, Any], field: str) -> list[Any]:
+def _better_output_first(record: dict[str, Any], field: str) -> tuple[list[Any], list[Any]]:
     label = record[field]
     if label not in (1, 2, "1", "2") or isinstance(label, bool):
-        raise _Fault(f"'{field}' is {label!r}; expected 1 or 2, the better output.")
-    sides = [record["output_1"], record["output_2"]]
-    return sides if int(label) == 1 else sides[::-1]
+        raise _invalid(f"'{field}' is {label!r}; expected 1 or 2, the better output.")
+    first, second = [record["output_1"]], [record["output_2"]]
+    return (first, second) if int(label) == 1 else (second, first)
 
 
-def _choices(suite: Suite, record: dict[str, Any], part: _Part, row: int) -> list[SuiteItem]:
-    items = []
+def _choices(record: dict[str, Any], part: _Part, row: int) -> list[_Marked]:
+    marked = []
     for name in ("mc1", "mc2"):
         targets = record[f"{name}_targets"]
         try:
@@ -319,94 +273,73 @@ def _choices(suite: Suite, record: dict[str, Any], part: _Part, row: int) -> lis
             else:  # the authors' own file: {text: label}
                 labelled = list(targets.items())
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise _Fault(f"'{name}_targets' holds no choices with labels ({error}).") from None
+            raise _invalid(f"'{name}_targets' holds no choices with labels ({error}).") from None
         if any(label not in (0, 1) for _, label in labelled):
-            raise _Fault(f"a label of '{name}_targets' is neither 0 nor 1.")
+            raise _invalid(f"a label of '{name}_targets' is neither 0 nor 1.")
         right, wrong = ([text for text, label in labelled if label == wanted] for wanted in (1, 0))
         if not right or not wrong or (name == "mc1" and len(right) > 1):
-            raise _Fault(f"'{name}_targets' has {len(right)} right and {len(wrong)} wrong choices.")
-        items.append(_item(suite, record, part, row, name, record["question"], right + wrong, len(right)))
-    return items
+            raise _invalid(f"'{name}_targets' has {len(right)} right and {len(wrong)} wrong choices.")
+        marked.append(_Marked(name, record["question"], right, wrong))
+    return marked
 
 
-_FIELDS = {
-    "pair": {"chosen", "rejected"},
-    "lists": {"prompt", "chosen", "rejected"},
-    "styles": {"prompt", "chosen", "rejected"},
-    "judge": {"question", "response_A", "response_B", "label"},
-    "llmbar": {"input", "output_1", "output_2", "label"},
-    "alpacaeval": {"instruction", "output_1", "output_2", "preference"},
-    "choices": {"question", "mc1_targets", "mc2_targets"},
-}
+# The fields that tell a layout, and what reads it.
 _LAYOUTS = {
-    "pair": _pair, "lists": _lists, "styles": _styles, "judge": _judge, "llmbar": _llmbar, "alpacaeval": _alpacaeval,
-    "choices": _choices,
-}  # fmt: skip
+    "pair": ({"chosen", "rejected"}, _pair),
+    "judge pair": ({"chosen", "rejected"}, _judge_pair),
+    "lists": ({"prompt", "chosen", "rejected"}, _lists),
+    "styles": ({"prompt", "chosen", "rejected"}, _styles),
+    "judge": ({"question", "response_A", "response_B", "label"}, _judge),
+    "llmbar": ({"input", "output_1", "output_2", "label"}, _llmbar),
+    "alpacaeval": ({"instruction", "output_1", "output_2", "preference"}, _alpacaeval),
+    "choices": ({"question", "mc1_targets", "mc2_targets"}, _choices),
+}
 
 
-def _item(
-    suite: Suite,
-    record: dict[str, Any],
-    part: _Part,
-    row: int,
-    subset: Any,
-    prompt: Any,
-    texts: Iterable[Any],
-    right: int,
-) -> SuiteItem:
-    candidates = list(texts)
+def _item(suite: Suite, record: dict[str, Any], part: _Part, row: int, marked: _Marked) -> SuiteItem:
+    candidates = [*marked.correct, *marked.wrong]
     for text in candidates:
         if not isinstance(text, str) or not text.strip():
-            raise _Fault(f"a candidate is {shortened(repr(text), 60)}; expected text.")
-        _check_encodable(text)
-    name = _subset_name(suite, subset, part)
-    try:
-        messages = to_messages(prompt)
-    except InputError as error:
-        raise _Fault(str(error)) from None
-    identifier = next((record[key] for key in ("id", "pair_id") if record.get(key) is not None), row)
-    identifier = str(identifier)
-    _check_encodable(identifier)
-    if not identifier.startswith(name + "/"):
-        identifier = f"{name}/{identifier}"
+            raise _invalid(f"a candidate is {shortened(repr(text), 60)}; expected text.")
+        check_unicode("a text", text)
+    subset = _subset_name(suite, marked.subset, part)
+    messages = prompt_messages("'prompt'", marked.prompt)
+    identifier = str(next((record[key] for key in ("id", "pair_id") if record.get(key) is not None), row))
+    check_unicode("a text", identifier)
+    identifier = identifier if identifier.startswith(subset + "/") else f"{subset}/{identifier}"
+    right, wrong = len(marked.correct), len(marked.wrong)
     if suite.name == "prompt-swap" and twin_id(identifier) is None:
-        raise _Fault(f"'id' is {record.get('id')!r}; twins have ids that end in /a and /b.")
-    return SuiteItem(identifier, name, messages, candidates, right, part.name, row)
-
-
-def _domain_file(place: str | None) -> str | None:
-    """The domain in the name of one of the files of RM-Bench's authors: ``chat_filtered.json``."""
-    name = Path(place or "").name
-    stem = name.removesuffix(data_suffix(name) or "")
-    return stem.removesuffix("_filtered") if stem.endswith("_filtered") else None
+        raise _invalid(f"'id' is {record.get('id')!r}; twins have ids that end in /a and /b.")
+    if subset == "Ties":
+        place = ties_id(identifier)
+        if place is None:
+            raise _invalid(f"'id' is {record.get('id')!r}; items of Ties have ref:NUMBER or tied:NUMBER.")
+        if place[0] == "tied" and right < 2:
+            raise _invalid("a tied item of Ties has at least two correct answers in 'chosen'.")
+    elif suite.name == "rewardbench2" and (right, wrong) != (1, 3):
+        raise _invalid(f"{right} chosen and {wrong} rejected; {subset} has 1 and 3 (best of 4).")
+    return SuiteItem(identifier, subset, messages, candidates, right, part.name, row)
 
 
 def _subset_name(suite: Suite, subset: Any, part: _Part) -> str:
-    known = {name.lower(): name for name in suite.subsets} | {alias.lower(): name for alias, name in suite.aliases}
-    if part.subset in suite.subsets:  # a split on the Hub is one subset, whatever its rows call theirs
-        return part.subset
+    if part.place in suite.subsets:  # a split on the Hub is one subset, whatever its rows call theirs
+        return part.place
     if subset is not None:
-        if str(subset).strip().lower() in known:
-            return known[str(subset).strip().lower()]
-        raise _Fault(f"subset {shortened(repr(subset))} is none of {suite.name}'s: {', '.join(suite.subsets)}.")
-    for place in reversed(Path(part.subset or "").parts):
-        stem = _domain_file(place) or place.removesuffix(data_suffix(place) or "")
-        if stem.lower() in known:
-            return known[stem.lower()]
-    raise _Fault(f"no 'subset', and neither file nor folder is named after one: {', '.join(suite.subsets)}.")
-
-
-def _check_encodable(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _Fault(f"a text has an unpaired surrogate at character {error.start + 1}. Repair it.") from None
+        found = suite.subset_names.get(str(subset).strip().lower())
+        if found is None:
+            raise _invalid(f"subset {shortened(repr(subset))} is none of {suite.name}'s: {', '.join(suite.subsets)}.")
+        return found
+    for name in reversed(Path(part.place).parts):
+        stem = name.removesuffix(data_suffix(name) or "").lower()
+        if stem in suite.subset_names:
+            return suite.subset_names[stem]
+    raise _invalid(f"no 'subset', and neither file nor folder is named after one: {', '.join(suite.subsets)}.")
 
 
 def _texts(record: dict[str, Any], field: str) -> list[Any]:
     value = record[field]
     if not isinstance(value, list) or not value:
-        raise _Fault(f"'{field}' is {shortened(repr(value), 60)}; expected a list of responses.")
+        raise _invalid(f"'{field}' is {shortened(repr(value), 60)}; expected a list of responses.")
     return value
 
 
@@ -418,13 +351,11 @@ def _with_own_id(suite: Suite, item: SuiteItem, earlier: list[SuiteItem]) -> Sui
     """
     for other in earlier:
         if (item.prompt, item.candidates) == (other.prompt, other.candidates):
-            reason = (
-                f"the same item as {other.file}, row {other.row}. Name each file once, and no file that holds others."
-            )
+            where = f"{other.file}, row {other.row}"
+            reason = f"the same item as {where}. Name each file once, and no file that holds others."
             raise BadRow(item.file, item.row, reason, "duplicate")
     if earlier and (item.subset == "Ties" or suite.name == "prompt-swap"):
-        raise BadRow(
-            item.file, item.row, f"the id {item.id!r} stands there twice, and ids pair items here.", "duplicate"
-        )
+        reason = f"the id {item.id!r} stands there twice, and ids pair items here."
+        raise BadRow(item.file, item.row, reason, "duplicate")
     earlier.append(item)
     return item if len(earlier) == 1 else replace(item, id=f"{item.id}#{len(earlier)}")

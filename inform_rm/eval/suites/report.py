@@ -8,7 +8,6 @@ from inform_rm.eval.report import result_settings
 from inform_rm.eval.suites.tables import Suite
 from inform_rm.util.page import Block, Heading, Image, Page, Table, format_interval
 
-_SUBSET_HEADER = ("subset", "accuracy", "95 % interval", "items", "published", "ties", "section")
 _CAPTION = "Sections that are whole (dark), then the subsets that are there (light), with 95 % intervals."
 
 
@@ -26,7 +25,12 @@ def suite_page(suite: Suite, result: dict[str, Any], plot: bytes) -> Page:
     for title, table in _tables(suite, result).items():
         if table.rows:
             blocks += [Heading(title), table] if title else [table]
-    blocks += _notes(suite, result)
+    half = "Equal rewards of a pair give half here, not nothing as published. "
+    blocks += [
+        (half if result["settings"]["ties"] == "half" else "") + suite.rule,
+        "Intervals: Wilson's for subsets, a bootstrap within subsets for sections and score.",
+        f"Source: {suite.citation}.",
+    ]
     return Page(f"{result['title']}: {result['model']}", blocks)
 
 
@@ -37,7 +41,8 @@ def subsets_table(suite: Suite, result: dict[str, Any]) -> Table:
          "-" if part["published_items"] is None else part["published_items"], part["num_ties"], suite.section_of(name))
         for name, part in result["subsets"].items()
     ]  # fmt: skip
-    return Table(_SUBSET_HEADER, rows, align="lrrrrrl")
+    header = ("subset", "accuracy", "95 % interval", "items", "published", "ties", "section")
+    return Table(header, rows, align="lrrrrrl")
 
 
 def sections_figure(result: dict[str, Any]) -> Figure:
@@ -81,22 +86,11 @@ def _own_figures(result: dict[str, Any]) -> list[tuple[str, str]]:
     own = []
     if result.get("score_with_prior_sets") is not None:
         own.append(("score with prior sets", f"{result['score_with_prior_sets']:.4f}"))
-    if "ties" in result:
-        own += [(f"Ties: {name.replace('_', ' ')}", f"{value:.4g}") for name, value in result["ties"].items()]
+    own += [(f"Ties: {name.replace('_', ' ')}", f"{value:.4g}") for name, value in result.get("ties", {}).items()]
     if "styles" in result:
-        kinds = [kind for kind in ("hard", "normal", "easy") if kind in result["styles"]]
-        own += [(f"all domains: {kind}", f"{result['styles'][kind]:.4f}") for kind in kinds]
-        for domain, part in result["styles"]["domains"].items():
-            own += [(f"{domain}: {kind}", f"{part[kind]:.4f}") for kind in ("hard", "normal", "easy")]
+        parts = {"all domains": result["styles"], **result["styles"]["domains"]}
+        cells = [(name, kind, part.get(kind)) for name, part in parts.items() for kind in ("hard", "normal", "easy")]
+        own += [(f"{name}: {kind}", f"{value:.4f}") for name, kind, value in cells if value is not None]
     if "twins" in result:
         own.append((f"both of {result['twins']['num_twins']} twins right", f"{result['twins']['both_right']:.4f}"))
     return own
-
-
-def _notes(suite: Suite, result: dict[str, Any]) -> list[str]:
-    half = "Equal rewards of a pair give half here, not nothing as published. "
-    return [
-        (half if result["settings"]["ties"] == "half" else "") + suite.rule,
-        "Intervals: Wilson's for subsets, a bootstrap within subsets for sections and score.",
-        f"Source: {suite.citation}.",
-    ]

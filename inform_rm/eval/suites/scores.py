@@ -1,7 +1,4 @@
-"""How the benchmark suites mark an item and a subset: pure functions of rewards, each with a worked example.
-
-The rewards of an item stand with those of the correct candidates first. Nothing here knows files or models.
-"""
+"""How the benchmark suites mark an item and a subset: pure functions of rewards, the correct candidates' first."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -29,26 +26,21 @@ class ScoredItem:
 
 
 def item_credit(item: ScoredItem, rule: str, ties: str = "wrong") -> float:
-    """What an item gives, between 0 and 1.
-
-    Args:
-        item: the item.
-        rule: ``"strict"``, ``"shared"``, ``"styles"`` or ``"mass"``: the function of that name below.
-        ties: of ``"strict"``: what a tie gives, nothing (``"wrong"``, as published) or ``"half"``.
-    """
-    if rule == "strict":
-        return strict_credit(item.rewards, item.num_correct, ties)
-    if rule == "shared":
-        return shared_credit(item.rewards, item.num_correct)
-    if rule == "styles":
-        return float(style_matrix(item.rewards).mean())
-    if rule == "mass":
-        return correct_mass(item.rewards, item.num_correct)
+    """What an item gives, between 0 and 1, by one of the functions below; ``ties`` is that of ``"strict"``."""
+    match rule:
+        case "strict":
+            return strict_credit(item.rewards, item.num_correct, ties)
+        case "shared":
+            return shared_credit(item.rewards, item.num_correct)
+        case "styles":
+            return float(style_matrix(item.rewards).mean())
+        case "mass":
+            return correct_mass(item.rewards, item.num_correct)
     raise ValueError(f"rule {rule!r}; expected strict, shared, styles or mass.")
 
 
 def strict_credit(rewards: Sequence[float], num_correct: int, ties: str = "wrong") -> float:
-    """1 if every correct candidate has a strictly larger reward than every wrong one, else 0.
+    """1 if every correct candidate has a strictly larger reward than every wrong one, else 0; ties may give half.
 
     With two candidates this is RewardBench's mark of a pair; with one correct of several, TruthfulQA's MC1; with
     several correct ones, the accuracy of RewardBench 2's Ties.
@@ -59,8 +51,6 @@ def strict_credit(rewards: Sequence[float], num_correct: int, ties: str = "wrong
         >>> strict_credit([3.0, 2.0, 1.0, 2.5], 2)
         0.0
     """
-    if ties not in TIES:
-        raise InputError(f"ties: {ties!r}; expected one of {', '.join(TIES)}.")
     gap = min(rewards[:num_correct]) - max(rewards[num_correct:])
     return 1.0 if gap > 0 else 0.5 if gap == 0 and ties == "half" else 0.0
 
@@ -94,8 +84,7 @@ def correct_mass(rewards: Sequence[float], num_correct: int) -> float:
 def style_matrix(rewards: Sequence[float]) -> NDArray[np.float64]:
     """RM-Bench: ``(3, 3)``, cell (i, j) is 1 if chosen style i has a strictly larger reward than rejected style j.
 
-    Args:
-        rewards: six: chosen concise, detailed, markdown; rejected concise, detailed, markdown.
+    The six rewards are those of chosen concise, detailed, markdown, and rejected concise, detailed, markdown.
 
     Example:
         >>> style_matrix([1.0, 2.0, 3.0, 0.0, 1.5, 2.5])
@@ -117,37 +106,19 @@ def style_difficulties(matrix: NDArray[np.float64]) -> dict[str, float]:
         >>> style_difficulties(style_matrix([1.0, 2.0, 3.0, 0.0, 1.5, 2.5]))
         {'hard': 0.0, 'normal': 1.0, 'easy': 1.0}
     """
-    matrix = np.asarray(matrix, dtype=np.float64)
+    matrix = np.asarray(matrix)
     rows, columns = np.indices(matrix.shape)
     parts = {"hard": columns > rows, "normal": columns == rows, "easy": columns < rows}
     return {name: float(matrix[part].mean()) for name, part in parts.items()}
 
 
-@dataclass(frozen=True)
-class TiesScore:
-    """RewardBench 2's Ties and the five terms it is made of; see `ties_score`."""
-
-    score: float
-    tied_accuracy: float
-    ref_accuracy: float
-    tied_margin_wins: float
-    both_margins_win: float
-    mean_margin: float
-    num_questions: int
-
-
 def ties_id(identifier: str) -> tuple[str, int] | None:
-    """``("tied", 3)`` of an id that ends in ``tied:3``; ``None`` if it is not an id of Ties.
-
-    Example:
-        >>> ties_id("Ties/ref:12"), ties_id("12")
-        (('ref', 12), None)
-    """
+    """``("tied", 3)`` of an id that ends in ``tied:3``; ``None`` if it is not an id of Ties."""
     match = _TIES_ID.fullmatch(identifier)
     return None if match is None else (match[1], int(match[2]))
 
 
-def ties_score(items: Iterable[ScoredItem]) -> TiesScore | None:
+def ties_score(items: Iterable[ScoredItem]) -> dict[str, float] | None:
     """RewardBench 2's Ties: questions with many correct answers, each beside a reference question with only one.
 
     Per item let g be the smallest reward of a correct answer minus the largest of a wrong one, and d the largest
@@ -158,12 +129,12 @@ def ties_score(items: Iterable[ScoredItem]) -> TiesScore | None:
         + 0.01 mean_q tanh(min(g_ref, g_tied) / d_tied - 1)
 
     where the mean of the last term leaves out questions with d = 0 (0 if there is no other), as the source does. The
-    largest value is thus 1.01. ``None`` where no question has both items.
+    largest value is thus 1.01.
 
     Source: ``process_single_model`` of github.com/allenai/reward-bench (rewardbench/utils.py), in own words.
 
-    Args:
-        items: ids end in ``tied:NUMBER`` or ``ref:NUMBER``.
+    Returns:
+        ``score``, its five terms and ``num_questions`` (those with both items); ``None`` where no question has both.
 
     Example:
         Correct answers at 3 and 2, the best wrong one at 1: g = 1, d = 1. The reference question: g = 3.
@@ -171,7 +142,7 @@ def ties_score(items: Iterable[ScoredItem]) -> TiesScore | None:
 
         >>> tied = ScoredItem("tied:0", "Ties", (3.0, 2.0, 1.0, 0.0), 2)
         >>> ref = ScoredItem("ref:0", "Ties", (4.0, 1.0), 1)
-        >>> round(ties_score([tied, ref]).score, 6)
+        >>> round(ties_score([tied, ref])["score"], 6)
         0.6
     """
     gaps: dict[str, dict[int, float]] = {"tied": {}, "ref": {}}
@@ -193,54 +164,35 @@ def ties_score(items: Iterable[ScoredItem]) -> TiesScore | None:
     spread = np.array([spreads[question] for question in both])
     differing = spread > 0
     margins = np.tanh(least[differing] / spread[differing] - 1)
-    tied_accuracy = float(np.mean([gap > 0 for gap in gaps["tied"].values()]))
-    ref_accuracy = float(np.mean([gap > 0 for gap in gaps["ref"].values()]))
-    tied_wins, both_win = float((tied > spread).mean()), float((least > spread).mean())
-    mean_margin = float(margins.mean()) if len(margins) else 0.0
-    score = 0.30 * tied_accuracy + 0.30 * ref_accuracy + 0.20 * tied_wins + 0.20 * both_win + 0.01 * mean_margin
-    return TiesScore(score, tied_accuracy, ref_accuracy, tied_wins, both_win, mean_margin, len(both))
-
-
-def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    """``sum(w v) / sum(w)``.
-
-    Example:
-        Reasoning of RewardBench: math-prm at 0.5 weighs as much as the six languages at 1.0 together.
-
-        >>> weighted_mean([0.5] + 6 * [1.0], [984] + 6 * [164])
-        0.75
-    """
-    return float(np.dot(values, weights) / np.sum(weights))
+    terms = {
+        "tied_accuracy": float(np.mean([gap > 0 for gap in gaps["tied"].values()])),
+        "ref_accuracy": float(np.mean([gap > 0 for gap in gaps["ref"].values()])),
+        "tied_margin_wins": float((tied > spread).mean()),
+        "both_margins_win": float((least > spread).mean()),
+        "mean_margin": float(margins.mean()) if len(margins) else 0.0,
+    }
+    score = sum(weight * term for weight, term in zip((0.30, 0.30, 0.20, 0.20, 0.01), terms.values(), strict=True))
+    return {"score": score, **terms, "num_questions": len(both)}
 
 
 def score_with_prior_sets(sections: Sequence[float], prior_sets: float) -> float:
-    """RewardBench's older total: the four sections at weight 2, the mean of the four prior sets at weight 1.
-
-    ``(2 (a + b + c + d) + p) / 9``: the mean of five sections of which the last weighs half.
+    """RewardBench's older total ``(2 (a + b + c + d) + p) / 9``: p, the mean of the four prior sets, weighs half.
 
     Example:
         >>> score_with_prior_sets([0.9, 0.6, 0.8, 0.7], 0.6)
         0.7333333333333333
     """
-    return weighted_mean([*sections, prior_sets], [2.0] * len(sections) + [1.0])
+    return (2 * sum(sections) + prior_sets) / 9
 
 
 def twin_id(identifier: str) -> tuple[str, str] | None:
-    """``("x/7", "a")`` of the id ``"x/7/a"``; ``None`` if it does not end in ``/a`` or ``/b``.
-
-    Example:
-        >>> twin_id("swap-piqa/7/b"), twin_id("7")
-        (('swap-piqa/7', 'b'), None)
-    """
+    """``("x/7", "a")`` of the id ``"x/7/a"``; ``None`` if it does not end in ``/a`` or ``/b``."""
     match = _TWIN_ID.fullmatch(identifier)
     return None if match is None else (match[1], match[2])
 
 
 def both_twins_right(credits: dict[str, float]) -> tuple[int, int]:
-    """How many twins have both items right, of how many whose two items are there.
-
-    Args:
-        credits: credit by item id; ids of twins end in ``/a`` and ``/b``.
+    """How many twins have both items right, of how many whose two items are there; ``credits`` are by item id.
 
     Example:
         >>> both_twins_right({"1/a": 1.0, "1/b": 1.0, "2/a": 1.0, "2/b": 0.0, "3/a": 1.0})

@@ -1,33 +1,17 @@
 """From scored items to a suite's figures: subsets, whole sections, the score, and what is missing for it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from inform_rm.errors import InputError
-from inform_rm.eval.suites.scores import (
-    ScoredItem,
-    both_twins_right,
-    item_credit,
-    score_with_prior_sets,
-    style_difficulties,
-    style_matrix,
-    ties_score,
-    weighted_mean,
-)
+from inform_rm.eval.suites import scores
+from inform_rm.eval.suites.scores import ScoredItem, item_credit
 from inform_rm.eval.suites.tables import Section, Suite
 from inform_rm.util.intervals import wilson_interval
 
 _NUM_RESAMPLES = 2000
-
-
-def item_credits(suite: Suite, items: Sequence[ScoredItem], ties: str = "wrong") -> list[float]:
-    """What each item gives under its subset's rule; see `item_credit`."""
-    subsets = suite.subsets
-    return [item_credit(item, subsets[item.subset].credit, ties) for item in items]
 
 
 def summarize_suite(
@@ -48,7 +32,7 @@ def summarize_suite(
 
     Args:
         suite: which.
-        items: scored items.
+        items: scored items of its subsets.
         ties: see `item_credit`.
         seed: of the bootstrap.
         dropped: by subset, how many items were read and not scored.
@@ -60,48 +44,47 @@ def summarize_suite(
         ``num_dropped``), and what a suite has of its own: ``score_with_prior_sets`` and ``prior_sets_missing``
         (RewardBench), ``ties`` (RewardBench 2), ``styles`` (RM-Bench: hard, normal, easy, overall and by domain, of
         whole domains), ``twins`` (prompt-swap).
-
-    Raises:
-        InputError: if there are no items, or one belongs to no subset of the suite.
     """
-    if not items:
-        raise InputError(f"suite: no items of {suite.name}. Name its files or its data set on the Hub.")
     groups: dict[str, list[ScoredItem]] = {name: [] for name in suite.subsets}
     for item in items:
-        if item.subset not in groups:
-            raise InputError(f"{item.id}: {item.subset!r} is no subset of {suite.name}.")
         groups[item.subset].append(item)
-    credits = {name: np.sort(item_credits(suite, group, ties)) for name, group in groups.items()}
-    ties_parts = ties_score(groups["Ties"]) if suite.name == "rewardbench2" else None
-
+    credits = {
+        name: np.sort([item_credit(item, suite.subsets[name].credit, ties) for item in group])
+        for name, group in groups.items()
+    }
     dropped = dropped or {}
     lacks = {section.name: _lacks(section, credits, dropped) for section in suite.sections}
     values = {name: float(marks.mean()) for name, marks in credits.items() if len(marks)}
+    ties_parts = scores.ties_score(groups["Ties"]) if "Ties" in groups else None
     if ties_parts is not None:
-        values["Ties"] = ties_parts.score
+        values["Ties"] = ties_parts["score"]
     elif "Ties" in values:  # items, but no question with both of its parts
         lacks["Ties"].append("no question of Ties has both of its parts")
-    whole = [section for section in suite.sections if not lacks[section.name]]
-    draws = {section.name: _draws(section, credits, seed) for section in whole if section.name != "Ties"}
     sections: dict[str, dict[str, Any]] = {}
-    for section in whole:
-        score = weighted_mean([values[part.name] for part in section.subsets], _shares(section, credits))
+    draws: dict[str, NDArray[np.float64]] = {}
+    for section in suite.sections:
+        name, shares = section.name, _shares(section, credits)
+        if lacks[name]:
+            continue
+        score = np.average([values[part.name] for part in section.subsets], weights=shares)
         num_items = sum(len(credits[part.name]) for part in section.subsets)
-        sections[section.name] = {"score": score, "num_items": num_items, "weight": section.weight}
-        if section.name in draws:
-            sections[section.name]["interval"] = _percentiles(draws[section.name])
+        sections[name] = {"score": float(score), "num_items": num_items, "weight": section.weight}
+        if name != "Ties":
+            draws[name] = _draws(section, shares, credits, seed)
+            sections[name]["interval"] = _percentiles(draws[name])
 
-    needed = [section for section in suite.sections if section.weight]
-    missing = [f"{section.name}: {lack}" for section in needed for lack in lacks[section.name]]
+    needed = {section.name: section.weight for section in suite.sections if section.weight}
+    missing = [f"{name}: {lack}" for name in needed for lack in lacks[name]]
     result: dict[str, Any] = {"suite": suite.name, "complete": not missing, "score": None}
     if not missing:
-        weights = [section.weight for section in needed]
-        result["score"] = weighted_mean([sections[section.name]["score"] for section in needed], weights)
-        if all(section.name in draws for section in needed):
-            stacked = np.stack([draws[section.name] for section in needed])
-            result["interval"] = _percentiles(np.average(stacked, axis=0, weights=weights))
+        weights = list(needed.values())
+        result["score"] = float(np.average([sections[name]["score"] for name in needed], weights=weights))
+        if needed.keys() <= draws.keys():
+            result["interval"] = _percentiles(np.average([draws[name] for name in needed], axis=0, weights=weights))
     result |= {"missing": missing, "sections": sections, "subsets": _subset_figures(suite, groups, credits, dropped)}
-    return result | _own_figures(suite, groups, credits, result, lacks, ties_parts)
+    if ties_parts is not None:
+        result["ties"] = ties_parts
+    return result | _own_figures(suite, groups, result, lacks)
 
 
 def _shares(section: Section, credits: dict[str, NDArray[np.float64]]) -> list[float]:
@@ -121,16 +104,16 @@ def _lacks(section: Section, credits: dict[str, NDArray[np.float64]], dropped: M
             found.append(f"{subset.name} {number} of {expected} items" if expected else f"{subset.name} 0 items")
     total = sum(len(credits[subset.name]) for subset in section.subsets)
     if section.pooled_items not in (None, total):
-        found.append(
-            f"{' and '.join(subset.name for subset in section.subsets)} {total} of {section.pooled_items} items"
-        )
+        names = " and ".join(subset.name for subset in section.subsets)
+        found.append(f"{names} {total} of {section.pooled_items} items")
     return found
 
 
-def _draws(section: Section, credits: dict[str, NDArray[np.float64]], seed: int) -> NDArray[np.float64]:
+def _draws(
+    section: Section, shares: list[float], credits: dict[str, NDArray[np.float64]], seed: int
+) -> NDArray[np.float64]:
     """Bootstrap draws of a section's score: items drawn anew within each subset."""
     total = np.zeros(_NUM_RESAMPLES)
-    shares = _shares(section, credits)
     for subset, share in zip(section.subsets, shares, strict=True):
         marks = credits[subset.name]
         # One stream for each subset, so that a subset's draws do not depend on which others there are.
@@ -148,55 +131,40 @@ def _percentiles(draws: NDArray[np.float64]) -> list[float]:
 
 
 def _subset_figures(
-    suite: Suite,
-    groups: dict[str, list[ScoredItem]],
-    credits: dict[str, NDArray[np.float64]],
-    dropped: Mapping[str, int],
+    suite: Suite, groups: dict[str, list[ScoredItem]], credits: dict[str, Any], dropped: Mapping[str, int]
 ) -> dict[str, Any]:
-    figures = {}
-    for name, marks in credits.items():
-        if len(marks):
-            figures[name] = {
-                "accuracy": float(marks.mean()),
-                "interval": list(wilson_interval(min(float(marks.sum()), len(marks)), len(marks))),
-                "num_items": len(marks),
-                "published_items": suite.subsets[name].items,
-                "num_ties": sum(_is_tied(item) for item in groups[name]),
-                "num_dropped": dropped.get(name, 0),
-            }
-    return figures
-
-
-def _is_tied(item: ScoredItem) -> bool:
-    """Whether the best correct and the best wrong candidate have the same reward."""
-    correct, wrong = item.rewards[: item.num_correct], item.rewards[item.num_correct :]
-    return bool(wrong) and max(correct) == max(wrong)
+    return {
+        name: {
+            "accuracy": float(marks.mean()),
+            "interval": list(wilson_interval(min(float(marks.sum()), len(marks)), len(marks))),
+            "num_items": len(marks),
+            "published_items": suite.subsets[name].items,
+            "num_ties": sum(max(x.rewards[: x.num_correct]) == max(x.rewards[x.num_correct :]) for x in groups[name]),
+            "num_dropped": dropped.get(name, 0),
+        }
+        for name, marks in credits.items()
+        if len(marks)
+    }
 
 
 def _own_figures(
-    suite: Suite,
-    groups: dict[str, list[ScoredItem]],
-    credits: dict[str, NDArray[np.float64]],
-    result: dict[str, Any],
-    lacks: dict[str, list[str]],
-    ties_parts: Any,
+    suite: Suite, groups: dict[str, list[ScoredItem]], result: dict[str, Any], lacks: dict[str, list[str]]
 ) -> dict[str, Any]:
+    """What only this suite has, but for Ties."""
     sections = result["sections"]
     if suite.name == "rewardbench":
-        four = [sections[section.name]["score"] for section in suite.sections[:-1] if section.name in sections]
-        prior = sections.get("Prior Sets")
-        whole = prior is not None and result["complete"]
-        with_prior = score_with_prior_sets(four, prior["score"]) if whole and prior is not None else None
+        prior, with_prior = sections.get("Prior Sets"), None
+        if prior is not None and result["complete"]:
+            four = [sections[section.name]["score"] for section in suite.sections[:-1]]
+            with_prior = scores.score_with_prior_sets(four, prior["score"])
         return {"score_with_prior_sets": with_prior, "prior_sets_missing": lacks["Prior Sets"]}
-    if suite.name == "rewardbench2":
-        return {} if ties_parts is None else {"ties": asdict(ties_parts)}
     if suite.name == "rm-bench":
         domains = {}
         for section in suite.sections:
             if section.name in sections:
                 pooled = [item for subset in section.subsets for item in groups[subset.name]]
-                matrix = np.mean([style_matrix(item.rewards) for item in pooled], axis=0)
-                domains[section.name] = {**style_difficulties(matrix), "matrix": matrix.tolist()}
+                matrix = np.mean([scores.style_matrix(item.rewards) for item in pooled], axis=0)
+                domains[section.name] = {**scores.style_difficulties(matrix), "matrix": matrix.tolist()}
         styles: dict[str, Any] = {"domains": domains}
         if result["complete"]:
             for kind in ("hard", "normal", "easy"):
@@ -204,9 +172,8 @@ def _own_figures(
         return {"styles": styles}
     if suite.name == "prompt-swap":
         marks = {item.id: item_credit(item, "strict") for group in groups.values() for item in group}
-        right, number = both_twins_right(marks)
-        if not number:
-            return {}
-        interval = list(wilson_interval(right, number))
-        return {"twins": {"both_right": right / number, "interval": interval, "num_twins": number}}
+        right, number = scores.both_twins_right(marks)
+        if number:
+            interval = list(wilson_interval(right, number))
+            return {"twins": {"both_right": right / number, "interval": interval, "num_twins": number}}
     return {}

@@ -1,11 +1,13 @@
 """The benchmark suites that people quote, as tables: sections, subsets, published counts, weights, sources.
 
-How credits become scores is in `suite_scores`, how rows become items in `suite_items`. A subset's ``items`` is the
-number that the source publishes; with another number of items a section has no score. The sources were read in
-November 2026; only facts were taken from them.
+How credits become scores is in `scores`, how rows become items in `items`. A subset's ``items`` is the number
+that the source publishes; with another number of items a section has no score. The sources were read in November 2026;
+only facts were taken from them.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from inform_rm.errors import InputError
 
@@ -16,9 +18,9 @@ class Subset:
 
     Attributes:
         name: as the source calls it.
-        items: how many the source publishes; ``None`` where it gives no number.
+        items: how many the source publishes, if it says so.
         weight: share in its section, relative to the others; by default ``items``.
-        credit: how one item is marked; a name that `suite_scores.item_credit` knows.
+        credit: how one item is marked, see `scores.item_credit`.
     """
 
     name: str
@@ -40,8 +42,7 @@ class Section:
         name: as the source calls it.
         subsets: its parts.
         weight: its own in the suite's score; with 0 it is reported beside the score.
-        pooled_items: where the source gives a number only for all parts together. They are then weighted by the
-            items that they have, as if they were one.
+        pooled_items: the number of items, where the source gives it for all parts together: they count as one.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Section:
 
 @dataclass(frozen=True)
 class HubSource:
-    """Where a suite lies on the Hub: ``subset`` names that of every row, ``half`` what the rows do not say."""
+    """Where a suite lies on the Hub; ``subset`` is that of every row, where the rows do not say it."""
 
     hub_id: str
     split: str
@@ -64,15 +65,13 @@ class HubSource:
 
 @dataclass(frozen=True)
 class Suite:
-    """One suite.
+    """One suite; ``name`` is that of the command line, ``title`` is for people.
 
     Attributes:
-        name: as on the command line.
-        title: for people.
         citation: paper and repository of data and aggregation.
         rule: the aggregation in one or two sentences, for the report.
         sections: their weights make the score.
-        layouts: the row layouts that it takes, as `suite_items` calls them.
+        layouts: the row layouts that it takes, as `items` calls them.
         hub: its data sets; empty where only files can be given.
         aliases: other names of its subsets, in local files and folders.
     """
@@ -86,10 +85,21 @@ class Suite:
     hub: tuple[HubSource, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
 
-    @property
+    @cached_property
     def subsets(self) -> dict[str, Subset]:
         """All its subsets by name."""
         return {subset.name: subset for section in self.sections for subset in section.subsets}
+
+    @cached_property
+    def subset_names(self) -> dict[str, str]:
+        """What a subset may be called in data, in small letters, to its name."""
+        return {alias.lower(): name for alias, name in (*((name, name) for name in self.subsets), *self.aliases)}
+
+    @property
+    def on_hub(self) -> list[dict[str, Any]] | None:
+        """The parts of its own data set on the Hub, if there is one."""
+        parts = [part for part in self.hub if part.by_default]
+        return [{"id": part.hub_id, "config": part.config, "split": part.split} for part in parts] or None
 
     def section_of(self, subset: str) -> str:
         """The name of the section that a subset belongs to."""
@@ -162,6 +172,7 @@ _RM_BENCH = Suite(
     ),
     layouts=("styles",),
     hub=(HubSource("THU-KEG/RM-Bench", "train"),),
+    aliases=tuple((f"{name}_filtered", name) for name in ("chat", "math", "code", "safety-refuse", "safety-response")),
 )  # fmt: skip
 
 _JUDGEBENCH = Suite(
@@ -176,7 +187,7 @@ _JUDGEBENCH = Suite(
         Section("Claude 3.5 Sonnet", tuple(Subset(f"claude/{name}", items) for name, items in (
             ("knowledge", 154), ("reasoning", 51), ("math", 34), ("coding", 31))), weight=0),
     ),
-    layouts=("judge", "pair"),
+    layouts=("judge", "judge pair"),
     hub=(HubSource("ScalerLab/JudgeBench", "gpt"), HubSource("ScalerLab/JudgeBench", "claude")),
 )  # fmt: skip
 
@@ -258,11 +269,7 @@ SUITES = {
 
 
 def suite_named(name: str) -> Suite:
-    """The suite of that name.
-
-    Raises:
-        InputError: if there is none.
-    """
+    """The suite of that name; `InputError` if there is none."""
     if name not in SUITES:
         raise InputError(f"suite: {name!r}; expected one of {', '.join(SUITES)}.")
     return SUITES[name]

@@ -20,7 +20,6 @@ from inform_rm.eval.best_of_n.simulate import (
     SimulationSettings,
     best_of_n_expectation,
     best_of_n_weights,
-    draw_best_of_n,
     kl_nats,
     overoptimization_curves,
 )
@@ -41,7 +40,7 @@ def by_enumeration(proxy, values, n):
     return np.mean(means)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.data())
 def test_expectation_is_the_mean_over_all_subsets(data):
     number = data.draw(st.integers(1, 7))
@@ -64,33 +63,16 @@ def test_only_the_order_of_the_proxy_matters():
         np.testing.assert_array_equal(best_of_n_expectation(transform(proxy), gold, [1, 3, 40]), expected)
 
 
-def test_expectation_and_draws_agree_with_each_other_and_with_a_simulation():
+def test_expectation_agrees_with_a_simulation():
     rng = np.random.default_rng(1)
     proxy = np.round(rng.normal(size=30), 1)  # some ties
     gold = 0.5 * proxy + rng.normal(size=30)
     ns, repeats = [1, 2, 7, 30], 20_000
-    expected = best_of_n_expectation(proxy[None], gold[None], ns)[0]
-    drawn = gold[draw_best_of_n(np.tile(proxy, (repeats, 1)), ns, seed=2)]
-    simulated = []
-    for n in ns:
+    for n, expected in zip(ns, best_of_n_expectation(proxy[None], gold[None], ns)[0], strict=True):
         subsets = rng.random((repeats, 30)).argsort(axis=1)[:, :n]
         highest = proxy[subsets] == proxy[subsets].max(axis=1, keepdims=True)
-        simulated.append(np.where(highest, gold[subsets], 0).sum(axis=1) / highest.sum(axis=1))
-    for column, sample in enumerate(simulated):
-        for draws in (drawn[:, column], sample):
-            error = draws.std() / math.sqrt(repeats)
-            assert abs(draws.mean() - expected[column]) <= 5 * error + 1e-12
-
-
-def test_draws_are_nested_and_repeatable():
-    proxy = np.random.default_rng(3).normal(size=(50, 64))
-    ns = [1, 4, 16, 64]
-    places = draw_best_of_n(proxy, ns, seed=5)
-    chosen = np.take_along_axis(proxy, places, axis=1)
-    assert places.shape == (50, 4) and (np.diff(chosen, axis=1) >= 0).all()
-    np.testing.assert_array_equal(chosen[:, -1], proxy.max(axis=1))
-    np.testing.assert_array_equal(draw_best_of_n(proxy, ns, seed=5), places)
-    assert (draw_best_of_n(proxy, ns, seed=6) != places).any()
+        draws = np.where(highest, gold[subsets], 0).sum(axis=1) / highest.sum(axis=1)
+        assert abs(draws.mean() - expected) <= 5 * draws.std() / math.sqrt(repeats) + 1e-12
 
 
 @pytest.mark.parametrize(("num_responses", "ns"), [(4096, POWERS), (3000, [1, 999, 2999, 3000]), (1, [1])])
@@ -105,12 +87,9 @@ def test_weights_sum_to_one_and_are_the_binomial_ratios(num_responses, ns):
             assert weights[row, i - 1] == pytest.approx(exact, rel=1e-10, abs=1e-300)
 
 
-def test_kl_of_best_of_n():
-    assert kl_nats([1, 2, 1024]) == pytest.approx([0, math.log(2) - 0.5, math.log(1024) - 1023 / 1024])
-
-
 def test_kl_of_best_of_n_is_that_of_the_chosen_distribution():
     """Of a fine discretisation: the best of n has density n u^(n-1) in the quantile u."""
+    assert kl_nats([1, 2, 1024]) == pytest.approx([0, math.log(2) - 0.5, math.log(1024) - 1023 / 1024])
     edges = np.linspace(0, 1, 200_001)
     for n in (2, 5, 50):
         chosen = np.diff(edges**n)
@@ -159,12 +138,12 @@ def test_a_gold_reward_that_nothing_moves_peaks_at_once():
 def test_bootstrap_intervals_cover_the_truth():
     """Gold is uniform and the proxy is gold: the best of n has mean n / (n + 1)."""
     ns, hits = [1, 4, 16], np.zeros(3)
-    for seed in range(60):
+    for seed in range(40):
         values = np.random.default_rng(seed).random((40, 16))
         intervals = np.array(overoptimization_curves(values, values, ns, seed=seed)["gold"]["interval"])
         truth = np.array(ns) / (np.array(ns) + 1)
         hits += (intervals[:, 0] <= truth) & (truth <= intervals[:, 1])
-    assert (hits >= 50).all()  # 57 expected of 60; fewer than 50 have a probability below 0.001
+    assert (hits >= 32).all()  # 38 expected of 40; fewer than 32 have a probability below 0.001
 
 
 @pytest.fixture(scope="module")
@@ -187,23 +166,20 @@ def build(backbone_configs, tokenizer):
 
 def test_the_world_end_to_end(build, tmp_path):
     scorers = {"inform": build(1), "other": build(2, "standard")}
-    options = {"num_prompts": 4, "num_responses": 12, "ns": [1, 3, 12], "seed": 7, "progress": False}
+    options = {"num_prompts": 3, "num_responses": 8, "ns": [1, 3, 8], "seed": 7, "progress": False}
     result = attack(scorers, tmp_path / "run", **options)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "responses.parquet", "curves.png", "result.html", "result.md", "result.json",
     }  # fmt: skip
     table = pq.read_table(tmp_path / "run" / "responses.parquet").to_pydict()
-    assert table["prompt_id"] == [number for number in range(4) for _ in range(12)]
+    assert table["prompt_id"] == [number for number in range(3) for _ in range(8)]
+    gold = [gold_reward(*row).total for row in zip(table["prompt"], table["response"], strict=True)]
+    assert table["gold"] == gold
     for name, scorer in scorers.items():
-        rewards = [
-            scorer.score([prompt], [response]).item()
-            for prompt, response in zip(table["prompt"], table["response"], strict=True)
-        ]
+        rewards = scorer.score(table["prompt"], table["response"]).tolist()
         assert table[name] == pytest.approx(rewards, abs=1e-4)
-        grid = np.array(table[name]).reshape(4, 12)
-        gold = [gold_reward(*row).total for row in zip(table["prompt"], table["response"], strict=True)]
-        assert table["gold"] == gold
-        means = best_of_n_expectation(grid, np.reshape(gold, (4, 12)), [1, 3, 12]).mean(axis=0)
+        grid = np.array(table[name]).reshape(3, 8)
+        means = best_of_n_expectation(grid, np.reshape(gold, (3, 8)), [1, 3, 8]).mean(axis=0)
         curve = result.proxies[name]
         assert curve["gold"]["mean"] == pytest.approx(means.tolist())
         assert curve["proxy"]["mean"][-1] == pytest.approx(grid.max(axis=1).mean())
@@ -212,13 +188,13 @@ def test_the_world_end_to_end(build, tmp_path):
         assert curve["identity"] == scorer.identity()
     written = json.loads((tmp_path / "run" / "result.json").read_text())
     assert written == result.to_dict()
-    assert (written["num_prompts"], written["num_responses"], written["seed"]) == (4, 12, 7)
+    assert (written["num_prompts"], written["num_responses"], written["seed"]) == (3, 8, 7)
     page = (tmp_path / "run" / "result.html").read_text()
     assert "<img src=" in page and "inform" in page and "http" not in page.partition("<img")[0]
     assert "inform" in result._repr_html_()
-    assert attack(scorers, **options) == result
-    other = attack(scorers["inform"], **options | {"seed": 8})
-    assert other.prompts_fingerprint != result.prompts_fingerprint
+    again, other = (attack(WorldGold(), **options | {"seed": seed}) for seed in (7, 8))
+    assert again.prompts_fingerprint == result.prompts_fingerprint != other.prompts_fingerprint
+    assert again.responses["response"] == table["response"]
 
 
 def test_a_language_model_as_policy_and_a_reward_model_as_gold(build, causal_lm_dir, tokenizer, tmp_path):
@@ -227,15 +203,15 @@ def test_a_language_model_as_policy_and_a_reward_model_as_gold(build, causal_lm_
     tokenizer.save_pretrained(tmp_path / "proxy")
     prompts = [f"Name a {word}." for word in WORDS]
     options = {
-        "gold": gold, "policy": causal_lm_dir("llama"), "num_responses": 16, "ns": [1, 4, 16], "max_new_tokens": 6,
+        "gold": gold, "policy": causal_lm_dir("llama"), "num_responses": 8, "ns": [1, 4, 8], "max_new_tokens": 4,
         "progress": False,
     }  # fmt: skip
     result = attack(str(tmp_path / "proxy"), tmp_path / "run", prompts=prompts, **options)
     table = pq.read_table(tmp_path / "run" / "responses.parquet").to_pydict()
     assert table["gold"] == pytest.approx(gold.score(table["prompt"], table["response"]).tolist(), abs=1e-4)
     assert table["proxy"] == pytest.approx(proxy.score(table["prompt"], table["response"]).tolist(), abs=1e-4)
-    assert len(set(table["response"])) > 40 and 0 < result.cut_responses <= 80
-    assert result.policy["identity"]["max_new_tokens"] == 6
+    assert len(set(table["response"])) > 20 and 0 < result.cut_responses <= 40
+    assert result.policy["identity"]["max_new_tokens"] == 4
     assert attack(str(tmp_path / "proxy"), prompts=prompts, **options) == result
 
     rows = [{"prompt": prompt, "chosen": "a", "rejected": side} for prompt in prompts for side in "bc"]
@@ -272,17 +248,17 @@ def test_a_policy_samples_from_the_models_distribution(causal_lm_dir, tokenizer)
     with torch.no_grad():
         probabilities = model(torch.tensor([ids])).logits[0, -1].softmax(dim=0)
     policy = CausalLMPolicy(model, tokenizer, max_new_tokens=1)
-    texts = policy.sample("Name a sea.", 4000, seed=0)
-    assert texts == policy.sample("Name a sea.", 4000, seed=0) != policy.sample("Name a sea.", 4000, seed=1)
+    texts = policy.sample("Name a sea.", 2000, seed=0)
+    assert texts == policy.sample("Name a sea.", 2000, seed=0) != policy.sample("Name a sea.", 2000, seed=1)
     expected: dict[str, float] = {}
     for token, probability in enumerate(probabilities.tolist()):
         text = tokenizer.decode([token], skip_special_tokens=True).strip()
         expected[text] = expected.get(text, 0.0) + probability
     for text, probability in expected.items():
-        spread = math.sqrt(probability * (1 - probability) / 4000)
-        assert abs(texts.count(text) / 4000 - probability) <= 5 * spread + 1e-3
+        spread = math.sqrt(probability * (1 - probability) / 2000)
+        assert abs(texts.count(text) / 2000 - probability) <= 5 * spread + 1e-3
     # The end token alone is a response that ended.
-    ended = policy.num_cut / (3 * 4000)
+    ended = policy.num_cut / (3 * 2000)
     assert ended == pytest.approx(1 - probabilities[tokenizer.eos_token_id].item(), abs=0.02)
 
 
@@ -295,6 +271,8 @@ def test_prompts_of_the_world_and_of_data(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = [[{"role": "user", "content": text}] for text in dict.fromkeys(row["prompt"] for row in rows)]
     assert choose_prompts(data=path) == prompts
+    with pytest.raises(InputError, match=r"num_prompts: 20000; there are \d+ distinct"):
+        world_prompts(20_000)
     part = choose_prompts(data=[path], num_prompts=5, seed=1)
     assert len(part) == 5 and all(prompt in prompts for prompt in part)
     result = attack(WorldGold(), data=path, num_prompts=5, num_responses=8, progress=False)
@@ -328,7 +306,6 @@ class Broken:
         ({"prompts": ["Describe a red fox.", "Who was Plato?"]}, "gold: without a gold reward model"),
         ({"prompts": ["a", "b"], "data": "x.jsonl"}, "prompts and data"),
         ({"data": "missing.jsonl"}, "missing.jsonl"),
-        ({"num_prompts": 20_000}, "there are .* distinct"),
         ({"temprature": 0.5}, "temprature: no setting"),
         ({"tokenizer": "x"}, "tokenizer: no setting"),
         ({"policy": 3}, "policy: got a int"),

@@ -13,6 +13,7 @@ from inform_rm import RewardScorer, compare, evaluate
 from inform_rm.cli import main
 from inform_rm.errors import InputError
 from inform_rm.eval.comparison.paired import length_controlled_accuracy, length_scale, mcnemar_test, paired_bootstrap
+from inform_rm.eval.comparison.report import result_page
 from inform_rm.eval.comparison.result_rows import matched, read_result_rows
 from inform_rm.util.intervals import wilson_interval
 
@@ -149,9 +150,9 @@ def test_flips_are_exactly_the_rows_that_one_has_right_and_the_other_wrong(folde
 
 
 def test_order_of_folders_and_of_rows_changes_no_models_own_figures(folders):
-    first = compare(folders, num_resamples=50)
+    first = compare({name: folders[name] for name in ("one", "six")}, num_resamples=50)
     shuffled(folders["six"])
-    turned = compare({name: folders[name] for name in ("six", "one", "two")}, num_resamples=50)
+    turned = compare({name: folders[name] for name in ("six", "one")}, num_resamples=50)
     own = ("accuracy", "accuracy_interval", "length_controlled_accuracy", "length_coefficient")
     groups = {group["name"]: group["models"] for group in turned.groups}
     for group in first.groups:
@@ -167,7 +168,7 @@ def test_order_of_folders_and_of_rows_changes_no_models_own_figures(folders):
 def test_a_suite_gives_published_scores_sections_and_length_control_of_pairs_only(tmp_path):
     one = write_suite(tmp_path / "one", [1.0, 0.0, 0.25, 1.0, 1.0, 1.0] * 3)
     two = write_suite(tmp_path / "two", [1.0, 1.0, 1.0, 0.0, 1.0, 0.25] * 3, complete=False)
-    result = compare([one, two], tmp_path / "out", num_resamples=50)
+    result = compare([one, two], num_resamples=50)
     groups = {(group["level"], group["name"]): group["models"] for group in result.groups}
     # Each section has one subset: a table of the subsets would say the same again.
     assert "one and two on rewardbench" in result._repr_html_()
@@ -183,7 +184,7 @@ def test_a_suite_gives_published_scores_sections_and_length_control_of_pairs_onl
     assert "mcnemar" not in groups["section", "Ties"]["two"]  # every row has part of a credit on one side
     assert groups["all", "all"]["two"]["mcnemar"]["left_out"] == 6
     assert result.flips["two"] == {"gained": 3, "lost": 3}
-    page = (tmp_path / "out" / "result.md").read_text()
+    page = result_page(result.to_dict(), result.flipped_rows, b"").markdown()
     assert "| rewardbench | 0.7500 | incomplete |" in page and "| Safety | 0.6000 | incomplete |" in page
 
 
@@ -193,9 +194,9 @@ def test_lengths_that_one_folder_holds_serve_all_and_without_any_length_control_
     with_lengths = compare([one, two], num_resamples=10)
     assert all("length_coefficient" in entry for part in with_lengths.groups for entry in part["models"].values())
     write_pairs(two, random_margins(1), lengths=False)
-    without = compare([one, two], tmp_path / "out", num_resamples=10)
+    without = compare([one, two], num_resamples=10)
     assert not any("length_coefficient" in entry for part in without.groups for entry in part["models"].values())
-    assert "no lengths; evaluate again" in (tmp_path / "out" / "result.md").read_text()
+    assert "no lengths; evaluate again" in result_page(without.to_dict(), [], b"").markdown()
 
 
 def test_one_folder_alone_has_accuracies_and_no_differences(tmp_path):
@@ -333,31 +334,28 @@ def test_limits_decide_the_exit_code_after_all_is_written(folders, tmp_path, cap
     output = tmp_path / "out"
     accuracies = {name: np.mean(0.5 + 0.5 * np.sign(random_margins(seed))) for seed, name in enumerate(folders)}
     low, middle, _ = sorted(accuracies.values())
+    assert compare(folders, num_resamples=10, fail_below={"accuracy": low}).below == []
     names = ["--results", *folders.values(), "--output", output]
-    assert run(*names, "--fail-below", f"accuracy={low}") == 0
-    assert capsys.readouterr().err == ""
     assert run(*names, "--fail-below", f"accuracy={middle}", "a=0", "--fail-below", "b=0") == 1
     worst = min(accuracies, key=accuracies.get)
     assert capsys.readouterr().err.splitlines() == [f"{worst}: accuracy is {low:.4f}, below {middle:g}"]
     written = json.loads((output / "result.json").read_text())
     assert written["below"] == [{"model": worst, "name": "accuracy", "value": low, "limit": middle}]
     assert f"below: {low:.4f}" in (output / "result.md").read_text()
-    assert run("--results", folders[worst], "--output", output, "--fail-below", "a=1") == 1  # one folder is enough
 
 
-def test_limits_on_a_suite_use_the_published_scores(tmp_path, capsys):
+def test_limits_on_a_suite_use_the_published_scores(tmp_path):
     whole = write_suite(tmp_path / "whole", [1.0, 0.0, 1.0])
     part = write_suite(tmp_path / "part", [1.0, 0.0, 1.0], complete=False)
-    names = ["--output", tmp_path / "out", "--fail-below"]
-    assert run("--results", whole, *names, "rewardbench=0.75", "rewardbench.Chat=0.5") == 0
-    assert run("--results", whole, *names, "rewardbench=0.76", "rewardbench.Safety=0.7") == 1
-    assert capsys.readouterr().err.splitlines() == [
-        "whole: rewardbench is 0.7500, below 0.76", "whole: rewardbench.Safety is 0.6000, below 0.7"
-    ]  # fmt: skip
+    held = {"rewardbench": 0.75, "rewardbench.Chat": 0.5}
+    assert compare(whole, fail_below=held).below == [] == compare(part, fail_below={"rewardbench.Chat": 0.5}).below
+    assert compare(whole, fail_below={"rewardbench": 0.76, "rewardbench.Safety": 0.7}).below == [
+        {"model": "whole", "name": "rewardbench", "value": 0.75, "limit": 0.76},
+        {"model": "whole", "name": "rewardbench.Safety", "value": 0.6, "limit": 0.7},
+    ]
     for name in ("rewardbench", "rewardbench.Safety"):
-        assert run("--results", part, *names, f"{name}=0") == 2
-        assert f"{name} was not measured" in capsys.readouterr().err
-    assert run("--results", part, *names, "rewardbench.Chat=0.5") == 0
+        with pytest.raises(InputError, match=f"{name} was not measured"):
+            compare(part, fail_below={name: 0})
 
 
 def test_limits_that_cannot_be_checked_are_wrong_use(folders, tmp_path, capsys):
@@ -386,8 +384,9 @@ def test_a_limit_is_held_by_a_value_that_differs_by_rounding_only(tmp_path):
     assert compare(folder, fail_below={"rewardbench": 0.8}).below == []
 
 
-def test_names_on_the_command_line(folders, tmp_path, capsys):
-    one, two = folders["one"], folders["two"]
+def test_names_on_the_command_line(tmp_path, capsys):
+    two = write_pairs(tmp_path / "two", random_margins(1), subsets="a")
+    one = write_pairs(tmp_path / "one", random_margins(0), subsets="a")
     assert run("--results", f"base={one}", two, "--output", tmp_path / "out") == 0
     assert list(json.loads((tmp_path / "out" / "result.json").read_text())["models"]) == ["base", "two"]
     assert "two: accuracy" in capsys.readouterr().out
@@ -397,14 +396,11 @@ def test_names_on_the_command_line(folders, tmp_path, capsys):
     assert "max_length: belongs to models" in capsys.readouterr().err
 
 
-def test_models_are_evaluated_into_their_folders_and_compared(model, tokenizer, tmp_path):
-    for name in ("m", "same"):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+def test_models_are_evaluated_into_their_folders_and_compared(reward_dir, tmp_path):
     rows = [{"prompt": f"Say {word}.", "chosen": word, "rejected": word + " now!"} for word in ("sun", "sea", "sky")]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = tmp_path / "out"
-    code = run("--model", tmp_path / "m", f"other={tmp_path / 'same'}", "--data", tmp_path / "pairs.jsonl", "--output",
+    code = run("--model", f"m={reward_dir}", f"other={reward_dir}", "--data", tmp_path / "pairs.jsonl", "--output",
                output, "--max-length", 64)  # fmt: skip
     assert code == 0
     result = json.loads((output / "result.json").read_text())
@@ -417,12 +413,11 @@ def test_models_are_evaluated_into_their_folders_and_compared(model, tokenizer, 
     assert "length_coefficient" in entry
     again = compare({"m": output / "m", "other": output / "other"})
     assert again.groups == result["groups"]
-    scorer = RewardScorer(model, tokenizer, max_length=64)
-    in_memory = compare(models={"m": scorer, "other": tmp_path / "same"}, data=rows)
-    for group, written in zip(in_memory.groups, again.groups, strict=True):
-        assert group["models"] == written["models"]
-    results = {name: evaluate(scorer, rows, progress=False) for name in ("m", "other")}
-    assert compare(results).groups == in_memory.groups
+    scorer = RewardScorer(reward_dir, max_length=64)
+    in_memory = compare(models={"m": scorer, "other": scorer}, data=rows)
+    assert in_memory.groups == again.groups
+    found = evaluate(scorer, rows, progress=False)
+    assert compare({"m": found, "other": found}).groups == in_memory.groups
 
 
 # --- the page

@@ -9,19 +9,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
 
 from inform_rm.cli import main
 from inform_rm.errors import InputError
+from inform_rm.eval.detection.clusters import auto_eps, cluster_separation_index
 from inform_rm.eval.detection.detect import detect, repeated_trigrams
 from inform_rm.eval.detection.latents import collect_latents
-from inform_rm.eval.detection.outliers import auto_eps, cluster_separation_index, fit_mahalanobis
+from inform_rm.eval.detection.outliers import fit_mahalanobis
 from inform_rm.eval.detection.report import candidate_table
 from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.eval.detection.statistic import STATISTICS
 from inform_rm.util.page import figure_png
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
-QUICK = {"num_splits": 10, "num_resamples": 10, "progress": False, "alpha": 0.1}
+QUICK = {"num_splits": 5, "num_resamples": 5, "progress": False, "alpha": 0.1}
 
 
 def write(path, responses):
@@ -69,7 +71,7 @@ def test_figures_are_those_of_the_functions_behind(scorer, files, made):
     assert result["eps"] == pytest.approx(eps) and result["kind"] == "latent" and result["dimensions"] == 8
     fitted = fit_mahalanobis(base)
     table = pq.read_table(folder / "responses.parquet").to_pydict()
-    notes = " ".join(block for block in found.page().blocks if isinstance(block, str))
+    page = (folder / "result.md").read_text()
     assert table["set"] == ["(reference)"] * 40 + ["one.jsonl"] * 40 + ["two.jsonl"] * 40
     for number, part in enumerate(result["candidates"]):
         own = latents[part["name"]]
@@ -83,7 +85,7 @@ def test_figures_are_those_of_the_functions_behind(scorer, files, made):
             low, high = part[f"{statistic.name}_interval"]
             assert low <= part[statistic.name] <= high and 0 < part[f"{statistic.name}_null_rank"] <= 1
             shown = dict(zip(found.table().header, found.table().rows[number + 1], strict=True))
-            assert shown[statistic.title] == part[statistic.name] and statistic.meaning in notes
+            assert shown[statistic.title] == part[statistic.name] and statistic.meaning in page
         assert table["squared_mahalanobis"][40 * (number + 1) : 40 * (number + 2)] == pytest.approx(squared.tolist())
         named = part["most_outlying"]
         assert len(named) == 20 and named[0]["squared_mahalanobis"] == pytest.approx(squared.max())
@@ -112,41 +114,33 @@ def test_responses_may_be_objects_and_give_what_their_files_give(scorer, files, 
 
 
 def test_hidden_states_are_called_so(scorer, files, tmp_path, causal_lm_dir, tokenizer):
-    from transformers import AutoModelForSequenceClassification
-
     model = AutoModelForSequenceClassification.from_pretrained(causal_lm_dir("llama"), num_labels=1)
     reference, candidates = files
     (tmp_path / "steps.png").touch()  # of an earlier call with several candidates
-    result = detect(model, reference, candidates[0], tmp_path, tokenizer=tokenizer, **QUICK)
+    result = detect(model, reference, candidates[0], tmp_path, tokenizer=tokenizer, **QUICK, map_points=10)
     assert result.kind == "hidden_state" and "appendix F" in (tmp_path / "result.html").read_text()
     assert not (tmp_path / "steps.png").exists()
 
 
-def test_command_line(files, tmp_path, model, tokenizer, capsys):
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    reference, candidates = files
-    command = ["detect", "--model", tmp_path / "model", "--reference", reference, "--candidate", *candidates,
-               "--output", tmp_path / "out", "--eps", 0.7, "--max-responses", 30, "--alpha", 0.1]  # fmt: skip
+def test_command_line(files, tmp_path, reward_dir, capsys):
+    reference, (_, candidate) = files
+    command = ["detect", "--model", reward_dir, "--reference", reference, "--candidate", candidate,
+               "--output", tmp_path / "out", "--eps", 0.7, "--max-responses", 25, "--alpha", 0.1]  # fmt: skip
     assert main([str(word) for word in command]) == 0
     out = capsys.readouterr().out
-    assert "one.jsonl: CSI per response" in out and "two.jsonl" in out and out.count("kNN outliers") == 2
+    assert "two.jsonl: CSI per response" in out and out.count("kNN outliers") == 1
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["eps"] == 0.7 and [part["num_responses"] for part in result["candidates"]] == [30, 30]
-    (tmp_path / "empty.jsonl").write_text("")
-    command[6] = tmp_path / "empty.jsonl"
-    assert main([str(word) for word in command]) == 2
+    assert result["eps"] == 0.7 and [part["num_responses"] for part in result["candidates"]] == [25]
 
 
 def test_responses_may_be_splits_of_a_folder(scorer, files, tmp_path):
     reference, (one, _) = files
-    folder = tmp_path / "responses"
-    folder.mkdir()
     for name, file in (("train", reference), ("test", one)):
-        (folder / f"{name}.jsonl").write_text(file.read_text())
-    options = QUICK | {"tail": "chi2"}
-    named = detect(scorer, f"{folder}[train]", f"{folder}[test]", **options)
-    plain = detect(scorer, reference, one, **options)
+        (tmp_path / f"{name}.jsonl").write_text(file.read_text())
+    options = QUICK | {"tail": "chi2", "num_splits": 1}
+    with pytest.warns(UserWarning, match="reference points in 8 dimensions"):
+        named = detect(scorer, f"{tmp_path}[train]", f"{tmp_path}[test]", **options)
+        plain = detect(scorer, reference, one, **options)
     for part in ("csi", "mop", "mean_reward"):
         assert named.candidates[0][part] == plain.candidates[0][part]
     assert len(set(named.digests.values())) == 2
@@ -181,6 +175,9 @@ def test_bad_input_is_named(scorer, files, tmp_path):
         ({"eps": "automatic"}, "eps: 'automatic'"),
         ({"tail": "normal"}, "tail: 'normal'; expected one of reference, chi2"),
         ({"on_bad_row": "drop"}, "on_bad_row: 'drop'"),
+        ({"eps": -1.0}, "eps: -1.0; expected a distance above 0"),
+        ({"min_samples": 0}, "min_samples: 0"),
+        ({"max_change_ratio": 0}, "max_change_ratio: 0; expected a number above 0"),
     ],
 )
 def test_a_wrong_setting_is_named(changes, message):

@@ -38,7 +38,7 @@ def test_written_out_sequence():
     assert [rule.update(csi / 2**20) for csi in (10, 12, 11, 14, 9, 9, 14, 20, 21)] == decisions
 
 
-@settings(deadline=None)
+@settings(max_examples=60)
 @given(sequence=st.lists(st.integers(0, 60), max_size=30), ratio=st.sampled_from([1.0, 2.0, 5.0, 10.0]))
 def test_decisions_are_those_of_the_pseudocode(sequence, ratio):
     rule = CSIEarlyStopping(ratio)
@@ -74,7 +74,7 @@ def test_no_value_fires_before_a_change_above_zero():
     assert rule.update(7.4)
 
 
-@settings(deadline=None)
+@settings(max_examples=30)
 @given(sequence=st.lists(values, min_size=1, max_size=20), cut=st.integers(0, 20))
 def test_resuming_gives_the_same_decisions(sequence, cut):
     whole, first = CSIEarlyStopping(2.0), CSIEarlyStopping(2.0)

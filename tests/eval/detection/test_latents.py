@@ -15,8 +15,7 @@ PROMPTS = ["Count to three.", "Count to three.", "Name a colour, please.", "Why?
 RESPONSES = ["One, two, three.", "No.", "Blue " * 9, "Because."]
 
 
-@pytest.mark.parametrize("tokens_per_batch", (5, 2048))
-@pytest.mark.parametrize("batching", ("packed", "padded"))
+@pytest.mark.parametrize(("batching", "tokens_per_batch"), (("packed", 5), ("packed", 2048), ("padded", 2048)))
 def test_latents_of_inform_are_the_means_of_single_passes(causal_lm_dir, tokenizer, batching, tokens_per_batch):
     model = InfoRMForSequenceClassification.from_backbone(causal_lm_dir("llama"), latent_dim=8, dtype="float32")
     scorer = RewardScorer(model.eval(), tokenizer, batching=batching, tokens_per_batch=tokens_per_batch)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from inform_rm.errors import InputError
 from inform_rm.eval.suites.tables import SUITES
 from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer
 
+SWAP = SUITES["prompt-swap"]
 FILES = {"items.jsonl", "sections.png", "result.md", "result.html", "result.json"}
 # The part of a result that rewards decide.
 FIGURES = ("score", "complete", "missing", "sections", "subsets", "counts")
@@ -58,6 +60,7 @@ def alone(model, tokenizer, prompt, response):
         return model(input_ids=torch.tensor([ids])).logits.item()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_rewards_are_those_of_one_at_a_time(model, tokenizer, scorer, ties_file, tmp_path):
     evaluate_suite(scorer, "rewardbench2", ties_file, tmp_path / "out", progress=False)
     rows = [json.loads(line) for line in ties_file.read_text().splitlines()]
@@ -78,6 +81,7 @@ def test_rewards_are_those_of_one_at_a_time(model, tokenizer, scorer, ties_file,
             assert item["credit"] == float(min(right) > max(wrong))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_any_batch_size_gives_the_same_result(model, tokenizer, ties_file, tmp_path):
     results = []
     for tokens in (20, 5000):
@@ -98,6 +102,7 @@ def test_a_prompt_is_computed_once_for_its_candidates(model, tokenizer, ties_fil
     assert shared.tokens_computed < 0.5 * alone.tokens_computed
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(model, tokenizer, pairs_file, tmp_path, monkeypatch):
     scorer = RewardScorer(model, tokenizer, tokens_per_batch=60)
     whole = evaluate_suite(scorer, "rewardbench", pairs_file, tmp_path / "whole", progress=False)
@@ -160,7 +165,9 @@ def test_files_hold_the_result_and_say_what_is_missing(scorer, pairs_file, tmp_p
     assert evaluate_suite(scorer, "rewardbench", rows, progress=False).subsets == result.subsets
 
 
-def test_a_whole_suite_has_a_score_everywhere(scorer, tmp_path):
+def test_a_whole_suite_has_a_score_everywhere(scorer, tmp_path, monkeypatch):
+    small = tuple(replace(subset, items=4 * place) for place, subset in enumerate(SWAP.subsets.values(), start=1))
+    monkeypatch.setitem(SUITES, "prompt-swap", replace(SWAP, sections=(replace(SWAP.sections[0], subsets=small),)))
     rows = [
         {
             "prompt": f"Say {number}.",
@@ -176,14 +183,21 @@ def test_a_whole_suite_has_a_score_everywhere(scorer, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = evaluate_suite(scorer, "prompt-swap", tmp_path / "rows.jsonl", tmp_path / "out", progress=False)
     assert result.complete and result.missing == []
-    accuracy = sum(item["credit"] for item in lines(tmp_path / "out")) / 1352
+    accuracy = sum(item["credit"] for item in lines(tmp_path / "out")) / 60
     assert result.score == pytest.approx(accuracy)
     assert result.interval[0] <= accuracy <= result.interval[1]
-    assert result.twins["num_twins"] == 676
+    assert result.twins["num_twins"] == 30 and "on_hub" not in result.to_dict()  # its rows are in no data set there
     assert f"Score {accuracy:.4f}" in (tmp_path / "out" / "result.html").read_text()
-    assert "676 twins right" in (tmp_path / "out" / "result.md").read_text()
+    assert "30 twins right" in (tmp_path / "out" / "result.md").read_text()
 
 
+def test_where_a_suites_data_set_lies_is_named():
+    parts = [{"id": "ScalerLab/JudgeBench", "config": None, "split": split} for split in ("gpt", "claude")]
+    assert SUITES["judgebench"].on_hub == parts and SUITES["llmbar"].on_hub is None
+    assert [part["id"] for part in SUITES["rewardbench"].on_hub] == ["allenai/reward-bench"]  # prior sets are extra
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_overlong_items_follow_the_policy(model, tokenizer, tmp_path):
     long = "Say it again and again. " * 12
     rows = [
@@ -215,7 +229,7 @@ def test_overlong_items_follow_the_policy(model, tokenizer, tmp_path):
             with torch.no_grad():
                 expected = model(input_ids=torch.tensor([ids[excess:]])).logits.item()
             assert reward == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(InputError, match=r"its longest candidate alone takes \d+ of max_length 3 tokens"):
+    with pytest.raises(InputError, match=r"its longer response alone takes \d+ of max_length 3 tokens"):
         run("truncate_prompt", max_length=3)
     with pytest.raises(InputError, match="max_length: 3 leaves none of the 3 items"):
         run("drop", max_length=3)
@@ -247,11 +261,11 @@ def test_a_broken_reward_names_the_candidate_and_the_item(model, tokenizer, ties
     target = encode(tokenizer, "What is 3 + 1?", "no").input_ids
 
     def broken(self, sequences, *arguments):
-        rewards, stds = forward(self, sequences, *arguments)
+        rewards, *rest = forward(self, sequences, *arguments)
         for place, ids in enumerate(sequences):
             if list(ids) == target:
                 rewards[place] = float("nan")
-        return rewards, stds
+        return rewards, *rest
 
     monkeypatch.setattr(RewardScorer, "_packed_forward", broken)
     with pytest.raises(
@@ -283,6 +297,7 @@ def test_the_command_line(model, tokenizer, pairs_file, tmp_path, capsys):
     assert stopped.value.code == 2 and "invalid choice: 'rewardbench3'" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("suite", ["hh", "truthfulqa-mc", "prompt-swap", "llmbar"])
 def test_real_items_from_text_to_page(suite, shared_dir, scorer, tmp_path):
     """The first rows of each subset, through a tiny model: incomplete, and nothing in them is refused."""

@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inform_rm.errors import InputError
@@ -60,6 +60,7 @@ def test_the_tables_hold_the_published_totals():
         suite_named("rewardbench3")
 
 
+@settings(max_examples=50)
 @given(st.lists(REWARDS, min_size=2, max_size=8), st.data())
 def test_credits_equal_counting(rewards, data):
     num_correct = data.draw(st.integers(1, len(rewards) - 1))
@@ -141,19 +142,19 @@ def test_ties_by_hand():
         ref(3, 1.0, 0.0),  # its tied item is missing: counts for ref accuracy alone
     ]
     parts = ties_score(items)
-    assert (parts.tied_accuracy, parts.ref_accuracy) == (2 / 3, 3 / 4)
-    assert (parts.tied_margin_wins, parts.both_margins_win, parts.num_questions) == (2 / 3, 1 / 3, 3)
-    assert parts.mean_margin == pytest.approx((math.tanh(1) + math.tanh(-2) + math.tanh(-1.25)) / 3)
-    expected = 0.3 * 2 / 3 + 0.3 * 3 / 4 + 0.2 * 2 / 3 + 0.2 / 3 + 0.01 * parts.mean_margin
-    assert parts.score == pytest.approx(expected)
+    assert (parts["tied_accuracy"], parts["ref_accuracy"]) == (2 / 3, 3 / 4)
+    assert (parts["tied_margin_wins"], parts["both_margins_win"], parts["num_questions"]) == (2 / 3, 1 / 3, 3)
+    assert parts["mean_margin"] == pytest.approx((math.tanh(1) + math.tanh(-2) + math.tanh(-1.25)) / 3)
+    expected = 0.3 * 2 / 3 + 0.3 * 3 / 4 + 0.2 * 2 / 3 + 0.2 / 3 + 0.01 * parts["mean_margin"]
+    assert parts["score"] == pytest.approx(expected)
 
 
 def test_ties_without_a_spread_are_not_in_the_mean_margin():
     without = [tied(0, 1.0, 1.0, -1.0, num_correct=2), ref(0, 0.0, -1.0)]  # g 2 and 1, d 0
-    assert ties_score(without).mean_margin == 0.0 and ties_score(without).score == pytest.approx(1.0)
+    assert ties_score(without)["mean_margin"] == 0.0 and ties_score(without)["score"] == pytest.approx(1.0)
     both = [*without, tied(1, 4.0, 3.0, 0.0, num_correct=2), ref(1, 2.0, 0.0)]  # g 3 and 2, d 1
-    assert ties_score(both).mean_margin == pytest.approx(math.tanh(1))
-    assert ties_score(both).score == pytest.approx(1.0 + 0.01 * math.tanh(1))
+    assert ties_score(both)["mean_margin"] == pytest.approx(math.tanh(1))
+    assert ties_score(both)["score"] == pytest.approx(1.0 + 0.01 * math.tanh(1))
     assert ties_score([ref(0, 1.0, 0.0)]) is None
     with pytest.raises(InputError, match=r"expected an id that ends in tied:NUMBER"):
         ties_score([ScoredItem("7", "Ties", (1.0, 0.0), 1)])
@@ -201,6 +202,7 @@ def ties_by_loops(items):
     return 0.3 * accuracy["tied"] + 0.3 * accuracy["ref"] + 0.2 * first / n + 0.2 * second / n + 0.01 * last
 
 
+@settings(max_examples=50)
 @given(ties_items(), st.randoms(use_true_random=False))
 def test_ties_equals_plain_loops_in_any_order(items, shuffler):
     expected = ties_by_loops(items)
@@ -208,7 +210,7 @@ def test_ties_equals_plain_loops_in_any_order(items, shuffler):
     found = ties_score(items)
     assert (found is None) == (expected is None)
     if expected is not None:
-        assert found.score == pytest.approx(expected, abs=1e-12)
+        assert found["score"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_rewardbench2_is_the_mean_of_six():
@@ -353,7 +355,7 @@ def test_the_order_of_items_does_not_matter(name):
     items = []
     for subset in suite.subsets.values():
         size, num_correct = sizes[subset.credit]
-        for number in range(min(subset.items or 5, 300)):
+        for number in range(min(subset.items or 5, 60)):
             rewards = tuple(float(rng.randint(0, 4)) for _ in range(size))
             identifier = f"{subset.name}/{('tied:', 'ref:')[number % 2]}{number // 2}"
             items.append(ScoredItem(identifier, subset.name, rewards, num_correct))
@@ -370,12 +372,3 @@ def test_intervals_cover_the_score_and_shrink_with_more_items():
     assert high - low == pytest.approx(2 * 0.0524, rel=0.1)
     low, high = result["sections"]["Coding"]["interval"]
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 42), rel=0.15)
-
-
-def test_what_does_not_belong_is_refused():
-    with pytest.raises(InputError, match="no items of llmbar"):
-        summarize_suite(SUITES["llmbar"], [])
-    with pytest.raises(InputError, match="'chat' is no subset of llmbar"):
-        summarize_suite(SUITES["llmbar"], [ScoredItem("1", "chat", (1.0, 0.0), 1)])
-    with pytest.raises(InputError, match="ties: 'quarter'; expected one of wrong, half"):
-        strict_credit([1.0, 0.0], 1, "quarter")
