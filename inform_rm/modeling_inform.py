@@ -234,6 +234,9 @@ class InfoRMForSequenceClassification(PreTrainedModel):
     def __init__(self, config: InfoRMConfig):
         super().__init__(config)
         self.num_labels = 1
+        if getattr(config.text_config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+            # PyTorch's kernel has no soft cap; versions of transformers before 5.23 take it for Gemma 2 all the same.
+            config.text_config._attn_implementation = "eager"
         self.model = AutoModel.from_config(config.text_config)
         self._backbone_takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         # OPT's smallest models project their last hidden states to another size.

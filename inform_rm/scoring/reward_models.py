@@ -109,6 +109,8 @@ def _load(
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **hub}
         if target == "auto":
             options["device_map"] = "auto"
+        if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+            options["attn_implementation"] = "eager"  # Gemma 2: earlier versions of transformers leave its cap out
         if head is not None:
             loaded, loading = load_with_head(name, head, architecture="standard", **options)
         else:

@@ -21,6 +21,8 @@ from transformers import (
     CpmAntConfig,
     CpmAntForCausalLM,
     FalconH1Config,
+    Gemma2Config,
+    Gemma2ForSequenceClassification,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Llama4Config,
@@ -408,3 +410,33 @@ def test_a_dozen_architectures_have_one_score(tmp_path):
     assert {name for name in names if found[name]["packed"] is not None} == {
         "mixtral", "olmo2", "opt (projected)", "phi", "qwen3_moe",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["inform", "foreign"])
+def test_soft_caps_are_kept_whichever_attention_transformers_would_choose(kind, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    capped = Gemma2Config(
+        vocab_size=99, **sizes, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.05, query_pre_attn_scalar=1,
+        initializer_range=1.0, pad_token_id=0, num_labels=1,
+    )  # fmt: skip
+    if kind == "inform":
+        made = InfoRMForSequenceClassification(InfoRMConfig(text_config=capped, latent_dim=4))
+    else:
+        made = Gemma2ForSequenceClassification(capped)
+    made.save_pretrained(tmp_path)
+    ids = torch.randint(1, 99, (2, 12))
+    ways = [AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()]
+    ways.append(load_reward_model(tmp_path))
+    if kind == "inform":  # however it is loaded; of a foreign class that is transformers' matter
+        ways += [made.eval(), AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()]
+    with torch.no_grad():
+        expected, *others = (model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for model in ways)
+    for rewards in others:
+        torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
