@@ -141,11 +141,16 @@ def test_adapters_on_a_bfloat16_backbone_are_float32_and_train(settings, tmp_pat
 # --- the compensated optimizer -------------------------------------------------------------------------------------
 
 
-def test_without_its_library_the_compensated_optimizer_is_refused_in_one_line(settings, monkeypatch):
+@pytest.mark.parametrize(
+    ("optim", "package", "extra"),
+    [("stable_adamw", "torch-optimi", "bf16"), ("paged_adamw_8bit", "bitsandbytes", "quant")],
+)
+def test_an_optimizer_without_its_library_is_refused_in_one_line(optim, package, extra, settings, monkeypatch):
     plain = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optimi" else plain(name))
-    with pytest.raises(InputError, match=r"^optim: 'stable_adamw' needs torch-optimi\. .*'inform-rm\[bf16\]'$"):
-        train(dataclasses.replace(settings, optim="stable_adamw"))
+    absent = ("optimi", "bitsandbytes")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else plain(name))
+    with pytest.raises(InputError, match=rf"^optim: '{optim}' needs {package}\. .*'inform-rm\[{extra}\]'$"):
+        train(dataclasses.replace(settings, optim=optim))
 
 
 @pytest.mark.slow
