@@ -416,15 +416,9 @@ def test_a_dozen_architectures_have_one_score(tmp_path):
 def test_soft_caps_are_kept_whichever_attention_transformers_would_choose(kind, tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "head_dim": 8,
-    }
     capped = Gemma2Config(
-        vocab_size=99, **sizes, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.05, query_pre_attn_scalar=1,
-        initializer_range=1.0, pad_token_id=0, num_labels=1,
+        vocab_size=99, **sizes, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.05,
+        query_pre_attn_scalar=1, initializer_range=1.0, pad_token_id=0, num_labels=1,
     )  # fmt: skip
     if kind == "inform":
         made = InfoRMForSequenceClassification(InfoRMConfig(text_config=capped, latent_dim=4))
