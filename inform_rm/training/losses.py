@@ -136,8 +136,8 @@ def reward_model_loss(
     return total
 
 
-# What ``ranking_loss`` may name, and the largest set of tied responses above others that `plackett_luce_loss` takes: it
-# sums over the subsets of such a set.
+# What ``ranking_loss`` may name, and the largest set of tied responses above others that `plackett_luce_loss` takes:
+# it sums over the subsets of such a set.
 RANKING_LOSSES = ("all_pairs", "plackett_luce")
 MOST_TIED = 10
 
@@ -196,9 +196,9 @@ def plackett_luce_loss(rewards: Tensor, labels: Tensor) -> Tensor:
 
 
 def _log_probability_before(tied: Tensor, worse: Tensor) -> Tensor:
-    """Log-probability that m responses, in any order, are chosen before all those whose weights' log-sum is ``worse``.
+    """Log-probability that m responses, in any order, come before all others, whose rewards' log-sum is ``worse``.
 
-    A set A of those left is emptied through any member i first: ``p(A) = sum_i e^r_i / (e^worse + sum_A e^r) p(A - i)``.
+    Of a set A that is left any member i may come first: ``p(A) = sum_i e^r_i / (e^worse + sum_A e^r) p(A - i)``.
     """
     number = len(tied)
     if number > MOST_TIED:
@@ -246,9 +246,9 @@ def group_loss(
 ) -> Tensor:
     """The whole loss of a batch of G prompts with one or more responses each, mean over prompts.
 
-    Of a prompt with several responses it is the ranking loss of these; of one with a single response, whose label is a
-    score, the squared error times a coefficient. Each response adds ``beta`` times its KL: with two responses for every
-    prompt all of it is `reward_model_loss`.
+    Of a prompt with several responses it is the ranking loss of these; of one with a single response, whose label is
+    a score, the squared error times a coefficient. Each response adds ``beta`` times its KL: with two responses for
+    every prompt all of it is `reward_model_loss`.
 
     Args:
         rewards: ``(N,)`` rewards of all responses.

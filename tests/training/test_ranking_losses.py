@@ -135,4 +135,6 @@ def test_a_mixed_batch_is_the_mean_over_its_prompts(ranking_loss):
 
 def test_score_loss_is_the_squared_error():
     rewards, scores = draw(5), draw(5, 1)
-    torch.testing.assert_close(score_loss(rewards, scores), torch.nn.functional.mse_loss(rewards.float(), scores.float()))
+    torch.testing.assert_close(
+        score_loss(rewards, scores), torch.nn.functional.mse_loss(rewards.float(), scores.float())
+    )
