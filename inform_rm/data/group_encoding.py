@@ -1,21 +1,23 @@
 """Token ids of rankings and scored responses, by the rules of pairs (`inform_rm.data.encoding`)."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Value, concatenate_datasets
 
 from inform_rm.data.encoding import (
     Encoded,
     EncodedPairs,
     TokenPair,
     encode_groups,
+    encode_pairs,
     encode_rows,
     fit_pair,
     not_encodable,
     removable_prompt_tokens,
 )
 from inform_rm.data.pairs import BadRow, skippable
-from inform_rm.data.rendered_text import NotRenderedError, is_reasoning_alone
+from inform_rm.data.rendered_text import NotRenderedError, add_partly_rendered, is_reasoning_alone
 from inform_rm.errors import InputError
 
 ENCODED_GROUPS = Features(
@@ -52,6 +54,30 @@ def encode_group_rows(
     """
     options = {"tokenizer": tokenizer, "max_length": max_length, "overlong": overlong, "on_bad_row": on_bad_row}
     return encode_rows(dataset, _encode_columns, ENCODED_GROUPS, options)
+
+
+def encode_mixed(parts: Sequence[tuple[str, Dataset]], tokenizer: Any, **rules: Any) -> EncodedPairs:
+    """Encode data sets of several layouts, pairs among them as groups of two; counts are of all.
+
+    Args:
+        parts: Layout and rows of each.
+        tokenizer: See `encode_group_rows`.
+        rules: See there: ``max_length``, ``overlong`` and ``on_bad_row``.
+    """
+    datasets: list[Dataset] = []
+    counts: dict[str, Any] = {}
+    bad_rows: list[BadRow] = []
+    for layout, part in parts:
+        encoded = (
+            encode_pairs(part, tokenizer, **rules) if layout == "pair" else encode_group_rows(part, tokenizer, **rules)
+        )
+        datasets.append(as_groups(encoded.dataset) if layout == "pair" else encoded.dataset)
+        bad_rows += encoded.bad_rows
+        lost = counts.pop("partly_rendered", {"n": 0, "examples": []})
+        add_partly_rendered(lost, encoded.counts.pop("partly_rendered"))
+        counts = {name: counts.get(name, 0) + number for name, number in encoded.counts.items()}
+        counts["partly_rendered"] = lost
+    return EncodedPairs(concatenate_datasets(datasets), counts, bad_rows)
 
 
 def as_groups(pairs: Dataset) -> Dataset:
