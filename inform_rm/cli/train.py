@@ -41,9 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
     found, counts = result["evaluation"] or {}, result["train_pairs"]
     measured = [accuracy_line(found)] if "accuracy" in found else []
     measured += [f"RMSE {found['rmse']:.4f} on {found['num_scored']} scored responses"] if "rmse" in found else []
-    rows = (
-        f"{counts['rows']} rows ({', '.join(counts['layouts'])})" if "rows" in counts else f"{counts['pairs']} pairs"
-    )
+    rows = f"{counts['pairs']} pairs"
+    if "rows" in counts:
+        rows = f"{counts['rows']} rows ({', '.join(counts['layouts'])})"
     done = f"trained a reward model in {result['steps']} steps on {rows}"
     print_once(*measured, done, see=args.output_dir)
 
