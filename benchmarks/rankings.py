@@ -30,7 +30,7 @@ KINDS = {
     "plackett_luce": "rankings, `plackett_luce`",
 }
 # Sized for 12 minutes on two cores.
-TOKENS, TOKENS_PER_STEP = 300_000, 5000
+TOKENS, TOKENS_PER_STEP = 200_000, 5000
 MOST_TOKENS = 512  # the backbone's limit; a group with a longer prompt and response is left out
 SETTINGS: dict[str, Any] = {
     "latent_dim": 32, "beta": 0.01, "learning_rate": 1e-3, "max_steps": 1, "gradient_accumulation_steps": 1,

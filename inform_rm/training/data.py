@@ -183,6 +183,8 @@ def check_layouts(args: RewardTrainingArguments, argument: str, layouts: set[str
         InputError: all of them.
     """
     faults = args.against_groups(layouts) if argument == "data" and layouts != {"pair"} else []
+    if argument == "data" and args.score_weights and "scored" not in layouts and not args.eval_data:
+        faults.append("score_weights is for scored responses, of which there are none: leave it out")
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     if argument == "eval_data" and args.load_best_model_at_end:
         if layouts == {"scored"} and metric in ("accuracy", "kendall_tau"):

@@ -53,6 +53,12 @@ def agreement(rewards: ArrayLike, labels: ArrayLike) -> Agreement:
 
 def untied_gaps(rewards: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """Reward of the better minus reward of the other response, of each pair with different labels."""
-    rewards, labels = np.asarray(rewards, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    better, worse = np.nonzero(np.greater.outer(labels, labels))
+    better, worse = untied_places(labels)
+    rewards = np.asarray(rewards, dtype=np.float64)
     return rewards[better] - rewards[worse]
+
+
+def untied_places(labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the better and of the worse response of each pair with different labels."""
+    better, worse = np.nonzero(np.greater.outer(np.asarray(labels), np.asarray(labels)))
+    return better, worse
