@@ -7,6 +7,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from inform_rm.data.check_data import check_data
+from inform_rm.data.check_data_text import format_report
 from inform_rm.data.encoding import encode, encode_pairs
 from inform_rm.data.group_encoding import as_groups, encode_group_rows
 from inform_rm.data.groups import pairs_of_rankings
@@ -203,3 +205,35 @@ def test_responses_that_become_the_same_tokens_are_a_bad_row(write):
         encode_group_rows(rows, word_level, max_length=None)
     kept = encode_group_rows(rows, word_level, max_length=None, on_bad_row="skip")
     assert len(kept.dataset) == 1 and [bad.row for bad in kept.bad_rows] == [2]
+
+
+def test_check_data_tells_the_layouts_apart(write, tokenizer):
+    rankings = write([RANKING, {**RANKING, "ranks": [1, 1, 1]}], "rankings.jsonl")
+    rows = [{**SCORED, "response": f"Blue {'and green ' * at}.", "score": at} for at in range(40)]
+    scored = write([*rows, rows[3], {**rows[4], "score": 9}, {**SCORED, "score": None}], "scored.jsonl")
+    report = check_data([rankings, scored], tokenizer, max_length=100)
+    one, other = report["sources"]
+    assert (one["layout"], one["rankings"], one["responses"], one["pairs"]) == ("ranking", 1, 3, 2)
+    assert (one["tied_pairs"], one["rows"], one["bad_rows"]["by_kind"]) == (1, 2, {"all tied": 1})
+    assert one["chosen_longer_characters"]["longer"] == 0
+    assert (other["layout"], other["scored"], other["rows"]) == ("scored", 42, 43)
+    assert other["duplicates"] == {"n": 1, "examples": [41]}
+    assert other["conflicting_labels"] == {"n": 2, "examples": [5, 42]}
+    assert other["score_length_correlation"] > 0.9 and other["scores"]["100%"] == 39
+    whole = [len(encode(tokenizer, PROMPT, row["response"]).input_ids) for row in [*rows, rows[3], rows[4]]]
+    assert other["max_length"]["overlong"] == sum(length > 100 for length in whole) == other["tokens"]["unusable"]
+    assert report["unusable_rows"] == 2 + other["tokens"]["unusable"]
+    assert report["overlap"][0]["shared_prompts"] == 1
+    said = "\n".join(report["warnings"])
+    assert "score and length are related" in said and "1 rows repeat an earlier one" in said
+    text = format_report(report)
+    assert "rankings 1 with 3 responses (1 of 3), tied pairs 1" in text and "scores: mean" in text
+
+
+def test_check_data_weighs_attributes(write):
+    path = write([{"prompt": "Name a colour.", "response": "Blue.", "a": 1, "b": 2}])
+    report = check_data(path, score_weights={"a": 1.0, "b": 10.0})
+    assert report["sources"][0]["scores"]["mean"] == 21 and report["settings"]["score_weights"] == {
+        "a": 1.0,
+        "b": 10.0,
+    }

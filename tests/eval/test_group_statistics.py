@@ -129,12 +129,9 @@ def test_layouts_are_evaluated_alone_and_pairs_are_needed_elsewhere(scorer):
         evaluate(scorer, [RANKINGS, [{"prompt": "?", "response": "x", "score": 1}]], progress=False)
     with pytest.raises(InputError, match="layout 'ranking', where pair is needed"):
         decompose(scorer, RANKINGS, progress=False)
-    for found in (
-        lambda **more: evaluate(scorer, RANKINGS, **more),
-        lambda **more: decompose(scorer, RANKINGS, **more),
-    ):
+    for function in (evaluate, decompose):
         with pytest.raises(InputError, match="score_weights: for scored responses"):
-            found(progress=False, score_weights=WEIGHTS)
+            function(scorer, RANKINGS, progress=False, score_weights=WEIGHTS)
     with pytest.raises(InputError, match="models are compared on pairs"):
         compare(models={"one": scorer}, data=RANKINGS, progress=False)
 
