@@ -41,6 +41,8 @@ _PANELS = (
     ("loss (nats)", (("loss", "training, with KL term"), ("eval_bradley_terry_loss", "evaluation, without it"))),
     ("accuracy (share)", (("accuracy", "training"), ("eval_accuracy", "evaluation"))),
     ("margin of rewards", (("margin", "training"), ("eval_margin", "evaluation"))),
+    ("Kendall's tau-b of rankings", (("kendall_tau", "training"), ("eval_kendall_tau", "evaluation"))),
+    ("RMSE of scored responses", (("rmse", "training"), ("eval_rmse", "evaluation"))),
     ("KL (nats)", (("kl_nats", "training"), ("eval_kl_nats", "evaluation"))),
     ("learning rate", (("learning_rate", "learning rate"),)),
     ("gradient norm", (("grad_norm", "before clipping"),)),
