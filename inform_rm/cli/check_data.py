@@ -10,7 +10,8 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     command = flags.add_command(commands, "check-data", "what is in preference data, and what would go wrong", run)
     flags.add_data(command, required=True, nargs="+", help=f"{flags.SOURCES}; name splits apart")
-    flags.add_columns(command, flags.PAIR_FIELDS)
+    flags.add_columns(command, flags.PAIR_FIELDS + flags.GROUP_FIELDS)
+    flags.add_score_weights(command)
     command.add_argument("--tokenizer", help="folder or Hub id: adds token lengths and the template audit")
     command.add_argument("--max-length", type=int, help="shows what this limit would do")
     command.add_argument("--chat-template", help="template file, or 'plain', for a tokenizer without one")
@@ -29,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.tokenizer,
         arguments.max_length,
         columns=flags.columns(arguments),
+        score_weights=flags.score_weights(arguments),
         chat_template=arguments.chat_template,
         revision=arguments.revision,
         trust_remote_code=arguments.trust_remote_code,

@@ -6,10 +6,11 @@ from typing import Any
 
 from inform_rm.cli.parsing import SPLITS
 from inform_rm.errors import InputError
-from inform_rm.training.arguments import read_columns
+from inform_rm.training.arguments import read_columns, read_weights
 
 SOURCES = "files, folders or Hub ids, NAME[SPLIT] for one split"
 PAIR_FIELDS = "prompt, chosen, rejected, system, history, margin, subset, id"
+GROUP_FIELDS = "; of rankings responses, ranks, scores; of scored responses response, score"
 ROW_FIELDS = "prompt, response, system, history"
 
 
@@ -60,9 +61,27 @@ def add_columns(command: argparse.ArgumentParser, fields: str) -> None:
                          "ignore=COLUMN leaves one out knowingly (default: columns of these names)")  # fmt: skip
 
 
-def add_pairs(command: argparse.ArgumentParser) -> None:
+def add_score_weights(command: argparse.ArgumentParser) -> None:
+    """``--score-weights``; `score_weights` reads it."""
+    command.add_argument("--score-weights", nargs="+", metavar="COLUMN=WEIGHT", help="scored responses: columns whose "
+                         "weighted sum is the score (default: the column score)")  # fmt: skip
+
+
+def score_weights(arguments: argparse.Namespace) -> dict[str, float] | None:
+    """Column to weight.
+
+    Raises:
+        InputError: ``--score-weights`` holds something else.
+    """
+    try:
+        return None if arguments.score_weights is None else read_weights(arguments.score_weights)
+    except ValueError as error:
+        raise InputError(f"score_weights: {error}.") from None
+
+
+def add_pairs(command: argparse.ArgumentParser, fields: str = PAIR_FIELDS) -> None:
     """How pairs are read; `pairs_options` reads these."""
-    add_columns(command, PAIR_FIELDS)
+    add_columns(command, fields)
     command.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="default: %(default)s")
     command.add_argument("--overlong", choices=("error", "drop", "truncate_prompt"), default="error",
                          help="pairs over --max-length (default: %(default)s)")  # fmt: skip

@@ -38,8 +38,13 @@ def run(arguments: argparse.Namespace) -> None:
     from inform_rm import train
 
     result = train(args)
-    measured = [] if result["evaluation"] is None else [accuracy_line(result["evaluation"])]
-    done = f"trained a reward model in {result['steps']} steps on {result['train_pairs']['pairs']} pairs"
+    found, counts = result["evaluation"] or {}, result["train_pairs"]
+    measured = [accuracy_line(found)] if "accuracy" in found else []
+    measured += [f"RMSE {found['rmse']:.4f} on {found['num_scored']} scored responses"] if "rmse" in found else []
+    rows = f"{counts['pairs']} pairs"
+    if "rows" in counts:
+        rows = f"{counts['rows']} rows ({', '.join(counts['layouts'])})"
+    done = f"trained a reward model in {result['steps']} steps on {rows}"
     print_once(*measured, done, see=args.output_dir)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from inform_rm.data.check_groups import pairs_and_counts, scored_report, scored_warnings
 from inform_rm.data.encoding import TokenPair, check_max_length, encode_each, removable_prompt_tokens
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import PreferenceData, load_preferences
@@ -37,8 +38,11 @@ def check_data(
     trust_remote_code: bool = False,
     columns: Mapping[str, str] | None = None,
     data_revision: str | None = None,
+    score_weights: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Report on preference data: rows, faults, label conflicts, overlap of sources, lengths, template audit.
+
+    Of rankings it is about all their untied pairs.
 
     Args:
         sources: One or more sources as for `load_preferences`; give splits apart, so that overlap is seen.
@@ -49,6 +53,7 @@ def check_data(
         trust_remote_code: Run code that comes with the tokenizer.
         columns: Which columns are prompt, chosen, rejected, ...: see `Columns.of`.
         data_revision: Revision of Hub sources.
+        score_weights: Of scored responses, columns whose weighted sum is the score.
 
     Returns:
         JSON-ready report: ``sources`` (one report each), ``overlap`` (of every two sources), ``unusable_rows`` (at
@@ -80,10 +85,17 @@ def check_data(
 
     reports, digests = [], []
     for name in names:
-        data = load_preferences(name, columns=columns, revision=data_revision, on_bad_row="skip")
-        report, digest = _content_report(data)
-        if tokenizer is not None:
-            report |= _token_report(data, tokenizer, max_length)
+        data = load_preferences(
+            name, columns=columns, revision=data_revision, on_bad_row="skip", score_weights=score_weights
+        )
+        if data.layout == "scored":
+            report, digest = scored_report(data, tokenizer, max_length, _quantiles, _hash)
+        else:
+            data, counts = pairs_and_counts(data) if data.layout == "ranking" else (data, {})
+            report, digest = _content_report(data)
+            report |= counts
+            if tokenizer is not None:
+                report |= _token_report(data, tokenizer, max_length)
         reports.append({"source": str(name), **report})
         digests.append(digest)
     result: dict[str, Any] = {
@@ -92,6 +104,7 @@ def check_data(
             "chat_template": chat_template,
             "max_length": max_length,
             "columns": None if columns is None else dict(columns),
+            **({} if score_weights is None else {"score_weights": dict(score_weights)}),
         },
         "sources": reports,
         "overlap": [
@@ -299,6 +312,9 @@ def _warnings(result: dict[str, Any]) -> list[str]:
     """What someone should know before training on this, one sentence each."""
     found = []
     for report in result["sources"]:
+        if report.get("layout") == "scored":
+            found += scored_warnings(report)
+            continue
         template, longer = report.get("template", {}), report["chosen_longer_characters"]
         lost = template.get("partly_rendered", {"n": 0, "examples": []})
         without_end = sum(ending["n"] for ending in template.get("endings", []) if not ending["ids"])

@@ -29,6 +29,8 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def _format_source(source: dict[str, Any]) -> list[str]:
+    if source.get("layout") == "scored":
+        return _format_scored(source)
     bad, longer = source["bad_rows"], source["chosen_longer_characters"]
     low, high = longer["interval"]
     lines = [
@@ -37,6 +39,7 @@ def _format_source(source: dict[str, Any]) -> list[str]:
         *(f"    row {row['row']}: {row['reason']}" for row in bad["rows"][:SHOWN_EXAMPLES]),
         *([f"    ... and {bad['n'] - SHOWN_EXAMPLES:,} more"] if bad["n"] > SHOWN_EXAMPLES else []),
         *(f"  {line}" for line in lines_of(source["reading"], source["rows"])),
+        *([_format_rankings(source)] if "rankings" in source else []),
         f"  prompts {source['prompts']:,}, with several turns {source['multi_turn_prompts']:,}, "
         f"margins {source['margins']:,}, subsets {len(source['subsets']):,}",
     ]
@@ -48,13 +51,53 @@ def _format_source(source: dict[str, Any]) -> list[str]:
         f"  chosen longer {longer['longer']:,}, equal {longer['equal']:,}, shorter {longer['shorter']:,}: longer wins "
         f"{longer['share']:.1%} (n {longer['n']:,}, 95 % interval {low:.1%} to {high:.1%}, tie 0.5)",
     ]
+    return lines + _format_lengths(source) + _format_tokens(source)
+
+
+def _format_lengths(source: dict[str, Any]) -> list[str]:
+    """A table of quantiles of lengths in characters and in tokens."""
+    lines = []
     for unit in ("characters", "tokens"):
         table = {name: value for name, value in source.get(unit, {}).items() if isinstance(value, dict)}
         if table:
             lines.append(f"  {unit:<11}{'mean':>9}" + "".join(f"{quantile:>9.0%}" for quantile in QUANTILES))
         for name, quantiles in table.items():
             lines.append(f"    {name:<9}" + "".join(f"{value:>9,.0f}" for value in quantiles.values()))
-    return lines + _format_tokens(source)
+    return lines
+
+
+def _format_rankings(source: dict[str, Any]) -> str:
+    sizes = ", ".join(f"{number:,} of {size}" for size, number in source["rankings_by_size"].items())
+    return (
+        f"  rankings {source['rankings']:,} with {source['responses']:,} responses ({sizes}), tied pairs "
+        f"{source['tied_pairs']:,}; what follows is about their untied pairs"
+    )
+
+
+def _format_scored(source: dict[str, Any]) -> list[str]:
+    bad, scores = source["bad_rows"], source["scores"]
+    lines = [
+        source["source"],
+        f"  rows {source['rows']:,}, usable scored responses {source['scored']:,}, bad rows {bad['n']:,}",
+        *(f"    row {row['row']}: {row['reason']}" for row in bad["rows"][:SHOWN_EXAMPLES]),
+        *([f"    ... and {bad['n'] - SHOWN_EXAMPLES:,} more"] if bad["n"] > SHOWN_EXAMPLES else []),
+        *(f"  {line}" for line in lines_of(source["reading"], source["rows"])),
+        f"  prompts {source['prompts']:,}, subsets {len(source['subsets']):,}, duplicates "
+        f"{source['duplicates']['n']:,}, conflicting labels {source['conflicting_labels']['n']:,}",
+        "  scores: " + ", ".join(f"{name} {value:g}" for name, value in scores.items()),
+    ]
+    if "score_length_correlation" in source:
+        lines.append(f"  score and characters of the response: Spearman {source['score_length_correlation']:.2f}")
+    lines += _format_lengths(source)
+    if limit := source.get("max_length"):
+        lines.append(
+            f"  max_length {limit['limit']:,}: {limit['overlong']:,} responses over it with their prompt, "
+            f"{limit['response_too_long']:,} even alone"
+        )
+    if number := source.get("tokens", {}).get("not_encodable"):
+        lines.append(f"  not encodable {number:,}")
+        lines += [f"    row {row['row']}: {row['reason']}" for row in source["tokens"]["not_encodable_examples"]]
+    return lines
 
 
 def _format_tokens(source: dict[str, Any]) -> list[str]:

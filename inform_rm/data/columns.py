@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 PAIR_FIELDS = ("prompt", "chosen", "rejected", "system", "history", "margin", "subset", "id")
 ROW_FIELDS = ("prompt", "response", "system", "history")
+GROUP_FIELDS = (*PAIR_FIELDS, "responses", "ranks", "scores", "response", "score")
 SHARED_PREFIX = "shared_prefix"
 SIDES = ("reply", "whole")
 
@@ -114,10 +115,12 @@ class Reading:
     layouts: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
 
-    def add_row(self, record: Mapping[str, Any], columns: Columns, fields: tuple[str, ...]) -> None:
-        """Count the columns of a row."""
+    def add_row(
+        self, record: Mapping[str, Any], columns: Columns, fields: tuple[str, ...], also: tuple[str, ...] = ()
+    ) -> None:
+        """Count the columns of a row; those in ``also`` are read, too, under their own names."""
         self.rows += 1
-        mapped = columns.read(fields)
+        mapped = columns.read(fields) | {column: column for column in also}
         for column, value in record.items():
             if column not in mapped:
                 self.unread.update([str(column)] if not _is_empty(value) else [])
@@ -160,7 +163,7 @@ class Row:
         if required and name in self.columns.given:
             raise Fault(
                 "missing field",
-                f"no column {column!r}, which columns names for {name!r}. Its fields are {_names(self.record)}.",
+                f"no column {column!r}, which columns names for {name!r}. Its fields are {names_of(self.record)}.",
             )
         return None
 
@@ -191,7 +194,8 @@ def lines_of(reading: Mapping[str, Any], rows: int) -> list[str]:
     return lines
 
 
-def _names(record: Mapping[str, Any]) -> str:
+def names_of(record: Mapping[str, Any]) -> str:
+    """The columns of a row, for a message."""
     return shortened(", ".join(repr(str(key)) for key in record), 300) or "none"
 
 
@@ -246,13 +250,18 @@ def no_prompt(record: Mapping[str, Any], reason: str, fields: tuple[str, ...] = 
 
 def no_side(record: Mapping[str, Any], name: str) -> Fault:
     """The fault of a row without one of its sides; it names the likely columns."""
-    text = f"no '{name}'. Its fields are {_names(record)}; add or rename the field"
+    text = f"no '{name}'. Its fields are {names_of(record)}; add or rename the field"
     pair = next((pair for pair in _LIKE_SIDES if all(part in record for part in pair)), None)
     if pair is not None:
         mapped = " ".join(
             f"{own}={other}" for own, other in zip(("chosen", "rejected"), pair, strict=True) if own != other
         )
         text += f", or say columns {mapped} (--columns {mapped})"
+    if record.get("responses") is not None:
+        text += (
+            ". Rankings and scored responses have a file of their own, which train (without streaming), evaluate and "
+            "check-data read"
+        )
     return Fault("missing field", text + ".")
 
 
@@ -260,7 +269,7 @@ def no_response(record: Mapping[str, Any]) -> Fault:
     """The fault of a row to score without response."""
     likely = next((name for name in _LIKE_RESPONSE if name in record), None)
     hint = f", or say columns response={likely} (--columns response={likely})" if likely else ""
-    return Fault("missing field", f"no 'response'. Its fields are {_names(record)}; add or rename the field{hint}.")
+    return Fault("missing field", f"no 'response'. Its fields are {names_of(record)}; add or rename the field{hint}.")
 
 
 def stated_prompt(row: Row) -> list[Message] | None:
@@ -276,7 +285,7 @@ def stated_prompt(row: Row) -> list[Message] | None:
 
 def with_earlier_turns(row: Row, messages: list[Message]) -> list[Message]:
     """The turns of a row's ``system`` and ``history`` in front of a prompt, which has none such already."""
-    history = _from_json(row.value("history"))
+    history = lists_of(row.value("history"))
     if not _is_empty(history):
         if any(message["role"] == "assistant" for message in messages):
             raise Fault("sides diverge", "'history' and a prompt of several turns: which comes first? Remove one.")
@@ -314,7 +323,7 @@ def _history(history: Any) -> list[Message]:
     return messages
 
 
-def _from_json(value: Any) -> Any:
+def lists_of(value: Any) -> Any:
     """A list in text that is JSON, as cells of a CSV file hold it; other values as they are."""
     if isinstance(value, str) and value.strip().startswith("["):
         try:

@@ -301,12 +301,18 @@ def encode_columns(
     return columns, bad_rows
 
 
-def _columns_with_faults(batch: dict[str, list], **options: Any) -> dict[str, list]:
-    """`encode_columns` for `Dataset.map`, which may run elsewhere: bad rows follow, with nothing but their fault."""
-    columns, bad_rows = encode_columns(batch, **options)
+def _columns_with_faults(batch: dict[str, list], encode_batch: Any, **options: Any) -> dict[str, list]:
+    """A batch encoded for `Dataset.map`, which may run elsewhere: bad rows follow, with nothing but their fault."""
+    columns, bad_rows = encode_batch(batch, **options)
     columns[_FAULT] = [None] * len(columns["id"])
     for name, values in columns.items():
-        empty: Any = [] if name.endswith("_input_ids") else False if name == "truncated" else None
+        empty: Any = (
+            []
+            if name.endswith("_input_ids") or name in ("labels", "characters")
+            else False
+            if name == "truncated"
+            else None
+        )
         values += [json.dumps(bad.args) if name == _FAULT else empty for bad in bad_rows]
     return columns
 
@@ -346,21 +352,28 @@ def encode_pairs(
         BadRow: The first bad row, under ``"error"``.
         InputError: A wrong argument, or no pair is left.
     """
-    check_max_length(max_length)
-    check_choice("overlong", overlong, OVERLONG_POLICIES)
-    check_choice("on_bad_row", on_bad_row, BAD_ROW_POLICIES)
     kept = Features({name: FEATURES[name] for name in (_TEXT_COLUMNS if keep_text else ())})
+    options = {"tokenizer": tokenizer, "max_length": max_length, "overlong": overlong, "on_bad_row": on_bad_row}
+    features = Features({**_ENCODED_FEATURES, **kept})
+    return encode_rows(dataset, encode_columns, features, {**options, "kept": tuple(kept)}, num_proc)
+
+
+def encode_rows(
+    dataset: Dataset, encode_batch: Any, features: Features, options: dict[str, Any], num_proc: int | None = None
+) -> EncodedPairs:
+    """Encode a dataset by a function like `encode_columns`: ``options`` are its keywords, ``features`` its columns."""
+    max_length = options["max_length"]
+    check_max_length(max_length)
+    check_choice("overlong", options["overlong"], OVERLONG_POLICIES)
+    check_choice("on_bad_row", options["on_bad_row"], BAD_ROW_POLICIES)
     encoded = dataset.map(
         _columns_with_faults,
-        fn_kwargs={
-            "tokenizer": tokenizer, "max_length": max_length, "overlong": overlong, "on_bad_row": on_bad_row,
-            "kept": tuple(kept),
-        },
+        fn_kwargs={"encode_batch": encode_batch, **options},
         batched=True,
         batch_size=256,
         num_proc=num_proc,
         remove_columns=dataset.column_names,
-        features=Features({**_ENCODED_FEATURES, **kept, _FAULT: Value("string")}),
+        features=Features({**features, _FAULT: Value("string")}),
         load_from_cache_file=False,  # a stale encoding would go unnoticed
         new_fingerprint=uuid.uuid4().hex,
         desc="Encoding pairs",

@@ -5,7 +5,7 @@ Which columns are read, and what is not, is the matter of `columns`; what a conv
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -162,8 +162,8 @@ def parse_pair(
             chosen=chosen,
             rejected=rejected,
             margin=_margin(fields.value("margin")),
-            subset=_label(fields.value("subset"), "subset") or name,
-            id=_label(fields.value("id"), "id") or f"{name}/{row}",
+            subset=label_of(fields.value("subset"), "subset") or name,
+            id=label_of(fields.value("id"), "id") or f"{name}/{row}",
             file=file,
             row=row,
         )
@@ -173,10 +173,17 @@ def parse_pair(
 
 def pair_or_fault(record: Any, file: str, row: int, on_bad_row: str, **options: Any) -> PreferencePair | BadRow:
     """The pair of a row as a reader gives it (options: see `parse_pair`); under ``"skip"`` the fault of a bad one."""
+    return row_or_fault(parse_pair, record, file, row, on_bad_row, **options)
+
+
+def row_or_fault(
+    parse: Callable[..., Any], record: Any, file: str, row: int, on_bad_row: str, **options: Any
+) -> Any | BadRow:
+    """What ``parse`` makes of a row as a reader gives it; under ``"skip"`` the fault of a bad one."""
     try:
         if isinstance(record, str):  # the reader's description of a row that it could not read
             raise BadRow(file, row, record, "unreadable")
-        return parse_pair(record, file, row, **options)
+        return parse(record, file, row, **options)
     except BadRow as bad:
         if on_bad_row == "skip":
             return bad
@@ -268,6 +275,11 @@ def _after(side: str, prompt: str) -> str | None:
     return rest.strip() if ends and has_text(rest) else None
 
 
+def begins_with(reply: str, prompt: str) -> bool:
+    """Whether a text goes on after a prompt that it repeats."""
+    return _after(reply, prompt) is not None
+
+
 def _dialogue_about(side: str, asked: str) -> list[Message] | None:
     """The messages of a transcript one of whose user turns is what was asked; ``None`` for other text."""
     try:
@@ -330,7 +342,8 @@ def _margin(value: Any) -> float | None:
     return number
 
 
-def _label(value: Any, field: str) -> str | None:
+def label_of(value: Any, field: str) -> str | None:
+    """The text of a ``subset`` or ``id``, which may be a whole number."""
     if isinstance(value, float):  # a column of whole numbers with a gap, out of a data frame
         if math.isnan(value):
             return None

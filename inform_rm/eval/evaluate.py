@@ -1,71 +1,27 @@
 """Evaluating a reward model on preference data: from model and data to a result, and to a folder of it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from matplotlib.figure import Figure
 
+from inform_rm.data.groups import LAYOUTS
 from inform_rm.data.sources import Sources
-from inform_rm.eval import report
+from inform_rm.errors import InputError
 from inform_rm.eval.accuracy import pairwise_accuracy
-from inform_rm.eval.frame import Frame, ModelResult, json_lines, progress_bars, settings_of, unwritten
+from inform_rm.eval.frame import Frame, json_lines, progress_bars, settings_of
+from inform_rm.eval.group_statistics import ranking_statistics, score_statistics
+from inform_rm.eval.results import EvaluationResult, RankingResult, ScoreResult
 from inform_rm.eval.sources import PairSettings, load_sources, warn_of_left_out
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import shortest_float
-from inform_rm.util.page import Page, Table, figure_png
 
 _CHUNK_PAIRS = 2048
 _SIDES = ("chosen", "rejected")
 _COUNTS = ("overlong", "dropped", "truncated")
 _ROW = ("id", "subset", "chosen_characters", "rejected_characters")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationResult(ModelResult):
-    """The accuracy of a reward model on preference pairs.
-
-    The statistics are those of `inform_rm.eval.accuracy.pairwise_accuracy`, lengths in characters.
-
-    Attributes:
-        data: per source its fingerprint and counts of pairs read, not sampled, over-long, dropped, truncated and
-            evaluated, the bad rows, and ``partly_rendered``: ``n`` pairs of which the chat template deleted text, and
-            up to 5 ``examples``.
-        rows: of each pair source, id, subset, lengths and rewards: the lines of ``pairs.jsonl``.
-    """
-
-    data: list[dict[str, Any]]
-    num_pairs: int
-    accuracy: float
-    accuracy_interval: list[float]
-    accuracy_ties_wrong: float
-    accuracy_ties_wrong_interval: list[float]
-    num_ties: int
-    mean_margin: float
-    calibration: dict[str, Any]
-    by_length: dict[str, dict[str, Any]] | None = None
-    longer_wins_accuracy: float | None = None
-    subsets: dict[str, dict[str, Any]] | None = None
-    rows: list[dict[str, Any]] = unwritten()
-
-    @property
-    def title(self) -> str:
-        """What was evaluated."""
-        return f"Accuracy of {self.model}"
-
-    def table(self) -> Table:
-        """All pairs, each subset, each part by length."""
-        return report.accuracy_table(self.to_dict())
-
-    def figure(self) -> Figure:
-        """Accuracy against predicted probability."""
-        return report.reliability_figure(self.calibration["bins"])
-
-    def page(self) -> Page:
-        """All of it."""
-        return report.result_page(self.to_dict(), figure_png(self.figure()))
 
 
 def evaluate(
@@ -76,23 +32,27 @@ def evaluate(
     tokenizer: Any = None,
     progress: bool = True,
     **options: Any,
-) -> EvaluationResult:
+) -> EvaluationResult | ScoreResult:
     """Accuracy of any sequence-classification reward model on preference pairs, overall and per subset.
 
-    With ``output`` the folder receives ``pairs.jsonl`` (both rewards and lengths of every pair), ``reliability.png``,
+    Of rankings also Kendall's tau-b and top-1 accuracy (`RankingResult`); of scored responses the error and the
+    correlations (`ScoreResult`). All sources of a call have one layout.
+
+    With ``output`` the folder receives ``pairs.jsonl`` (both rewards and lengths of every pair; ``rankings.jsonl``,
+    ``scored.jsonl``: labels, rewards and lengths of every row), ``reliability.png`` (``scores.png``),
     ``result.md``, ``result.html`` and at last ``result.json``. After a kill the same call takes up the rewards
     computed before (``rewards.partial``), and refuses if model, data or settings have changed. With a scorer that
     splits its work over processes, all of them read the data and the main one writes.
 
     Args:
         model: folder, Hub id, loaded model, or a `RewardScorer`, which several evaluations can share.
-        data: one or several sources of pairs, by name or in memory, as `load_preferences` reads them.
+        data: one or several sources, by name or in memory, as `load_preferences` reads them.
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
         progress: show progress bars.
         options: fields of `inform_rm.eval.sources.PairSettings` (``columns``, ``data_revision``, ``on_bad_row``,
-            ``overlong``, ``max_pairs``, ``seed``) and keywords of `RewardScorer` (``max_length``, ``device``,
-            ``trust_remote_code``, ...).
+            ``overlong``, ``max_pairs``, ``score_weights``, ``seed``) and keywords of `RewardScorer`
+            (``max_length``, ``device``, ``trust_remote_code``, ...).
 
     Returns:
         The statistics, what was read and left out, and what they were computed with.
@@ -105,13 +65,21 @@ def evaluate(
     frame = Frame(model, output, tokenizer, scorer_options, progress)
     parts, records = [], []
     with progress_bars(frame.progress):
-        for source in load_sources(data, settings):
+        sources = load_sources(data, settings, LAYOUTS)
+        if len({source.layout for source in sources}) > 1:
+            found = ", ".join(f"{source.record['source']} ({source.layout})" for source in sources)
+            raise InputError(f"data: sources of several layouts, {found}. Evaluate each layout in a call of its own.")
+        if settings.score_weights is not None and sources[0].layout != "scored":
+            raise InputError(f"score_weights: for scored responses; these are of the layout {sources[0].layout!r}.")
+        for source in sources:
             encoded = source.encode(frame.scorer, settings)
             counts = {name: encoded.counts[name] for name in _COUNTS}
             records.append({**source.record, **counts, "evaluated": len(encoded.dataset)})
             warn_of_left_out(records[-1])
             parts.append(encoded.dataset)
     described, run = frame.described_with(settings, records)
+    if sources[0].layout != "pair":
+        return _evaluate_groups(frame, parts, described, run, sources[0].layout)
     rows = [
         {"source": record["source"], **dict(zip(_ROW, values, strict=True))}
         for record, part in zip(records, parts, strict=True)
@@ -137,3 +105,41 @@ def _chunks(parts: list[Any]) -> Iterator[tuple[list[list[int]], list[int]]]:
             chunk = part[start : start + _CHUNK_PAIRS]
             sides = zip(chunk["chosen_input_ids"], chunk["rejected_input_ids"], strict=True)
             yield [ids for pair in sides for ids in pair], [length for length in chunk["prompt_length"] for _ in "cr"]
+
+
+def _evaluate_groups(
+    frame: Frame, parts: list[Any], described: dict[str, Any], run: dict[str, Any], layout: str
+) -> RankingResult | ScoreResult:
+    """The same for rankings or scored responses."""
+    rows = [
+        {"source": record["source"], **{name: row[name] for name in ("id", "subset", "labels", "characters")}}
+        for record, part in zip(described["data"], parts, strict=True)
+        for row in part.select_columns(["id", "subset", "labels", "characters"])
+    ]
+    first = np.cumsum([0, *(len(row["labels"]) for row in rows)])
+
+    def where(entry: int) -> str:
+        row = int(np.searchsorted(first, entry, side="right")) - 1
+        return f"response {entry - first[row] + 1} of row {rows[row]['id']}"
+
+    def chunks() -> Iterator[tuple[list[list[int]], list[int]]]:
+        for part in parts:
+            for start in range(0, len(part), _CHUNK_PAIRS):
+                chunk = part[start : start + _CHUNK_PAIRS]
+                ids = chunk["responses_input_ids"]
+                lengths = zip(chunk["prompt_length"], ids, strict=True)
+                yield [each for row in ids for each in row], [length for length, row in lengths for _ in row]
+
+    rewards = np.split(frame.rewards(chunks(), int(first[-1]), run, where), first[1:-1])
+    for row, values in zip(rows, rewards, strict=True):
+        row["rewards"] = list(map(shortest_float, values))
+    labels, subsets = ([row[name] for row in rows] for name in ("labels", "subset"))
+    result: RankingResult | ScoreResult
+    if layout == "ranking":
+        found = ranking_statistics(rewards, labels, subsets, described["seed"])
+        result = RankingResult(**described, **found, rows=rows)
+    else:
+        scores = np.concatenate([np.asarray(label) for label in labels])
+        result = ScoreResult(**described, **score_statistics(np.concatenate(rewards), scores, subsets), rows=rows)
+    frame.finish(result, {"rankings.jsonl" if layout == "ranking" else "scored.jsonl": json_lines(rows)})
+    return result

@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from inform_rm.data.columns import log_reading
 from inform_rm.data.encoding import EncodedPairs, encode_pairs
+from inform_rm.data.group_encoding import encode_group_rows
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import load_preferences
 from inform_rm.data.sources import Sources, parse_source, source_label, source_list
@@ -26,11 +27,13 @@ class PairSettings(RowSettings):
 
     Attributes:
         columns: which columns are prompt, chosen, rejected, ...: see `inform_rm.data.columns.Columns.of`.
+        score_weights: of scored responses, columns whose weighted sum is the score.
         max_pairs: use a random subset of this many pairs of each source; ``seed`` is that of the subset.
     """
 
     columns: Mapping[str, str] | None = None
     max_pairs: int | None = None
+    score_weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,7 +47,9 @@ class EvaluationSource:
     """One source of pairs.
 
     Attributes:
-        pairs: columns as in `inform_rm.data.preferences.FEATURES`; a random subset if one was asked for.
+        layout: one of `inform_rm.data.groups.LAYOUTS`.
+        pairs: columns as in `inform_rm.data.preferences.FEATURES`, of other layouts as in `GROUP_FEATURES`; a random
+            subset if one was asked for.
         record: ``source``, whether that ``is_local``, ``fingerprint``, the counts ``pairs_read``, ``not_sampled`` and
             ``bad_rows``, the ``bad_row_reasons`` where there are any, and the ``reading`` of the columns. Rows that
             cannot be encoded join them later.
@@ -52,35 +57,42 @@ class EvaluationSource:
 
     pairs: Dataset
     record: dict[str, Any]
+    layout: str = "pair"
 
     def encode(self, scorer: RewardScorer, settings: PairSettings, keep_text: bool = False) -> EncodedPairs:
         """The token ids of the pairs; bad rows and what the chat template deletes of the others join the record.
 
         With ``keep_text`` a pair over the limit stays under ``overlong="drop"``: its prompt is of use to others.
         """
-        encoded = encode_pairs(
-            self.pairs,
-            scorer.tokenizer,
-            max_length=None if keep_text and settings.overlong == "drop" else scorer.max_length,
-            overlong=settings.overlong,
-            on_bad_row=settings.on_bad_row,
-            keep_text=keep_text,
-        )
+        rules: dict[str, Any] = {
+            "max_length": None if keep_text and settings.overlong == "drop" else scorer.max_length,
+            "overlong": settings.overlong,
+            "on_bad_row": settings.on_bad_row,
+        }
+        if self.layout == "pair":
+            encoded = encode_pairs(self.pairs, scorer.tokenizer, keep_text=keep_text, **rules)
+        else:
+            encoded = encode_group_rows(self.pairs, scorer.tokenizer, **rules)
         add_bad_rows(self.record, encoded.bad_rows)
         self.record["partly_rendered"] = encoded.counts["partly_rendered"]
         return encoded
 
 
-def load_sources(data: Sources, settings: PairSettings) -> list[EvaluationSource]:
-    """Read every source, and draw ``max_pairs`` of its pairs with ``seed`` where it has more."""
+def load_sources(
+    data: Sources, settings: PairSettings, layouts: tuple[str, ...] = ("pair",)
+) -> list[EvaluationSource]:
+    """Read every source, and draw ``max_pairs`` of its rows with ``seed`` where it has more; refuse other layouts."""
     sources = source_list(data)
     if not sources:
         raise InputError("data: expected at least one source of preference pairs.")
+    if settings.score_weights is not None and "scored" not in layouts:
+        raise InputError("score_weights: for scored responses, which are not read here. Leave it out.")
     found: list[EvaluationSource] = []
     for source in sources:
         loaded = load_preferences(
-            source, columns=settings.columns, revision=settings.data_revision, on_bad_row=settings.on_bad_row
-        )
+            source, columns=settings.columns, revision=settings.data_revision, on_bad_row=settings.on_bad_row,
+            score_weights=settings.score_weights, layouts=layouts,
+        )  # fmt: skip
         pairs = loaded.dataset
         if settings.max_pairs is not None and len(pairs) > settings.max_pairs:
             pairs = pairs.shuffle(seed=settings.seed).select(range(settings.max_pairs))
@@ -91,14 +103,14 @@ def load_sources(data: Sources, settings: PairSettings) -> list[EvaluationSource
             "source": name,
             "is_local": not is_named or Path(parse_source(source).name).exists(),
             "fingerprint": loaded.fingerprint,
-            "pairs_read": len(loaded.dataset),
+            "pairs_read" if loaded.layout == "pair" else "rows_read": len(loaded.dataset),
             "not_sampled": len(loaded.dataset) - len(pairs),
             "bad_rows": 0,
             "reading": loaded.reading.to_dict(),
         }
         log_reading(name, loaded.reading)
         add_bad_rows(record, loaded.bad_rows)
-        found.append(EvaluationSource(pairs, record))
+        found.append(EvaluationSource(pairs, record, loaded.layout))
     return found
 
 

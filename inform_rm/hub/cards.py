@@ -59,7 +59,7 @@ def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | N
     if result is not None:
         values |= _training_values(settings, result)
     body = _card_body(config=config, result=result, **values)
-    if result is None or result["evaluation"] is None:
+    if result is None or "accuracy" not in (result["evaluation"] or ()):
         return card_text(metadata, body)
     return _with_results(metadata, body, [evaluation_of_run(result)], Path(settings["output_dir"]).resolve().name)
 
@@ -81,7 +81,14 @@ def _metadata(tags: Sequence[str], library_name: str = "transformers", **values:
 
 
 def _card_body(**values: Any) -> str:
-    defaults = {"result": None, "averaged": None, "load_template": _LOAD_MODEL}
+    defaults = {
+        "result": None,
+        "averaged": None,
+        "load_template": _LOAD_MODEL,
+        "accuracy": None,
+        "kendall_tau": None,
+        "rmse": None,
+    }
     return fill_markdown("model_card.md.j2", **{**defaults, **values})
 
 
@@ -96,8 +103,9 @@ def _training_values(settings: dict[str, Any], result: dict[str, Any]) -> dict[s
         "settings_table": markdown_table(words_table(("setting", "value"), shown)),
         "software": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     }
-    if (evaluation := result.get("evaluation")) is not None:
-        values["accuracy"] = cell_text(evaluation["accuracy"])
+    evaluation = result.get("evaluation") or {}
+    values |= {name: cell_text(evaluation[name]) for name in ("accuracy", "kendall_tau", "rmse") if name in evaluation}
+    if "accuracy" in evaluation:
         values["interval"] = format_interval(evaluation["accuracy_interval"])
     return values
 

@@ -85,7 +85,7 @@ def entries_of_run(result: dict[str, Any]) -> list[tuple[str, EvalResultEntry]]:
     settings, counts = result["settings"], result.get("eval_pairs") or {}
     sources = settings.get("eval_data") or ()
     limited = settings.get("max_eval_pairs_per_source") is not None or counts.get("dropped") or counts.get("bad_rows")
-    if result.get("evaluation") is None or limited or any(map(is_local, sources)):
+    if "accuracy" not in (result.get("evaluation") or ()) or limited or any(map(is_local, sources)):
         return []
     values = _values_of(result["evaluation"], counts.get("truncated", 0))
     if settings.get("load_best_model_at_end"):

@@ -41,6 +41,8 @@ _PANELS = (
     ("loss (nats)", (("loss", "training, with KL term"), ("eval_bradley_terry_loss", "evaluation, without it"))),
     ("accuracy (share)", (("accuracy", "training"), ("eval_accuracy", "evaluation"))),
     ("margin of rewards", (("margin", "training"), ("eval_margin", "evaluation"))),
+    ("Kendall's tau-b of rankings", (("kendall_tau", "training"), ("eval_kendall_tau", "evaluation"))),
+    ("RMSE of scored responses", (("rmse", "training"), ("eval_rmse", "evaluation"))),
     ("KL (nats)", (("kl_nats", "training"), ("eval_kl_nats", "evaluation"))),
     ("learning rate", (("learning_rate", "learning rate"),)),
     ("gradient norm", (("grad_norm", "before clipping"),)),
@@ -166,10 +168,15 @@ def _summary(record: dict[str, Any], is_finished: bool) -> list[Block]:
         rows.append(("training time", f"{record['train_runtime_seconds']:.0f} s since the last start"))
     if record.get("resumed_from_step") is not None:
         rows.append(("continued from step", record["resumed_from_step"]))
-    if evaluation is not None:
-        interval = format_interval(evaluation["accuracy_interval"])
-        accuracy = f"{evaluation['accuracy']:.3f} (n = {evaluation['num_pairs']}, 95 % interval {interval})"
+    found = evaluation or {}
+    if "accuracy" in found:
+        interval = format_interval(found["accuracy_interval"])
+        accuracy = f"{found['accuracy']:.3f} (n = {found['num_pairs']}, 95 % interval {interval})"
         rows.append(("accuracy on the run's evaluation pairs", accuracy))
+    if "kendall_tau" in found:
+        rows.append(("Kendall's tau-b", f"{found['kendall_tau']:.3f} (n = {found['num_prompts']} prompts)"))
+    if "rmse" in found:
+        rows.append(("RMSE on scored responses", f"{found['rmse']:.3f} (n = {found['num_scored']})"))
     blocks: list[Block] = [words_table(("this run", ""), rows)]
     if not is_finished:
         blocks.append("This run is not finished; the page shows its last complete checkpoint.")

@@ -82,7 +82,8 @@ class RewardArguments:
         "pairs for evaluation during training, given like data", (), decides="load_best_model_at_end", by_content=True
     )
     columns: dict[str, str] | None = _setting(  # noqa: RUF009  # its default is None
-        "which columns of data and eval_data are prompt, chosen, rejected, system, history, margin, subset, id: "
+        "which columns of data and eval_data are prompt, chosen, rejected, system, history, margin, subset, id, "
+        "responses, ranks, scores, response, score: "
         "FIELD=COLUMN; ignore=COLUMN leaves one out knowingly; none: columns of these names",
         None,
     )
@@ -110,6 +111,15 @@ class RewardArguments:
     loss_type: str = _setting("loss of a pair (`inform_rm.training.losses.PAIR_LOSSES`)", "bradley_terry")
     label_smoothing: float = _setting("probability that a label is wrong, 0 to below 0.5", 0.0)
     center_rewards_coefficient: float = _setting("weight of mean((r_w + r_l)^2), which keeps rewards near 0", 0.0)
+
+    ranking_loss: Literal["all_pairs", "plackett_luce"] = _setting(
+        "rankings: the mean of loss_type over all untied pairs (arXiv:2203.02155), or the likelihood of the order",
+        "all_pairs",
+    )
+    score_loss_coefficient: float = _setting("scored responses: weight of the squared error to their score", 1.0)
+    score_weights: dict[str, float] | None = _setting(  # noqa: RUF009  # its default is None
+        "scored responses: columns whose weighted sum is the score, COLUMN=WEIGHT; none: the column score", None
+    )
 
     objective: Literal["plain", "prioritized"] = _setting(
         "'prioritized': of each pool, learn from the pairs with the smallest prompt-free gap (arXiv:2504.06020)",
@@ -208,7 +218,7 @@ class RewardArguments:
         at_least = {
             "latent_dim": 1, "beta": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
             "gradient_accumulation_steps": 1, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "lora_r": 0,
-            "kl_warmup_steps": 0,
+            "kl_warmup_steps": 0, "score_loss_coefficient": 0,
             "center_rewards_coefficient": 0, "dataloader_num_workers": 0, "seed": 0, "max_length": 2,
             "max_pairs_per_source": 1, "max_eval_pairs_per_source": 1, "save_total_limit": 1,
             "tokens_per_batch": 1, "pool_factor": 1, "num_prompts": 2, "refresh": 1,
@@ -246,6 +256,7 @@ class RewardArguments:
             (self.remove_unused_columns, "remove_unused_columns would take the pairs' columns away: leave it false"),
             (self.logging_nan_inf_filter, "logging_nan_inf_filter would hide losses that are no numbers: leave it "
              "false"),
+            *self._against_plackett_luce(),
             (getattr(self.hub_strategy, "value", self.hub_strategy) != "end",
              "hub_strategy: only 'end' is known; checkpoints are not uploaded"),
         )  # fmt: skip
@@ -260,6 +271,31 @@ class RewardArguments:
         if not self.merge_adapters:
             faults.append("merge_adapters is false, but lora_r is 0: without LoRA there are no adapters")
         return faults
+
+    def _against_plackett_luce(self) -> list[tuple[Any, str]]:
+        """What is defined on pairs, with the reason; nothing under another loss."""
+        no = "does not go with ranking_loss 'plackett_luce': it"
+        claims = (
+            (self.loss_type != "bradley_terry", f"loss_type {self.loss_type!r} {no} is another loss than the one that "
+             "Plackett-Luce gives two responses"),
+            (self.label_smoothing, f"label_smoothing {no} swaps the labels of pairs"),
+            (self.center_rewards_coefficient, f"center_rewards_coefficient {no} is about the two rewards of a pair"),
+        )  # fmt: skip
+        return list(claims) if self.ranking_loss == "plackett_luce" else []
+
+    def against_groups(self, layouts: set[str]) -> list[str]:
+        """What rankings or scored responses among the training data exclude, each with the reason."""
+        no = f"does not go with rows of the layout {' and '.join(sorted(layouts - {'pair'}))}: it"
+        return _true_ones(
+            (self.objective == "prioritized", f"objective 'prioritized' {no} chooses among pairs by their gap"),
+            (self.augmentation == "rrm", f"augmentation 'rrm' {no} adds pairs to pairs"),
+            (self.loss_type == "scaled_bradley_terry" and "ranking" in layouts,
+             f"loss_type 'scaled_bradley_terry' {no} weighs pairs by their margin, of which rankings have none"),
+            (layouts == {"scored"} and self.label_smoothing,
+             f"label_smoothing {no} is about labels of comparisons, of which there are none"),
+            (layouts == {"scored"} and self.center_rewards_coefficient,
+             f"center_rewards_coefficient {no} is about the rewards of pairs; scores say where rewards lie"),
+        )  # fmt: skip
 
     def _against_streaming(self) -> list[str]:
         """What streaming cannot do, each with the reason."""
@@ -292,6 +328,28 @@ def decides(name: str) -> bool | str:
     if name.startswith(_DECIDE_WHICH_IS_BEST):
         return "load_best_model_at_end"
     return not name.startswith(_DECIDE_NOTHING)
+
+
+def read_weights(value: Any) -> dict[str, float]:
+    """A mapping of columns to weights, from YAML or from texts like ``helpfulness=0.65``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, str | list | tuple):
+        items = [value] if isinstance(value, str) else value
+        value = dict(item.split("=", 1) for item in items if isinstance(item, str) and "=" in item)
+        if len(value) < len(items):
+            raise ValueError(f"must be COLUMN=WEIGHT, each column once, got {shown(items)}")
+    try:
+        weights = {
+            str(name): math.nan if isinstance(weight, bool) else float(weight) for name, weight in value.items()
+        }
+    except (AttributeError, TypeError, ValueError):
+        weights = {}
+    if not weights or not all(map(math.isfinite, weights.values())):
+        raise ValueError(f"must be columns with a finite number each, COLUMN=WEIGHT, got {shown(value)}")
+    return weights
 
 
 def read_columns(value: Any) -> dict[str, str]:

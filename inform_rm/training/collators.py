@@ -1,4 +1,4 @@
-"""Encoded pairs -> batches, and the order in which they come."""
+"""Encoded pairs -> batches, and the order in which they come; groups go to `inform_rm.training.group_batches`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from inform_rm.scoring.packing import pack_sequences, packed_batches
+from inform_rm.errors import InputError
+from inform_rm.scoring.packing import CPU_TOKENS_PER_BATCH, pack_sequences, packed_batches
+from inform_rm.training.group_batches import is_group, packed_groups, padded_groups
+from inform_rm.training.reward_arguments import RewardTrainingArguments
 
 
 class PairCollator:
@@ -24,6 +27,8 @@ class PairCollator:
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Pad and stack; see the class."""
+        if is_group(pairs[0]):
+            return padded_groups(pairs, self.tokenizer)
         rows = [pair["chosen_input_ids"] for pair in pairs] + [pair["rejected_input_ids"] for pair in pairs]
         batch = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
         return {
@@ -51,6 +56,8 @@ class PackedPairCollator:
 
         Rewards of a row come out as with `PairCollator`: of the chosen responses, then of the rejected ones.
         """
+        if is_group(pairs[0]):
+            return packed_groups(pairs, self.tokens_per_batch)
         rows = [list(range(len(pairs)))]
         if self.tokens_per_batch is not None:
             prompts = [pair["chosen_input_ids"][: pair["prompt_length"]] for pair in pairs]
@@ -88,6 +95,23 @@ def _margins(pairs: list[dict[str, Any]]) -> Tensor:
 def counted_pairs(counted: int, total: int, num_processes: int) -> dict[str, Any]:
     """What a batch has of ``total`` pairs of all processes: their average gradient is then that of the mean."""
     return {"counted": counted, "share": counted * num_processes / total}
+
+
+def tokens_per_batch(args: RewardTrainingArguments) -> int | None:
+    """Most tokens of a packed row.
+
+    Raises:
+        InputError: a limit is given for several processes.
+    """
+    if args.world_size > 1:
+        # Under FSDP every process must make equally many forward passes.
+        if args.tokens_per_batch is not None:
+            raise InputError(
+                f"tokens_per_batch: {args.tokens_per_batch} with {args.world_size} processes; it works in one "
+                "process. Leave it out and lower per_device_train_batch_size."
+            )
+        return None
+    return args.tokens_per_batch or (CPU_TOKENS_PER_BATCH if args.device.type == "cpu" else None)
 
 
 class EpochSeededLengthSampler(LengthGroupedSampler):

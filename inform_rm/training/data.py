@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -15,14 +16,17 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from inform_rm.data.columns import log_reading
 from inform_rm.data.encoding import encode_pairs
+from inform_rm.data.group_encoding import encode_mixed
 from inform_rm.data.preferences import load_preferences
 from inform_rm.data.rendered_text import warn_of_loss
 from inform_rm.data.sources import source_digest
 from inform_rm.errors import InputError
 from inform_rm.scoring.reward_models import fingerprint_tokenizer
 from inform_rm.training.augmentation import add_non_contextual_pairs
+from inform_rm.training.losses import MOST_TIED
 from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.util.files import atomic_directory, file_digest, write_json
+from inform_rm.util.rankings import untied_gaps
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +51,22 @@ class TrainingPairs:
     """Encoded pairs of all sources of one setting.
 
     Attributes:
-        dataset: see `inform_rm.data.encoding.EncodedPairs`.
-        counts: pairs used, overlong, dropped and truncated ones, those ``partly_rendered`` (see `EncodedPairs`), the
-            ``bad_rows`` that were left out, as text, and the ``reading`` of each source: which columns were read, and
-            how.
+        dataset: see `inform_rm.data.encoding.EncodedPairs`; where rankings or scored responses are among the
+            sources, of `inform_rm.data.group_encoding.encode_group_rows`.
+        counts: pairs used (of rankings all untied ones; with them ``rows``, ``responses`` and ``layouts``, too),
+            overlong, dropped and truncated rows, those ``partly_rendered`` (see `EncodedPairs`), the ``bad_rows`` that
+            were left out, as text, and the ``reading`` of each source: which columns were read, and how.
         fingerprints: per source the SHA-256 of its pairs, see `inform_rm.data.preferences.PreferenceData`.
     """
 
     dataset: Dataset
     counts: dict[str, Any]
     fingerprints: dict[str, str]
+
+
+def is_encoded(rows: Any) -> bool:
+    """Whether rows are pairs or groups of token ids already."""
+    return bool({"chosen_input_ids", "responses_input_ids"} & set(getattr(rows, "column_names", None) or ()))
 
 
 def choose_splits(train: Any, evaluation: Any) -> tuple[Any, Any]:
@@ -112,9 +122,12 @@ def load_training_pairs(
             if folder is not None and PartialState().is_main_process:
                 _write(folder, pairs)
         else:
+            check_layouts(args, argument, set(pairs.counts.get("layouts", ("pair",))))
             logger.info("%s: taken from the cache %s.", argument, folder)
             warn_of_loss(pairs.counts["partly_rendered"], pairs.counts["pairs"])
     counts = pairs.counts
+    if argument == "data" and args.ranking_loss == "plackett_luce" and "layouts" in counts:
+        _check_ties(pairs.dataset)
     if counts["bad_rows"] or counts["dropped"] or counts["truncated"]:
         logger.warning("%s: %s", argument, counts)
     return pairs
@@ -129,13 +142,15 @@ def _encode(
     max_length: int | None,
     argument: str,
 ) -> TrainingPairs:
-    parts: list[Dataset] = []
+    parts: list[tuple[str, Dataset]] = []
     fingerprints: dict[str, str] = {}
     bad_rows: list[str] = []
     readings: dict[str, Any] = {}
     for source in sources:
         name = source if isinstance(source, str) else in_memory(argument)
-        loaded = load_preferences(source, columns=args.columns, on_bad_row=args.on_bad_row)
+        loaded = load_preferences(
+            source, columns=args.columns, on_bad_row=args.on_bad_row, score_weights=args.score_weights
+        )
         log_reading(name, loaded.reading)
         readings[name] = loaded.reading.to_dict()
         bad_rows += [str(row) for row in loaded.bad_rows]
@@ -143,17 +158,62 @@ def _encode(
         part = loaded.dataset
         if max_pairs is not None and len(part) > max_pairs:
             part = part.shuffle(seed=args.seed).select(range(max_pairs))
-        parts.append(part)
-    pairs = concatenate_datasets(parts)
-    if augment:
-        pairs = add_non_contextual_pairs(pairs, args.seed)
-    encoded = encode_pairs(
-        pairs, tokenizer, max_length=max_length, overlong=args.overlong, on_bad_row=args.on_bad_row,
-        keep_text=_keeps_text(args),
-    )  # fmt: skip
+        parts.append((loaded.layout, part))
+    layouts = {layout for layout, _ in parts}
+    check_layouts(args, argument, layouts)
+    rules: dict[str, Any] = {"max_length": max_length, "overlong": args.overlong, "on_bad_row": args.on_bad_row}
+    if layouts == {"pair"}:
+        pairs = concatenate_datasets([part for _, part in parts])
+        if augment:
+            pairs = add_non_contextual_pairs(pairs, args.seed)
+        encoded = encode_pairs(pairs, tokenizer, keep_text=_keeps_text(args), **rules)
+        counted: dict[str, Any] = {"pairs": len(encoded.dataset)}
+    else:
+        encoded = encode_mixed(parts, tokenizer, **rules)
+        counted = _counts_of_groups(encoded.dataset, sorted(layouts))
     bad_rows += [str(row) for row in encoded.bad_rows]
-    counts = {**encoded.counts, "pairs": len(encoded.dataset), "bad_rows": bad_rows, "reading": readings}
+    counts = {**encoded.counts, **counted, "bad_rows": bad_rows, "reading": readings}
     return TrainingPairs(encoded.dataset, counts, fingerprints)
+
+
+def check_layouts(args: RewardTrainingArguments, argument: str, layouts: set[str]) -> None:
+    """Refuse settings that do not go with what kinds of rows there are.
+
+    Raises:
+        InputError: all of them.
+    """
+    faults = args.against_groups(layouts) if argument == "data" and layouts != {"pair"} else []
+    if argument == "data" and args.score_weights and "scored" not in layouts and not args.eval_data:
+        faults.append("score_weights is for scored responses, of which there are none: leave it out")
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    if argument == "eval_data" and args.load_best_model_at_end:
+        if layouts == {"scored"} and metric in ("accuracy", "kendall_tau"):
+            faults.append(
+                f"metric_for_best_model {metric!r} is about comparisons, of which the evaluation data, scored "
+                "responses, have none: set eval_rmse and greater_is_better false"
+            )
+        if metric == "rmse" and args.greater_is_better:
+            faults.append("metric_for_best_model 'eval_rmse' is an error: set greater_is_better false")
+    if faults:
+        raise InputError("Training settings: " + "; ".join(faults) + ".")
+
+
+def _counts_of_groups(groups: Dataset, layouts: list[str]) -> dict[str, Any]:
+    """``pairs`` (untied ones, of all rows), ``rows``, ``responses`` and ``layouts``."""
+    labels = groups.with_format(None)["labels"]
+    pairs = sum(len(untied_gaps(each, each)) for each in labels)
+    return {"pairs": pairs, "rows": len(groups), "responses": sum(map(len, labels)), "layouts": layouts}
+
+
+def _check_ties(groups: Dataset) -> None:
+    """Refuse rankings with more ties than `plackett_luce_loss` takes."""
+    for row, labels in zip(groups["id"], groups["labels"], strict=True):
+        number = max([count for label, count in Counter(labels).items() if label > min(labels)], default=0)
+        if number > MOST_TIED:
+            raise InputError(
+                f"ranking_loss: 'plackett_luce' sums over the orders of tied responses and takes at most {MOST_TIED} "
+                f"above others; row {row} has {number}. Choose all_pairs."
+            )
 
 
 def _keeps_text(args: RewardTrainingArguments) -> bool:
@@ -182,7 +242,7 @@ def _cache_folder(
         # Names too: they are part of the rows' ids and of messages about bad rows.
         "sources": list(zip(map(str, sources), digests, strict=True)),
         "tokenizer": fingerprint_tokenizer(tokenizer),
-        "settings": [args.columns, max_length, args.overlong, args.on_bad_row, _keeps_text(args)],
+        "settings": [args.columns, args.score_weights, max_length, args.overlong, args.on_bad_row, _keeps_text(args)],
         "choice": None if max_pairs is None else [max_pairs, args.seed],
         "augmentation": [args.augmentation, args.seed] if augment else None,
         "versions": {name: metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "jinja2")},

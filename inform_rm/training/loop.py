@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
+from torch.nn import functional
 from transformers import Trainer, TrainerCallback
 
 from inform_rm.hub.export import add_remote_code
@@ -18,15 +19,16 @@ from inform_rm.scoring.adapters import complete_adapter_folder, holds_adapters
 from inform_rm.scoring.packed_flex import for_device
 from inform_rm.training.checkpoints import discard, discard_beyond, reading_checkpoint
 from inform_rm.training.collators import EpochSeededLengthSampler, counted_pairs
-from inform_rm.training.losses import PAIR_LOSSES, kl_weight, reward_model_loss
-from inform_rm.training.metrics import metrics_from_sums, pair_sums
+from inform_rm.training.group_batches import padded_predictions
+from inform_rm.training.losses import PAIR_LOSSES, group_loss, kl_weight, reward_model_loss
+from inform_rm.training.metrics import group_metrics_from_sums, group_sums, metrics_from_sums, pair_sums
 from inform_rm.training.prioritized import PoolSelector
 from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.streaming import EncodedStream
 from inform_rm.util.checkpoints import last_complete, mark_complete
 from inform_rm.util.files import write_json
 
-_NOT_FOR_MODEL = ("margin", "share", "counted", "ids", "places")
+_NOT_FOR_MODEL = ("margin", "share", "counted", "ids", "places", "labels", "groups")
 
 
 class OwnSteps(TrainerCallback):
@@ -57,7 +59,7 @@ class RewardLoop(Trainer):
         self.can_return_loss = True
         self.label_names: list[str] = []
         self._sums: Tensor | None = None
-        self._has_kl = False
+        self._has_kl = self._has_groups = False
         self._since_update: list[tuple[list[str], Tensor]] = []  # of the batches since the last update: ids, loss
         self._loss_settings: dict[str, Any] = {
             "loss": PAIR_LOSSES[self.args.loss_type],
@@ -97,14 +99,15 @@ class RewardLoop(Trainer):
             counted = min(max(pairs_left - self.accelerator.process_index * size, 0), size)
             inputs |= counted_pairs(counted, pairs_left, self.accelerator.num_processes)
         rows = inputs.get("rows")
-        num_pairs = len(inputs["margin"]) if rows is None else sum(len(row["margin"]) for row in rows)
-        noise = self._latent_noise(num_pairs)
+        parts = [inputs] if rows is None else rows
+        num_rows, num_responses = (sum(len(part.get(name, ())) for part in parts) for name in ("margin", "groups"))
+        noise = self._latent_noise(*((num_responses,) if num_responses else (2, num_rows)))
         if rows is None:
             loss = super().training_step(model, inputs | noise(slice(None)), num_items_in_batch)
         else:
             losses = []
             for row in rows:
-                part = {**row, **noise(row["places"]), "share": len(row["margin"]) / num_pairs}
+                part = {**row, **noise(row["places"]), "share": len(row["margin"]) / num_rows}
                 losses.append(super().training_step(model, part, num_items_in_batch))
             loss = torch.stack(losses).sum()
         self._since_update.append((ids, loss.detach()))
@@ -112,16 +115,16 @@ class RewardLoop(Trainer):
             self._selector.add_seconds(time.perf_counter() - start)
         return loss
 
-    def _latent_noise(self, num_pairs: int) -> Callable[[Any], dict[str, Tensor]]:
-        """The model's input ``latent_noise`` for pairs at given places of a batch of ``num_pairs``.
+    def _latent_noise(self, *shape: int) -> Callable[[Any], dict[str, Tensor]]:
+        """The model's input ``latent_noise`` at given places of a batch; its shape is ``(2, pairs)``, or responses.
 
         Drawn for the whole batch at once: into how many forward passes it is split then changes nothing.
         """
         config: Any = self.accelerator.unwrap_model(self.model).config
         if getattr(config, "architecture", None) != "inform":
             return lambda places: {}
-        noise = torch.randn_like(torch.empty(2, num_pairs, config.latent_dim, device=self.args.device))
-        return lambda places: {"latent_noise": noise[:, places].flatten(0, 1)}
+        noise = torch.randn_like(torch.empty(*shape, config.latent_dim, device=self.args.device))
+        return lambda places: {"latent_noise": noise[..., places, :].flatten(0, -2)}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -130,7 +133,20 @@ class RewardLoop(Trainer):
 
         Where ``counted`` is given, only so many pairs at its start count.
         """
-        chosen, rejected, kl, output = self._rewards(model, inputs)
+        rewards, kl, output = self._rewards(model, inputs)
+        beta = kl_weight(self.state.global_step, self.state.max_steps, self.args.beta, self.args.kl_warmup_steps)
+        has_groups = "groups" in inputs
+        loss, sums = (self._group_loss if has_groups else self._pair_loss)(rewards, kl, inputs, beta)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._has_kl, self._has_groups = kl is not None, has_groups
+        loss = loss * inputs.get("share", 1.0)
+        return (loss, output) if return_outputs else loss
+
+    def _pair_loss(
+        self, rewards: Tensor, kl: Tensor | None, inputs: dict[str, Any], beta: float
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of pairs, and what `metrics_from_sums` divides."""
+        chosen, rejected = rewards.chunk(2)
         pair_kl = None if kl is None else torch.stack(kl.chunk(2))  # (2, B)
         counted = inputs.get("counted", len(chosen))
         sums = pair_sums(
@@ -138,7 +154,6 @@ class RewardLoop(Trainer):
         )
         used = counted or len(chosen)  # a process without pairs, its share 0, takes part in the backward pass as well
         chosen_kl, rejected_kl = (None, None) if pair_kl is None else pair_kl[:, :used]
-        beta = kl_weight(self.state.global_step, self.state.max_steps, self.args.beta, self.args.kl_warmup_steps)
         loss = reward_model_loss(
             chosen[:used],
             rejected[:used],
@@ -147,10 +162,26 @@ class RewardLoop(Trainer):
             beta=beta,
             margin=inputs["margin"][:used],
             **self._loss_settings,
-        ) * inputs.get("share", 1.0)
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._has_kl = kl is not None
-        return (loss, output) if return_outputs else loss
+        )
+        return loss, sums
+
+    def _group_loss(
+        self, rewards: Tensor, kl: Tensor | None, inputs: dict[str, Any], beta: float
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of groups, and what `group_metrics_from_sums` divides."""
+        labels, groups, margin = (inputs[name] for name in ("labels", "groups", "margin"))
+
+        def first(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+            kept = groups < number
+            return rewards[kept], labels[kept], groups[kept], None if kl is None else kl[kept]
+
+        counted = inputs.get("counted", len(margin))
+        used = counted or len(margin)  # as for pairs
+        loss = group_loss(
+            *first(used), margin=margin[:used], beta=beta, ranking_loss=self.args.ranking_loss,
+            score_loss_coefficient=self.args.score_loss_coefficient, **self._loss_settings,
+        )  # fmt: skip
+        return loss, group_sums(*first(counted))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as `transformers.Trainer` does, without a trace in the random state that training goes on with."""
@@ -166,8 +197,15 @@ class RewardLoop(Trainer):
         if "rows" in inputs:
             parts = [self.prediction_step(model, row, prediction_loss_only, ignore_keys) for row in inputs["rows"]]
             _, predictions, margins = zip(*parts, strict=True)
+            if predictions[0].dim() == 3:  # groups, of which some have more responses than others
+                most = max(part.shape[1] for part in predictions)
+                predictions = tuple(functional.pad(part, (0, 0, 0, most - part.shape[1])) for part in predictions)
             return None, torch.cat(predictions), torch.cat(margins)
-        chosen, rejected, kl, _ = self._rewards(model, inputs)
+        rewards, kl, _ = self._rewards(model, inputs)
+        if "groups" in inputs:
+            labels, groups, margin = (inputs[name] for name in ("labels", "groups", "margin"))
+            return None, padded_predictions(rewards.detach(), kl, labels, groups, len(margin)), margin
+        chosen, rejected = rewards.chunk(2)
         kl_sum = torch.full_like(chosen, float("nan")) if kl is None else torch.stack(kl.chunk(2)).sum(dim=0)
         return None, torch.stack([chosen, rejected, kl_sum], dim=1).detach(), inputs["margin"]
 
@@ -175,7 +213,7 @@ class RewardLoop(Trainer):
         """Add the training metrics since the last line."""
         if "loss" in logs and self._sums is not None:
             sums = self.accelerator.reduce(self._sums, reduction="sum")
-            logs.update(metrics_from_sums(sums, self._has_kl))
+            logs.update((group_metrics_from_sums if self._has_groups else metrics_from_sums)(sums, self._has_kl))
             self._sums = None
         if "loss" in logs and self._selector is not None:
             logs.update(self._selector.metrics(self.accelerator))
@@ -258,14 +296,14 @@ class RewardLoop(Trainer):
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return EpochSeededLengthSampler(batch_size, list(rows["length"]), self.args.seed)
 
-    def _rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Any]:
+    def _rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Any]:
+        """Rewards and KL of the batch's responses in order, in float32, and the model's output."""
         given = {name: value for name, value in inputs.items() if name not in _NOT_FOR_MODEL}
         if "packed_segments" in given:
             given = for_device(given, self.accelerator.unwrap_model(self.model).config, self.args.device)
         output = model(**given)
-        chosen, rejected = output.logits.float().flatten().chunk(2)
         kl = getattr(output, "kl", None)
-        return chosen, rejected, None if kl is None else kl.float(), output
+        return output.logits.float().flatten(), None if kl is None else kl.float(), output
 
     def save_whole_model(self, output_dir: str) -> None:
         """`save_model` that writes an ordinary folder under ``SHARDED_STATE_DICT``, too."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from inform_rm.training.losses import PAIR_LOSSES
+from inform_rm.training.losses import PAIR_LOSSES, group_loss
 from inform_rm.util.intervals import expected_calibration_error
+from inform_rm.util.rankings import agreement, untied_gaps
 
 
 def pair_sums(chosen: Tensor, rejected: Tensor, kl: Tensor | None) -> Tensor:
@@ -55,6 +56,73 @@ def metrics_from_sums(sums: Tensor, has_kl: bool) -> dict[str, float]:
     return metrics
 
 
+def group_sums(rewards: Tensor, labels: Tensor, groups: Tensor, kl: Tensor | None) -> Tensor:
+    """Additive statistics of a batch of groups.
+
+    Args:
+        rewards: ``(N,)``.
+        labels: ``(N,)``.
+        groups: ``(N,)`` number of each response's group; one alone in its group is a scored one.
+        kl: ``(N,)`` KL in nats or ``None``.
+
+    Returns:
+        ``(11,)`` float64: untied pairs, right ones, margins, rankings, their tau; scored responses, their squared
+        errors; responses, rewards, squared rewards, KL.
+    """
+    values, targets, number = (part.detach().cpu().double().numpy() for part in (rewards, labels, groups))
+    of_rankings, of_scores = np.zeros(5), np.zeros(2)
+    for group in np.unique(number):
+        r, y = values[number == group], targets[number == group]
+        if len(r) == 1:
+            of_scores += (1, float(r[0] - y[0]) ** 2)
+        else:
+            found = agreement(r, y)
+            of_rankings += (found.num_pairs, found.num_right, found.margin, 1, found.tau)
+    total_kl = 0.0 if kl is None else float(kl.detach().double().sum())
+    of_all = (len(values), values.sum(), np.square(values).sum(), total_kl)
+    return torch.from_numpy(np.concatenate([of_rankings, of_scores, of_all])).to(rewards.device)
+
+
+def group_metrics_from_sums(sums: Tensor, has_kl: bool) -> dict[str, float]:
+    """Metrics from `group_sums`: of rankings and of scores where there are any.
+
+    ``accuracy`` and ``margin`` are means over untied pairs, ``kendall_tau`` (tau-b) over rankings, ``rmse`` is about
+    scored responses, ``reward_mean``, ``reward_std`` and ``kl_nats`` about all responses.
+    """
+    pairs, right, margin, rankings, tau, scored, squares, responses, total, squared, kl = sums.tolist()
+    metrics = {"accuracy": right / pairs, "margin": margin / pairs, "kendall_tau": tau / rankings} if pairs else {}
+    if scored:
+        metrics["rmse"] = math.sqrt(squares / scored)
+    mean = total / responses
+    metrics |= {"reward_mean": mean, "reward_std": math.sqrt(max(0.0, squared / responses - mean**2))}
+    return metrics | ({"kl_nats": kl / responses} if has_kl else {})
+
+
+def _group_eval_metrics(loss_type: str, prediction: EvalPrediction) -> dict[str, float]:
+    """See `compute_eval_metrics`."""
+    rows = torch.from_numpy(np.asarray(prediction.predictions, dtype=np.float64))
+    groups, places = torch.where(rows[..., 3] == 1)  # the Trainer fills up with -100
+    rewards, labels, kl, _ = rows[groups, places].unbind(dim=1)
+    has_kl = not bool(kl.isnan().all())
+    metrics = group_metrics_from_sums(group_sums(rewards, labels, groups, kl if has_kl else None), has_kl)
+    is_ranked = groups.bincount()[groups] > 1
+    if is_ranked.any():
+        kept, number = groups[is_ranked].unique(return_inverse=True)
+        rewards, labels = rewards[is_ranked], labels[is_ranked]
+        margin = torch.as_tensor(prediction.label_ids)[kept]
+        loss = group_loss(rewards, labels, number, margin=margin, loss=PAIR_LOSSES[loss_type])
+        gaps = [untied_gaps(rewards[number == group], labels[number == group]) for group in range(len(kept))]
+        metrics |= {
+            f"{loss_type}_loss": float(loss),
+            "calibration_error": expected_calibration_error(np.concatenate(gaps)),
+            "num_pairs": sum(map(len, gaps)),
+            "num_prompts": len(kept),
+        }
+    if not is_ranked.all():
+        metrics["num_scored"] = int((~is_ranked).sum())
+    return metrics
+
+
 def compute_eval_metrics(
     loss_type: str, further: Callable[..., dict[str, float]] | None, prediction: EvalPrediction
 ) -> dict[str, float]:
@@ -66,8 +134,13 @@ def compute_eval_metrics(
         loss_type: a name of `inform_rm.training.losses.PAIR_LOSSES`.
         further: gives the caller's own metrics beside these.
         prediction: ``predictions`` ``(N, 3)``: chosen reward, rejected reward and ``KL_w + KL_l`` (NaN in every row
-            of a standard reward model); ``label_ids`` ``(N,)``: margin targets.
+            of a standard reward model); ``label_ids`` ``(N,)``: margin targets. Of groups ``(N, K, 4)``: see
+            `inform_rm.training.group_batches.padded_predictions`; the loss is the mean over rankings of that of their
+            untied pairs.
     """
+    if np.ndim(prediction.predictions) == 3:
+        own = {} if further is None else further(prediction)
+        return {**_group_eval_metrics(loss_type, prediction), **own}
     rows = torch.from_numpy(np.asarray(prediction.predictions, dtype=np.float64))
     chosen, rejected, kl = rows.unbind(dim=1)
     has_kl = not bool(kl.isnan().all())

@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from inform_rm.errors import InputError, did_you_mean, shown
 from inform_rm.safety.settings_yaml import read_settings_yaml
-from inform_rm.training.arguments import OUR_SETTINGS, RewardArguments, decides, read_columns
+from inform_rm.training.arguments import OUR_SETTINGS, RewardArguments, decides, read_columns, read_weights
 from inform_rm.training.half_precision import COMPENSATED_BETA2, COMPENSATED_OPTIM, check_optimizer
 from inform_rm.training.losses import PAIR_LOSSES
 
@@ -250,6 +250,8 @@ def _convert(value: Any, hint: Any) -> Any:
         return value
     if hint == dict[str, str]:
         return read_columns(value)
+    if hint == dict[str, float]:
+        return read_weights(value)
     if origin in (tuple, list):
         items = [value] if is_text else value
         if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item.strip() for item in items):

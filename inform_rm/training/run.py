@@ -15,6 +15,7 @@ from inform_rm.scoring.adapters import ADAPTER_FILES, load_adapter_model
 from inform_rm.scoring.packing import use_packed_attention
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.training.checkpoints import RESULT_FILE, STAGING, discard
+from inform_rm.training.group_batches import responses_of
 from inform_rm.training.models import is_quantized
 from inform_rm.training.reward_arguments import RewardTrainingArguments, missing_settings
 from inform_rm.training.trainer import RewardTrainer
@@ -66,8 +67,7 @@ def _leave_quantized_base(trainer: RewardTrainer, output: Path) -> dict[str, Any
     """
     args, batching = trainer.args, trainer.batching
     dataset: Any = trainer.train_dataset if trainer.stream is None else trainer.stream.pairs()
-    sides = ("chosen_input_ids", "rejected_input_ids")
-    sequences = [pair[side] for pair in islice(dataset, 16) for side in sides]
+    sequences = [ids for row in islice(dataset, 16) for ids in responses_of(row)]
     # The model was trained on them, so it takes their length, whatever its own limit.
     scoring: dict[str, Any] = {"max_length": max(map(len, sequences)), "batching": batching}
 

@@ -18,15 +18,14 @@ from inform_rm.errors import InputError, Interrupted
 from inform_rm.hub.cards import model_card
 from inform_rm.hub.eval_results import entries_of_run, write_entries
 from inform_rm.hub.export import push_folder
-from inform_rm.scoring.packing import CPU_TOKENS_PER_BATCH
 from inform_rm.training.card_settings import card_settings
 from inform_rm.training.checkpoints import (
     check_resume,
     discard_incomplete,
     discard_run,
 )
-from inform_rm.training.collators import PackedPairCollator, PairCollator
-from inform_rm.training.data import ARGUMENTS, TrainingPairs, choose_splits, in_memory, load_training_pairs
+from inform_rm.training.collators import PackedPairCollator, PairCollator, tokens_per_batch
+from inform_rm.training.data import ARGUMENTS, TrainingPairs, choose_splits, in_memory, is_encoded, load_training_pairs
 from inform_rm.training.half_precision import LostUpdates
 from inform_rm.training.interruption import StopOnSignal
 from inform_rm.training.loop import OwnSteps, RewardLoop
@@ -64,9 +63,9 @@ class RewardTrainer(RewardLoop):
             a head ``score``. ``None``: ``args.model``.
         args: all settings.
         data_collator: in place of the one that ``args.batching`` chooses.
-        train_dataset: pairs in any layout of docs/data.md: `Dataset`, `IterableDataset` (read while training),
-            `DatasetDict` (its ``train``), or a list of dicts; or pairs that `encode_pairs` has encoded. ``None``:
-            ``args.data``.
+        train_dataset: pairs, rankings or scored responses in any layout of docs/data.md: `Dataset`, `IterableDataset`
+            (of pairs, read while training), `DatasetDict` (its ``train``), or a list of dicts; or pairs that
+            `encode_pairs` has encoded. ``None``: ``args.data``.
         eval_dataset: the same, for evaluation; of a `DatasetDict` ``validation`` or ``test``.
         processing_class: the tokenizer; ``None``: the model's own.
         compute_metrics: further metrics of an evaluation: ``predictions`` ``(N, 3)`` are chosen reward, rejected
@@ -187,7 +186,7 @@ class RewardTrainer(RewardLoop):
             name = in_memory(setting)
             setattr(args, setting, (name,))
             sources = (rows,)
-            if "chosen_input_ids" in (getattr(rows, "column_names", None) or ()):
+            if is_encoded(rows):
                 return TrainingPairs(rows, {"pairs": len(rows)}, {name: rows._fingerprint})
             if isinstance(rows, IterableDataset) and setting == "data":
                 args.streaming = True
@@ -260,7 +259,7 @@ class RewardTrainer(RewardLoop):
         return super().get_test_dataloader(self._encoded(test_dataset))
 
     def _encoded(self, rows: Any) -> Any:
-        if rows is None or isinstance(rows, str) or "chosen_input_ids" in (getattr(rows, "column_names", None) or ()):
+        if rows is None or isinstance(rows, str) or is_encoded(rows):
             return rows
         rows = choose_splits(None, rows)[1]
         return load_training_pairs(self.args, (rows,), None, self._tokenizer, "eval_data", self.max_length).dataset
@@ -301,9 +300,14 @@ class RewardTrainer(RewardLoop):
             return None
         metrics = self.evaluate()
         found = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+        if "accuracy" not in found:  # scored responses alone
+            return found
         n = int(found["num_pairs"])
-        # The product is a whole number of half points; rounding undoes the division's floating-point error.
-        interval = wilson_interval(round(found["accuracy"] * n * 2) / 2, n)
+        if "num_prompts" in found:  # pairs of one prompt are not independent: as if each prompt were one observation
+            interval = wilson_interval(found["accuracy"] * found["num_prompts"], int(found["num_prompts"]))
+        else:
+            # The product is a whole number of half points; rounding undoes the division's floating-point error.
+            interval = wilson_interval(round(found["accuracy"] * n * 2) / 2, n)
         return {**found, "num_pairs": n, "accuracy_interval": list(interval)}
 
     def write_card(self, folder: Path, result: dict[str, Any]) -> None:
@@ -377,20 +381,3 @@ def _tokenizer(args: RewardTrainingArguments) -> PreTrainedTokenizerBase:
         raise InputError("processing_class: the model does not say where it comes from. Pass its tokenizer.")
     names = ("revision", "trust_remote_code", "chat_template")
     return load_tokenizer(args.model, **{name: getattr(args, name) for name in names})
-
-
-def tokens_per_batch(args: RewardTrainingArguments) -> int | None:
-    """Most tokens of a packed row.
-
-    Raises:
-        InputError: a limit is given for several processes.
-    """
-    if args.world_size > 1:
-        # Under FSDP every process must make equally many forward passes.
-        if args.tokens_per_batch is not None:
-            raise InputError(
-                f"tokens_per_batch: {args.tokens_per_batch} with {args.world_size} processes; it works in one "
-                "process. Leave it out and lower per_device_train_batch_size."
-            )
-        return None
-    return args.tokens_per_batch or (CPU_TOKENS_PER_BATCH if args.device.type == "cpu" else None)

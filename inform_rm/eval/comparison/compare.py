@@ -24,6 +24,7 @@ from inform_rm.eval.comparison.paired import (
 from inform_rm.eval.comparison.result_rows import ResultRows, matched, read_result_rows
 from inform_rm.eval.evaluate import EvaluationResult, evaluate
 from inform_rm.eval.frame import Result, json_lines, unwritten
+from inform_rm.eval.results import RankingResult, ScoreResult
 from inform_rm.eval.suites.evaluate_suite import SuiteResult
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.files import check_output_directory
@@ -184,7 +185,12 @@ def _evaluated(
             raise InputError(f"models: the name {name!r} cannot be that of a folder in output. Name it NAME=MODEL.")
     folders = {name: None if output is None else output / name for name in models}
     results = {name: evaluate(model, data, folders[name], seed=seed, **options) for name, model in models.items()}
-    return {name: folders[name] or result for name, result in results.items()}
+    found: dict[str, Evaluated] = {}
+    for name, result in results.items():
+        if isinstance(result, RankingResult | ScoreResult):
+            raise InputError("data: rankings or scored responses; models are compared on pairs. Evaluate them alone.")
+        found[name] = folders[name] or result
+    return found
 
 
 def _named(results: Any) -> dict[str, Evaluated]:

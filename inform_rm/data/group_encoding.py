@@ -1,0 +1,159 @@
+"""Token ids of rankings and scored responses, by the rules of pairs (`inform_rm.data.encoding`)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset, Features, Value, concatenate_datasets
+
+from inform_rm.data.encoding import (
+    Encoded,
+    EncodedPairs,
+    TokenPair,
+    encode_groups,
+    encode_pairs,
+    encode_rows,
+    fit_pair,
+    not_encodable,
+    removable_prompt_tokens,
+)
+from inform_rm.data.pairs import BadRow, skippable
+from inform_rm.data.rendered_text import NotRenderedError, add_partly_rendered, is_reasoning_alone
+from inform_rm.errors import InputError
+
+ENCODED_GROUPS = Features(
+    {
+        "responses_input_ids": [[Value("int32")]],
+        "labels": [Value("float64")],
+        "prompt_length": Value("int32"),
+        "length": Value("int32"),
+        "margin": Value("float64"),
+        "subset": Value("string"),
+        "id": Value("string"),
+        "characters": [Value("int32")],
+        "truncated": Value("bool"),
+        "lost": Value("string"),
+    }
+)
+
+
+def encode_group_rows(
+    dataset: Dataset, tokenizer: Any, *, max_length: int | None, overlong: str = "error", on_bad_row: str = "error"
+) -> EncodedPairs:
+    """Encode a dataset of groups: as `encode_pairs`, for any number of responses.
+
+    Its columns are ``responses_input_ids`` and ``characters`` (one entry a response, in the order of the row),
+    ``labels``, ``prompt_length``, ``length`` (tokens of the longest), ``margin`` (none), ``subset`` and ``id``. The
+    same prompt tokens are removed for all responses.
+
+    Args:
+        dataset: Columns as in `inform_rm.data.groups.GROUP_FEATURES`.
+        tokenizer: As the other arguments and the errors see `encode_pairs`.
+        max_length: See there.
+        overlong: See there.
+        on_bad_row: See there.
+    """
+    options = {"tokenizer": tokenizer, "max_length": max_length, "overlong": overlong, "on_bad_row": on_bad_row}
+    return encode_rows(dataset, _encode_columns, ENCODED_GROUPS, options)
+
+
+def encode_mixed(parts: Sequence[tuple[str, Dataset]], tokenizer: Any, **rules: Any) -> EncodedPairs:
+    """Encode data sets of several layouts, pairs among them as groups of two; counts are of all.
+
+    Args:
+        parts: Layout and rows of each.
+        tokenizer: See `encode_group_rows`.
+        rules: See there: ``max_length``, ``overlong`` and ``on_bad_row``.
+    """
+    datasets: list[Dataset] = []
+    counts: dict[str, Any] = {}
+    bad_rows: list[BadRow] = []
+    for layout, part in parts:
+        encoded = (
+            encode_pairs(part, tokenizer, **rules) if layout == "pair" else encode_group_rows(part, tokenizer, **rules)
+        )
+        datasets.append(as_groups(encoded.dataset) if layout == "pair" else encoded.dataset)
+        bad_rows += encoded.bad_rows
+        lost = counts.pop("partly_rendered", {"n": 0, "examples": []})
+        add_partly_rendered(lost, encoded.counts.pop("partly_rendered"))
+        counts = {name: counts.get(name, 0) + number for name, number in encoded.counts.items()}
+        counts["partly_rendered"] = lost
+    return EncodedPairs(concatenate_datasets(datasets), counts, bad_rows)
+
+
+def as_groups(pairs: Dataset) -> Dataset:
+    """Encoded pairs as groups of two, the chosen response first, with their margin."""
+
+    def groups(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        sides = zip(batch["chosen_input_ids"], batch["rejected_input_ids"], strict=True)
+        characters = zip(batch["chosen_characters"], batch["rejected_characters"], strict=True)
+        return {
+            "responses_input_ids": list(map(list, sides)),
+            "labels": [[1.0, 0.0] for _ in batch["id"]],
+            "characters": list(map(list, characters)),
+        }
+
+    features = Features({name: value for name, value in ENCODED_GROUPS.items() if name not in ("truncated", "lost")})
+    return pairs.map(
+        groups, batched=True, remove_columns=[name for name in pairs.column_names if name not in features],
+        features=features, load_from_cache_file=False, new_fingerprint=f"{pairs._fingerprint}-groups",
+        desc="Pairs as groups",
+    )  # fmt: skip
+
+
+def _encode_columns(
+    batch: dict[str, list], tokenizer: Any, *, max_length: int | None, overlong: str, on_bad_row: str
+) -> tuple[dict[str, list], list[BadRow]]:
+    """See `inform_rm.data.encoding.encode_columns`."""
+    columns: dict[str, list] = {name: [] for name in ENCODED_GROUPS}
+    bad_rows: list[BadRow] = []
+    for index, group in enumerate(encode_groups(tokenizer, batch["prompt"], batch["responses"])):
+        file, row, texts = batch["file"][index], batch["row"][index], batch["responses"][index]
+        try:
+            ids, prompt_length, lost = _checked(group, texts, batch["labels"][index], file, row)
+            longest = max(map(len, ids))
+            is_overlong = max_length is not None and longest > max_length
+            if is_overlong and overlong == "drop":
+                continue
+            if max_length is not None and is_overlong:
+                pair = TokenPair(max(ids, key=len), ids[0], prompt_length)
+                fitted = fit_pair(pair, max_length, overlong, tokenizer.bos_token_id, file, row)
+                keep, cut = removable_prompt_tokens(pair, tokenizer.bos_token_id)[0], longest - fitted.longest
+                ids = [each[:keep] + each[keep + cut :] for each in ids]
+                prompt_length, longest = fitted.prompt_length, fitted.longest
+        except BadRow as bad:
+            if on_bad_row == "error":
+                raise skippable(bad) from None
+            bad_rows.append(bad)
+            continue
+        values = (
+            ids, batch["labels"][index], prompt_length, longest, None, batch["subset"][index], batch["id"][index],
+            list(map(len, texts)), is_overlong, lost and f"{file}, row {row}: {lost}",
+        )  # fmt: skip
+        for name, value in zip(columns, values, strict=True):
+            columns[name].append(value)
+    return columns, bad_rows
+
+
+def _checked(
+    group: list[Encoded] | InputError, texts: list[str], labels: list[float], file: str, row: int
+) -> tuple[list[list[int]], int, str | None]:
+    """Token ids of the responses, the length of the prompt that all share, and what the chat template deleted."""
+    if isinstance(group, InputError):
+        raise not_encodable(file, row, group)
+    lost = {number: each.lost for number, each in enumerate(group, start=1) if each.lost is not None}
+    for number, place in lost.items():
+        if is_reasoning_alone(texts[number - 1]):
+            error = NotRenderedError(
+                f"the chat template leaves nothing of response {number}: {place}. Remove the row, or pass another "
+                "chat_template (a file, or 'plain')."
+            )
+            raise not_encodable(file, row, error)
+    ids = [each.input_ids for each in group]
+    label_of: dict[tuple[int, ...], float] = {}
+    if any(label_of.setdefault(tuple(one), label) != label for one, label in zip(ids, labels, strict=True)):
+        raise BadRow(
+            file, row, "two responses with different labels become the same tokens (trimmed by the template, or "
+            "unknown to the tokenizer). Remove one, or use another tokenizer.", "identical tokens",
+        )  # fmt: skip
+    what = "; ".join(dict.fromkeys(f"response {number}: {text}" for number, text in lost.items()))
+    return ids, min(len(each.prompt_ids) for each in group), what or None
