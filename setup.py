@@ -47,7 +47,7 @@ setup(
         "bf16": ["torch-optimi>=0.3.3,<0.4"],
         "peft": ["peft>=0.18.1,<1"],
         "quant": ["bitsandbytes>=0.50,<1"],
-        "rl": ["trl>=1.1,<2"],
+        "rl": ["trl>=1.7,<2"],
         "serve": [
             "fastapi>=0.136.3,<1",
             "prometheus-client>=0.20,<1",
