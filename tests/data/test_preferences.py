@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import sys
 import tempfile
 from pathlib import Path
 
@@ -264,6 +265,8 @@ def _save(kind: str, folder: Path) -> object:
     "kind", ["jsonl", "jsonl.gz", "json lines.json", "json", "json.gz", "csv", "parquet", "saved", *IN_MEMORY]
 )
 def test_every_container_gives_the_same_content(kind, tmp_path):
+    if kind == "csv" and sys.version_info < (3, 11):
+        pytest.skip("the csv module of Python 3.10 has no null characters, of which a row has one")
     data = load_preferences(_save(kind, tmp_path))
     expected = load_preferences(write_jsonl(tmp_path / "expected.jsonl", ROWS))
     assert data.fingerprint == expected.fingerprint and data.bad_rows == []
