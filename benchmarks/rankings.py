@@ -29,7 +29,7 @@ KINDS = {
     "all_pairs": "rankings, `all_pairs`",
     "plackett_luce": "rankings, `plackett_luce`",
 }
-# Sized for 12 minutes on two cores.
+# 17 minutes on two cores with other work beside it.
 TOKENS, TOKENS_PER_STEP = 200_000, 5000
 MOST_TOKENS = 512  # the backbone's limit; a group with a longer prompt and response is left out
 SETTINGS: dict[str, Any] = {

@@ -234,7 +234,7 @@ def _scored(row: Row, weights: Mapping[str, float]) -> tuple[list[Message], list
                     f"{names_of(row.record)}.",
                 )  # fmt: skip
             score += weight * _number(f"{column!r}", row.record[column])
-        return _prompt(row), [response], [score]
+        return _prompt(row), [response], [_number("the weighted sum of the columns in score_weights", score)]
     value = _value(row, "score")
     if value is None:
         raise Fault(

@@ -308,6 +308,7 @@ class RewardArguments:
             (self.objective == "prioritized", f"objective 'prioritized' {no} draws prompts from all the data"),
             (self.augmentation == "rrm", f"augmentation 'rrm' {no} draws responses from all the data"),
             (values.train_sampling_strategy == "group_by_length", f"group_by_length {no} sorts all pairs by length"),
+            (self.score_weights is not None, f"score_weights {no} reads pairs"),
             (self.max_pairs_per_source is not None, f"max_pairs_per_source {no} chooses among all pairs of a source"),
         )  # fmt: skip
 

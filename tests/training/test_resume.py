@@ -197,7 +197,8 @@ def other_value(name, value):
     if isinstance(value, bool):
         return not value
     kind = options[0] if value is None else next(kind for kind in (int, float, str, tuple) if isinstance(value, kind))
-    return {int: 7, float: 1.5, str: "other", tuple: ("other",), dict[str, str]: {"prompt": "other"}}[kind]
+    texts = {str: "other", tuple: ("other",), dict[str, str]: {"prompt": "other"}}
+    return {int: 7, float: 1.5, dict[str, float]: {"other": 1.5}, **texts}[kind]
 
 
 @pytest.mark.parametrize("name", ALWAYS_DECIDE)
