@@ -1,6 +1,7 @@
 """``inform-rm train``: settings from a YAML file, from flags or from both; every setting is a flag."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,10 +32,14 @@ def run(arguments: argparse.Namespace) -> None:
     if {"-h", "--help", "--help-all"} & set(arguments.settings):
         print(_help("--help-all" in arguments.settings))
         return
-    config, flags = read_flags(arguments.settings)
-    from inform_rm.training.reward_arguments import read_arguments
+    try:
+        config, flags = read_flags(arguments.settings)
+        from inform_rm.training.reward_arguments import read_arguments
 
-    args = read_arguments(config, flags)
+        args = read_arguments(config, flags)
+    except InputError:
+        print(_USAGE.splitlines()[0], file=sys.stderr)
+        raise
     from inform_rm import train
 
     result = train(args)

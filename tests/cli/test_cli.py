@@ -121,7 +121,8 @@ def test_flags_of_train_that_are_unknown_misplaced_or_doubled_are_refused(tmp_pa
         ([*required, "--output_dir", "p"], "output_dir is given twice"),
     ):
         assert main(["train", *words]) == 2
-        assert message in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert message in shown and "usage: inform-rm train [CONFIG.yaml] [--SETTING VALUE ...]" in shown
 
 
 def test_failure_while_running_exits_with_1(trained, pairs_file, tmp_path, monkeypatch, capsys):
