@@ -77,13 +77,13 @@ class RewardLoop(Trainer):
 
         There the data loader gives every process a full batch and repeats pairs for it, which must not count twice.
         """
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         world = self.accelerator.num_processes
         if world > 1 and batches and self.accelerator.gradient_state.end_of_dataloader:
             data: Any = self.train_dataset
             with contextlib.suppress(TypeError):  # a stream has no length
                 batches[-1]["pairs_left"] = len(data) % (world * self.args.train_batch_size)
-        return batches, num_items
+        return batches, None  # of labels there is nothing to count: the Trainer would not average for a loss that did
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass of a batch; row by row where it has several: the gradients add up."""
