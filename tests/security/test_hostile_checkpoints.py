@@ -416,7 +416,6 @@ CASES = {
         "tokenizer", "tokenizer"),
     # files that would be copied on
     "model card that links to a secret": (symlinked("README.md"), "export", "README.md.*outside"),
-    "code that links to a secret": (symlinked("notes.py"), "average", "notes.py.*outside"),
     # chat templates of the tokenizer
     "template that asks for classes": (
         template("{{ ''.__class__.__mro__[1].__subclasses__() }}"), "scorer", "template"),
