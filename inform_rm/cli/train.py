@@ -32,13 +32,14 @@ def run(arguments: argparse.Namespace) -> None:
     if {"-h", "--help", "--help-all"} & set(arguments.settings):
         print(_help("--help-all" in arguments.settings))
         return
-    try:
-        config, flags = read_flags(arguments.settings)
-        from inform_rm.training.reward_arguments import read_arguments
+    config, flags = read_flags(arguments.settings)
+    from inform_rm.training.reward_arguments import read_arguments
 
+    try:
         args = read_arguments(config, flags)
-    except InputError:
-        print(_USAGE.splitlines()[0], file=sys.stderr)
+    except InputError as error:
+        if "unknown setting" in str(error):
+            print(_USAGE.splitlines()[0], file=sys.stderr)
         raise
     from inform_rm import train
 

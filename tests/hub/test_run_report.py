@@ -141,7 +141,7 @@ def test_what_was_not_given_is_named_in_one_line_and_a_complete_suite_has_its_to
     assert source.count("<picture>") == 1
 
 
-def test_an_unfinished_run_is_called_so(run, folder, tmp_path, read_page):
+def test_an_unfinished_run_is_called_so(run, results, tmp_path, read_page):
     unfinished = tmp_path / "unfinished"
     shutil.copytree(f"{run}/checkpoints", unfinished / "checkpoints")
     shutil.rmtree(unfinished / "checkpoints" / "checkpoint-4")
@@ -150,7 +150,7 @@ def test_an_unfinished_run_is_called_so(run, folder, tmp_path, read_page):
     assert "is not finished" in page.text and ["trained for", "2 of 4 steps"] in page.rows
     assert ["latent_dim", "4"] in page.rows and "<picture>" in (tmp_path / "page.html").read_text()
     with pytest.raises(InputError, match=r"results: the run in .* is not finished"):
-        write_report(unfinished, tmp_path / "no.html", [folder / "evaluated"])
+        write_report(unfinished, tmp_path / "no.html", [results[0]])
 
 
 def test_curves_are_those_of_the_log():
