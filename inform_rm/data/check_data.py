@@ -1,8 +1,6 @@
 """What is in preference data and what would go wrong with it, before hours of training: `inform-rm check-data`."""
 
-import hashlib
 import itertools
-import json
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from inform_rm.data.check_figures import BATCH_ROWS, SHOWN_EXAMPLES, content_hash, how_it_was_read, quantiles
 from inform_rm.data.check_groups import pairs_and_counts, scored_report, scored_warnings
 from inform_rm.data.encoding import TokenPair, check_max_length, encode_each, removable_prompt_tokens
 from inform_rm.data.pairs import BadRow
@@ -22,10 +21,7 @@ from inform_rm.safety.chat_templates import TEMPLATE_DATE, has_fixed_date
 from inform_rm.util.files import check_output_directory, versions, write_json
 from inform_rm.util.intervals import wilson_interval
 
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 TOKEN_FAULTS = ("identical_tokens", "starts_with_bos", "double_bos", "double_eos", "with_unknown_tokens")
-SHOWN_EXAMPLES = 5
-_BATCH_ROWS = 256
 
 
 def check_data(
@@ -89,7 +85,7 @@ def check_data(
             name, columns=columns, revision=data_revision, on_bad_row="skip", score_weights=score_weights
         )
         if data.layout == "scored":
-            report, digest = scored_report(data, tokenizer, max_length, _quantiles, _hash)
+            report, digest = scored_report(data, tokenizer, max_length)
         else:
             data, counts = pairs_and_counts(data) if data.layout == "ranking" else (data, {})
             report, digest = _content_report(data)
@@ -146,9 +142,9 @@ def _content_report(data: PreferenceData) -> tuple[dict[str, Any], np.ndarray]:
     hashes, characters = array("Q"), array("q")  # three numbers a pair each
     subsets: Counter[str] = Counter()
     num_margins = num_multi_turn = 0
-    for batch in data.dataset.iter(_BATCH_ROWS):
+    for batch in data.dataset.iter(BATCH_ROWS):
         for prompt, *sides in zip(batch["prompt"], batch["chosen"], batch["rejected"], strict=True):
-            hashes.extend(map(_hash, (prompt, [prompt, *sides], [prompt, *sorted(sides)])))
+            hashes.extend(map(content_hash, (prompt, [prompt, *sides], [prompt, *sorted(sides)])))
             characters.extend((sum(len(turn["content"]) for turn in prompt), *map(len, sides)))
             num_multi_turn += len(prompt) > 1
         subsets.update(batch["subset"])
@@ -159,44 +155,27 @@ def _content_report(data: PreferenceData) -> tuple[dict[str, Any], np.ndarray]:
     _, first, number = np.unique(pairs, return_index=True, return_inverse=True)
     _, first_of_group, group = np.unique(unordered, return_index=True, return_inverse=True)
     has_other_order = pairs != pairs[first_of_group][group]
-    kinds = Counter(bad.kind for bad in data.bad_rows)
+    read = how_it_was_read(data)
     report = {
         "rows": len(digest) + len(data.bad_rows),
         "pairs": len(digest),
-        "fingerprint": data.fingerprint,
-        "reading": data.reading.to_dict(),
-        "bad_rows": {
-            "n": len(data.bad_rows),
-            "by_kind": dict(sorted(kinds.items())),
-            "rows": [{"row": bad.row, "kind": bad.kind, "reason": bad.reason} for bad in data.bad_rows],
-        },
-        "identical_sides": kinds["identical sides"],
+        **read,
+        "identical_sides": read["bad_rows"]["by_kind"].get("identical sides", 0),
         "duplicates": _counted_rows(data, first[number] != np.arange(len(digest))),
         "conflicting_labels": _counted_rows(data, np.isin(group, group[has_other_order])),
         "prompts": len(np.unique(prompts)),
         "multi_turn_prompts": num_multi_turn,
         "margins": num_margins,
         "subsets": dict(sorted(subsets.items())),
-        "characters": dict(zip(("prompt", "chosen", "rejected"), map(_quantiles, lengths), strict=True)),
+        "characters": dict(zip(("prompt", "chosen", "rejected"), map(quantiles, lengths), strict=True)),
         "chosen_longer_characters": _longer(lengths[1], lengths[2]),
     }
     return report, digest
 
 
-def _hash(content: Any) -> int:
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
 def _counted_rows(data: PreferenceData, is_meant: np.ndarray) -> dict[str, Any]:
     indices = np.flatnonzero(is_meant)
     return {"n": len(indices), "examples": data.dataset.select(indices[:SHOWN_EXAMPLES])["row"][:]}
-
-
-def _quantiles(values: np.ndarray) -> dict[str, float]:
-    found = zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)
-    named = {"mean": values.mean()} | {f"{quantile:.0%}": value for quantile, value in found}
-    return {name: round(float(value), 1) for name, value in named.items()}
 
 
 def _longer(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
@@ -215,7 +194,7 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
     losses: list[str | None] = []
     endings: Counter[tuple[int, ...]] = Counter()
     example: TokenPair | None = None
-    for batch in data.dataset.iter(_BATCH_ROWS):
+    for batch in data.dataset.iter(BATCH_ROWS):
         for index, pair in enumerate(encode_each(tokenizer, batch)):
             if isinstance(pair, BadRow):
                 refused.append({"row": pair.row, "reason": str(pair)})
@@ -241,7 +220,7 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
     tokens["unusable"] += int(is_unusable.sum())
     lengths = {"prompt": prompt, "chosen": chosen - prompt, "rejected": rejected - prompt, "total": longest}
     report: dict[str, Any] = {
-        "tokens": tokens | {name: _quantiles(values) for name, values in lengths.items()},
+        "tokens": tokens | {name: quantiles(values) for name, values in lengths.items()},
         "chosen_longer_tokens": _longer(chosen, rejected),
         "template": {
             **{name: int(found.sum()) for name, found in zip(TOKEN_FAULTS, faults, strict=False)},

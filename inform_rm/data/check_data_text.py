@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from inform_rm.data.check_data import QUANTILES, SHOWN_EXAMPLES, TOKEN_FAULTS
+from inform_rm.data.check_data import TOKEN_FAULTS
+from inform_rm.data.check_figures import QUANTILES, SHOWN_EXAMPLES
 from inform_rm.data.columns import lines_of
 
 

@@ -1,27 +1,24 @@
 """What `check_data` says of rankings, through their pairs, and of scored responses."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from inform_rm.data.check_figures import BATCH_ROWS, SHOWN_EXAMPLES, content_hash, how_it_was_read, quantiles
 from inform_rm.data.encoding import TokenPair, encode_groups, removable_prompt_tokens
 from inform_rm.data.groups import pairs_of_rankings
 from inform_rm.data.preferences import FEATURES, PreferenceData
 from inform_rm.errors import InputError
-
-SHOWN_EXAMPLES = 5
-_BATCH_ROWS = 256
 
 
 def pairs_and_counts(data: PreferenceData) -> tuple[PreferenceData, dict[str, Any]]:
     """A source of rankings as all its untied pairs; how many rankings, responses and tied pairs there are."""
     sizes: Counter[int] = Counter()
     num_possible = 0
-    for batch in data.dataset.select_columns("labels").iter(_BATCH_ROWS):
+    for batch in data.dataset.select_columns("labels").iter(BATCH_ROWS):
         for labels in batch["labels"]:
             sizes[len(labels)] += 1
             num_possible += len(labels) * (len(labels) - 1) // 2
@@ -37,19 +34,15 @@ def pairs_and_counts(data: PreferenceData) -> tuple[PreferenceData, dict[str, An
     return replace(data, dataset=pairs), counts
 
 
-def scored_report(
-    data: PreferenceData,
-    tokenizer: Any,
-    max_length: int | None,
-    quantiles: Callable[[Any], dict[str, float]],
-    hash_of: Callable[[Any], int],
-) -> tuple[dict[str, Any], np.ndarray]:
+def scored_report(data: PreferenceData, tokenizer: Any, max_length: int | None) -> tuple[dict[str, Any], np.ndarray]:
     """The report of a source of scored responses, and three hashes a row as of pairs; with tokens if asked."""
     hashes, lengths, scores, rows = [], [], [], []
     subsets: Counter[str] = Counter()
-    for batch in data.dataset.iter(_BATCH_ROWS):
+    for batch in data.dataset.iter(BATCH_ROWS):
         for prompt, (response,), (score,) in zip(batch["prompt"], batch["responses"], batch["labels"], strict=True):
-            hashes.append((hash_of(prompt), hash_of([prompt, response, score]), hash_of([prompt, response])))
+            hashes.append(
+                (content_hash(prompt), content_hash([prompt, response, score]), content_hash([prompt, response]))
+            )
             lengths.append((sum(len(turn["content"]) for turn in prompt), len(response)))
             scores.append(score)
         subsets.update(batch["subset"])
@@ -63,18 +56,11 @@ def scored_report(
         known.add(score)
     conflicts = [row for row, text in zip(rows, digest[:, 2].tolist(), strict=True) if len(scores_of[text]) > 1]
     prompts, responses = np.array(lengths).T
-    kinds = Counter(bad.kind for bad in data.bad_rows)
     report: dict[str, Any] = {
         "layout": "scored",
         "rows": len(values) + len(data.bad_rows),
         "scored": len(values),
-        "fingerprint": data.fingerprint,
-        "reading": data.reading.to_dict(),
-        "bad_rows": {
-            "n": len(data.bad_rows),
-            "by_kind": dict(sorted(kinds.items())),
-            "rows": [{"row": bad.row, "kind": bad.kind, "reason": bad.reason} for bad in data.bad_rows],
-        },
+        **how_it_was_read(data),
         "duplicates": {"n": len(duplicates), "examples": duplicates[:SHOWN_EXAMPLES]},
         "conflicting_labels": {"n": len(conflicts), "examples": conflicts[:SHOWN_EXAMPLES]},
         "prompts": len(np.unique(digest[:, 0])),
@@ -85,16 +71,14 @@ def scored_report(
     if len(values) > 2 and np.ptp(values) and np.ptp(responses):
         report["score_length_correlation"] = float(stats.spearmanr(values, responses).statistic)
     if tokenizer is not None:
-        report |= _tokens(data, tokenizer, max_length, quantiles)
+        report |= _tokens(data, tokenizer, max_length)
     return report, digest
 
 
-def _tokens(
-    data: PreferenceData, tokenizer: Any, max_length: int | None, quantiles: Callable[[Any], dict[str, float]]
-) -> dict[str, Any]:
+def _tokens(data: PreferenceData, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
     """Lengths in tokens, rows that cannot be encoded, and what a limit would do."""
     measured, refused = [], []
-    for batch in data.dataset.iter(_BATCH_ROWS):
+    for batch in data.dataset.iter(BATCH_ROWS):
         found = encode_groups(tokenizer, batch["prompt"], batch["responses"])
         for row, encoded in zip(batch["row"], found, strict=True):
             if isinstance(encoded, InputError):

@@ -28,6 +28,7 @@ from inform_rm.data.messages import Fault, Message, check_text, conversation, fo
 from inform_rm.data.pairs import BadRow, begins_with, label_of
 from inform_rm.data.sources import source_name
 from inform_rm.errors import InputError
+from inform_rm.util.rankings import untied_places
 
 LAYOUTS = ("pair", "ranking", "scored")
 GROUP_FEATURES = Features(
@@ -273,7 +274,7 @@ def pairs_of_rankings(rankings: Dataset, features: Features) -> Dataset:
         found: dict[str, list[Any]] = {name: [] for name in features}
         for place, labels in enumerate(batch["labels"]):
             texts = batch["responses"][place]
-            for better, worse in np.argwhere(np.subtract.outer(labels, labels) > 0):
+            for better, worse in zip(*untied_places(labels), strict=True):
                 values = {
                     "chosen": texts[better], "rejected": texts[worse], "margin": None,
                     "id": f"{batch['id'][place]}/{better + 1}>{worse + 1}",

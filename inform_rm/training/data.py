@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _RECORD = "inform_rm.json"
 _PACKAGE = Path(__file__).parents[1]
 _DECIDING_FILES = (
-    *sorted(f"data/{path.name}" for path in (_PACKAGE / "data").glob("*.py") if path.name != "check_data.py"),
+    *sorted(f"data/{path.name}" for path in (_PACKAGE / "data").glob("*.py") if not path.name.startswith("check_")),
     "safety/chat_templates.py", "training/augmentation.py",
 )  # fmt: skip
 
