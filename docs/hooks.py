@@ -1,0 +1,1 @@
+"""What the site build adds to the pages: equations as MathML, so that nothing is loaded from elsewhere."""
