@@ -81,7 +81,7 @@ def _command_lines() -> Iterator[str]:
     (commands,) = (action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
     texts = {choice.dest: choice.help for choice in commands._choices_actions}
     for name, parser in commands.choices.items():
-        yield from ("", f"## inform-rm {name}", "", f"{str(texts[name]).capitalize()}.", "")
+        yield from ("", f"## inform-rm {name}", "", f"{str(texts[name])[:1].upper()}{str(texts[name])[1:]}.", "")
         flags = [action for action in parser._actions if action.option_strings and action.help != argparse.SUPPRESS]
         if not flags:  # train reads its settings itself
             yield "Its flags are the [settings](settings.md)."

@@ -116,6 +116,17 @@ def test_links_and_anchors_resolve(page):
     assert broken == []
 
 
+def test_pages_that_code_names_exist():
+    folders = ("inform_rm", "benchmarks", "examples", "tests")
+    named = {
+        found
+        for path in (*(path for name in folders for path in (ROOT / name).rglob("*.py")), ROOT / "CHANGELOG.md")
+        for found in re.findall(r"\bdocs/[\w/-]+\.(?:md|png)\b", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_picture_says_in_words_what_it_shows(page):
     texts = [token.content for token in inline(page) if token.type == "image"]
@@ -257,7 +268,7 @@ def test_python_of_the_readme_runs(backbone, tmp_path):
     from datasets import Dataset
 
     (rl,) = (block for block in code if "trl" in block)
-    short = "max_steps=2, max_completion_length=8, per_device_train_batch_size=4, num_generations=4, report_to='none'"
+    short = "max_steps=2, max_completion_length=8, per_device_train_batch_size=4, num_generations=4, use_cpu=True"
     rl = rl.replace('GRPOConfig("runs/grpo")', f'GRPOConfig("runs/grpo", {short})').replace("every=50", "every=1")
     prompts = [pair["prompt"] for pair in PAIRS] * 10  # an alpha of 0.01 needs more than 100
     given = {
