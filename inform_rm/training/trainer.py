@@ -23,6 +23,7 @@ from inform_rm.training.checkpoints import (
     check_resume,
     discard_incomplete,
     discard_run,
+    recorded_kl_version,
 )
 from inform_rm.training.collators import PackedPairCollator, PairCollator, tokens_per_batch
 from inform_rm.training.data import ARGUMENTS, TrainingPairs, choose_splits, in_memory, is_encoded, load_training_pairs
@@ -214,9 +215,14 @@ class RewardTrainer(RewardLoop):
         output = check_output_directory(str(self.args.output_dir))
         checkpoint = self._prepare_output(output, resume_from_checkpoint)
         adapters = None if self.peft_config is None else self.peft_config.to_dict()
+        config: Any = self.accelerator.unwrap_model(self.model).config
+        if checkpoint is not None and getattr(config, "kl_reduction", None) == "averaged_moments":
+            config.kl_reduction_version = recorded_kl_version(output, config.kl_reduction_version)
         check_resume(
-            output, self.args, *self._fingerprints(), checkpoint, json.loads(json.dumps(adapters, default=sorted))
-        )
+            output, self.args, *self._fingerprints(), checkpoint, json.loads(json.dumps(adapters, default=sorted)),
+            kl_reduction_version=getattr(config, "kl_reduction_version", None),
+        )  # fmt: skip
+        self._kl_share = getattr(config, "kl_share", 1.0)
         self.resumed_from, self.evaluation = checkpoint, None
         for part in (self.stream, self._selector):
             if checkpoint is not None and part is not None:
