@@ -58,7 +58,11 @@ def _setting(
 
 @dataclass(kw_only=True, repr=False)
 class RewardArguments:
-    """What decides a run beside TrainingArguments. Published defaults: arXiv:2402.09345, appendices E.2 and J.3."""
+    """What decides a run beside TrainingArguments.
+
+    Published defaults (arXiv:2402.09345, appendices E.2 and J.3) are those whose help says "paper"; docs/ideas/papers.md
+    lists what the paper has not or has otherwise.
+    """
 
     model: str | None = _setting(
         "backbone (or InfoRM model to continue from): Hub id or folder", None, by_content=True
@@ -69,7 +73,7 @@ class RewardArguments:
         "'inform': information bottleneck; 'standard': one linear reward head, the baseline", "inform"
     )
     latent_dim: int = _setting("K, latent dimensions of the bottleneck (paper: 32, 64 or 128)", 128)
-    decoder: Literal["mlp", "linear"] = _setting("map from latent to reward", "mlp")
+    decoder: Literal["mlp", "linear"] = _setting("map from latent to reward (the authors' released code: linear)", "mlp")
     dtype: Literal["float32", "bfloat16", "auto"] = _setting(
         "number type of the backbone's weights ('auto': the checkpoint's); in bfloat16 most updates are lost unless "
         "optim is stable_adamw or LoRA is on; the head is in float32",
@@ -109,10 +113,14 @@ class RewardArguments:
 
     beta: float = _setting("weight of the KL term, eq. 25 (paper: 0.1, 0.01 or 0.001)", 0.1)
     kl_reduction: Literal["sum", "averaged_moments"] = _setting(
-        "'sum': the paper's bound; 'averaged_moments': the authors' released code", "sum"
+        "'sum': the paper's bound, of both responses; 'averaged_moments': the term of the authors' released code, a mean "
+        "over responses, with their beta (they train K 512, beta 1.0, learning rate 9e-6, linear encoder and decoder "
+        "without bias)",
+        "sum",
     )
     kl_warmup_steps: float = _setting(
-        "the KL weight is 0 for so many steps and rises to beta over as many again; below 1: fraction of all steps",
+        "the KL weight is 0 for so many steps and rises to beta over as many again; below 1: fraction of all steps; not "
+        "in the paper, which has beta from the first step (0)",
         0.25,
     )
     loss_type: str = _setting("loss of a pair (`inform_rm.training.losses.PAIR_LOSSES`)", "bradley_terry")
@@ -129,7 +137,8 @@ class RewardArguments:
     )
 
     objective: Literal["plain", "prioritized"] = _setting(
-        "'prioritized': of each pool, learn from the pairs with the smallest prompt-free gap (arXiv:2504.06020)",
+        "'prioritized': of each pool, learn from the pairs with the smallest prompt-free gap (arXiv:2504.06020; the gap's "
+        "equation is derived from the paper's definitions, it is not the authors' text)",
         "plain",
     )
     pool_factor: int = _setting("prioritized: pairs drawn for each pair that is learnt from", 2)
@@ -145,7 +154,9 @@ class RewardArguments:
     )
     length_normalized: bool = _setting("weights 'behavior': mean log-likelihoods of the tokens instead of sums", False)
     ess_target: float = _setting("weights 'behavior': effective sample size to keep, as a share of the prompts", 0.25)
-    warmup_fraction: float = _setting("prioritized: share of the steps that start without selection", 0.1)
+    warmup_fraction: float = _setting(
+        "prioritized: share of the steps that start without selection; ours, gaps of a fresh head are noise", 0.1
+    )
     refresh: int = _setting("prioritized: steps for which an estimated gap may be used again; 1: never", 1)
     selection: Literal["smallest", "soft"] = _setting(
         "prioritized: the smallest gaps (the paper's), or a draw with probability sigmoid(-gap)", "smallest"
@@ -291,8 +302,7 @@ class RewardArguments:
         Raises:
             ValueError: the number cannot be divided so, with the nearest that can be.
         """
-        values: Any = self
-        batch, passes = values.per_device_train_batch_size, self.gradient_accumulation_steps
+        batch, passes = self.per_device_train_batch_size, self.gradient_accumulation_steps
         if self.pairs_per_step is None and batch and passes:
             return batch, passes
         pairs = PAIRS_PER_STEP if self.pairs_per_step is None else self.pairs_per_step
@@ -308,10 +318,10 @@ class RewardArguments:
             nearest = max(1, (2 * pairs + unit) // (2 * unit)) * unit
             raise ValueError(f"pairs_per_step {pairs} is no multiple of {product} = {unit}; nearest: {nearest}")
         share = pairs // devices
-        if batch is None and passes is None:
-            batch = next(size for size in range(_PAIRS_PER_PASS, 0, -1) if share % size == 0)
-        elif batch is None:
-            batch = share // passes
+        if batch is None:
+            batch = share // passes if passes else next(
+                size for size in range(_PAIRS_PER_PASS, 0, -1) if share % size == 0
+            )  # fmt: skip
         return batch, share // batch
 
     def faults_without_adapters(self) -> list[str]:

@@ -97,7 +97,8 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
     @property
     def pairs_of_step(self) -> int:
         """Pairs that an update learns from, over all processes."""
-        return super().train_batch_size * self.gradient_accumulation_steps * self.world_size
+        passes: Any = self.gradient_accumulation_steps
+        return super().train_batch_size * passes * self.world_size
 
     @property
     def train_batch_size(self) -> int:

@@ -18,6 +18,7 @@ from inform_rm.errors import InputError, Interrupted
 from inform_rm.hub.cards import model_card
 from inform_rm.hub.eval_results import entries_of_run, write_entries
 from inform_rm.hub.export import push_folder
+from inform_rm.training.budget import BudgetWatch, budget_of_run
 from inform_rm.training.card_settings import card_settings
 from inform_rm.training.checkpoints import (
     check_resume,
@@ -139,10 +140,13 @@ class RewardTrainer(RewardLoop):
             eval_dataset=None if self.eval_pairs is None else self.eval_pairs.dataset,
             processing_class=tokenizer,
             compute_metrics=functools.partial(compute_eval_metrics, args.loss_type, compute_metrics),
-            callbacks=[*(callbacks or []), LostUpdates(), OwnSteps(), *([StepsAreTheEpoch()] * bool(parts["stream"]))],
+            callbacks=[
+                *(callbacks or []), LostUpdates(), BudgetWatch(), OwnSteps(),
+                *([StepsAreTheEpoch()] * bool(parts["stream"])),
+            ],
             **parts,
             **kwargs,
-        )
+        )  # fmt: skip
 
     def _fit_model(self, model: Any) -> None:
         """Check that a model takes the run's tokens, and make it say of itself what the run does."""
@@ -288,6 +292,7 @@ class RewardTrainer(RewardLoop):
             "resumed_from_step": None if self.resumed_from is None else checkpoint_step(self.resumed_from),
             "train_runtime_seconds": self.train_seconds,
             "evaluation": self.evaluation,
+            "budget": budget_of_run(settings_of(self.args), self._kl_share, self.evaluation),
             "quantization": self.quantization,
             "log_history": self.state.log_history,
         }
