@@ -60,8 +60,8 @@ def _setting(
 class RewardArguments:
     """What decides a run beside TrainingArguments.
 
-    Published defaults (arXiv:2402.09345, appendices E.2 and J.3) are those whose help says "paper"; docs/ideas/papers.md
-    lists what the paper has not or has otherwise.
+    Published defaults (arXiv:2402.09345, appendices E.2 and J.3) are those whose help says "paper";
+    docs/ideas/papers.md lists what the paper has not or has otherwise.
     """
 
     model: str | None = _setting(
@@ -73,7 +73,9 @@ class RewardArguments:
         "'inform': information bottleneck; 'standard': one linear reward head, the baseline", "inform"
     )
     latent_dim: int = _setting("K, latent dimensions of the bottleneck (paper: 32, 64 or 128)", 128)
-    decoder: Literal["mlp", "linear"] = _setting("map from latent to reward (the authors' released code: linear)", "mlp")
+    decoder: Literal["mlp", "linear"] = _setting(
+        "map from latent to reward (the authors' released code: linear)", "mlp"
+    )
     dtype: Literal["float32", "bfloat16", "auto"] = _setting(
         "number type of the backbone's weights ('auto': the checkpoint's); in bfloat16 most updates are lost unless "
         "optim is stable_adamw or LoRA is on; the head is in float32",
@@ -113,14 +115,14 @@ class RewardArguments:
 
     beta: float = _setting("weight of the KL term, eq. 25 (paper: 0.1, 0.01 or 0.001)", 0.1)
     kl_reduction: Literal["sum", "averaged_moments"] = _setting(
-        "'sum': the paper's bound, of both responses; 'averaged_moments': the term of the authors' released code, a mean "
-        "over responses, with their beta (they train K 512, beta 1.0, learning rate 9e-6, linear encoder and decoder "
-        "without bias)",
+        "'sum': the paper's bound, of both responses; 'averaged_moments': the term of the authors' released code, a "
+        "mean over responses, with their beta (they train K 512, beta 1.0, learning rate 9e-6, linear encoder and "
+        "decoder without bias)",
         "sum",
     )
     kl_warmup_steps: float = _setting(
-        "the KL weight is 0 for so many steps and rises to beta over as many again; below 1: fraction of all steps; not "
-        "in the paper, which has beta from the first step (0)",
+        "the KL weight is 0 for so many steps and rises to beta over as many again; below 1: fraction of all steps; "
+        "not in the paper, which has beta from the first step (0)",
         0.25,
     )
     loss_type: str = _setting("loss of a pair (`inform_rm.training.losses.PAIR_LOSSES`)", "bradley_terry")
@@ -137,8 +139,8 @@ class RewardArguments:
     )
 
     objective: Literal["plain", "prioritized"] = _setting(
-        "'prioritized': of each pool, learn from the pairs with the smallest prompt-free gap (arXiv:2504.06020; the gap's "
-        "equation is derived from the paper's definitions, it is not the authors' text)",
+        "'prioritized': of each pool, learn from the pairs with the smallest prompt-free gap (arXiv:2504.06020; the "
+        "gap's equation is derived from the paper's definitions, it is not the authors' text)",
         "plain",
     )
     pool_factor: int = _setting("prioritized: pairs drawn for each pair that is learnt from", 2)
