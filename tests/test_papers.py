@@ -1,4 +1,4 @@
-"""What is not as in the papers is said where a user sees it: help, model card, pages, README and docs/ideas/papers.md."""
+"""What is not as in the papers is said where a user sees it: help, model card, pages and docs/ideas/papers.md."""
 
 import json
 import re

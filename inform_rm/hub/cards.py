@@ -15,6 +15,7 @@ from inform_rm.hub.eval_results import LEFT_OUT, eval_results, evaluation_of_run
 from inform_rm.hub.result_folders import RESULT_FILE, ResultFolder, naming_damage
 from inform_rm.util.files import atomic_write_text
 from inform_rm.util.page import (
+    Markdown,
     Table,
     cell_text,
     fill_markdown,
@@ -59,7 +60,7 @@ def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | N
     values: dict[str, Any] = {"load_template": _LOAD_ADAPTERS if is_adapter else _LOAD_MODEL}
     if result is not None:
         values |= _training_values(settings, result)
-    body = _card_body(config=config, result=result, trl_trains_bt=TRL_TRAINS_BT, **values)
+    body = _card_body(config=config, result=result, trl_trains_bt=Markdown(TRL_TRAINS_BT), **values)
     if result is None or "accuracy" not in (result["evaluation"] or ()):
         return card_text(metadata, body)
     return _with_results(metadata, body, [evaluation_of_run(result)], Path(settings["output_dir"]).resolve().name)
