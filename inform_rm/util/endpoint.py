@@ -291,7 +291,7 @@ def _raise_certificate(error: Exception) -> None:
 
 def _asked_wait(error: urllib.error.HTTPError) -> float | None:
     """Seconds that ``Retry-After`` asks for, as a number or a date; ``None`` without one that can be read."""
-    text = (error.headers or {}).get("Retry-After") or ""
+    text = str(error.headers.get("Retry-After", "")) if error.headers else ""
     try:
         seconds = float(text)
     except ValueError:

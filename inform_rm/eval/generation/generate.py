@@ -222,7 +222,11 @@ def _write_locally(
             tasks.append(Task(slot.name, writer.prompt_ids(slot.prompt.messages), slot.seed))
         except InputError as error:
             refused[slot.name] = f"{slot.prompt.where}: {error}"
-    for replies in writer.write(tasks, frozenset(finished)):
+
+    def show(step: int) -> None:
+        bar.set_postfix_str(f"token {step} of this batch")
+
+    for replies in writer.write(tasks, frozenset(finished), show):
         _keep(replies, finished, journal, bar)
     return refused
 

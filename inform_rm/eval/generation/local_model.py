@@ -1,11 +1,11 @@
 """Responses of a causal language model on this machine, in batches of about equal length."""
 
 import copy
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from inform_rm.data.messages import Message
 from inform_rm.errors import InputError
@@ -15,6 +15,8 @@ from inform_rm.eval.generation.settings import GenerationSettings
 from inform_rm.scoring.packing import eval_mode_of
 from inform_rm.scoring.reward_models import checked_max_length
 from inform_rm.util.endpoint import Reply
+
+CPU_TOKENS_PER_BATCH = 4096  # a batch is what a kill loses, and there more of them at once gain little
 
 
 class Task(NamedTuple):
@@ -63,18 +65,23 @@ class LocalModel:
             )
         return ids
 
-    def write(self, tasks: Sequence[Task], finished: Container[str]) -> Iterator[dict[str, Reply]]:
+    def write(
+        self, tasks: Sequence[Task], finished: Container[str], on_step: Callable[[int], object] = int
+    ) -> Iterator[dict[str, Reply]]:
         """Replies by the names of their tasks, a batch at a time.
 
         The batches depend on all tasks alone, and one that is not finished as a whole is written anew: rounding
-        depends on the batch, and a continued run shall give what an uninterrupted one gives.
+        depends on the batch, and a continued run shall give what an uninterrupted one gives. ``on_step`` is told the
+        tokens that each row of the batch has by now.
         """
-        for batch in _batches(tasks, self._settings.max_new_tokens):
+        on_cpu = self._policy.model.get_input_embeddings().weight.device.type == "cpu"
+        room = CPU_TOKENS_PER_BATCH if on_cpu else TOKENS_PER_BATCH
+        for batch in _batches(tasks, self._settings.max_new_tokens, room):
             if not all(task.name in finished for task in batch):
-                yield dict(zip([task.name for task in batch], self._replies(batch), strict=True))
+                yield dict(zip([task.name for task in batch], self._replies(batch, on_step), strict=True))
 
     @torch.no_grad()
-    def _replies(self, tasks: Sequence[Task]) -> list[Reply]:
+    def _replies(self, tasks: Sequence[Task], on_step: Callable[[int], object]) -> list[Reply]:
         policy, settings = self._policy, self._settings
         width = max(len(task.prompt_ids) for task in tasks)
         pad = policy.tokenizer.pad_token_id or 0
@@ -93,8 +100,9 @@ class LocalModel:
         try:
             with eval_mode_of(policy.model):
                 output = policy.model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=self._generation, logits_processor=processors
-                )
+                    input_ids=ids, attention_mask=mask, generation_config=self._generation,
+                    logits_processor=processors, stopping_criteria=StoppingCriteriaList([_Watch(width, on_step)]),
+                )  # fmt: skip
         finally:
             policy.model.generation_config = own
         new = output[:, width:].cpu()
@@ -109,11 +117,22 @@ class LocalModel:
         ]
 
 
-def _batches(tasks: Sequence[Task], max_new_tokens: int) -> Iterator[list[Task]]:
-    """The tasks by length, in batches that a cache has room for."""
+class _Watch(StoppingCriteria):
+    """Stops nothing; tells how many tokens there are after a prompt of this width."""
+
+    def __init__(self, width: int, on_step: Callable[[int], object]):
+        self._width, self._on_step = width, on_step
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._on_step(input_ids.shape[1] - self._width)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _batches(tasks: Sequence[Task], max_new_tokens: int, room: int) -> Iterator[list[Task]]:
+    """The tasks by length, in batches of at most so many tokens."""
     batch: list[Task] = []
     for task in sorted(tasks, key=lambda task: len(task.prompt_ids)):
-        if batch and (len(batch) + 1) * (len(task.prompt_ids) + max_new_tokens) > TOKENS_PER_BATCH:
+        if batch and (len(batch) + 1) * (len(task.prompt_ids) + max_new_tokens) > room:
             yield batch
             batch = []
         batch.append(task)

@@ -120,7 +120,7 @@ def test_rows_say_what_other_commands_need(causal_lm, tokenizer, prompts, tmp_pa
 
 
 def test_a_killed_run_goes_on_to_what_an_uninterrupted_one_gives(causal_lm, tokenizer, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr("inform_rm.eval.generation.local_model.TOKENS_PER_BATCH", 60)  # two rows or three
+    monkeypatch.setattr("inform_rm.eval.generation.local_model.CPU_TOKENS_PER_BATCH", 60)  # two rows or three
     options = {"tokenizer": tokenizer, "num_samples": 3, **SHORT}
     whole = tmp_path / "whole.jsonl"
     generate(causal_lm, prompts, whole, **options)
