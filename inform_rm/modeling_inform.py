@@ -454,7 +454,7 @@ def _text_config_of_decoder(config: Any, name: str) -> Any:
         unfit = f"an encoder-decoder model ({config.model_type}); a reward is read at the last token of a decoder"
     elif type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text_config, "is_decoder", False):
         unfit = f"an encoder ({kind}), whose tokens see what follows them; a reward is read at a decoder's last token"
-    elif kind == "cpmant":  # of the decoders of transformers the only one (docs/architectures.md)
+    elif kind == "cpmant":  # of the decoders of transformers the only one (docs/reference/backbones.md)
         unfit = "a cpmant model: its states depend on the padding after a token"
     if unfit:
         raise ValueError(f"{name} is {unfit}. Pass a causal language model.")

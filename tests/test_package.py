@@ -81,7 +81,7 @@ def test_version_is_the_same_everywhere(checkout):
 
 
 def test_every_public_name_stands_in_the_reference_and_says_arguments_result_and_errors(checkout):
-    reference = (checkout / "docs/api.md").read_text(encoding="utf-8")
+    reference = (checkout / "docs/reference/api.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^\| `(\w+)` \|", reference, re.MULTILINE)) == sorted(inform_rm.__all__)
     for name in inform_rm.__all__:
         found = getattr(inform_rm, name)

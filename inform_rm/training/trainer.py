@@ -63,9 +63,9 @@ class RewardTrainer(RewardLoop):
             a head ``score``. ``None``: ``args.model``.
         args: all settings.
         data_collator: in place of the one that ``args.batching`` chooses.
-        train_dataset: pairs, rankings or scored responses in any layout of docs/data.md: `Dataset`, `IterableDataset`
-            (of pairs, read while training), `DatasetDict` (its ``train``), or a list of dicts; or pairs that
-            `encode_pairs` has encoded. ``None``: ``args.data``.
+        train_dataset: pairs, rankings or scored responses in any layout of docs/how-to/data.md: `Dataset`,
+            `IterableDataset` (of pairs, read while training), `DatasetDict` (its ``train``), or a list of
+            dicts; or pairs that `encode_pairs` has encoded. ``None``: ``args.data``.
         eval_dataset: the same, for evaluation; of a `DatasetDict` ``validation`` or ``test``.
         processing_class: the tokenizer; ``None``: the model's own.
         compute_metrics: further metrics of an evaluation: ``predictions`` ``(N, 3)`` are chosen reward, rejected

@@ -16,7 +16,7 @@ from inform_rm.data.preferences import load_preferences
 from inform_rm.data.sources import Source, source_list
 from inform_rm.data.tokenizer import fix_date, load_tokenizer, render
 from inform_rm.decomposition.gap_grid import distinct_prompts
-from inform_rm.errors import InputError
+from inform_rm.errors import InputError, check_whole_number
 from inform_rm.scoring.packing import eval_mode_of
 from inform_rm.scoring.reward_models import (
     checked_max_length,
@@ -75,8 +75,7 @@ class CausalLMPolicy:
     ):
         if isinstance(temperature, bool) or not 0 < temperature < float("inf"):
             raise InputError(f"temperature: {temperature!r}; expected a number above 0.")
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise InputError(f"max_new_tokens: {max_new_tokens!r}; expected a whole number of at least 1.")
+        check_whole_number("max_new_tokens", max_new_tokens)
         self.model: Any
         if isinstance(model, str | Path):
             self.name = str(model)
