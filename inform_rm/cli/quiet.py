@@ -2,6 +2,7 @@
 
 import logging
 import re
+import warnings
 
 # Logger -> how its message starts.
 _NORMAL = {
@@ -20,6 +21,8 @@ def silence_normal_messages() -> None:
     """Install the filters; a second time changes nothing."""
     for name in (*_NORMAL, _LOADING):
         logging.getLogger(name).addFilter(is_alarming)
+    # peft asks for an attribute that transformers has renamed.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def is_alarming(record: logging.LogRecord) -> bool:
