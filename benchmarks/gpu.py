@@ -8,8 +8,8 @@ lognormal distributions fitted to hh-rlhf (helpful-base). "Useful" tokens are th
 padding; the share of peak FLOPs counts ``6 (backward too) or 2 x parameters x tokens that were computed``, without
 attention. Every row is the median of the steps after the first two (TRL's and the trainer's: their mean).
 
-The most wanted come first; each has a time limit, and what does not fit into ``--budget`` seconds is left out. Rows are
-written as they come (``gpu.jsonl``, ``gpu.md``).
+The most wanted come first; each has a time limit, and what does not fit into ``--budget`` seconds is left out. Rows
+are written as they come (``gpu.jsonl``, ``gpu.md``).
 """
 
 import argparse
@@ -19,22 +19,51 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_contestants import SHAPES, Job, Setting, jobs
-
+from gpu_attention import attention_figures, softcap_figures
+from gpu_contestants import (
+    SHAPES,
+    Setting,
+    best_of_16,
+    gap_grid,
+    measure,
+    pairs_of,
+    profile_steps,
+    score_step,
+    sharded,
+    train_step,
+    with_lora,
+    with_qlora,
+)
+from gpu_trainers import reward_trainer, trl
 from inform_rm.util.files import versions
 
 COLUMNS = (
-    "items_per_second", "useful_tokens_per_second", "computed_tokens", "peak_gib", "share_of_peak", "first_step_seconds"
+    "items_per_second", "useful_tokens_per_second", "computed_tokens", "peak_gib", "share_of_peak",
+    "first_step_seconds",
 )  # fmt: skip
 _WORTH_A_START = 12  # seconds; with less left of the budget nothing is begun
+
+
+@dataclass(frozen=True)
+class Job:
+    """A contestant: what it is called, its run, seconds that it may take, whether it runs on a CPU at all."""
+
+    shape: str
+    work: str
+    name: str
+    run: Callable[[Setting], dict[str, Any]]
+    limit: float = 60
+    needs_gpu: bool = False
 
 
 class OutOfTime(Exception):
@@ -74,6 +103,51 @@ def main() -> None:
         (arguments.output / "gpu.md").write_text(table(about, rows), encoding="utf-8")
         print(json.dumps(row), flush=True)
     print(table(about, rows), flush=True)
+
+
+def jobs(shapes: list[str]) -> Iterator[Job]:
+    """All contestants, the most wanted first."""
+    small, large = shapes[0], shapes[-1]
+    heads = [(name, [SHAPES[name][key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim")])
+             for name in dict.fromkeys(shapes)]  # fmt: skip
+    flex: dict[str, Any] = {"kind": "flex"}
+    yield Job(small, "attention", "soft cap", softcap_figures)
+    yield Job(small, "attention", "FlexAttention, varlen", partial(attention_figures, heads=heads[0][1]))
+    yield train(small, "padded, length-grouped, SDPA", kind="padded")
+    yield train(small, "packed, FlexAttention", **flex)
+    yield train(small, "packed, FlexAttention, compiled layers", limit=110, compiles=True, **flex)
+    yield Job(small, "train", "TRL, length-grouped, no checkpointing", partial(trl, shape=small, is_best=True))
+    yield Job(small, "train", "TRL, its defaults", partial(trl, shape=small, is_best=False))
+    yield Job(small, "train", "RewardTrainer, packed", partial(reward_trainer, shape=small), needs_gpu=True)
+    yield train(small, "packed, FlexAttention, linear head", architecture="standard", **flex)
+    yield Job(small, "profile", "a training step", partial(profile_steps, shape=small), needs_gpu=True)
+    for work, make in (("best of 16", best_of_16), ("gap grid", gap_grid)):
+        yield score(small, work, make, "padded, SDPA", kind="padded")
+        yield score(small, work, make, "packed, FlexAttention", **flex)
+    yield score(small, "best of 16", best_of_16, "packed, FlexAttention, compiled layers", compiles=True, **flex)
+    if small != large:
+        yield train(large, "packed, FlexAttention", checkpointing=True, **flex)
+        yield train(large, "padded, length-grouped, SDPA", checkpointing=True, kind="padded")
+        yield train(large, "packed, FlexAttention, compiled layers", limit=110, checkpointing=True, compiles=True,
+                    **flex)  # fmt: skip
+    yield train(large, "packed, FlexAttention, LoRA", checkpointing=True, wrap=with_lora, **flex)
+    yield train(large, "packed, FlexAttention, QLoRA", checkpointing=True, wrap=with_qlora, **flex)
+    yield train(small, "packed, FlexAttention, FSDP2", wrap=sharded, **flex)
+    for name, sizes in heads[1:]:
+        yield Job(name, "attention", "FlexAttention, varlen", partial(attention_figures, heads=sizes))
+    yield train(small, "packed, FlexAttention, checkpointing", checkpointing=True, **flex)
+    yield score(small, "best of 16", best_of_16, "packed, segment by segment", kind="segments")
+    yield train(small, "packed, segment by segment", kind="segments")
+
+
+def train(shape: str, name: str, *, limit: float = 60, kind: str, **options: Any) -> Job:
+    run = partial(measure, shape=shape, make=pairs_of, step=partial(train_step, kind=kind), trains=True, kind=kind)
+    return Job(shape, "train", name, partial(run, **options), limit, needs_gpu=kind == "flex")
+
+
+def score(shape: str, work: str, make: Callable[..., Any], name: str, *, kind: str, compiles: bool = False) -> Job:
+    run = partial(measure, shape=shape, make=make, step=partial(score_step, kind=kind), trains=False, kind=kind)
+    return Job(shape, work, name, partial(run, compiles=compiles), needs_gpu=compiles)
 
 
 def hold(job: Job, setting: Setting, deadline: float) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """Attention of packed rows alone on an accelerator: FlexAttention against flash attention on variable lengths."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from gpu_varlen import JoinedLayout, flash_kernels, joined_attention, plain_kernels
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
+from gpu_varlen import JoinedLayout, flash_kernels, joined_attention, plain_kernels
 from inform_rm.scoring.packed_flex import block_mask, flex_packed_attention, may_attend, row_layout
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,57 +32,51 @@ def segments_like_hh(tokens: int) -> list[list[int]]:
 
 def attention_figures(setting: Any, heads: Sequence[int]) -> dict[str, Any]:
     """Milliseconds of both ways, forward and with backward, and of making the masks, for pairs and for best of 16."""
-    device, found = setting.device, {}
     shapes = {"pairs": segments_like_hh(setting.tokens), "best of 16": [[300, *[100] * 16]] * (setting.tokens // 1900)}
-    for name, segments in shapes.items():
-        if not segments:
-            continue
-        total = sum(map(sum, segments))
-        length = -(-total // 128) * 128
-        layout = [values.to(device) for values in row_layout(segments, length)]
-        mask = block_mask(*layout, None)
-        joined = JoinedLayout(segments, device)
-        kernels = flash_kernels if device.type == "cuda" else plain_kernels
-        flex = _as_run(lambda q, k, v, mask=mask: flex_packed_attention(q, k, v, mask, None))
-        runs: dict[str, Run] = {"flex": flex, "varlen": _cut(joined_attention, total, joined, kernels)}
-        inputs = random_inputs(heads, length, device)
-        reference = None
-        for kind, run in runs.items():
-            try:
-                output, gradients = gradients_of(run, inputs, total)
-                if reference is None:
-                    reference = output, gradients
-                found[f"{name}, {kind}, differs by"] = [
-                    round(((a - b).float().norm() / b.float().norm()).item(), 5)
-                    for a, b in zip((output, *gradients), (reference[0], *reference[1]), strict=True)
-                ]
-                with torch.no_grad():
-                    found[f"{name}, {kind}, forward ms"] = milliseconds(lambda run=run: run(*inputs), device)
-                found[f"{name}, {kind}, both ms"] = milliseconds(lambda run=run: gradients_of(run, inputs, total), device)
-            except (RuntimeError, NotImplementedError, AssertionError) as error:
-                found[f"{name}, {kind}"] = f"{type(error).__name__}: {str(error)[:300]}"
-        found[f"{name}, our mask ms"] = milliseconds(lambda layout=layout: block_mask(*layout, None), device)
-
-        def dense_mask(layout: list[Tensor] = layout, length: int = length) -> Any:
-            def rule(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                return may_attend(*layout, None, query, key)
-
-            return create_block_mask(rule, None, None, length, length, device=device, BLOCK_SIZE=128)
-
-        found[f"{name}, create_block_mask ms"] = milliseconds(dense_mask, device)
+    found = {f"{name}, {key}": value for name, segments in shapes.items() if segments
+             for key, value in _both_ways(segments, heads, setting.device).items()}  # fmt: skip
     return {"figures": "; ".join(f"{key}: {value}" for key, value in found.items())}
 
 
-def _as_run(run: Run) -> Run:
-    return run
+def _both_ways(segments: list[list[int]], heads: Sequence[int], device: torch.device) -> dict[str, Any]:
+    total = sum(map(sum, segments))
+    length = -(-total // 128) * 128
+    layout = [values.to(device) for values in row_layout(segments, length)]
+    mask = block_mask(*layout, None)
+    joined = JoinedLayout(segments, device)
+    kernels = flash_kernels if device.type == "cuda" else plain_kernels
+    inputs = random_inputs(heads, length, device)
 
+    def flex(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return flex_packed_attention(query, key, value, mask, None)
 
-def _cut(attend: Any, total: int, layout: JoinedLayout, kernels: Any) -> Run:
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def varlen(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         parts = [tensor[0, :, :total].transpose(0, 1) for tensor in (query, key, value)]
-        return attend(*parts, layout, kernels).transpose(0, 1)[None]
+        return joined_attention(*parts, joined, kernels).transpose(0, 1)[None]
 
-    return run
+    def rule(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return may_attend(*layout, None, query, key)
+
+    found: dict[str, Any] = {}
+    expected: list[Tensor] = []
+    for name, run in (("flex", flex), ("varlen", varlen)):
+        try:
+            output, gradients = gradients_of(run, inputs, total)
+            expected = expected or [output, *gradients]
+            found[f"{name} differs by"] = [
+                round(((a - b).float().norm() / b.float().norm()).item(), 5)
+                for a, b in zip((output, *gradients), expected, strict=True)
+            ]
+            with torch.no_grad():
+                found[f"{name} forward ms"] = milliseconds(partial(run, *inputs), device)
+            found[f"{name} both ms"] = milliseconds(partial(gradients_of, run, inputs, total), device)
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            found[name] = f"{type(error).__name__}: {str(error)[:300]}"
+    found["our mask ms"] = milliseconds(partial(block_mask, *layout, None), device)
+    found["create_block_mask ms"] = milliseconds(
+        lambda: create_block_mask(rule, None, None, length, length, device=device, BLOCK_SIZE=128), device
+    )
+    return found
 
 
 def random_inputs(heads: Sequence[int], length: int, device: torch.device) -> list[Tensor]:
@@ -148,7 +143,9 @@ def softcap_figures(setting: Any) -> dict[str, Any]:
         output, found = gradients_of(
             lambda q, k, v, mask=mask: flex_packed_attention(q, k, v, mask, 0.125, softcap=2.0), inputs, total
         )
-        figures += [((a - b).norm() / b.norm()).item() for a, b in zip((output, *found), (expected, *slopes), strict=True)]
+        figures += [
+            ((a - b).norm() / b.norm()).item() for a, b in zip((output, *found), (expected, *slopes), strict=True)
+        ]
     return {"figures": "relative errors " + ", ".join(f"{value:.1e}" for value in figures)}
 
 

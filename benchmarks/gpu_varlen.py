@@ -1,6 +1,6 @@
-"""Attention of a packed row by flash attention on variable lengths: segments by themselves, responses on their prompts.
+"""Attention of a packed row by flash attention on variable lengths: segments alone, responses on their prompts.
 
-Both parts are joined by their log-sum-exp; the backward pass runs each with the joined output and log-sum-exp, which is
+Both parts are joined by their log-sum-exp; the backward pass runs each with the joined output and log-sum-exp. That is
 exact: the softmax of a part under the joined normaliser is the part of the whole softmax.
 """
 
@@ -100,9 +100,7 @@ def _flash_backward(
 
 def _pieces(of: Lengths) -> list[tuple[slice, slice]]:
     queries, keys = of.queries.tolist(), of.keys.tolist()
-    return [
-        (slice(*pair[:2]), slice(*pair[2:])) for pair in zip(queries, queries[1:], keys, keys[1:], strict=False)
-    ]
+    return [(slice(*pair[:2]), slice(*pair[2:])) for pair in zip(queries, queries[1:], keys, keys[1:], strict=False)]
 
 
 def _scores(query: Tensor, key: Tensor, causal: bool) -> Tensor:

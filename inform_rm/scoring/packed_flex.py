@@ -136,8 +136,7 @@ def flex_packed_attention(
     ``softcap`` is c of ``c tanh(score / c)`` (Gemma 2, arXiv:2408.00118); ``sinks`` are ``(heads,)`` logits that take
     part in each softmax and have no value (gpt-oss).
     """
-
-    # A tensor: a Python float would be a symbol in kernels for any length, which the backward pass cannot be traced with.
+    # A tensor: under dynamic=True a Python float is a symbol, with which the backward pass cannot be traced.
     cap = None if softcap is None else query.new_full((), softcap, dtype=torch.float32)
 
     def capped(score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
