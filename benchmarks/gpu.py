@@ -112,7 +112,6 @@ def jobs(shapes: list[str]) -> Iterator[Job]:
              for name in dict.fromkeys(shapes)]  # fmt: skip
     flex: dict[str, Any] = {"kind": "flex"}
     yield Job(small, "attention", "soft cap", softcap_figures)
-    yield Job(small, "attention", "FlexAttention, varlen", partial(attention_figures, heads=heads[0][1]))
     yield train(small, "padded, length-grouped, SDPA", kind="padded")
     yield train(small, "packed, FlexAttention", **flex)
     yield train(small, "packed, FlexAttention, compiled layers", limit=110, compiles=True, **flex)
@@ -125,6 +124,7 @@ def jobs(shapes: list[str]) -> Iterator[Job]:
         yield score(small, work, make, "padded, SDPA", kind="padded")
         yield score(small, work, make, "packed, FlexAttention", **flex)
     yield score(small, "best of 16", best_of_16, "packed, FlexAttention, compiled layers", compiles=True, **flex)
+    yield Job(small, "attention", "FlexAttention, varlen", partial(attention_figures, heads=heads[0][1]))
     if small != large:
         yield train(large, "packed, FlexAttention", checkpointing=True, **flex)
         yield train(large, "padded, length-grouped, SDPA", checkpointing=True, kind="padded")

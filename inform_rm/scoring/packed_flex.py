@@ -137,7 +137,7 @@ def flex_packed_attention(
     part in each softmax and have no value (gpt-oss).
     """
     # A tensor: under dynamic=True a Python float is a symbol, with which the backward pass cannot be traced.
-    cap = None if softcap is None else query.new_full((), softcap, dtype=torch.float32)
+    cap: Any = None if softcap is None else query.new_full((), softcap, dtype=torch.float32)
 
     def capped(score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
