@@ -3,9 +3,9 @@
     python benchmarks/mechanism.py --output runs/mechanism --parts table --processes 1
     python benchmarks/mechanism.py --output runs/mechanism --parts table map --device cuda --processes 5 --minutes 3.5
 
-The world is that of `mechanism_world.py`, models and training are in `mechanism_models.py`; `mechanism_report.py` makes
-tables and figures of the results. Each part is a list of runs (variant, seed, dials), trained many at once. Results
-are lines of ``results/*.jsonl`` in the output folder, one a run; started again, it does what is missing.
+The world is that of `mechanism_world.py`, models and training are in `mechanism_models.py`; `mechanism_report.py`
+makes tables and figures of the results. Each part is a list of runs (variant, seed, dials), trained many at once.
+Results are lines of ``results/*.jsonl`` in the output folder, one a run; started again, it does what is missing.
 """
 
 import argparse
@@ -21,6 +21,11 @@ from typing import Any
 from mechanism_world import Dials
 
 SELECTION_SEEDS, REPORT_SEEDS = range(4), range(20, 28)  # settings are chosen on the first, reported are the second
+HEAD_STARTS = (  # see `mechanism_models.restart`
+    "random 1 0", "random 1 -4", "mirrored 1 0", "mirrored 1 -4", "mirrored 0.3 0", "mirrored 0.3 -2",
+    "mirrored 0.3 -4", "mirrored 0.3 -6", "mirrored 0.1 0", "mirrored 0.1 -4", "path 0.3 0", "path 0.3 -4", "linear 1 0", "linear 1 -4",
+    "linear 0.1 0", "linear 0.1 -4",
+)  # fmt: skip
 Run = tuple[Any, int, Dials]  # (variant, seed, dials)
 
 
@@ -54,18 +59,11 @@ def runs_of(part: str) -> Iterator[Run]:
         yield from crossed([*standard, *inform], both, [Dials()])
         yield from crossed([Variant(beta=0.01, latent_dim=32)], both, [Dials()])
     elif part == "head":
-        for warmup in (0.1, 0.25):
-            starts = [
-                Variant(beta=0.001, kl_warmup_steps=warmup, start=start) for start in ("", "before", "linear path")
-            ]
-            linear = Variant(beta=0.001, kl_warmup_steps=warmup, decoder="linear")
-            yield from crossed([Variant("standard"), *starts, linear], both, [Dials(noise=0.0)])
-        starts = [
-            replace(short, start="before"),
-            replace(short, beta=0.03, start="before"),
-            replace(short, decoder="linear"),
-        ]
-        yield from crossed(starts, both, [Dials()])
+        heads = [Variant(start=each, decoder="linear" if each.startswith("linear") else "mlp") for each in HEAD_STARTS]
+        free = [replace(each, beta=0.001, kl_warmup_steps=warmup) for warmup in (0.1, 0.25) for each in heads]
+        yield from crossed([Variant("standard"), *free], SELECTION_SEEDS, [Dials(12000, noise=0.0, epochs=1)])
+        chosen = [replace(each, beta=beta, kl_warmup_steps=0.1) for beta in (0.1, 0.03) for each in heads]
+        yield from crossed(chosen, SELECTION_SEEDS, [Dials()])
     elif part == "map":
         cells = [Dials(1000), Dials(6000), Dials(noise=0.0), Dials(noise=0.4), Dials(neutral=40), Dials(neutral=488),
                  *(Dials(pairs, noise) for pairs in (1000, 6000) for noise in (0.0, 0.4))]  # fmt: skip
@@ -121,7 +119,7 @@ def grouped(runs: list[Run], most: int) -> list[list[Run]]:
     found: dict[Any, list[list[Run]]] = {}
     in_order: list[list[Run]] = []
     for variant, seed, dials in runs:
-        kind = variant.shape(), variant.start == "linear path", dials.pairs, dials.epochs
+        kind = variant.shape(), variant.start.startswith("path"), dials.pairs, dials.epochs
         groups = found.setdefault(kind, [])
         if not groups or len(groups[-1]) >= most:
             groups.append([])

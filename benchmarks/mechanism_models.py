@@ -7,13 +7,13 @@ depend on which models are trained beside it, and all models of a seed see the s
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from transformers import LlamaConfig
 
@@ -57,14 +57,13 @@ class Variant:
     weight_decay: float = 0.0
     dropout: float = 0.0
     label_smoothing: float = 0.0
-    start: str = ""  # of the head, see HEAD_STARTS
+    start: str = ""  # of the head, see `restart`
 
     def shape(self) -> "Variant":
         """What models that are trained at once have in common, with everything else as it comes."""
         return Variant(self.architecture, latent_dim=self.latent_dim, decoder=self.decoder, dropout=self.dropout)
 
 
-HEAD_STARTS: dict[str, Callable[[Any], None]] = {}  # named changes of a fresh head, for the comparison of starts
 Parameters = dict[str, Tensor]  # by name, with M in front
 
 
@@ -81,8 +80,51 @@ def fresh_model(variant: Variant, seed: int, attention: str) -> InfoRMForSequenc
         InfoRMConfig(backbone, variant.latent_dim, decoder=variant.decoder, architecture=variant.architecture)
     )
     if variant.start:
-        HEAD_STARTS[variant.start](model.score)
+        restart(model.score, variant.start)
     return model
+
+
+class LinearPath(nn.Module):
+    """A decoder that is one linear layer and beside it an MLP that begins at zero."""
+
+    def __init__(self, mlp: Any, gain: float):
+        super().__init__()
+        size = mlp[0].in_features
+        self.linear, self.mlp = nn.Linear(size, 1), mlp
+        nn.init.normal_(self.linear.weight, std=gain / math.sqrt(size))
+        nn.init.normal_(mlp[0].weight, std=1 / math.sqrt(size))
+        nn.init.zeros_(self.linear.bias)
+        nn.init.zeros_(mlp[2].weight)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.linear(latent) + self.mlp(latent)
+
+
+@torch.no_grad()
+def restart(head: Any, start: str) -> None:
+    """Another start of a head: ``"KIND GAIN LOG_VARIANCE"``.
+
+    GAIN is the root mean square of the reward of latents of size 1, LOG_VARIANCE that of the latents. Kinds of MLP:
+    ``random``, the start of earlier versions (gain 1: a first layer of 0.1, a last one of 10); ``mirrored``, units in
+    pairs of opposite sign, which add up to a linear function, ``gelu(x) - gelu(-x) = x``; ``path``, `LinearPath`.
+    ``linear`` is for a linear decoder.
+    """
+    kind, gain, log_variance = start.split()
+    size, decoder = head.encoder.out_features // 2, head.decoder
+    head.encoder.bias[size:] = float(log_variance)
+    if kind == "linear":
+        nn.init.normal_(decoder.weight, std=float(gain) / math.sqrt(size))
+    elif kind == "path":
+        head.decoder = LinearPath(decoder, float(gain))
+    elif kind == "random":
+        nn.init.normal_(decoder[0].weight, std=0.1 / math.sqrt(size))
+        nn.init.normal_(decoder[2].weight, std=10.0 * float(gain) / math.sqrt(size))
+    else:
+        half = size // 2
+        nn.init.normal_(decoder[0].weight, std=1 / math.sqrt(size))
+        nn.init.normal_(decoder[2].weight, std=float(gain) / math.sqrt(half))
+        decoder[0].weight[half:] = -decoder[0].weight[:half]
+        decoder[2].weight[:, half:] = -decoder[2].weight[:, :half]
 
 
 class Proxies:
@@ -169,8 +211,8 @@ def train(proxies: Proxies, variants: list[Variant], seeds: list[int], sets: lis
     """AdamW with a cosine after a short warm-up.
 
     Returns:
-        ``losses (steps, M)``: the pair loss of every step; ``best``: the weights of the epoch that was right about most
-        validation pairs, the first of equals (early stopping); ``epochs (M,)``: which one that was.
+        ``losses (steps, M)``: the pair loss of every step; ``best``: the weights of the epoch that was right about
+        most validation pairs, the first of equals (early stopping); ``epochs (M,)``: which one that was.
     """
     steps_an_epoch = len(sets[0].train.chosen) // PAIRS_PER_STEP
     total, device = sets[0].epochs * steps_an_epoch, proxies.device
@@ -217,7 +259,7 @@ def train(proxies: Proxies, variants: list[Variant], seeds: list[int], sets: lis
 def adamw(
     weights: Parameters, slopes: Parameters, moments: list[Parameters], step: int, rate: float, decay: Tensor
 ) -> None:
-    """One step of AdamW (0.9, 0.999, 1e-8) for every model, gradients cut to norm 1 a model, in place of ``weights``."""
+    """One step of AdamW (0.9, 0.999, 1e-8) for every model, in ``weights``; gradients are cut to norm 1 a model."""
     norm = torch.stack([slope.flatten(1).square().sum(dim=1) for slope in slopes.values()]).sum(dim=0).sqrt()
     cut = (1.0 / (norm + 1e-6)).clamp(max=1.0)
     for name, slope in slopes.items():
@@ -351,7 +393,9 @@ def curve_of(
     grid = np.interp(KL_GRID, [kl[place] for place in rising], [true[place] for place in rising])
     return {
         "kl": kl, "gold": true, "proxy": proxy, "neutral": neutral, "biased": biased,
-        "gold_at_kl": [float(value) if nats <= kl[rising[-1]] else None for nats, value in zip(KL_GRID, grid, strict=True)],
+        "gold_at_kl": [
+            float(value) if nats <= kl[rising[-1]] else None for nats, value in zip(KL_GRID, grid, strict=True)
+        ],
         "peak": true[peak], "peak_kl": kl[peak], "end": true[-1], "end_kl": kl[-1], "neutral_end": neutral[-1],
     }  # fmt: skip
 
@@ -384,7 +428,7 @@ def run_group(
         for place, row in enumerate(rows):
             row["epoch"] = trained["epochs"][place] if kept == "best" else dials[place].epochs
             if kept == "end":  # means of ten steps
-                row["losses"] = trained["losses"][:, place].unfold(0, 10, 10).mean(dim=-1).tolist()
+                row["losses"] = [float(part.mean()) for part in trained["losses"][:, place].split(10)]
         yield kept, rows, proxies.weights, policies
 
 

@@ -1,4 +1,4 @@
-"""The world behind docs/results/hacking.md: exact figures against enumeration, many models at once against one alone."""
+"""The world behind docs/results/hacking.md: exact figures by enumeration, many models at once as alone."""
 
 import itertools
 import math
