@@ -23,8 +23,8 @@ from mechanism_world import Dials
 SELECTION_SEEDS, REPORT_SEEDS = range(4), range(20, 28)  # settings are chosen on the first, reported are the second
 HEAD_STARTS = (  # see `mechanism_models.restart`
     "random 1 0", "random 1 -4", "mirrored 1 0", "mirrored 1 -4", "mirrored 0.3 0", "mirrored 0.3 -2",
-    "mirrored 0.3 -4", "mirrored 0.3 -6", "mirrored 0.1 0", "mirrored 0.1 -4", "path 0.3 0", "path 0.3 -4", "linear 1 0", "linear 1 -4",
-    "linear 0.1 0", "linear 0.1 -4",
+    "mirrored 0.3 -4", "mirrored 0.3 -6", "mirrored 0.1 0", "mirrored 0.1 -4", "path 0.3 0", "path 0.3 -4",
+    "linear 1 0", "linear 1 -4", "linear 0.1 0", "linear 0.1 -4",
 )  # fmt: skip
 Run = tuple[Any, int, Dials]  # (variant, seed, dials)
 
