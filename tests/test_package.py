@@ -20,7 +20,7 @@ import inform_rm
 
 COMMANDS = (
     *("demo", "train", "evaluate", "compare", "decompose", "detect", "simulate", "score", "check-data", "export"),
-    *("report", "serve"),
+    *("report", "serve", "generate", "judge"),
 )
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "numpy", "pandas", "matplotlib", "pyarrow"}
 IMPORT_NAMES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}  # where the import name is not the distribution's
