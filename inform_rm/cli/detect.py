@@ -23,6 +23,8 @@ def add_parser(commands: Any) -> None:
     flags.add_model(command)
     command.add_argument("--reference", required=True, help="responses before training: rows of prompt and response")
     command.add_argument("--candidate", required=True, nargs="+", help="responses to check; several files: in order")
+    command.add_argument("--labels", nargs="+", help="rows with 'hacked' (true or false), such as judge writes: one "
+                         "file a candidate, in order; adds precision and recall of the outliers")  # fmt: skip
     flags.add_columns(command, flags.ROW_FIELDS)
     command.add_argument("--output", required=True, help="folder for result.json, responses.parquet, plots and page")
     for setting in _SETTINGS:
@@ -46,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.reference,
         arguments.candidate,
         arguments.output,
+        labels=arguments.labels,
         columns=flags.columns(arguments),
         **{setting.name: getattr(arguments, setting.name) for setting in _SETTINGS},
         **flags.scoring_options(arguments),
@@ -55,6 +58,10 @@ def run(arguments: argparse.Namespace) -> None:
             f"{each.title} {part[each.name]:.3f} (chance {part[f'{each.name}_null_rank']:.2f})" for each in STATISTICS
         ]
         print(f"{part['name']}: {', '.join(found)}{', stopping rule fires' * part['stop']}")
+        for each in STATISTICS if "labels" in part else ():
+            agreed = part["labels"]["statistics"][each.name]
+            print(f"  {each.title}: {agreed['both']} of {agreed['outliers']} outliers are labelled as exploiting a "
+                  f"reward, of {agreed['hacked']} that are")  # fmt: skip
     number = sum(part["num_responses"] for part in result.candidates)
     done = f"compared the latents of {number} responses with those of {result.reference['num_responses']}"
     flags.print_once(done, see=f"{arguments.output}/result.html")
