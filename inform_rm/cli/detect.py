@@ -58,10 +58,11 @@ def run(arguments: argparse.Namespace) -> None:
             f"{each.title} {part[each.name]:.3f} (chance {part[f'{each.name}_null_rank']:.2f})" for each in STATISTICS
         ]
         print(f"{part['name']}: {', '.join(found)}{', stopping rule fires' * part['stop']}")
-        for each in STATISTICS if "labels" in part else ():
-            agreed = part["labels"]["statistics"][each.name]
-            print(f"  {each.title}: {agreed['both']} of {agreed['outliers']} outliers are labelled as exploiting a "
-                  f"reward, of {agreed['hacked']} that are")  # fmt: skip
+        if "labels" in part:
+            agreed = part["labels"]["statistics"]
+            shown = [f"{name} {counts['both']} of {counts['outliers']}" for name, counts in agreed.items()]
+            print(f"{part['name']}: {part['labels']['hacked']} labelled as exploiting a reward; among the outliers of "
+                  f"{', '.join(shown)}")  # fmt: skip
     number = sum(part["num_responses"] for part in result.candidates)
     done = f"compared the latents of {number} responses with those of {result.reference['num_responses']}"
     flags.print_once(done, see=f"{arguments.output}/result.html")
