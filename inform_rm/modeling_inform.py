@@ -359,7 +359,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
             inputs_embeds: ``(B, T, H)`` in place of ``input_ids``.
             margin: ``(B / 2,)``, used with ``return_loss``.
             return_loss: rows are chosen responses (first half) and rejected ones (second half, same order); compute
-                `loss_function` ``+ beta * (kl_w + kl_l)``, mean over pairs (eq. 25).
+                `loss_function` ``+ beta * (kl_w + kl_l)``, mean over pairs (eq. 25); see ``config.kl_share``.
             reward_samples: at least 2; ``logits`` becomes the mean over that many draws of the latent and
                 ``reward_std`` their standard deviation.
             packed_segments: handed to the backbone's attention, for rows that hold several sequences
@@ -421,7 +421,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                 raise ValueError(f"return_loss needs as many chosen as rejected rows, got {len(rewards)} rows.")
             loss = self.loss_function(*rewards.chunk(2), margin)
             if kl is not None:
-                loss = loss + self.config.beta * 2.0 * kl.mean()  # the mean over pairs of kl_w + kl_l
+                loss = loss + self.config.beta * 2.0 * self.config.kl_share * kl.mean()  # of a pair: kl_w + kl_l
         output = InfoRMOutput(loss, rewards, mean, log_variance, kl, reward_std)
         return output.to_tuple() if return_dict is False else output
 
