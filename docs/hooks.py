@@ -59,7 +59,13 @@ def settings_tables() -> str:
     lines: list[str] = []
     for name, spec in OUR_SETTINGS.items():
         if name in starts:
-            lines += ["", f"## {starts[name][0].upper()}{starts[name][1:]}", "", "| setting | default | |", "|---|---|---|"]
+            lines += [
+                "",
+                f"## {starts[name][0].upper()}{starts[name][1:]}",
+                "",
+                "| setting | default | |",
+                "|---|---|---|",
+            ]
         lines.append(f"| `{name}` | {_default(spec.default)} | {_cell(spec.metadata['help'])} |")
     return "\n".join(lines)
 
