@@ -24,6 +24,7 @@ _MODULES = {
     "evaluate_suite": "inform_rm.eval.suites.evaluate_suite",
     "export_model": "inform_rm.hub.export",
     "score_file": "inform_rm.scoring.score_files",
+    "select": "inform_rm.eval.detection.select",
     "serve": "inform_rm.serving.server",
     "simulate": "inform_rm.eval.best_of_n.simulate",
     "train": "inform_rm.training.run",

@@ -27,6 +27,11 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--candidate", required=True, nargs="+", help="responses to check; several files: in order")
     flags.add_columns(command, flags.ROW_FIELDS)
     command.add_argument("--output", required=True, help="folder for result.json, responses.parquet, plots and page")
+    add_settings(command)
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """The flags of `DetectionSettings`; `chosen_settings` reads them."""
     for setting in _SETTINGS:
         default = "" if setting.default is None else " (default: %(default)s)"
         command.add_argument(
@@ -36,6 +41,11 @@ def add_parser(commands: Any) -> None:
             default=setting.default,
             help=setting.metadata["help"] + default,
         )
+
+
+def chosen_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """As arguments of the functions."""
+    return {setting.name: getattr(arguments, setting.name) for setting in _SETTINGS}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -49,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.candidate,
         arguments.output,
         columns=flags.columns(arguments),
-        **{setting.name: getattr(arguments, setting.name) for setting in _SETTINGS},
+        **chosen_settings(arguments),
         **flags.scoring_options(arguments),
     )
     for part in result.candidates:

@@ -22,6 +22,7 @@ from inform_rm.cli import (
     export,
     report,
     score,
+    select,
     serve,
     simulate,
     train,
@@ -31,7 +32,7 @@ from inform_rm.cli.quiet import silence_normal_messages
 from inform_rm.errors import InputError, Interrupted, did_you_mean
 
 COMMANDS = (
-    demo, train, evaluate, decompose, detect, simulate, compare, score, serve, check_data, export, report
+    demo, train, evaluate, decompose, detect, select, simulate, compare, score, serve, check_data, export, report
 )  # fmt: skip
 _COMMANDS_OF_SEVERAL_PROCESSES = ("train", "evaluate", "decompose", "score")
 
