@@ -92,6 +92,9 @@ def select(
         progress: show progress bars.
         options: fields of `DetectionSettings` and keywords of `RewardScorer`.
 
+    Returns:
+        The models in order, and the choice.
+
     Raises:
         InputError: fewer than two models, other names among the candidates, a row without a gold reward, or what
             `inform_rm.detect` refuses.
