@@ -194,9 +194,6 @@ def packed_attention(
     strange = [name for name, given in kwargs.items() if given is not None and name not in harmless]
     if dropout and has_masks:
         strange.append("attention dropout")
-    if kwargs.get("softcap") is not None and query.device.type == "cuda":
-        # In the one run on a GPU, Gemma 2 failed in the compiler's backward pass (torch 2.11).
-        strange.append("a soft cap on a GPU")
     if sliding_window == _NOT_GIVEN:
         sliding_window = None
         if getattr(getattr(module, "config", None), "sliding_window", None) is not None:
