@@ -295,8 +295,7 @@ class RewardLoop(Trainer):
             return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         # As many as all processes use for one update: their order is then that of one process with such a batch.
-        passes: Any = self.args.gradient_accumulation_steps
-        batch_size = self.args.train_batch_size * passes * self.args.world_size
+        batch_size = self.args.train_batch_size * self.args.division[1] * self.args.world_size
         return EpochSeededLengthSampler(batch_size, list(rows["length"]), self.args.seed)
 
     def _rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Any]:
