@@ -17,8 +17,9 @@ from transformers import Trainer, TrainerCallback
 from inform_rm.hub.export import add_remote_code
 from inform_rm.scoring.adapters import complete_adapter_folder, holds_adapters
 from inform_rm.scoring.packed_flex import for_device
+from inform_rm.training.balance import BalancedSampler, costs_of
 from inform_rm.training.checkpoints import discard, discard_beyond, reading_checkpoint
-from inform_rm.training.collators import EpochSeededLengthSampler, counted_pairs
+from inform_rm.training.collators import EpochSeededLengthSampler, PackedPairCollator, counted_pairs
 from inform_rm.training.group_batches import padded_predictions
 from inform_rm.training.losses import PAIR_LOSSES, group_loss, kl_weight, reward_model_loss
 from inform_rm.training.metrics import group_metrics_from_sums, group_sums, metrics_from_sums, pair_sums
@@ -69,8 +70,20 @@ class RewardLoop(Trainer):
         self._keep_fsdp_output_in_float32()
 
     def get_train_dataloader(self) -> Any:
-        """The batches of this process."""
-        return super().get_train_dataloader() if self.stream is None else self.stream.loader(self.data_collator)
+        """The batches of this process; where rows are packed, about as costly as those of the others."""
+        if self.stream is not None:
+            return self.stream.loader(self.data_collator)
+        loader = super().get_train_dataloader()
+        world = self.accelerator.num_processes
+        # Under what gives this process its part of the batches lies what makes the batches of all.
+        dealt: Any = getattr(loader.batch_sampler, "batch_sampler", None)
+        is_packed = isinstance(self.data_collator, PackedPairCollator)
+        if world > 1 and is_packed and dealt is not None:
+            width = self.accelerator.unwrap_model(self.model).config.get_text_config().hidden_size
+            costs = costs_of(self.train_dataset, width)
+            passes = self.args.gradient_accumulation_steps
+            dealt.sampler = BalancedSampler(dealt.sampler, costs, self.args.train_batch_size, world, passes)
+        return loader
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The batches of one update; the last one of an epoch says how many pairs it has on all processes together.
