@@ -109,7 +109,8 @@ def watch(output: Path, place: int, seed: int) -> list[dict[str, Any]]:
         ])  # fmt: skip
         row: dict[str, Any] = {
             "attacked": name, "seed": seed, "accuracy": float(kept[name]["accuracy"][place]),
-            "gold": kept[name]["gold"][place].tolist(), "kl": policy_kl(policies, world.probabilities).tolist(), "values": {},
+            "gold": kept[name]["gold"][place].tolist(), "kl": policy_kl(policies, world.probabilities).tolist(),
+            "values": {},
         }  # fmt: skip
         watchers = [name, "standard"] if name != "standard" else ["standard", "InfoRM, beta 0.1, warm-up 0.1"]
         for watcher in watchers:
@@ -145,8 +146,8 @@ def statistics_of(reference: np.ndarray, sets: np.ndarray, eps: float) -> dict[s
 
 def report(rows: list[dict[str, Any]]) -> list[str]:
     """Per attacked model and statistic: alarms, lead, false alarms, area under ROC for a fall of gold by 5 %."""
-    lines = ["| attacked | statistic | seeds in which gold falls | lead, nats | before / at / after the peak / never | "
-             "false alarms | AUC, gold has fallen by 5 % |", "|" + "---|" * 7]  # fmt: skip
+    lines = ["| attacked | statistic | seeds in which gold falls | lead, nats | before / at / after the peak / never "
+             "| false alarms | AUC, gold has fallen by 5 % |", "|" + "---|" * 7]  # fmt: skip
     for attacked in ATTACKED:
         runs = [row for row in rows if row["attacked"] == attacked]
         for statistic in [*runs[0]["values"], "KL"]:
