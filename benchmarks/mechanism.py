@@ -147,9 +147,12 @@ def one_group(job: tuple[list[Run], Path, str, float]) -> str:
         {"key": key_of(*run), "variant": asdict(run[0]), "seed": run[1], "dials": asdict(run[2]), **about}
         for run in runs
     ]
-    for kept, figures, _, _ in run_group(runs, torch.device(device)):
-        for row, found in zip(rows, figures, strict=True):
-            row[kept] = found
+    try:
+        for kept, figures, _, _ in run_group(runs, torch.device(device)):
+            for row, found in zip(rows, figures, strict=True):
+                row[kept] = found
+    except RuntimeError as error:  # of the card: the other groups go on
+        return f"FAILED {len(runs)} runs from {first}: {error}"
     seconds = time.time() - start
     lines = "".join(
         json.dumps(rounded(row | {"group_seconds": seconds, "group_size": len(runs)})) + "\n" for row in rows
