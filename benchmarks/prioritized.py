@@ -6,7 +6,7 @@ Every seed is a world of its own, with a small language model trained on it from
 training sets: ``length`` (the right response is the longer one in 90 % of the pairs) and ``adversarial`` (80 %, and a
 fifth of the pairs come as twins whose preference the prompt reverses). Two runs at a time, one thread each. Started
 again, it goes on where it was stopped. Writes ``table.md``, ``table.json`` and ``planes.png`` into the output folder;
-``docs/prioritized.md`` shows and discusses them.
+``docs/results/prioritized.md`` shows and discusses them.
 """
 
 import argparse

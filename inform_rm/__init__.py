@@ -23,6 +23,8 @@ _MODULES = {
     "evaluate": "inform_rm.eval.evaluate",
     "evaluate_suite": "inform_rm.eval.suites.evaluate_suite",
     "export_model": "inform_rm.hub.export",
+    "generate": "inform_rm.eval.generation.generate",
+    "judge": "inform_rm.eval.judging.judge",
     "score_file": "inform_rm.scoring.score_files",
     "serve": "inform_rm.serving.server",
     "simulate": "inform_rm.eval.best_of_n.simulate",

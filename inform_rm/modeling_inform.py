@@ -359,7 +359,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
             inputs_embeds: ``(B, T, H)`` in place of ``input_ids``.
             margin: ``(B / 2,)``, used with ``return_loss``.
             return_loss: rows are chosen responses (first half) and rejected ones (second half, same order); compute
-                `loss_function` ``+ beta * (kl_w + kl_l)``, mean over pairs (eq. 25).
+                `loss_function` ``+ beta * (kl_w + kl_l)``, mean over pairs (eq. 25); see ``config.kl_share``.
             reward_samples: at least 2; ``logits`` becomes the mean over that many draws of the latent and
                 ``reward_std`` their standard deviation.
             packed_segments: handed to the backbone's attention, for rows that hold several sequences
@@ -421,7 +421,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                 raise ValueError(f"return_loss needs as many chosen as rejected rows, got {len(rewards)} rows.")
             loss = self.loss_function(*rewards.chunk(2), margin)
             if kl is not None:
-                loss = loss + self.config.beta * 2.0 * kl.mean()  # the mean over pairs of kl_w + kl_l
+                loss = loss + self.config.beta * 2.0 * self.config.kl_share * kl.mean()  # of a pair: kl_w + kl_l
         output = InfoRMOutput(loss, rewards, mean, log_variance, kl, reward_std)
         return output.to_tuple() if return_dict is False else output
 
@@ -454,7 +454,7 @@ def _text_config_of_decoder(config: Any, name: str) -> Any:
         unfit = f"an encoder-decoder model ({config.model_type}); a reward is read at the last token of a decoder"
     elif type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text_config, "is_decoder", False):
         unfit = f"an encoder ({kind}), whose tokens see what follows them; a reward is read at a decoder's last token"
-    elif kind == "cpmant":  # of the decoders of transformers the only one (docs/architectures.md)
+    elif kind == "cpmant":  # of the decoders of transformers the only one (docs/reference/backbones.md)
         unfit = "a cpmant model: its states depend on the padding after a token"
     if unfit:
         raise ValueError(f"{name} is {unfit}. Pass a causal language model.")

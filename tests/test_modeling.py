@@ -77,6 +77,28 @@ def test_averaged_moments_is_the_kl_of_the_averages(backbone_configs):
     torch.testing.assert_close(output.kl, expected)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_averaged_moments_weigh_what_the_authors_released_term_does(backbone_configs, version):
+    """Their term in NumPy: moments averaged over K, then the KL's mean over all 2 B rows of a batch."""
+    config = InfoRMConfig(
+        backbone_configs["llama"],
+        latent_dim=8,
+        kl_reduction="averaged_moments",
+        kl_reduction_version=version,
+        beta=0.7,
+    )
+    torch.manual_seed(0)
+    model = InfoRMForSequenceClassification(config).eval()
+    output = model(tensors(0, 6, 5).abs().long() + 3, return_loss=True)
+    rewards = output.logits.detach().double().numpy().flatten()
+    mean = output.latent_mean.detach().double().numpy().mean(axis=1)
+    log_variance = output.latent_log_variance.detach().double().numpy().mean(axis=1)
+    released_term = np.mean(-0.5 * (1 + log_variance - mean**2 - np.exp(log_variance)))
+    preference = np.mean(np.log1p(np.exp(rewards[3:] - rewards[:3])))
+    assert released_term > 1e-3
+    assert output.loss.item() == pytest.approx(preference + 0.7 * {1: 2, 2: 1}[version] * released_term, rel=1e-5)
+
+
 def test_head_samples_the_posterior_in_training_and_takes_its_mean_in_eval(backbone_configs):
     torch.manual_seed(0)
     config = InfoRMConfig(backbone_configs["llama"], latent_dim=3, decoder="linear")

@@ -6,6 +6,7 @@ from typing import Any
 
 from inform_rm.cli import flags
 from inform_rm.eval.detection.settings import DetectionSettings
+from inform_rm.util.papers import MOP_DIFFERS
 
 
 def _eps(text: str) -> float | str:
@@ -20,6 +21,7 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     text = "does a policy exploit its reward model? latents of its responses"
     command = flags.add_command(commands, "detect", text, run)
+    command.epilog = MOP_DIFFERS
     flags.add_model(command)
     command.add_argument("--reference", required=True, help="responses before training: rows of prompt and response")
     command.add_argument("--candidate", required=True, nargs="+", help="responses to check; several files: in order")

@@ -90,9 +90,16 @@ class DecompositionResult(ModelResult):
 
     Attributes:
         data: per source what was read and left out.
+        distinct_prompts: from which the other prompts of a pair are drawn.
+        num_pairs: that were decomposed.
         left_out: pairs by reason, non-finite rewards with the pairs' ids.
         cost: tokens that were computed, and that one pass a reward would take.
         accuracy: share of pairs with the larger reward for the chosen response, ties half.
+        accuracy_interval: 95 %, Wilson, as those of the other shares.
+        response_decides_interval: see above.
+        sign_flips_interval: see above.
+        mean_standard_error: of D2, from the choice of the prompts.
+        mean_effective_sample_size: of the prompts' weights, as a number of prompts.
         response_decides: share of pairs with abs(D2) > abs(D1): no prompt-related part of this size could turn the
             preference.
         prompt_sensitivity: share of the gaps' variance that lies between prompts of one pair; 0 for a model blind to

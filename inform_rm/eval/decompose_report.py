@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from inform_rm.eval.report import result_settings
 from inform_rm.util.page import Heading, Image, Page, Table
+from inform_rm.util.papers import GAP_DERIVED
 
 COLORS = ("length", "subset")
 _MOST_BARS = 200
@@ -131,4 +132,4 @@ def notes(result: dict[str, Any]) -> list[str]:
     if counted:
         named = f" ({', '.join(left_out['nonfinite_ids'])})" if left_out["nonfinite_ids"] else ""
         texts.append(f"Left out: {', '.join(counted)}{named}.")
-    return texts
+    return [*texts, GAP_DERIVED]

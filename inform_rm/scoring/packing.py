@@ -30,7 +30,7 @@ _HARMLESS_KEYWORDS = {
 # What FlexAttention does itself.
 _FLEX_KEYWORDS = {"softcap", "s_aux"}
 _NOT_GIVEN = -1
-# On a CPU longer rows take more memory and are no faster (docs/performance.md).
+# On a CPU longer rows take more memory and are no faster (docs/results/performance.md).
 CPU_TOKENS_PER_BATCH = 2048
 
 
@@ -194,9 +194,6 @@ def packed_attention(
     strange = [name for name, given in kwargs.items() if given is not None and name not in harmless]
     if dropout and has_masks:
         strange.append("attention dropout")
-    if kwargs.get("softcap") is not None and query.device.type == "cuda":
-        # In the one run on a GPU, Gemma 2 failed in the compiler's backward pass (torch 2.11).
-        strange.append("a soft cap on a GPU")
     if sliding_window == _NOT_GIVEN:
         sliding_window = None
         if getattr(getattr(module, "config", None), "sliding_window", None) is not None:

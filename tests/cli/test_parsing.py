@@ -3,13 +3,14 @@
 import argparse
 import logging
 import re
+import warnings
 
 import pytest
 
 from inform_rm.cli import train
 from inform_rm.cli.dispatch import COMMANDS, parse
 from inform_rm.cli.parsing import CommandParser
-from inform_rm.cli.quiet import is_alarming
+from inform_rm.cli.quiet import is_alarming, silence_normal_messages
 
 REQUIRED = {
     "demo": "", "evaluate": "--model m --output o", "decompose": "--model m --data d --output o",
@@ -127,3 +128,14 @@ LOADING = "transformers.modeling_utils"
 )
 def test_only_normal_messages_are_silenced(logger, message, alarming):
     assert is_alarming(logging.LogRecord(logger, logging.WARNING, "", 0, message, (), None)) == alarming
+
+
+def test_of_warnings_only_the_one_of_another_librarys_old_name_is_silenced():
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        silence_normal_messages()
+        warnings.warn(
+            "`is_gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1
+        )
+        warnings.warn("`something_else` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1)
+    assert ["something_else" in str(warning.message) for warning in heard] == [True]

@@ -24,10 +24,14 @@ class BestOfNResult(Result):
     Attributes:
         ns: numbers of responses to choose from.
         kl_nats: of the policy that chooses from so many.
-        num_prompts: that were answered, each ``num_responses`` times.
+        num_prompts: that were answered.
+        num_responses: to each prompt.
         distinct_responses: within their prompt, of all prompts together.
+        empty_responses: that hold no text.
         cut_responses: of a language model, those that had not ended.
-        gold: ``model`` and ``identity``; so has ``policy``.
+        intervals: what the 95 % intervals are over.
+        gold: ``model`` and ``identity``.
+        policy: the same of what wrote the responses.
         proxies: by name (``"proxy"`` if there is one): likewise, and what
             `inform_rm.eval.best_of_n.simulate.overoptimization_curves` gives.
         prompts_fingerprint: SHA-256.

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from inform_rm.data.sources import Source, source_label, source_list
-from inform_rm.errors import InputError
+from inform_rm.errors import InputError, check_whole_number
 from inform_rm.eval.best_of_n.policies import CausalLMPolicy, Policy, choose_prompts
 from inform_rm.eval.best_of_n.report import BestOfNResult
 from inform_rm.eval.frame import parquet, settings_of
@@ -182,10 +182,8 @@ class SimulationSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("num_prompts", 2), ("num_responses", 2), ("seed", 0)):
-            value = getattr(self, name)
-            is_number = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            if not is_number and (name != "num_prompts" or value is not None):
-                raise InputError(f"{name}: {value!r}; expected a whole number of at least {least}.")
+            if name != "num_prompts" or self.num_prompts is not None:
+                check_whole_number(name, getattr(self, name), least)
         _check_numbers(self.numbers, self.num_responses)
 
     @property

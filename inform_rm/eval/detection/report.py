@@ -12,6 +12,7 @@ from inform_rm.eval.detection.statistic import STATISTICS, Statistic
 from inform_rm.eval.frame import ModelResult, unwritten
 from inform_rm.eval.report import result_settings
 from inform_rm.util.page import Block, Heading, Image, Page, PointMap, Table, figure_png, format_interval
+from inform_rm.util.papers import MOP_DIFFERS
 
 REFERENCE = "(reference)"
 
@@ -201,7 +202,7 @@ def notes(result: dict[str, Any]) -> list[str]:
             "This model has no latent space of its own. For hidden states of ordinary reward models the authors find "
             "that overoptimized responses do not stand out (arXiv:2402.09345, appendix F): read CSI with care."
         )
-    return texts
+    return [*texts, MOP_DIFFERS]
 
 
 def shortened(text: str) -> str:
