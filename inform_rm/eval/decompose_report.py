@@ -14,6 +14,11 @@ from inform_rm.util.papers import GAP_DERIVED
 COLORS = ("length", "subset")
 _MOST_BARS = 200
 _MOST_SUBSETS = 10
+_INFORMATION_NOTE = (
+    "Of a pair drawn at random and in random order; ln 2 = 0.693 nats are a certain preference. The last line is 0 by "
+    "the choice of D2 (theorem 1 of arXiv:2504.06020, with the definitions that a public review gives). Few prompts "
+    "make the second line too large and the third too small. Intervals: bootstrap over pairs."
+)
 _SPREAD_CAPTION = (
     "Reward gap of each pair under its own prompt (dot) and, as a bar, the middle 80 % of its gaps under other "
     "prompts; pairs in order of their gap. Bars that hug the dots: the prompt hardly matters."
@@ -94,6 +99,9 @@ def result_page(result: dict[str, Any], spread_png: bytes, plane_png: bytes) -> 
             Heading("What the gaps go with"),
             "Spearman rank correlation with the difference (chosen - rejected) of what the response alone has.",
             Table(("difference in", "reward gap D", "prompt-free D2", "prompt-related D1"), correlations),
+            Heading("Information"),
+            _INFORMATION_NOTE,
+            information_table(result),
             Heading("Accuracy by quadrant"),
             Table(("prompt-free gap D2", "prompt-related gap D1", "n", "accuracy"), quadrants, align="llrr"),
             Heading("Settings"),
@@ -109,6 +117,17 @@ def share_table(result: dict[str, Any]) -> Table:
     columns = ("num_pairs", "accuracy", "response_decides", "response_decides_interval", "sign_flips",
                "prompt_sensitivity")  # fmt: skip
     return Table(header, [(name, *map(part.get, columns)) for name, part in parts.items()])
+
+
+def information_table(result: dict[str, Any]) -> Table:
+    """Mutual informations in nats, with their intervals."""
+    named = {
+        "preference": "the preference, given responses and prompt", "responses": "of this the responses alone tell",
+        "prompt": "and the prompt adds", "prompt_free": "prompt-free part, with the mean over prompts",
+        "prompt_related": "prompt-related part, with the mean over prompts",
+    }  # fmt: skip
+    rows = [(named[name], part["nats"], part["interval"]) for name, part in result["information"].items()]
+    return Table(("mutual information", "nats", "95 % interval"), rows)
 
 
 def notes(result: dict[str, Any]) -> list[str]:
