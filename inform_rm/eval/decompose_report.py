@@ -7,13 +7,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from inform_rm.eval.report import result_settings
-from inform_rm.util.colors import ORANGE, SKY, VERMILION
+from inform_rm.util.colors import GREY, ORANGE, SERIES, SKY, VERMILION
 from inform_rm.util.page import Heading, Image, Page, Table
 from inform_rm.util.papers import GAP_DERIVED
 
 COLORS = ("length", "subset")
 _MOST_BARS = 200
-_MOST_SUBSETS = 10
+_MOST_SUBSETS = len(SERIES)
 _INFORMATION_NOTE = (
     "Of a pair drawn at random and in random order; ln 2 = 0.693 nats are a certain preference. The last line is 0 by "
     "the choice of D2 (theorem 1 of arXiv:2504.06020, with the definitions that a public review gives). Few prompts "
@@ -57,6 +57,7 @@ def plane_figure(table: dict[str, np.ndarray], color: str) -> Figure:
         shown = names[np.argsort(-counts)][:_MOST_SUBSETS]
         groups = [(name, table["subset"] == name) for name in shown]
         groups += [("others", ~np.isin(table["subset"], shown))] if len(names) > len(shown) else []
+        axes.set_prop_cycle(color=[*SERIES, GREY])
         for name, mask in groups:
             axes.scatter(free[mask], related[mask], s=size, label=str(name), alpha=0.8)
         axes.legend(fontsize=8)
