@@ -5,8 +5,8 @@
 Every seed is a world of its own, with a small language model trained on it from which all reward models start. Two
 training sets: ``length`` (the right response is the longer one in 90 % of the pairs) and ``adversarial`` (80 %, and a
 fifth of the pairs come as twins whose preference the prompt reverses). Two runs at a time, one thread each. Started
-again, it goes on where it was stopped. Writes ``table.md``, ``table.json``, ``planes.png`` and ``looks.png``, the README's picture,
-into the output folder; ``docs/results/prioritized.md`` shows and discusses them.
+again, it goes on where it was stopped. Writes ``table.md``, ``table.json``, ``planes.png`` and the README's picture
+``looks.png`` into the output folder; ``docs/results/prioritized.md`` shows and discusses them.
 """
 
 import argparse
