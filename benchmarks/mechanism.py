@@ -64,6 +64,8 @@ def runs_of(part: str) -> Iterator[Run]:
         yield from crossed([Variant("standard"), *free], SELECTION_SEEDS, [Dials(12000, noise=0.0, epochs=1)])
         chosen = [replace(each, beta=beta, kl_warmup_steps=0.1) for beta in (0.1, 0.03) for each in heads]
         yield from crossed(chosen, SELECTION_SEEDS, [Dials()])
+    elif part == "new head":
+        yield from crossed([short], both[::-1], [Dials()])
     elif part == "map":
         cells = [Dials(1000), Dials(6000), Dials(noise=0.0), Dials(noise=0.4), Dials(neutral=40), Dials(neutral=488),
                  *(Dials(pairs, noise) for pairs in (1000, 6000) for noise in (0.0, 0.4))]  # fmt: skip
@@ -79,7 +81,7 @@ def runs_of(part: str) -> Iterator[Run]:
         yield from crossed([*shapes, *(replace(each, decoder="linear") for each in shapes)], both, [Dials()])
 
 
-PARTS = ("table", "head", "bias", "map", "rule")
+PARTS = ("table", "head", "bias", "map", "rule", "new head")
 
 
 def crossed(variants: Iterable[Any], seeds: Iterable[int], cells: Iterable[Dials]) -> Iterator[Run]:
@@ -147,9 +149,12 @@ def one_group(job: tuple[list[Run], Path, str, float]) -> str:
         {"key": key_of(*run), "variant": asdict(run[0]), "seed": run[1], "dials": asdict(run[2]), **about}
         for run in runs
     ]
-    for kept, figures, _, _ in run_group(runs, torch.device(device)):
-        for row, found in zip(rows, figures, strict=True):
-            row[kept] = found
+    try:
+        for kept, figures, _, _ in run_group(runs, torch.device(device)):
+            for row, found in zip(rows, figures, strict=True):
+                row[kept] = found
+    except RuntimeError as error:  # of the card: the other groups go on
+        return f"FAILED {len(runs)} runs from {first}: {error}"
     seconds = time.time() - start
     lines = "".join(
         json.dumps(rounded(row | {"group_seconds": seconds, "group_size": len(runs)})) + "\n" for row in rows

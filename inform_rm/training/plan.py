@@ -34,7 +34,7 @@ from inform_rm.training.reward_arguments import RewardTrainingArguments
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean tokens of a prompt and of a response; as in docs/performance.md, near those of hh-rlhf."""
+    """Mean tokens of a prompt and of a response; as in docs/results/performance.md, near those of hh-rlhf."""
 
     prompt: int = 160
     response: int = 82

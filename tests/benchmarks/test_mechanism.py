@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from inform_rm.eval.best_of_n.simulate import best_of_n_expectation
+
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 if not FOLDER.is_dir():
     pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
@@ -91,6 +93,16 @@ def test_biased_labels_like_words_that_gold_does_not():
         shares.append((counts[0] > counts[1])[counts[0] != counts[1]].float().mean().item())
     assert shares[1] == 1.0
     assert shares[0] < 0.6
+
+
+def test_best_of_n_is_that_of_every_set_and_of_the_package():
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
+    found = models.expected_best(rewards, values, (1, 3, 7))
+    for row, (own, value) in enumerate(zip(rewards, values, strict=True)):
+        best = [value[max(chosen, key=lambda place: own[place])] for chosen in itertools.combinations(range(7), 3)]
+        assert found[row, 1].item() == pytest.approx(sum(best).item() / len(best))
+    torch.testing.assert_close(found, torch.tensor(best_of_n_expectation(rewards.numpy(), values.numpy(), [1, 3, 7])))
 
 
 def test_policy_slope_is_the_gradient_of_the_surrogate():

@@ -22,12 +22,12 @@ from inform_rm.eval.judging.rows import Pair, matched, read_responses
 from inform_rm.eval.judging.settings import JudgeSettings
 from inform_rm.util.endpoint import ChatEndpoint
 from inform_rm.util.files import check_output_directory
-from inform_rm.util.intervals import wilson_interval
+from inform_rm.util.intervals import grouped_bootstrap, wilson_interval
 
 logger = logging.getLogger(__name__)
 
 _LISTED = 1000
-_RESAMPLES = 10_000
+_RESAMPLES = 2000
 _SHOWN_CHARACTERS = 400
 
 
@@ -281,11 +281,7 @@ def _position(verdicts: Sequence[Sequence[str]]) -> dict[str, Any]:
 
 def _interval(values: np.ndarray, prompts: Sequence[str], seed: int) -> tuple[list[float], str]:
     """95 % interval of the mean: Wilson's, or where prompts have several pairs a bootstrap over prompts."""
-    names, places = np.unique(prompts, return_inverse=True)
-    if len(names) == len(values):
+    if len(set(prompts)) == len(values):
         return list(wilson_interval(float(values.sum()), len(values))), "Wilson, a tie counts half"
-    sums, counts = np.bincount(places, weights=values), np.bincount(places)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=_RESAMPLES)
-    means = (draws @ sums) / (draws @ counts)
-    return np.quantile(means, [0.025, 0.975]).tolist(), f"bootstrap over prompts, {_RESAMPLES} resamples"
+    interval = grouped_bootstrap(values, prompts, num_resamples=_RESAMPLES, seed=seed)
+    return list(interval), f"bootstrap over prompts, {_RESAMPLES} resamples"
