@@ -92,7 +92,7 @@ class RewardLoop(Trainer):
         if world > 1 and is_packed and dealt is not None:
             width = self.accelerator.unwrap_model(self.model).config.get_text_config().hidden_size
             costs = costs_of(self.train_dataset, width)
-            passes = self.args.gradient_accumulation_steps
+            _, passes = self.args.division
             dealt.sampler = BalancedSampler(dealt.sampler, costs, self.args.train_batch_size, world, passes)
         return loader
 
