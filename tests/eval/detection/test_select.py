@@ -55,12 +55,13 @@ def test_the_model_whose_candidates_stand_out_less_is_chosen(folders, spoilt):
     assert second["null_rank"] == alone["csi_normalized_null_rank"]
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_command_line(folders, tmp_path, capsys):
     for name, content in {"reference": rows(0), "candidate": rows(100, odd=20)}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     command = ["select", "--model", *(f"{name}={folder}" for name, folder in folders.items()), "--reference",
                f"{tmp_path}/reference.jsonl", "--candidate", f"{tmp_path}/candidate.jsonl", "--alpha", "0.1",
-               "--output", f"{tmp_path}/out"]  # fmt: skip
+               "--max-responses", "25", "--output", f"{tmp_path}/out"]  # fmt: skip
     assert main(command) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert f"chose {result['chosen']} among 2 models" in capsys.readouterr().out
