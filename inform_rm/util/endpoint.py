@@ -31,8 +31,8 @@ _LONGEST_WAIT, _LONGEST_ASKED_WAIT = 60.0, 300.0  # seconds: of our own doubling
 _LEAST_HIDDEN = 8  # characters: a shorter key ("EMPTY") is an ordinary word, and no secret
 
 
-class EndpointError(RuntimeError):
-    """The endpoint did not answer a request after all tries; what was answered before is kept by the caller."""
+class EndpointError(ConnectionError):
+    """The endpoint gave nothing usable after all tries; what was answered before is kept by the caller."""
 
 
 class RefusedRequest(Exception):
