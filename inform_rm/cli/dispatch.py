@@ -32,7 +32,7 @@ from inform_rm.cli.quiet import silence_normal_messages
 from inform_rm.errors import InputError, Interrupted, did_you_mean
 
 COMMANDS = (
-    demo, plan, train, evaluate, decompose, detect, simulate, compare, score, serve, check_data, export, report
+    demo, train, plan, evaluate, decompose, detect, simulate, compare, score, serve, check_data, export, report
 )  # fmt: skip
 _COMMANDS_OF_SEVERAL_PROCESSES = ("train", "evaluate", "decompose", "score")
 

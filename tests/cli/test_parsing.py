@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from inform_rm.cli import train
+from inform_rm.cli import plan, train
 from inform_rm.cli.dispatch import COMMANDS, parse
 from inform_rm.cli.parsing import CommandParser
 from inform_rm.cli.quiet import is_alarming
@@ -32,8 +32,8 @@ def a_value(action):
     return ["a=3"]
 
 
-# The flags of train are settings, which tests/training spells.
-@pytest.mark.parametrize("module", [each for each in COMMANDS if each is not train], ids=REQUIRED)
+# The flags of train and plan are settings, which tests/training spells.
+@pytest.mark.parametrize("module", [each for each in COMMANDS if each not in (plan, train)], ids=REQUIRED)
 def test_every_flag_means_the_same_in_both_spellings(module):
     commands = argparse.ArgumentParser().add_subparsers(parser_class=CommandParser)
     module.add_parser(commands)
