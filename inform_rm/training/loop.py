@@ -106,7 +106,10 @@ class RewardLoop(Trainer):
             data: Any = self.train_dataset
             with contextlib.suppress(TypeError):  # a stream has no length
                 batches[-1]["pairs_left"] = len(data) % (world * self.args.train_batch_size)
-        return batches, None  # of labels there is nothing to count: the Trainer would not average for a loss that did
+        return batches, None
+
+    def _get_num_items_in_batch(self, *args: Any) -> None:
+        """Of labels there is nothing to count: the Trainer would not average for a loss that did."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass of a batch; row by row where it has several: the gradients add up."""
