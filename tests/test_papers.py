@@ -98,9 +98,9 @@ def card(**settings):
 
 
 def test_a_model_card_says_what_its_run_has_otherwise():
-    text = card()
+    text = card(kl_warmup_steps=0.2)
     assert TRL_TRAINS_BT in text
-    assert "- kl_warmup_steps 0.25: the KL term starts at 0" in text
+    assert "- kl_warmup_steps 0.2: the KL term starts at 0" in text
     assert "| pairs_per_step | 64 |" in text and "gradient_accumulation_steps" not in text
     prioritized = card(objective="prioritized", kl_reduction="averaged_moments")
     assert GAP_DERIVED in prioritized

@@ -124,7 +124,8 @@ class RewardArguments:
         "sum",
     )
     kl_warmup_steps: float = _setting(
-        "the KL weight is 0 for so many steps and rises to beta over as many again; below 1: fraction of all steps",
+        "the KL weight is 0 for so many steps and rises to beta over as many again; below 1: fraction of all steps; "
+        "not in the paper, which has beta from the first step (0)",
         0.1,
     )
     loss_type: str = _setting("loss of a pair (`inform_rm.training.losses.PAIR_LOSSES`)", "bradley_terry")

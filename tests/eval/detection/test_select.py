@@ -1,6 +1,8 @@
 """`select`: the order is that of CSI's rank in the null, with the choice by gold beside it."""
 
+import functools
 import json
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from inform_rm.cli import main
 from inform_rm.errors import InputError
 from inform_rm.eval.detection.detect import detect
 from inform_rm.eval.detection.select import select
+
+module = sys.modules[select.__module__]
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
 QUICK = {"num_splits": 9, "num_resamples": 5, "alpha": 0.1}
@@ -55,12 +59,15 @@ def test_the_model_whose_candidates_stand_out_less_is_chosen(folders, spoilt):
     assert second["null_rank"] == alone["csi_normalized_null_rank"]
 
 
-def test_command_line(folders, tmp_path, capsys):
+@pytest.mark.usefixtures("coarse_figures")
+def test_command_line(folders, tmp_path, capsys, monkeypatch):
     for name, content in {"reference": rows(0), "candidate": rows(100, odd=20)}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     command = ["select", "--model", *(f"{name}={folder}" for name, folder in folders.items()), "--reference",
                f"{tmp_path}/reference.jsonl", "--candidate", f"{tmp_path}/candidate.jsonl", "--alpha", "0.1",
                "--output", f"{tmp_path}/out"]  # fmt: skip
+    quickly = functools.partial(select, **{name: QUICK[name] for name in ("num_splits", "num_resamples")})
+    monkeypatch.setattr(module, "select", quickly)
     assert main(command) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert f"chose {result['chosen']} among 2 models" in capsys.readouterr().out
