@@ -411,7 +411,7 @@ class RewardLoop(Trainer):
         """Compile each decoder layer, in place, in place of the whole model.
 
         All layers share what is compiled, for rows of any length: seconds of compiling, where the whole model takes
-        minutes (docs/performance.md).
+        minutes (docs/results/performance.md).
         """
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         model: Any = self.accelerator.unwrap_model(self.model)
