@@ -83,7 +83,7 @@ def rows_of(results: Results, choice: Choice, dials: Dials, seeds: Iterable[int]
 
 
 def chosen(results: Results, candidates: list[Variant], dials: Dials) -> Choice | None:
-    """What is right about most validation pairs of the selection seeds: both epochs of all candidates that were run."""
+    """What is right about most validation pairs of the selection seeds, of both epochs of all candidates run."""
     choices = [(variant, kept) for variant in candidates for kept in ("end", "best")]
     ran = [each for each in choices if rows_of(results, each, dials, [*SELECTION_SEEDS, *REPORT_SEEDS])]
 
