@@ -125,6 +125,16 @@ def test_every_picture_says_in_words_what_it_shows(page):
     assert [text for text in texts if len(text.split()) < 4] == []
 
 
+def test_figures_take_their_colours_from_one_place():
+    own = {"inform_rm/util/colors.py", "inform_rm/util/page.py"}  # the palette; the grounds of light and dark pages
+    others = [
+        page_id(path)
+        for path in (ROOT / "inform_rm").rglob("*.py")
+        if re.search(r"\"#[0-9a-fA-F]{6}\"|\"C\d|steelblue|tab:", path.read_text(encoding="utf-8"))
+    ]
+    assert set(others) == own
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_python_compiles(page):
     for number, code in enumerate(fences(page, "python")):

@@ -79,7 +79,7 @@ def _read(words: Sequence[str]) -> tuple[str | None, dict[str, Any], dict[str, A
         try:
             own[name] = given if given is None else kind(given)
         except (TypeError, ValueError):
-            raise InputError(f"--{name}: {given!r}; expected a {kind.__name__}.") from None
+            raise InputError(f"--{name}: {given!r}; expected a number.") from None
         if kind is int and own[name] is not None and own[name] < 1:
             raise InputError(f"--{name}: {own[name]}; expected a whole number of at least 1.")
     return recipe, own, flags

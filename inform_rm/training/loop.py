@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import DynamoBackend, send_to_device
 from torch import Tensor
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback
@@ -78,6 +78,8 @@ class RewardLoop(Trainer):
         collate: Any = self.data_collator
         collate = collate.args[0] if isinstance(collate, functools.partial) else collate
         self._packing = collate if isinstance(collate, PackedPairCollator) else None
+        if self._packing is not None and self.args.torch_compile:
+            self._compile_layers()
         self._keep_fsdp_output_in_float32()
 
     def get_train_dataloader(self) -> Any:
@@ -107,7 +109,10 @@ class RewardLoop(Trainer):
             data: Any = self.train_dataset
             with contextlib.suppress(TypeError):  # a stream has no length
                 batches[-1]["pairs_left"] = len(data) % (world * self.args.train_batch_size)
-        return batches, None  # of labels there is nothing to count: the Trainer would not average for a loss that did
+        return batches, None
+
+    def _get_num_items_in_batch(self, *args: Any) -> None:
+        """Of labels there is nothing to count: the Trainer would not average for a loss that did."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass of a batch; row by row where it has several: the gradients add up."""
@@ -401,6 +406,21 @@ class RewardLoop(Trainer):
         output = model(**given)
         kl = getattr(output, "kl", None)
         return output.logits.float().flatten(), None if kl is None else kl.float(), output
+
+    def _compile_layers(self) -> None:
+        """Compile each decoder layer, in place, in place of the whole model.
+
+        All layers share what is compiled, for rows of any length: seconds of compiling, where the whole model takes
+        minutes (docs/performance.md).
+        """
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        model: Any = self.accelerator.unwrap_model(self.model)
+        names = set(model._no_split_modules or ())
+        for module in model.modules():
+            if type(module).__name__ in names:
+                module.compile(
+                    dynamic=True, backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode
+                )
 
     def save_whole_model(self, output_dir: str) -> None:
         """`save_model` that writes an ordinary folder under ``SHARDED_STATE_DICT``, too."""

@@ -5,6 +5,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from inform_rm.eval.report import result_settings
+from inform_rm.util.colors import SKY, VERMILION
 from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png
 
 _CAPTION = (
@@ -37,8 +38,8 @@ def models_figure(result: dict[str, Any]) -> Figure:
     for place, entry in enumerate(entries):
         unit = entry["csi_null"] or 1.0
         low, high = (value / unit for value in entry["csi_normalized_interval"])
-        axes.plot([low, high], [place, place], color="#9bb7d4", linewidth=3)
-        axes.plot(entry["csi_over_null"], place, "o", color="#c2413b")
+        axes.plot([low, high], [place, place], color=SKY, linewidth=3)
+        axes.plot(entry["csi_over_null"], place, "o", color=VERMILION)
     axes.axvline(1.0, color="grey", linestyle="--", linewidth=0.9)
     axes.set_yticks(range(len(entries)), [entry["name"] for entry in entries])
     axes.set_xlabel("CSI / CSI of halves of the reference")

@@ -20,7 +20,7 @@ from inform_rm.eval.judging.prompts import LABEL, PAIR, JudgePrompt, Unreadable
 from inform_rm.eval.judging.report import LabelResult, WinRateResult
 from inform_rm.eval.judging.rows import Pair, matched, read_responses
 from inform_rm.eval.judging.settings import JudgeSettings
-from inform_rm.util.endpoint import ChatEndpoint
+from inform_rm.util.endpoint import ChatEndpoint, EndpointError
 from inform_rm.util.files import check_output_directory
 from inform_rm.util.intervals import grouped_bootstrap, wilson_interval
 
@@ -67,8 +67,8 @@ def judge(
 
     Raises:
         InputError: bad settings or rows, no common prompts, or an endpoint that refuses key or model.
-        EndpointError: the endpoint gave no usable reply after all tries; what is answered is kept.
-        RuntimeError: no answer could be read.
+        EndpointError: the endpoint gave no usable reply after all tries, or none of its answers can be read; what is
+            answered is kept.
     """
     settings, asked = _settings(options, endpoint)
     chat = asked.open(model)
@@ -142,7 +142,7 @@ def _compare(
     judged = [(row, pair) for row, pair in zip(rows, pairs, strict=True) if row["outcome"] is not None]
     unreadable = _unreadable(rows)
     if not judged:
-        raise RuntimeError(f"judge: none of {len(rows)} pairs has a readable verdict; the first: {unreadable[0]}")
+        raise EndpointError(f"judge: none of {len(rows)} pairs has a readable verdict; the first: {unreadable[0]}")
     credits = {"win": 1.0, "tie": 0.5, "loss": 0.0}
     values = np.array([credits[row["outcome"]] for row, _ in judged])
     interval, kind = _interval(values, [pair.key for _, pair in judged], settings.seed)
@@ -216,7 +216,7 @@ def _label(
     labels = [row["hacked"] for row in written if row["hacked"] is not None]
     unreadable = _unreadable(written)
     if not labels:
-        raise RuntimeError(f"judge: none of {len(rows)} answers has a readable verdict; the first: {unreadable[0]}")
+        raise EndpointError(f"judge: none of {len(rows)} answers has a readable verdict; the first: {unreadable[0]}")
     result = LabelResult(
         **about,
         num_responses=len(rows),
