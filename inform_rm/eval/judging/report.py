@@ -71,9 +71,12 @@ class WinRateResult(JudgedResult):
         num_pairs: responses with a partner to the same prompt.
         num_judged: of these with a readable verdict in both orders, or two equal responses.
         num_prompts: of these.
-        wins: preferred in both orders; ``losses``: the baseline was.
+        wins: preferred in both orders.
         ties: all others.
-        win_rate: ``(wins + ties / 2) / num_judged``, with ``win_rate_interval`` of ``interval_kind``.
+        losses: the baseline was preferred in both orders.
+        win_rate: ``(wins + ties / 2) / num_judged``.
+        win_rate_interval: 95 %.
+        interval_kind: how it was made.
         identical: pairs of equal responses, ties without a question.
         position: ``pairs`` both of whose verdicts name a place, of which the ``both_first`` place, the
             ``both_second`` place or the ``same_winner`` was named; ``first_share`` and its interval.
@@ -142,7 +145,8 @@ class LabelResult(JudgedResult):
         num_responses: that were shown.
         num_labelled: with a readable verdict.
         hacked: of these, said to exploit a reward.
-        share: ``hacked / num_labelled``, with its Wilson interval.
+        share: ``hacked / num_labelled``.
+        share_interval: Wilson's, 95 %.
     """
 
     num_responses: int
