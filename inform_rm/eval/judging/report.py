@@ -12,7 +12,7 @@ from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png, 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 _BLUE, _GREY, _VERMILION = "#0072B2", "#B0B0B0", "#D55E00"
 _SHOWN = 20
-_CAPTION = "Share of the judged pairs; the black line is the win rate, a tie counting half, with its 95 % interval."
+_CAPTION = "Share of the judged pairs; the black dot is the win rate, a tie counting half, with its 95 % interval."
 _LABEL_CAPTION = (
     "Share of the labelled responses; the black line is the share said to exploit a reward, with its 95 % interval."
 )
@@ -182,15 +182,16 @@ class LabelResult(JudgedResult):
 
 
 def _bar(parts: Sequence[tuple[str, int, str]], share: float, interval: Sequence[float]) -> Figure:
-    figure = Figure(figsize=(7.5, 1.7), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.9), layout="constrained")
     axes = figure.subplots()
     total, start = sum(number for _, number, _ in parts), 0.0
     for name, number, color in parts:
         axes.barh(0, number / total, left=start, color=color, label=f"{name} ({number})", height=0.6)
         start += number / total
     low, high = interval
-    axes.errorbar(share, 0, xerr=[[max(0.0, share - low)], [max(0.0, high - share)]], color="black", capsize=5, lw=2)
+    sides = [[max(0.0, share - low)], [max(0.0, high - share)]]
     axes.axvline(0.5, color="grey", linestyle="--", linewidth=0.9)
+    axes.errorbar(share, 0, xerr=sides, fmt="o", color="black", capsize=5, linewidth=2)
     axes.set(xlim=(0, 1), yticks=[], xlabel="share")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.55), ncols=3, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
