@@ -42,11 +42,11 @@ def standard_candidates() -> list[Any]:
 
 
 def inform_candidates() -> list[Any]:
-    """As many settings of InfoRM."""
+    """As many settings of InfoRM, with the head that the package had until these runs showed a better start."""
     from mechanism_models import Variant
 
     grid = ((0.01, 0.25), (0.03, 0.0), (0.03, 0.1), (0.1, 0.0), (0.1, 0.05), (0.1, 0.1), (0.1, 0.25), (0.3, 0.1))
-    return [Variant(beta=beta, kl_warmup_steps=warmup) for beta, warmup in grid]
+    return [Variant(beta=beta, kl_warmup_steps=warmup, start=HEAD_STARTS[0]) for beta, warmup in grid]
 
 
 def runs_of(part: str) -> Iterator[Run]:
@@ -57,19 +57,21 @@ def runs_of(part: str) -> Iterator[Run]:
     short = Variant(kl_warmup_steps=0.1)
     if part == "table":
         yield from crossed([*standard, *inform], both, [Dials()])
-        yield from crossed([Variant(beta=0.01, latent_dim=32)], both, [Dials()])
+        yield from crossed([Variant(beta=0.01, latent_dim=32, start=HEAD_STARTS[0])], both, [Dials()])
     elif part == "head":
         heads = [Variant(start=each, decoder="linear" if each.startswith("linear") else "mlp") for each in HEAD_STARTS]
         free = [replace(each, beta=0.001, kl_warmup_steps=warmup) for warmup in (0.1, 0.25) for each in heads]
         yield from crossed([Variant("standard"), *free], SELECTION_SEEDS, [Dials(12000, noise=0.0, epochs=1)])
         chosen = [replace(each, beta=beta, kl_warmup_steps=0.1) for beta in (0.1, 0.03) for each in heads]
         yield from crossed(chosen, SELECTION_SEEDS, [Dials()])
+    elif part == "new head":
+        yield from crossed([short], both[::-1], [Dials(), Dials(6000)])
     elif part == "map":
         cells = [Dials(1000), Dials(6000), Dials(noise=0.0), Dials(noise=0.4), Dials(neutral=40), Dials(neutral=488),
                  *(Dials(pairs, noise) for pairs in (1000, 6000) for noise in (0.0, 0.4))]  # fmt: skip
         yield from crossed([*standard, *inform], both, cells)
     elif part == "bias":
-        yield from crossed([*standard[:3], *inform], both, [Dials(bias=0.7)])
+        yield from crossed([standard[0], short, standard[2]], both[::-1], [Dials(bias=0.7)])
     elif part == "rule":
         wide = [
             Variant(beta=beta, kl_warmup_steps=warmup) for beta in (0.03, 0.1, 0.3) for warmup in (0.05, 0.1, 0.25)
@@ -79,7 +81,7 @@ def runs_of(part: str) -> Iterator[Run]:
         yield from crossed([*shapes, *(replace(each, decoder="linear") for each in shapes)], both, [Dials()])
 
 
-PARTS = ("table", "head", "bias", "map", "rule")
+PARTS = ("table", "head", "bias", "map", "rule", "new head")
 
 
 def crossed(variants: Iterable[Any], seeds: Iterable[int], cells: Iterable[Dials]) -> Iterator[Run]:
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--models", type=int, default=96, help="most models that are trained at once")
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing after so long")
+    parser.add_argument("--judge-only", action="store_true", help="train and judge, optimise nothing against them")
     parser.add_argument("--seeds", type=int, nargs="+", help="these seeds only")
     arguments = parser.parse_args()
     start = time.time()
@@ -108,7 +111,8 @@ def main() -> None:
         groups += grouped(left, arguments.models)
     print(f"{sum(map(len, groups))} runs in {len(groups)} groups", flush=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    jobs = [(group, folder, arguments.device, start + 60 * arguments.minutes) for group in groups]
+    last_start, attack = start + 60 * arguments.minutes, not arguments.judge_only
+    jobs = [(group, folder, arguments.device, last_start, attack) for group in groups]
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
         for number, words in enumerate(pool.imap_unordered(one_group, jobs), 1):
             print(f"{number}/{len(groups)}, {time.time() - start:.0f} s: {words}", flush=True)
@@ -128,14 +132,14 @@ def grouped(runs: list[Run], most: int) -> list[list[Run]]:
     return in_order
 
 
-def one_group(job: tuple[list[Run], Path, str, float]) -> str:
+def one_group(job: tuple[list[Run], Path, str, float, bool]) -> str:
     """Do one group of runs in this process and append its results to a file of its own."""
     import torch
 
     from inform_rm.util.files import versions
     from mechanism_models import run_group
 
-    runs, folder, device, last_start = job
+    runs, folder, device, last_start, attack = job
     first = f"{asdict(runs[0][0])} {asdict(runs[0][2])}"
     if time.time() > last_start:
         return f"left out {len(runs)} runs from {first}"
@@ -147,9 +151,12 @@ def one_group(job: tuple[list[Run], Path, str, float]) -> str:
         {"key": key_of(*run), "variant": asdict(run[0]), "seed": run[1], "dials": asdict(run[2]), **about}
         for run in runs
     ]
-    for kept, figures, _, _ in run_group(runs, torch.device(device)):
-        for row, found in zip(rows, figures, strict=True):
-            row[kept] = found
+    try:
+        for kept, figures, _, _ in run_group(runs, torch.device(device), attack):
+            for row, found in zip(rows, figures, strict=True):
+                row[kept] = found
+    except RuntimeError as error:  # of the card: the other groups go on
+        return f"FAILED {len(runs)} runs from {first}: {error}"
     seconds = time.time() - start
     lines = "".join(
         json.dumps(rounded(row | {"group_seconds": seconds, "group_size": len(runs)})) + "\n" for row in rows

@@ -18,7 +18,6 @@ from torch.func import functional_call, grad, vmap
 from transformers import LlamaConfig
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
-from inform_rm.eval.best_of_n.simulate import best_of_n_expectation
 from inform_rm.training.losses import kl_weight, reward_model_loss
 from mechanism_world import (
     BIASED,
@@ -315,17 +314,30 @@ def word_effects(proxies: Proxies, seeds: list[int], sets: list[TrainingSet], co
 
 def best_of_n(proxies: Proxies, seeds: list[int], sets: list[TrainingSet]) -> list[dict[str, Any]]:
     """Mean gold reward of the best of n by the proxy, and by the gold reward itself; unbiased."""
-    drawn = [draw_responses(_again(each.world, seed, 2), PROMPTS * BEST_OF[-1]) for seed, each in
-             zip(seeds, sets, strict=True)]  # fmt: skip
-    rewards = proxies.score(torch.stack(drawn)).cpu().view(len(sets), PROMPTS, -1).double().numpy()
-    found = []
-    for place, each in enumerate(sets):
-        true = gold(drawn[place], each.world.worth).view(PROMPTS, -1).double().numpy()
-        by = {"best_of_n": rewards[place], "best_of_n_by_gold": true}
-        found.append(
-            {name: best_of_n_expectation(each, true, BEST_OF).mean(axis=0).tolist() for name, each in by.items()}
-        )
-    return found
+    worlds = [_again(each.world, seed, 2) for seed, each in zip(seeds, sets, strict=True)]
+    drawn = torch.stack([draw_responses(world, PROMPTS * BEST_OF[-1]) for world in worlds])
+    true = torch.stack([gold(words, each.world.worth) for words, each in zip(drawn, sets, strict=True)])
+    rewards, true = (each.view(len(sets), PROMPTS, -1).double() for each in (proxies.score(drawn).cpu(), true))
+    by_proxy, by_gold = (expected_best(each, true, BEST_OF).mean(dim=1).tolist() for each in (rewards, true))
+    return [{"best_of_n": own, "best_of_n_by_gold": ideal} for own, ideal in zip(by_proxy, by_gold, strict=True)]
+
+
+def expected_best(rewards: Tensor, values: Tensor, numbers: tuple[int, ...]) -> Tensor:
+    """Mean value of the response with the largest reward over all sets of n of N: ``(..., N)`` to ``(..., numbers)``.
+
+    As `inform_rm.eval.best_of_n.simulate.best_of_n_expectation`, with torch alone, and ties in any order.
+    """
+    size = rewards.shape[-1]
+    ordered = values.gather(-1, rewards.argsort(dim=-1))
+    rank = torch.arange(1, size + 1, dtype=torch.float64)
+
+    def log_choose(many: Tensor, few: int) -> Tensor:
+        return torch.lgamma(many + 1) - math.lgamma(few + 1) - torch.lgamma((many - few).clamp(min=0) + 1)
+
+    shares = [
+        torch.where(rank >= n, (log_choose(rank - 1, n - 1) - log_choose(rank[-1], n)).exp(), 0.0) for n in numbers
+    ]
+    return torch.stack([(ordered * share).sum(dim=-1) for share in shares], dim=-1)
 
 
 def optimize(proxies: Proxies, seeds: list[int], sets: list[TrainingSet]) -> tuple[list[dict[str, Any]], Tensor]:

@@ -102,15 +102,17 @@ class RewardLinear(nn.Linear):
 
     Rewards of good and bad responses often differ by less than the spacing of bfloat16 numbers (0.4 %).
 
-    ``initial_gain`` is the root mean square of a fresh layer's output for inputs of 1; several values divide the
-    outputs into as many equal parts.
+    ``initial_gain`` is the root mean square of a fresh layer's output for inputs of 1, ``initial_bias`` its constant;
+    several values divide the outputs into as many equal parts. The last half of a fresh weight along the dimension
+    ``mirrored`` is minus its first half.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, initial_gain: tuple[float, ...] = (1.0,)
-    ):
+        self, in_features: int, out_features: int, bias: bool = True, initial_gain: tuple[float, ...] = (1.0,),
+        initial_bias: tuple[float, ...] = (0.0,), mirrored: int | None = None,
+    ):  # fmt: skip
         super().__init__(in_features, out_features, bias=bias)
-        self.initial_gain = initial_gain
+        self.initial_gain, self.initial_bias, self.mirrored = initial_gain, initial_bias, mirrored
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``(..., in_features)`` of any float type to ``(..., out_features)`` in float32 (float64 stays float64)."""
@@ -129,18 +131,18 @@ class InfoRMHead(nn.Module):
 
     def __init__(self, config: InfoRMConfig, hidden_size: int):
         super().__init__()
-        # Means as large as the hidden states (root mean square 1 to 5) stand out from the noise from the first step;
-        # the KL term, hundreds of nats then, needs a warm-up. Log variances of that size would overflow or vanish.
-        self.encoder = RewardLinear(hidden_size, 2 * config.latent_dim, initial_gain=(1.0, 0.1))
+        # Means as large as the hidden states (root mean square 1 to 5), with small variances, stand out from the noise
+        # from the first step; the KL term, hundreds of nats then, needs a warm-up.
+        self.encoder = RewardLinear(hidden_size, 2 * config.latent_dim, True, (1.0, 0.1), initial_bias=(0.0, -4.0))
         if config.decoder == "linear":
             self.decoder: nn.Module = RewardLinear(config.latent_dim, 1)
         else:
-            # The small first layer makes the start almost linear: what chosen and rejected have in common, most of the
-            # hidden state, would else not cancel in the gradient of their difference.
+            # Units in pairs of opposite sign make the start linear (but for one unit of an odd K), gelu(x) - gelu(-x)
+            # = x: what chosen and rejected have in common, most of the hidden state, then cancels in their difference.
             self.decoder = nn.Sequential(
-                RewardLinear(config.latent_dim, config.latent_dim, initial_gain=(0.1,)),
+                RewardLinear(config.latent_dim, config.latent_dim, mirrored=0),
                 nn.GELU(),
-                RewardLinear(config.latent_dim, 1, initial_gain=(10.0,)),
+                RewardLinear(config.latent_dim, 1, initial_gain=(0.4,), mirrored=1),
             )
 
     def encode(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,8 +334,15 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                 if not getattr(module.weight, "_is_hf_initialized", False):
                     for rows, gain in zip(module.weight.chunk(len(gains)), gains, strict=True):
                         rows.normal_(mean=0.0, std=gain / math.sqrt(module.in_features))
+                    if module.mirrored is not None:
+                        half = module.weight.shape[module.mirrored] // 2
+                        first = module.weight.narrow(module.mirrored, 0, half)
+                        module.weight.narrow(module.mirrored, -half, half).copy_(-first)
                 if module.bias is not None and not getattr(module.bias, "_is_hf_initialized", False):
-                    module.bias.zero_()
+                    for part, value in zip(
+                        module.bias.chunk(len(module.initial_bias)), module.initial_bias, strict=True
+                    ):
+                        part.fill_(value)
 
     def forward(
         self,

@@ -29,6 +29,11 @@ def add_parser(commands: Any) -> None:
                          "file a candidate, in order; adds precision and recall of the outliers")  # fmt: skip
     flags.add_columns(command, flags.ROW_FIELDS)
     command.add_argument("--output", required=True, help="folder for result.json, responses.parquet, plots and page")
+    add_settings(command)
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """The flags of `DetectionSettings`; `chosen_settings` reads them."""
     for setting in _SETTINGS:
         default = "" if setting.default is None else " (default: %(default)s)"
         command.add_argument(
@@ -38,6 +43,11 @@ def add_parser(commands: Any) -> None:
             default=setting.default,
             help=setting.metadata["help"] + default,
         )
+
+
+def chosen_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """As arguments of the functions."""
+    return {setting.name: getattr(arguments, setting.name) for setting in _SETTINGS}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -52,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.output,
         labels=arguments.labels,
         columns=flags.columns(arguments),
-        **{setting.name: getattr(arguments, setting.name) for setting in _SETTINGS},
+        **chosen_settings(arguments),
         **flags.scoring_options(arguments),
     )
     for part in result.candidates:

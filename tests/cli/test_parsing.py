@@ -14,7 +14,8 @@ from inform_rm.cli.quiet import is_alarming, silence_normal_messages
 
 REQUIRED = {
     "demo": "", "evaluate": "--model m --output o", "decompose": "--model m --data d --output o",
-    "detect": "--model m --reference r --candidate c --output o", "simulate": "--proxy p --output o",
+    "detect": "--model m --reference r --candidate c --output o",
+    "select": "--model m --reference r --candidate c --output o", "simulate": "--proxy p --output o",
     "compare": "--results r --output o", "score": "--model m --input i --output o", "serve": "--model m",
     "generate": "--model m --prompts d --output o", "judge": "--model m --endpoint e --responses r --output o",
     "check-data": "--data d", "export": "--model m --output o", "report": "--run r --output o",

@@ -11,12 +11,13 @@ from sklearn.manifold import TSNE
 from inform_rm.eval.detection.statistic import STATISTICS, Statistic
 from inform_rm.eval.frame import ModelResult, unwritten
 from inform_rm.eval.report import result_settings
+from inform_rm.util.colors import BLUE, SKY, VERMILION
 from inform_rm.util.page import Block, Heading, Image, Page, PointMap, Table, figure_png, format_interval
 from inform_rm.util.papers import MOP_DIFFERS
 
 REFERENCE = "(reference)"
 
-_COLORS = {"reference": "#9bb7d4", "candidate": "#e0a458", "outlier": "#c2413b"}
+_COLORS = {"reference": SKY, "candidate": BLUE, "outlier": VERMILION}
 _SHOWN_CHARACTERS = 400
 _OUTLIER_HEADER = ("candidate", "prompt", "response", "reward", "squared distance", "tail probability")
 _LABEL_HEADER = (

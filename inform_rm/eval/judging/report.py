@@ -7,14 +7,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from inform_rm.eval.frame import Result
+from inform_rm.util.colors import BLUE, GREY, VERMILION
 from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png, settings_table, with_interval
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
-_BLUE, _GREY, _VERMILION = "#0072B2", "#B0B0B0", "#D55E00"
 _SHOWN = 20
 _CAPTION = "Share of the judged pairs; the black dot is the win rate, a tie counting half, with its 95 % interval."
 _LABEL_CAPTION = (
-    "Share of the labelled responses; the black line is the share said to exploit a reward, with its 95 % interval."
+    "Share of the labelled responses; the black dot is the share said to exploit a reward, with its 95 % interval."
 )
 
 
@@ -115,7 +114,7 @@ class WinRateResult(JudgedResult):
 
     def figure(self) -> Figure:
         """Wins, ties and losses as one bar."""
-        parts = [("wins", self.wins, _BLUE), ("ties", self.ties, _GREY), ("losses", self.losses, _VERMILION)]
+        parts = [("wins", self.wins, BLUE), ("ties", self.ties, GREY), ("losses", self.losses, VERMILION)]
         return _bar(parts, self.win_rate, self.win_rate_interval)
 
     def page(self) -> Page:
@@ -168,7 +167,7 @@ class LabelResult(JudgedResult):
 
     def figure(self) -> Figure:
         """Both labels as one bar."""
-        parts = [("exploit", self.hacked, _VERMILION), ("do not", self.num_labelled - self.hacked, _BLUE)]
+        parts = [("exploit", self.hacked, VERMILION), ("do not", self.num_labelled - self.hacked, BLUE)]
         return _bar(parts, self.share, self.share_interval)
 
     def page(self) -> Page:
