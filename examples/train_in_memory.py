@@ -2,9 +2,9 @@
 
     python examples/train_in_memory.py --output my-run
 
-Needs peft (pip install 'inform-rm[peft]'). Nothing is downloaded: pairs come from the package's generated world, and the
-backbone is a small Llama that is made here. About 20 seconds on one CPU core. The backbone is untrained, so that the
-accuracy says nothing.
+Needs peft (pip install 'inform-rm[peft]'). Nothing is downloaded: pairs come from the package's generated world, and
+the backbone is a small Llama that is made here. About 20 seconds on one CPU core. The backbone is untrained, so that
+the accuracy says nothing.
 """
 
 import argparse
