@@ -123,7 +123,7 @@ class RewardLoop(Trainer):
             inputs = self._selector.batch(inputs, self.accelerator, self.state)
         ids = inputs.pop("ids")
         if pairs_left := inputs.pop("pairs_left", 0):
-            size = len(inputs["margin"])
+            size = sum(len(part["margin"]) for part in inputs.get("rows", [inputs]))
             counted = min(max(pairs_left - self.accelerator.process_index * size, 0), size)
             inputs |= counted_pairs(counted, pairs_left, self.accelerator.num_processes)
         rows = inputs.get("rows")
