@@ -30,7 +30,7 @@ _HARMLESS_KEYWORDS = {
 # What FlexAttention does itself.
 _FLEX_KEYWORDS = {"softcap", "s_aux"}
 _NOT_GIVEN = -1
-# On a CPU longer rows take more memory and are no faster (docs/performance.md).
+# On a CPU longer rows take more memory and are no faster (docs/results/performance.md).
 CPU_TOKENS_PER_BATCH = 2048
 
 

@@ -66,6 +66,7 @@ class RewardLoop(Trainer):
         self.label_names: list[str] = []
         self._sums: Tensor | None = None
         self._has_kl = self._has_groups = False
+        self._kl_share = getattr(self.accelerator.unwrap_model(self.model).config, "kl_share", 1.0)
         self._since_update: list[tuple[list[str], Tensor]] = []  # of the batches since the last update: ids, loss
         self._passed: list[dict[str, Any]] = []  # inputs of the forward passes since then
         self._loss_settings: dict[str, Any] = {
@@ -93,7 +94,7 @@ class RewardLoop(Trainer):
         if world > 1 and is_packed and dealt is not None:
             width = self.accelerator.unwrap_model(self.model).config.get_text_config().hidden_size
             costs = costs_of(self.train_dataset, width)
-            passes = self.args.gradient_accumulation_steps
+            _, passes = self.args.division
             dealt.sampler = BalancedSampler(dealt.sampler, costs, self.args.train_batch_size, world, passes)
         return loader
 
@@ -233,6 +234,7 @@ class RewardLoop(Trainer):
         """
         rewards, kl, output = self._rewards(model, inputs)
         beta = kl_weight(self.state.global_step, self.state.max_steps, self.args.beta, self.args.kl_warmup_steps)
+        beta *= self._kl_share
         has_groups = "groups" in inputs
         loss, sums = (self._group_loss if has_groups else self._pair_loss)(rewards, kl, inputs, beta)
         self._sums = sums if self._sums is None else self._sums + sums
@@ -396,7 +398,7 @@ class RewardLoop(Trainer):
             return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         # As many as all processes use for one update: their order is then that of one process with such a batch.
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        batch_size = self.args.train_batch_size * self.args.division[1] * self.args.world_size
         return EpochSeededLengthSampler(batch_size, list(rows["length"]), self.args.seed)
 
     def _rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Any]:

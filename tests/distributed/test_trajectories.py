@@ -17,7 +17,7 @@ pytestmark = pytest.mark.distributed
 CASES = {
     "padded": {"batching": "padded"},
     "packed": {"batching": "packed"},
-    "accumulation": {"gradient_accumulation_steps": 2},
+    "accumulation": {"pairs_per_step": 16, "gradient_accumulation_steps": None},
     "lengths": {"group_by_length": True, "gradient_accumulation_steps": 2, "max_steps": 2},
     # 21 pairs in global batches of 8: in the last step of an epoch one process has 1 real pair and the other none.
     # Rows of few tokens: a batch takes one process more forward passes than the other.
