@@ -19,6 +19,7 @@ import numpy as np
 
 from mechanism import (
     HEAD_STARTS,
+    NEW_START,
     REPORT_SEEDS,
     SELECTION_SEEDS,
     inform_candidates,
@@ -83,7 +84,7 @@ def rows_of(results: Results, choice: Choice, dials: Dials, seeds: Iterable[int]
 
 
 def chosen(results: Results, candidates: list[Variant], dials: Dials) -> Choice | None:
-    """What is right about most validation pairs of the selection seeds: both epochs of all candidates that were run."""
+    """What is right about most validation pairs of the selection seeds, of what was run; both epochs are tried."""
     choices = [(variant, kept) for variant in candidates for kept in ("end", "best")]
     ran = [each for each in choices if rows_of(results, each, dials, [*SELECTION_SEEDS, *REPORT_SEEDS])]
 
@@ -262,10 +263,10 @@ def head_table(results: Results) -> list[str]:
         "100 to 190": (10, 19),
         "190 to 375": (19, 38),
     }
-    for start in HEAD_STARTS:
+    for start, beta in [*((each, 0.001) for each in HEAD_STARTS), (NEW_START, 0.0)]:
         decoder = "linear" if start.startswith("linear") else "mlp"
-        cells = [start]
-        variant = Variant(beta=0.001, kl_warmup_steps=0.25, start=start, decoder=decoder)
+        cells = [start if beta else f"{start}, beta 0"]
+        variant = Variant(beta=beta, kl_warmup_steps=0.25, start=start, decoder=decoder)
         rows = rows_of(results, (variant, "end"), free, SELECTION_SEEDS)
         if not rows:
             continue
