@@ -7,10 +7,12 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import html
 import importlib
 import inspect
+import io
 import re
 import textwrap
 from collections.abc import Iterator
@@ -81,15 +83,28 @@ def _command_lines() -> Iterator[str]:
     (commands,) = (action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
     texts = {choice.dest: choice.help for choice in commands._choices_actions}
     for name, parser in commands.choices.items():
-        yield from ("", f"## inform-rm {name}", "", f"{str(texts[name]).capitalize()}.", "")
+        yield from ("", f"## inform-rm {name}", "", f"{str(texts[name])[:1].upper()}{str(texts[name])[1:]}.", "")
         flags = [action for action in parser._actions if action.option_strings and action.help != argparse.SUPPRESS]
-        if not flags:  # train reads its settings itself
+        if name == "train":  # which reads its flags itself, as plan does
             yield "Its flags are the [settings](settings.md)."
+            continue
+        if not flags:
+            yield from ("```text", _help_of(name), "```")
             continue
         yield from ("| flag | |", "|---|---|")
         for action in flags:
             if "--help" not in action.option_strings:
                 yield f"| `{action.option_strings[-1]}`{_needed(action)} | {_cell(_help(action))} |"
+
+
+def _help_of(command: str) -> str:
+    from inform_rm.cli.dispatch import parse
+
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        arguments = parse([command, "--help"])
+        arguments.run(arguments)
+    return shown.getvalue().strip()
 
 
 def _needed(action: argparse.Action) -> str:
@@ -104,14 +119,19 @@ def _help(action: argparse.Action) -> str:
 
 def result_table(path: str) -> str:
     """The fields of a result as they stand in its ``result.json``, with the words of its class."""
-    module, _, name = path.rpartition(".")
-    kind = getattr(importlib.import_module(module), name)
+    kind = named(path)
     texts = attribute_texts(kind)
     lines = ["| field | type | |", "|---|---|---|"]
     for each in dataclasses.fields(kind):
         if each.metadata.get("written", True):
             lines.append(f"| `{each.name}` | `{_type(each.type)}` | {_cell(texts[each.name])} |")
     return "\n".join(lines)
+
+
+def named(path: str) -> Any:
+    """What ``module.name`` names."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def attribute_texts(kind: type) -> dict[str, str]:

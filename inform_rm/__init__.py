@@ -26,6 +26,7 @@ _MODULES = {
     "generate": "inform_rm.eval.generation.generate",
     "judge": "inform_rm.eval.judging.judge",
     "score_file": "inform_rm.scoring.score_files",
+    "select": "inform_rm.eval.detection.select",
     "serve": "inform_rm.serving.server",
     "simulate": "inform_rm.eval.best_of_n.simulate",
     "train": "inform_rm.training.run",

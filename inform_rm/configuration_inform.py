@@ -35,8 +35,8 @@ class InfoRMConfig(PretrainedConfig):
             authors' released code, which averages mean and log variance over dimensions first. A ``beta`` tuned for
             one does not suit the other.
         kl_reduction_version: what ``"averaged_moments"`` weighs. 2: the authors' released term, ``beta`` times the
-            mean over both responses of a pair; 1: their sum, twice that, as versions before 0.2 had it and a
-            ``config.json`` without this entry means. ``"sum"`` is the sum over both (eq. 25) in either.
+            mean over both responses of a pair; 1: their sum, twice that, which a ``config.json`` without this entry
+            means. ``"sum"`` is the sum over both (eq. 25) in either.
         architecture: ``"inform"``, or ``"standard"`` for one linear reward head and no bottleneck (the baseline).
         loss_type: the pair loss that the model was trained with, a name of `inform_rm.training.losses.PAIR_LOSSES`.
         head_bias: whether the head of ``"standard"`` adds a constant, as the value heads of TRL and LLaMA-Factory do.

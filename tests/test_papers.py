@@ -4,9 +4,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from scipy.special import erf
 
-from inform_rm import InfoRMConfig
+from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.cli.dispatch import parse
 from inform_rm.cli.train import _help
 from inform_rm.eval import decompose_report
@@ -18,6 +21,47 @@ from inform_rm.util.papers import GAP_DERIVED, MOP_DIFFERS, TRL_TRAINS_BT, diffe
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "docs" / "ideas" / "papers.md"
 RESULT = {"train_pairs": {"pairs": 12}, "evaluation": None, "versions": {"torch": "2"}, "data_fingerprints": {}}
+
+
+def test_published_defaults():
+    arguments = RewardTrainingArguments("o", use_cpu=True)
+    names = ("latent_dim", "beta", "learning_rate", "num_train_epochs", "pairs_of_step", "kl_reduction")
+    assert [getattr(arguments, name) for name in names] == [128, 0.1, 5e-6, 1, 64, "sum"]
+
+
+@pytest.mark.parametrize("decoder", ["mlp", "linear"])
+@pytest.mark.parametrize("reduction", ["sum", "averaged_moments"])
+def test_algorithm_2_in_numpy(backbone_configs, decoder, reduction):
+    """Encoder, noise, decoder, both terms of eq. 25, from the last tokens' hidden states on; own GELU and KL."""
+    torch.manual_seed(0)
+    config = InfoRMConfig(backbone_configs["llama"], latent_dim=6, decoder=decoder, kl_reduction=reduction, beta=0.3)
+    model = InfoRMForSequenceClassification(config).train()
+    for parameter in model.score.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    tokens, noise = torch.randint(3, 300, (4, 7)), torch.randn(4, 6)
+    output = model(tokens, latent_noise=noise, return_loss=True)
+    with torch.no_grad():
+        hidden = model.model(tokens).last_hidden_state[:, -1].double().numpy()
+    weights = {name: value.double().numpy() for name, value in model.score.state_dict().items()}
+    moments = hidden @ weights["encoder.weight"].T + weights["encoder.bias"]
+    mean, log_variance = moments[:, :6], moments[:, 6:]
+    at = mean + np.sqrt(np.exp(log_variance)) * noise.double().numpy()
+    if decoder == "mlp":
+        inner = at @ weights["decoder.0.weight"].T + weights["decoder.0.bias"]
+        inner = inner * 0.5 * (1 + erf(inner / np.sqrt(2)))
+        rewards = inner @ weights["decoder.2.weight"].T + weights["decoder.2.bias"]
+    else:
+        rewards = at @ weights["decoder.weight"].T + weights["decoder.bias"]
+    rewards = rewards[:, 0]
+    if reduction == "sum":
+        kl = 0.5 * (mean**2 + np.exp(log_variance) - 1 - log_variance).sum(axis=1)
+        term = np.mean(kl[:2] + kl[2:])
+    else:
+        m, v = mean.mean(axis=1), log_variance.mean(axis=1)
+        term = np.mean(0.5 * (m**2 + np.exp(v) - 1 - v))
+    loss = np.mean(np.log1p(np.exp(rewards[2:] - rewards[:2]))) + 0.3 * term
+    np.testing.assert_allclose(output.logits.detach().numpy()[:, 0], rewards, rtol=1e-4, atol=1e-5)
+    assert output.loss.item() == pytest.approx(loss, rel=1e-5)
 
 
 def one_line(text):
@@ -54,9 +98,9 @@ def card(**settings):
 
 
 def test_a_model_card_says_what_its_run_has_otherwise():
-    text = card()
+    text = card(kl_warmup_steps=0.2)
     assert TRL_TRAINS_BT in text
-    assert "- kl_warmup_steps 0.25: the KL term starts at 0" in text
+    assert "- kl_warmup_steps 0.2: the KL term starts at 0" in text
     assert "| pairs_per_step | 64 |" in text and "gradient_accumulation_steps" not in text
     prioritized = card(objective="prioritized", kl_reduction="averaged_moments")
     assert GAP_DERIVED in prioritized

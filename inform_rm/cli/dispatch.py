@@ -25,6 +25,7 @@ from inform_rm.cli import (
     plan,
     report,
     score,
+    select,
     serve,
     simulate,
     train,
@@ -34,8 +35,8 @@ from inform_rm.cli.quiet import silence_normal_messages
 from inform_rm.errors import InputError, Interrupted, did_you_mean
 
 COMMANDS = (
-    demo, plan, train, evaluate, decompose, detect, generate, judge, simulate, compare, score, serve, check_data,
-    export, report,
+    demo, train, evaluate, decompose, detect, select, generate, judge, simulate, compare, score, serve, check_data,
+    plan, export, report,
 )  # fmt: skip
 _COMMANDS_OF_SEVERAL_PROCESSES = ("train", "evaluate", "decompose", "score")
 

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if recipe is None:
         flags = {"data": "none", "output_dir": "none", **flags}
-    args = read_arguments(recipe, {**flags, "use_cpu": True})
+    args = read_arguments(recipe, {**flags, "use_cpu": True}).divided_over(own["gpus"])
     machine = Machine(**{name: own[name] for name in ("gpus", "memory", "launch", "tflops", "utilisation", "reserve")})
     config = read_config(own["config"] or str(args.model), args)
     lengths = Lengths(own["prompt_tokens"], own["response_tokens"])
@@ -79,7 +79,7 @@ def _read(words: Sequence[str]) -> tuple[str | None, dict[str, Any], dict[str, A
         try:
             own[name] = given if given is None else kind(given)
         except (TypeError, ValueError):
-            raise InputError(f"--{name}: {given!r}; expected a {kind.__name__}.") from None
+            raise InputError(f"--{name}: {given!r}; expected a number.") from None
         if kind is int and own[name] is not None and own[name] < 1:
             raise InputError(f"--{name}: {own[name]}; expected a whole number of at least 1.")
     return recipe, own, flags

@@ -22,6 +22,7 @@ from inform_rm.hub.result_folders import (
     refuse_other_models,
 )
 from inform_rm.util.checkpoints import last_complete
+from inform_rm.util.colors import BLUE, VERMILION
 from inform_rm.util.files import atomic_write_text
 from inform_rm.util.page import (
     Block,
@@ -52,7 +53,7 @@ _PANELS = (
     ("learning rate", (("learning_rate", "learning rate"),)),
     ("gradient norm", (("grad_norm", "before clipping"),)),
 )
-_COLORS = ("#3f8fd2", "#e0772f")
+_COLORS = (BLUE, VERMILION)
 _CURVES_CAPTION = (
     "Training: each point is the mean since the point before it. Evaluation: all evaluation pairs, after so many "
     "steps. The training loss holds the KL term, the evaluation loss does not."

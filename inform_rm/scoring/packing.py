@@ -325,4 +325,18 @@ def why_not_packed(model: Any) -> str | None:
     return None
 
 
+def engine_line(model: Any, why_padded: str | None, device: torch.device | None = None) -> str:
+    """Device, dtype, rows and attention that a model runs with, and why, for a log; on ``device`` if it goes there."""
+    weight = model.get_input_embeddings().weight
+    device = weight.device if device is None else device
+    card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    if why_padded is not None:
+        rows = f"padded rows ({why_padded}), attention {model.config.get_text_config()._attn_implementation}"
+    elif device.type == "cuda":
+        rows = "packed rows (they give the model's own rewards), one FlexAttention kernel a layer"
+    else:
+        rows = "packed rows (they give the model's own rewards), SDPA a segment at a time, which is faster on a CPU"
+    return f"{device}{card} in {str(weight.dtype).removeprefix('torch.')}, {rows}"
+
+
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

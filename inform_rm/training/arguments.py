@@ -81,7 +81,10 @@ class RewardArguments:
         "optim is stable_adamw or LoRA is on; the head is in float32",
         "float32",
     )
-    attn_implementation: str | None = _setting("sdpa, eager, flash_attention_2, ...; none: the model's own", None)
+    attn_implementation: str | None = _setting(
+        "of padded rows: sdpa, eager, flash_attention_2, ...; none: the model's own; packed rows have another",
+        None,
+    )
     chat_template: str | None = _setting(
         "template file, or 'plain' (what a tokenizer without one gets)", None, by_content=True
     )
@@ -210,8 +213,8 @@ class RewardArguments:
         "packed",
     )
     tokens_per_batch: int | None = _setting(
-        "packed, one process: most tokens of a forward pass, a larger batch takes several; none: 2048 on a CPU, "
-        "else no limit",
+        "packed: most tokens of a forward pass, a larger batch takes several; none: 2048 on a CPU (several processes: "
+        "no limit), on a GPU what its memory takes, measured once",
         None,
         decides="lora_dropout",
     )

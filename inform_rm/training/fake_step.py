@@ -20,8 +20,9 @@ from torch.utils.flop_counter import flop_registry
 _EMBEDDING_GRADIENT = torch.ops.aten.embedding_dense_backward.default
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Layers that are run where all of a model's are alike: memory and operations grow evenly from the first number on.
-_FEW, _MORE = 2, 4
+# Layers that are run where all of a model's are alike. The first is not quite like the others (with LoRA its input
+# needs no gradient), so that memory and operations grow evenly from the second on.
+_FEW, _MORE = 2, 3
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class PassCounts:
     def with_layers(self, more: "PassCounts", layers: int) -> "PassCounts":
         """On the line through this, of `_FEW` layers, and ``more``, of `_MORE`."""
         steps = (layers - _FEW) / (_MORE - _FEW)
-        pairs = ((getattr(self, name), getattr(more, name)) for name in self.__dataclass_fields__)
-        return PassCounts(*(few + (many - few) * steps for few, many in pairs))
+        both = {name: (few, getattr(more, name)) for name, few in vars(self).items()}
+        return PassCounts(**{name: few + (many - few) * steps for name, (few, many) in both.items()})
 
 
 def count_pass(model: Any, rows: int, length: int, *, autocast: bool) -> PassCounts:
@@ -94,7 +95,8 @@ def _count(model: Any, tokens: Tensor, autocast: bool) -> PassCounts:
             rewards = model(input_ids=tokens).logits
         kept, forward_flops = counter.bytes_now, counter.flops
         rewards.float().sum().backward()
-    return PassCounts(kept, *counter.peaks, forward_flops, counter.flops)
+    of_layers, from_embedding = counter.peaks
+    return PassCounts(kept, of_layers, from_embedding, forward_flops, counter.flops)
 
 
 class _Counter(TorchDispatchMode):

@@ -39,7 +39,7 @@ class Machine:
         launch: how several are used: a file of ``inform_rm/training/accelerate_configs``.
         tflops: peak of one in the run's number type, in 10^12 operations a second (H100 and H200 in bfloat16: 989).
         utilisation: share of the peak that training reaches, of all operations that are executed. One H200 reached
-            0.30 on a model of 1B and 0.45 on one of 8B with activation checkpointing (docs/performance.md).
+            0.30 on a model of 1B and 0.45 on one of 8B with activation checkpointing (docs/results/performance.md).
         reserve: GiB for CUDA's context, the libraries' workspaces, and what the allocator cannot use.
     """
 
@@ -73,7 +73,7 @@ class Machine:
 
 def model_on_meta(args: RewardTrainingArguments, config: PretrainedConfig) -> tuple[Any, set[str]]:
     """The model that `load_model` and `add_adapters` would make, and the names of the weights that are quantised."""
-    dtype = config.dtype or torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype: Any = config.dtype or torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
     names = ("architecture", "latent_dim", "decoder", "kl_reduction", "beta")
     inform = InfoRMConfig(copy.deepcopy(config), **{name: getattr(args, name) for name in names})
     usual = torch.get_default_dtype()
@@ -86,7 +86,7 @@ def model_on_meta(args: RewardTrainingArguments, config: PretrainedConfig) -> tu
     if checkpoints_activations(args):
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False, "preserve_rng_state": False})  # the random state is no fake tensor
-    linear: dict[int, nn.Parameter] = {}
+    linear: dict[int, Tensor] = {}
     if is_quantized(args):
         linear = {
             id(module.weight): module.weight for module in model.model.modules() if isinstance(module, nn.Linear)

@@ -1,6 +1,7 @@
 """`RewardTrainingArguments`: transformers' TrainingArguments and ours; read from YAML, from flags or from both."""
 
 import contextlib
+import copy
 import dataclasses
 import enum
 import math
@@ -82,7 +83,7 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_accuracy"
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available() and not self.use_cpu
-        given = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        self._given_division = given = self.per_device_train_batch_size, self.gradient_accumulation_steps
         expected = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
         try:
             # Before TrainingArguments, which hands both to DeepSpeed; how many devices there are is known after it.
@@ -94,11 +95,30 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
         except (ValueError, TypeError, ImportError) as error:
             raise InputError(f"Training settings: {error}") from error
 
+    def divided_over(self, devices: int) -> "RewardTrainingArguments":
+        """These settings as a launch on so many GPUs has them.
+
+        Raises:
+            InputError: ``pairs_per_step`` cannot be divided so.
+        """
+        args = copy.copy(self)
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = self._given_division
+        try:
+            args.per_device_train_batch_size, args.gradient_accumulation_steps = args.divided_pairs(devices)
+        except ValueError as error:
+            raise InputError(f"Training settings: {error}") from error
+        return args
+
+    @property
+    def division(self) -> tuple[int, int]:
+        """Pairs of a forward pass on each device, forward passes of an update."""
+        values: Any = self
+        return values.per_device_train_batch_size, values.gradient_accumulation_steps
+
     @property
     def pairs_of_step(self) -> int:
         """Pairs that an update learns from, over all processes."""
-        passes: Any = self.gradient_accumulation_steps
-        return super().train_batch_size * passes * self.world_size
+        return super().train_batch_size * self.division[1] * self.world_size
 
     @property
     def train_batch_size(self) -> int:

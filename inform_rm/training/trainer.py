@@ -231,6 +231,7 @@ class RewardTrainer(RewardLoop):
         for part in (self.stream, self._selector):
             if checkpoint is not None and part is not None:
                 part.load(checkpoint)
+        self.find_tokens_per_batch()
         # Trainer seeds all processes alike: without this, every process would draw the same noise.
         set_seed(self.args.seed, device_specific=True)
         with StopOnSignal(self) as stop:

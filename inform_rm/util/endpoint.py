@@ -31,8 +31,8 @@ _LONGEST_WAIT, _LONGEST_ASKED_WAIT = 60.0, 300.0  # seconds: of our own doubling
 _LEAST_HIDDEN = 8  # characters: a shorter key ("EMPTY") is an ordinary word, and no secret
 
 
-class EndpointError(RuntimeError):
-    """The endpoint did not answer a request after all tries; what was answered before is kept by the caller."""
+class EndpointError(ConnectionError):
+    """The endpoint gave nothing usable after all tries; what was answered before is kept by the caller."""
 
 
 class RefusedRequest(Exception):
@@ -151,7 +151,8 @@ class ChatEndpoint:
         """Status and body of an error, short and without the key."""
         with contextlib.suppress(OSError, http.client.HTTPException), error:
             body = error.read(4096).decode("utf-8", "replace")
-            return self._without_key(f"HTTP {error.code}: {shortened(' '.join(body.split()), 300)}")
+            plain = "".join(character if character.isprintable() else " " for character in body)  # no escape sequences
+            return self._without_key(f"HTTP {error.code}: {shortened(' '.join(plain.split()), 300)}")
         return f"HTTP {error.code}"
 
     def _raise_final(self, status: int, reason: str) -> None:

@@ -7,15 +7,17 @@ import warnings
 
 import pytest
 
-from inform_rm.cli import train
+from inform_rm.cli import plan, train
 from inform_rm.cli.dispatch import COMMANDS, parse
 from inform_rm.cli.parsing import CommandParser
 from inform_rm.cli.quiet import is_alarming, silence_normal_messages
 
 REQUIRED = {
     "demo": "", "evaluate": "--model m --output o", "decompose": "--model m --data d --output o",
-    "detect": "--model m --reference r --candidate c --output o", "simulate": "--proxy p --output o",
+    "detect": "--model m --reference r --candidate c --output o",
+    "select": "--model m --reference r --candidate c --output o", "simulate": "--proxy p --output o",
     "compare": "--results r --output o", "score": "--model m --input i --output o", "serve": "--model m",
+    "generate": "--model m --prompts d --output o", "judge": "--model m --endpoint e --responses r --output o",
     "check-data": "--data d", "export": "--model m --output o", "report": "--run r --output o",
 }  # fmt: skip
 
@@ -33,8 +35,8 @@ def a_value(action):
     return ["a=3"]
 
 
-# The flags of train are settings, which tests/training spells.
-@pytest.mark.parametrize("module", [each for each in COMMANDS if each is not train], ids=REQUIRED)
+# The flags of train and plan are settings, which tests/training spells.
+@pytest.mark.parametrize("module", [each for each in COMMANDS if each not in (train, plan)], ids=REQUIRED)
 def test_every_flag_means_the_same_in_both_spellings(module):
     commands = argparse.ArgumentParser().add_subparsers(parser_class=CommandParser)
     module.add_parser(commands)

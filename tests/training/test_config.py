@@ -177,3 +177,11 @@ def test_settings_that_were_recorded_ask_for_the_same_pairs_elsewhere(monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher sets it
     with pytest.raises(InputError, match=r"processes 2 x .* make 128: leave one of them out"):
         arguments_from_mapping({**recorded, **REQUIRED}, "test")
+
+
+def test_a_launch_on_other_devices_divides_what_was_given_and_not_what_came_of_it():
+    alone = RewardTrainingArguments("o", use_cpu=True)
+    assert (alone.division, alone.divided_over(8).division, alone.division) == ((8, 8), (8, 1), (8, 8))
+    assert RewardTrainingArguments("o", use_cpu=True, per_device_train_batch_size=2).divided_over(4).division == (2, 8)
+    with pytest.raises(InputError, match="pairs_per_step 64 is no multiple of processes 3 = 3; nearest: 63"):
+        alone.divided_over(3)

@@ -118,10 +118,11 @@ def test_a_redirect_takes_neither_key_nor_text_elsewhere(chat_server, monkeypatc
 
 def test_the_key_is_in_no_text_that_comes_back(chat_server, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
-    server = chat_server(lambda fields: (400, {"error": f"Bearer {KEY} is odd"}, {}))
+    server = chat_server(lambda fields: (400, f"\x1b[2J\nBearer {KEY} is odd".encode(), {}))
     endpoint = ChatEndpoint(server.url, "small", api_key_env="MY_KEY", tries=1)
     with pytest.raises(RefusedRequest) as refused:
         endpoint.ask(**HELLO)
+    assert str(refused.value) == "HTTP 400: [2J Bearer *** is odd"
     server.script = lambda fields: f"Your key is {KEY}."
     assert endpoint.ask(**HELLO).text == "Your key is ***."
     server.script = lambda fields: (200, f"no JSON: {KEY}".encode(), {})

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from inform_rm.eval.frame import Result, unwritten
+from inform_rm.util.colors import SERIES
 from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png, settings_table
 
 CURVES_CAPTION = (
@@ -100,7 +101,7 @@ def curves_figure(result: dict[str, Any]) -> Figure:
     gold_axes, proxy_axes = figure.subplots(1, 2)
     kl = np.array(result["kl_nats"])
     for number, (name, curve) in enumerate(result["proxies"].items()):
-        color = f"C{number % 10}"
+        color = SERIES[number % len(SERIES)]
         deviation = curve["proxy_deviation"] or 1.0  # a constant proxy gains nothing in any unit
         for axes, part, unit in ((gold_axes, curve["gold"], 1.0), (proxy_axes, curve["proxy"], deviation)):
             low, high = np.array(part["gain_interval"]).T / unit

@@ -34,6 +34,7 @@ class GenerationResult:
     """What `generate` wrote, and with what.
 
     Attributes:
+        model: as it was named.
         output: the file of rows.
         sha256: of that file.
         num_responses: rows in it.
@@ -50,6 +51,7 @@ class GenerationResult:
         versions: of Python and the packages that decide a result.
     """
 
+    model: str
     output: str
     sha256: str
     num_responses: int
@@ -154,7 +156,7 @@ def generate(
                 "leaves them out and lists them. What is finished is kept.)"
             )
         records = {**finished, **earlier}
-        name = writer.model if isinstance(writer, ChatEndpoint) else str(identity["name"])
+        name = writer.model if isinstance(writer, ChatEndpoint) else writer.name
         rows = [_row(slot, records[slot.name], name, settings.num_samples) for slot in slots if slot.name in records]
         if not rows:
             raise InputError(f"prompts: none could be answered. {next(iter(refused.values()), '')}")
@@ -162,7 +164,8 @@ def generate(
             rows = [{key: value for key, value in row.items() if key != "id"} for row in rows]
         atomic_write_text(output, json_lines(rows))
         result = GenerationResult(
-            **_counted(rows, found, refused), output=str(output), sha256=file_digest(output), reused=reused,
+            **_counted(rows, found, refused), model=name, output=str(output), sha256=file_digest(output),
+            reused=reused,
             data=[{"source": source_label(each), "digest": source_digest(each)} for each in source_list(prompts)],
             identity=identity, seed=settings.seed,
             settings={**asdict(settings), **({} if asked is None else asdict(asked)), **others},

@@ -44,10 +44,15 @@ class LocalModel:
             pad_token_id=policy.tokenizer.pad_token_id,
         )  # fmt: skip
 
+    @property
+    def name(self) -> str:
+        """Of the model, as it was given."""
+        return self._policy.name
+
     def identity(self) -> dict[str, Any]:
         """What decides a response apart from prompt and seed, as JSON values."""
         own = self._policy.identity()
-        return {name: own[name] for name in ("name", "model", "tokenizer")}
+        return {name: own[name] for name in ("model", "tokenizer")}
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """Token ids of a prompt.

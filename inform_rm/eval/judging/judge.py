@@ -20,14 +20,14 @@ from inform_rm.eval.judging.prompts import LABEL, PAIR, JudgePrompt, Unreadable
 from inform_rm.eval.judging.report import LabelResult, WinRateResult
 from inform_rm.eval.judging.rows import Pair, matched, read_responses
 from inform_rm.eval.judging.settings import JudgeSettings
-from inform_rm.util.endpoint import ChatEndpoint
+from inform_rm.util.endpoint import ChatEndpoint, EndpointError
 from inform_rm.util.files import check_output_directory
-from inform_rm.util.intervals import wilson_interval
+from inform_rm.util.intervals import grouped_bootstrap, wilson_interval
 
 logger = logging.getLogger(__name__)
 
 _LISTED = 1000
-_RESAMPLES = 10_000
+_RESAMPLES = 2000
 _SHOWN_CHARACTERS = 400
 
 
@@ -67,8 +67,8 @@ def judge(
 
     Raises:
         InputError: bad settings or rows, no common prompts, or an endpoint that refuses key or model.
-        EndpointError: the endpoint gave no usable reply after all tries; what is answered is kept.
-        RuntimeError: no answer could be read.
+        EndpointError: the endpoint gave no usable reply after all tries, or none of its answers can be read; what is
+            answered is kept.
     """
     settings, asked = _settings(options, endpoint)
     chat = asked.open(model)
@@ -142,7 +142,7 @@ def _compare(
     judged = [(row, pair) for row, pair in zip(rows, pairs, strict=True) if row["outcome"] is not None]
     unreadable = _unreadable(rows)
     if not judged:
-        raise RuntimeError(f"judge: none of {len(rows)} pairs has a readable verdict; the first: {unreadable[0]}")
+        raise EndpointError(f"judge: none of {len(rows)} pairs has a readable verdict; the first: {unreadable[0]}")
     credits = {"win": 1.0, "tie": 0.5, "loss": 0.0}
     values = np.array([credits[row["outcome"]] for row, _ in judged])
     interval, kind = _interval(values, [pair.key for _, pair in judged], settings.seed)
@@ -216,7 +216,7 @@ def _label(
     labels = [row["hacked"] for row in written if row["hacked"] is not None]
     unreadable = _unreadable(written)
     if not labels:
-        raise RuntimeError(f"judge: none of {len(rows)} answers has a readable verdict; the first: {unreadable[0]}")
+        raise EndpointError(f"judge: none of {len(rows)} answers has a readable verdict; the first: {unreadable[0]}")
     result = LabelResult(
         **about,
         num_responses=len(rows),
@@ -281,11 +281,7 @@ def _position(verdicts: Sequence[Sequence[str]]) -> dict[str, Any]:
 
 def _interval(values: np.ndarray, prompts: Sequence[str], seed: int) -> tuple[list[float], str]:
     """95 % interval of the mean: Wilson's, or where prompts have several pairs a bootstrap over prompts."""
-    names, places = np.unique(prompts, return_inverse=True)
-    if len(names) == len(values):
+    if len(set(prompts)) == len(values):
         return list(wilson_interval(float(values.sum()), len(values))), "Wilson, a tie counts half"
-    sums, counts = np.bincount(places, weights=values), np.bincount(places)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=_RESAMPLES)
-    means = (draws @ sums) / (draws @ counts)
-    return np.quantile(means, [0.025, 0.975]).tolist(), f"bootstrap over prompts, {_RESAMPLES} resamples"
+    interval = grouped_bootstrap(values, prompts, num_resamples=_RESAMPLES, seed=seed)
+    return list(interval), f"bootstrap over prompts, {_RESAMPLES} resamples"

@@ -7,10 +7,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from inform_rm.eval.frame import Result
+from inform_rm.util.colors import BLUE, GREY, VERMILION
 from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png, settings_table, with_interval
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
-_BLUE, _GREY, _VERMILION = "#0072B2", "#B0B0B0", "#D55E00"
 _SHOWN = 20
 _CAPTION = "Share of the judged pairs; the black line is the win rate, a tie counting half, with its 95 % interval."
 _LABEL_CAPTION = (
@@ -71,9 +71,12 @@ class WinRateResult(JudgedResult):
         num_pairs: responses with a partner to the same prompt.
         num_judged: of these with a readable verdict in both orders, or two equal responses.
         num_prompts: of these.
-        wins: preferred in both orders; ``losses``: the baseline was.
+        wins: preferred in both orders.
+        losses: in which the baseline was.
         ties: all others.
-        win_rate: ``(wins + ties / 2) / num_judged``, with ``win_rate_interval`` of ``interval_kind``.
+        win_rate: ``(wins + ties / 2) / num_judged``.
+        win_rate_interval: 95 %.
+        interval_kind: how that was found.
         identical: pairs of equal responses, ties without a question.
         position: ``pairs`` both of whose verdicts name a place, of which the ``both_first`` place, the
             ``both_second`` place or the ``same_winner`` was named; ``first_share`` and its interval.
@@ -112,7 +115,7 @@ class WinRateResult(JudgedResult):
 
     def figure(self) -> Figure:
         """Wins, ties and losses as one bar."""
-        parts = [("wins", self.wins, _BLUE), ("ties", self.ties, _GREY), ("losses", self.losses, _VERMILION)]
+        parts = [("wins", self.wins, BLUE), ("ties", self.ties, GREY), ("losses", self.losses, VERMILION)]
         return _bar(parts, self.win_rate, self.win_rate_interval)
 
     def page(self) -> Page:
@@ -142,7 +145,8 @@ class LabelResult(JudgedResult):
         num_responses: that were shown.
         num_labelled: with a readable verdict.
         hacked: of these, said to exploit a reward.
-        share: ``hacked / num_labelled``, with its Wilson interval.
+        share: ``hacked / num_labelled``.
+        share_interval: 95 %, Wilson.
     """
 
     num_responses: int
@@ -164,7 +168,7 @@ class LabelResult(JudgedResult):
 
     def figure(self) -> Figure:
         """Both labels as one bar."""
-        parts = [("exploit", self.hacked, _VERMILION), ("do not", self.num_labelled - self.hacked, _BLUE)]
+        parts = [("exploit", self.hacked, VERMILION), ("do not", self.num_labelled - self.hacked, BLUE)]
         return _bar(parts, self.share, self.share_interval)
 
     def page(self) -> Page:

@@ -152,7 +152,7 @@ def test_a_refused_request_is_unreadable_and_nothing_readable_is_an_error(chat_s
     result = judge(rows(["big", "fine"]), endpoint=server.url, **QUICK)
     assert result.num_labelled == 1 and result.unreadable[0]["reason"] == "refused: HTTP 400: context too long"
     assert result.unreadable[0]["answers"] == [None]
-    with pytest.raises(RuntimeError, match=r"none of 1 answers has a readable verdict.*context too long"):
+    with pytest.raises(EndpointError, match=r"none of 1 answers has a readable verdict.*context too long"):
         judge(rows(["big"]), endpoint=server.url, **QUICK)
 
 
@@ -256,4 +256,5 @@ def test_command_line(chat_server, undrawn, tmp_path, capsys):
     assert "exploit a reward: 2 of 2, share 1.000" in capsys.readouterr().out
     server.script = lambda fields: "what?"
     assert main([*command, "--output", str(tmp_path / "other")]) == 1
-    assert "none of 2 answers has a readable verdict" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "\nerror: judge: none of 2 answers has a readable verdict; the first: " in said and "Traceback" not in said
