@@ -26,6 +26,7 @@ HEAD_STARTS = (  # see `mechanism_models.restart`
     "mirrored 0.3 -4", "mirrored 0.3 -6", "mirrored 0.1 0", "mirrored 0.1 -4", "path 0.3 0", "path 0.3 -4",
     "linear 1 0", "linear 1 -4", "linear 0.1 0", "linear 0.1 -4",
 )  # fmt: skip
+NEW_START = "mirrored 0.3 -4"  # as the package's head starts
 Run = tuple[Any, int, Dials]  # (variant, seed, dials)
 
 
@@ -61,6 +62,7 @@ def runs_of(part: str) -> Iterator[Run]:
     elif part == "head":
         heads = [Variant(start=each, decoder="linear" if each.startswith("linear") else "mlp") for each in HEAD_STARTS]
         free = [replace(each, beta=0.001, kl_warmup_steps=warmup) for warmup in (0.1, 0.25) for each in heads]
+        free.append(Variant(beta=0.0, start=NEW_START))  # what is left behind without a price
         yield from crossed([Variant("standard"), *free], SELECTION_SEEDS, [Dials(12000, noise=0.0, epochs=1)])
         chosen = [replace(each, beta=beta, kl_warmup_steps=0.1) for beta in (0.1, 0.03) for each in heads]
         yield from crossed(chosen, SELECTION_SEEDS, [Dials()])

@@ -71,7 +71,7 @@ def one_run(job: tuple[Path, str, int, int]) -> str:
         output_dir=str(folder / "model"), overwrite=True, seed=seed, model=str(model), max_length=MAX_LENGTH,
         data=(str(folder / "train.jsonl"),), eval_data=(str(folder / "in_distribution.jsonl"),),
         learning_rate=1e-3, warmup_steps=0.05, per_device_train_batch_size=PAIRS_PER_STEP,
-        gradient_accumulation_steps=1, max_steps=steps, per_device_eval_batch_size=64, eval_steps=1.0,
+        gradient_accumulation_steps=1, max_steps=steps, per_device_eval_batch_size=64, eval_steps=0.5,
         logging_steps=10, save_steps=steps, save_total_limit=1, disable_tqdm=True, use_cpu=True,
         **({**head, "kl_warmup_steps": 0.25} if is_inform else {"architecture": "standard"}),
     ))  # fmt: skip

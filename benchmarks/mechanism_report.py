@@ -19,6 +19,7 @@ import numpy as np
 
 from mechanism import (
     HEAD_STARTS,
+    NEW_START,
     REPORT_SEEDS,
     SELECTION_SEEDS,
     inform_candidates,
@@ -35,7 +36,7 @@ Choice = tuple[Variant, str]  # a variant, at the "end" or at the "best" epoch
 Results = dict[str, dict[str, Any]]
 DEFAULT = Variant(kl_warmup_steps=0.1)  # the package's: beta 0.1, K 128
 FORMER = Variant(kl_warmup_steps=0.1, start=HEAD_STARTS[0])
-LABELS = {"default": "InfoRM, beta 0.1, warm-up 0.1, as it comes", "former": "the same, former head",
+LABELS = {"default": "InfoRM, beta 0.1, warm-up 0.1, as it comes", "former": "beta 0.1, warm-up 0.1, former head",
           "chosen": "InfoRM, chosen on validation pairs"}  # fmt: skip
 STYLES = {"default": ("o", "#0072B2"), "former": ("^", "#009E73"), "chosen": ("s", "#E69F00")}
 COLLAPSED = 0.6  # accuracy of a model whose latents are all but empty, where a standard model has 0.65 and more
@@ -83,7 +84,7 @@ def rows_of(results: Results, choice: Choice, dials: Dials, seeds: Iterable[int]
 
 
 def chosen(results: Results, candidates: list[Variant], dials: Dials) -> Choice | None:
-    """What is right about most validation pairs of the selection seeds, of both epochs of all candidates run."""
+    """What is right about most validation pairs of the selection seeds, of what was run; both epochs are tried."""
     choices = [(variant, kept) for variant in candidates for kept in ("end", "best")]
     ran = [each for each in choices if rows_of(results, each, dials, [*SELECTION_SEEDS, *REPORT_SEEDS])]
 
@@ -262,10 +263,10 @@ def head_table(results: Results) -> list[str]:
         "100 to 190": (10, 19),
         "190 to 375": (19, 38),
     }
-    for start in HEAD_STARTS:
+    for start, beta in [*((each, 0.001) for each in HEAD_STARTS), (NEW_START, 0.0)]:
         decoder = "linear" if start.startswith("linear") else "mlp"
-        cells = [start]
-        variant = Variant(beta=0.001, kl_warmup_steps=0.25, start=start, decoder=decoder)
+        cells = [start if beta else f"{start}, beta 0"]
+        variant = Variant(beta=beta, kl_warmup_steps=0.25, start=start, decoder=decoder)
         rows = rows_of(results, (variant, "end"), free, SELECTION_SEEDS)
         if not rows:
             continue
@@ -303,8 +304,10 @@ def map_png(results: Results, cells: list[Dials]) -> bytes:
                 label = None
         axes.axvline(0, color="0.4", linewidth=0.8)
         axes.set_xlabel(f"{title}: InfoRM minus the best standard model")
+        axes.locator_params(axis="x", nbins=6)
+        axes.set_ylim(-0.6, len(cells) - 0.4)
     axes_row[0].set_yticks(range(len(cells)), [cell_name(each) for each in cells])
-    axes_row[0].legend(loc="lower right", fontsize=8)
+    figure.legend(*axes_row[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     return figure_png(figure)
 
 
