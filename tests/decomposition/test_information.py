@@ -111,10 +111,10 @@ def test_the_interval_covers_the_information_of_the_population():
     }
     truth = mutual_information(terms, num_resamples=1)
     covered = np.zeros(4)
-    for draw in range(100):
+    for draw in range(60):
         rows = rng.choice(4000, 100)
-        made = mutual_information({name: values[rows] for name, values in terms.items()}, num_resamples=100, seed=draw)
+        made = mutual_information({name: values[rows] for name, values in terms.items()}, num_resamples=60, seed=draw)
         covered += [
             made[name]["interval"][0] <= truth[name]["nats"] <= made[name]["interval"][1] for name in NAMES[:4]
         ]
-    assert (covered >= 85).all()
+    assert (covered >= 51).all()
