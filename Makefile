@@ -1,6 +1,7 @@
 # make demo   the whole job on generated preferences: train, evaluate, report, export, load back
 # make test   the fast tests      make test-slow   the slow and the distributed ones      make lint   ruff, mypy
 # make test-oldest   the fast tests with the oldest versions that are supported   make test-newest   with today's
+# make docs   the documentation as a site, into site/      make docs-serve   the same on port 8001 while you write
 # make fuzz   other random input for the readers in each run; the tests take the same in every run
 # make mutants   mutation tests of the formulas: which changes to them no test sees (an hour on two cores)
 # make test-engines   vLLM serves folded models: are its rewards ours? (half an hour, 3.5 GB; an environment of its own)
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= bf16,dev,peft,quant,rl,serve
+EXTRAS ?= bf16,dev,docs,peft,quant,rl,serve
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 ENGINES ?= .venv-engines
 ENGINE_MODELS ?= $(ENGINES)/models
@@ -23,7 +24,7 @@ PYTEST_ARGS ?=
 # One thread per process: two test processes with two threads each run slower on two cores than one.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 
-.PHONY: install demo test test-oldest test-newest test-slow test-engines fuzz mutants lint format clean
+.PHONY: install demo docs docs-serve test test-oldest test-newest test-slow test-engines fuzz mutants lint format clean
 
 install: $(INSTALLED)
 
@@ -76,6 +77,13 @@ $(ENGINES)/.installed: constraints-engines.txt
 	! $(ENGINES)/bin/pip check | grep -vE 'requires torch(vision|audio|codec), which is not installed|^No broken'
 	touch $@
 
+# Strictly: a broken link, a missing anchor or a page without its place in mkdocs.yml ends it.
+docs: $(INSTALLED)
+	$(TEST_ENV) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
+docs-serve: $(INSTALLED)
+	$(TEST_ENV) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve -a 127.0.0.1:8001
+
 fuzz: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/security/test_fuzz.py --hypothesis-profile=search $(PYTEST_ARGS)
 
@@ -97,4 +105,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest $(ENGINES) mutants .venv-wheel .venv-compat .ci-work build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest $(ENGINES) mutants .venv-wheel .venv-compat .ci-work build dist site *.egg-info

@@ -55,6 +55,14 @@ setup(
             "starlette>=0.46,<2",
             "uvicorn>=0.34,<1",
         ],
+        "docs": [
+            "griffelib>=2.4.1,<3",
+            "latex2mathml>=3.81,<4",
+            "mkdocs>=1.6.1,<2",
+            "mkdocs-material>=9.8.2,<10",
+            "mkdocstrings>=1.0.8,<2",
+            "mkdocstrings-python>=2.0.11,<3",
+        ],
         "dev": [
             "build",
             "httpx",

@@ -1,6 +1,6 @@
 """Rewards of a tiny random model of every decoder that transformers knows: equal however they are computed?
 
-python benchmarks/architectures.py [--only llama,mamba] [--output docs/architectures.md] [--json FILE]
+python benchmarks/architectures.py [--only llama,mamba] [--output docs/reference/backbones.md] [--json FILE]
 
 Each model goes the whole way: a causal LM saved by transformers, made a reward model by `from_backbone`, saved, and
 loaded again in a process in which this package is not imported. Its rewards of rows alone are compared with those of

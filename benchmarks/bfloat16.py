@@ -1,4 +1,4 @@
-"""Which way of using bfloat16 trains: the loss of four runs on the same batches, for docs/training.md.
+"""Which way of using bfloat16 trains: the loss of four runs on the same batches, for docs/results/bfloat16.md.
 
     python benchmarks/bfloat16.py --model DIR/models/smollm2-135m-first6-v16k --data DIR/data/blimp \
         --output runs/bfloat16

@@ -5,8 +5,8 @@
 Every seed is a world of its own, with a small language model trained on it from which all reward models start. Two
 training sets: ``length`` (the right response is the longer one in 90 % of the pairs) and ``adversarial`` (80 %, and a
 fifth of the pairs come as twins whose preference the prompt reverses). Two runs at a time, one thread each. Started
-again, it goes on where it was stopped. Writes ``table.md``, ``table.json`` and ``planes.png`` into the output folder;
-``docs/prioritized.md`` shows and discusses them.
+again, it goes on where it was stopped. Writes ``table.md``, ``table.json``, ``planes.png`` and the README's picture
+``looks.png`` into the output folder; ``docs/results/prioritized.md`` shows and discusses them.
 """
 
 import argparse
@@ -69,7 +69,12 @@ def main() -> None:
     run_all(command, runs, arguments.output / "logs")
     minutes = (time.monotonic() - start) / 60
     write_table(arguments.output, arguments.seeds, minutes)
-    write_planes(arguments.output / str(arguments.seeds[0]), arguments.output / "planes.png")
+    first = arguments.output / str(arguments.seeds[0])
+    pairs = [(name, method) for method in ("bt", "prioritized") for name in WORLDS]
+    titles = {(name, method): f"{method}, trained on {name}: {{:.0%}} ranked right" for name, method in pairs}
+    write_planes(first, arguments.output / "planes.png", titles, columns=2)
+    readme = {("length", "bt"): "ordinary training", ("length", "prioritized"): "prioritized training"}
+    write_planes(first, arguments.output / "looks.png", readme, columns=2)
 
 
 def write_start(folder: Path, seed: int) -> None:
@@ -264,8 +269,8 @@ def write_table(output: Path, seeds: list[int], minutes: float) -> None:
     print("\n".join(lines))
 
 
-def write_planes(folder: Path, path: Path) -> None:
-    """D1 against D2 as in arXiv:2504.06020, Fig. 4: ordinary training above prioritized, one column a training set."""
+def write_planes(folder: Path, path: Path, runs: dict[tuple[str, str], str], columns: int) -> None:
+    """D1 against D2 as in arXiv:2504.06020, Fig. 4: a panel for each training set and method, by its title."""
     import numpy as np
     import pyarrow.parquet as pq
     from matplotlib.figure import Figure
@@ -274,16 +279,17 @@ def write_planes(folder: Path, path: Path) -> None:
     from inform_rm.util.files import atomic_write_bytes
     from inform_rm.util.page import figure_png
 
-    figure = Figure(figsize=(10.5, 9.5), layout="constrained")
-    for axes, (method, name) in zip(
-        figure.subplots(2, 2).flat, [(m, n) for m in ("bt", "prioritized") for n in WORLDS], strict=True
-    ):
+    rows = len(runs) // columns
+    figure = Figure(figsize=(5.25 * columns, 4.75 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns)
+    for axes, ((name, method), title) in zip(panels.flat, runs.items(), strict=True):
         table = pq.read_table(folder / name / method / "audit" / "pairs.parquet").to_pydict()
         free, related = np.array(table["prompt_free_gap"]), np.array(table["prompt_related_gap"])
         draw_plane(axes, 1.05 * max(np.abs(free).max(), np.abs(related).max()))
         points = axes.scatter(free, related, c=table["words_difference"], cmap="coolwarm", s=10, vmin=-30, vmax=30)
-        axes.set_title(f"{method}, trained on {name}: {np.mean(free + related > 0):.0%} ranked right")
-    figure.colorbar(points, ax=figure.axes, label="words, chosen - rejected", shrink=0.5, extend="both")
+        axes.set_title(title.format(np.mean(free + related > 0)))
+    shrink = 0.9 if rows == 1 else 0.5
+    figure.colorbar(points, ax=figure.axes, label="words, chosen - rejected", shrink=shrink, extend="both")
     atomic_write_bytes(path, figure_png(figure))
 
 

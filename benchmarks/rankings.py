@@ -4,7 +4,8 @@
 
 Groups are rebuilt from pair files: rows with one prompt, whose comparisons must be those of one ranking with ties.
 Two runs at a time, one thread each. Started again, it goes on where it was stopped. Writes ``table.md`` and
-``table.json`` into the output folder, after each run what there is; ``docs/rankings.md`` shows and discusses them.
+``table.json`` into the output folder, after each run what there is; ``docs/results/rankings.md`` shows and discusses
+them.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python benchmarks/real_data.py --shared DIR --output runs/real-data
 
 Two runs at a time, one thread each. Started again, it goes on where it was stopped. Writes ``table.md`` and
-``table.json`` into the output folder; ``docs/real-data.md`` shows and discusses them.
+``table.json`` into the output folder; ``docs/results/real-data.md`` shows and discusses them.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 Two training sets: ``debates`` (ukp-convarg1, whose longer argument wins more often) and ``swap`` (prompt-swap mixed
 into hh-rlhf). Two runs at a time, one thread each. Started again, it goes on where it was stopped. Writes ``table.md``
-and ``table.json`` into the output folder; ``docs/real-data.md`` shows and discusses them.
+and ``table.json`` into the output folder; ``docs/results/real-data.md`` shows and discusses them.
 """
 
 import argparse

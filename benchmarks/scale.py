@@ -1,4 +1,4 @@
-"""What a run needs in memory, time and storage: arithmetic from shapes and measured figures, for docs/scale.md.
+"""What a run needs in memory, time and storage: shapes and measured figures, for docs/results/scale.md.
 
     python benchmarks/scale.py --shared DIR
 

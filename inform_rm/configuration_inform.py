@@ -18,6 +18,7 @@ _CHOICES = {
     "architecture": ("inform", "standard"),
     "decoder": ("mlp", "linear"),
     "kl_reduction": ("sum", "averaged_moments"),
+    "kl_reduction_version": (1, 2),
 }
 
 
@@ -33,6 +34,9 @@ class InfoRMConfig(PretrainedConfig):
         kl_reduction: ``"sum"`` of the KL over latent dimensions (the paper's bound), or ``"averaged_moments"``: the
             authors' released code, which averages mean and log variance over dimensions first. A ``beta`` tuned for
             one does not suit the other.
+        kl_reduction_version: what ``"averaged_moments"`` weighs. 2: the authors' released term, ``beta`` times the
+            mean over both responses of a pair; 1: their sum, twice that, which a ``config.json`` without this entry
+            means. ``"sum"`` is the sum over both (eq. 25) in either.
         architecture: ``"inform"``, or ``"standard"`` for one linear reward head and no bottleneck (the baseline).
         loss_type: the pair loss that the model was trained with, a name of `inform_rm.training.losses.PAIR_LOSSES`.
         head_bias: whether the head of ``"standard"`` adds a constant, as the value heads of TRL and LLaMA-Factory do.
@@ -61,12 +65,14 @@ class InfoRMConfig(PretrainedConfig):
         architecture: str = "inform",
         head_bias: bool = False,
         loss_type: str = "bradley_terry",
+        kl_reduction_version: int = 2,
         **kwargs: Any,
     ):
         self.latent_dim = latent_dim
         self.beta = beta
         self.latent_decoder = kwargs.pop("latent_decoder", decoder)
         self.kl_reduction = kl_reduction
+        self.kl_reduction_version = kl_reduction_version
         self.architecture = architecture
         self.head_bias = head_bias
         self.loss_type = loss_type
@@ -93,6 +99,16 @@ class InfoRMConfig(PretrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
         """The backbone's config; transformers would search for it and stumble over our ``decoder`` setting."""
         return self.text_config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of `PretrainedConfig`; what an earlier version wrote keeps its ``kl_reduction_version``, 1."""
+        return super().from_dict({"kl_reduction_version": 1, **config_dict}, **kwargs)
+
+    @property
+    def kl_share(self) -> float:
+        """What ``beta`` times the KL of each response counts in the loss of its pair: 1, or 0.5 for a mean of two."""
+        return 0.5 if self.kl_reduction == "averaged_moments" and self.kl_reduction_version == 2 else 1.0
 
     def _check_settings(self) -> None:
         faults = []

@@ -102,15 +102,17 @@ class RewardLinear(nn.Linear):
 
     Rewards of good and bad responses often differ by less than the spacing of bfloat16 numbers (0.4 %).
 
-    ``initial_gain`` is the root mean square of a fresh layer's output for inputs of 1; several values divide the
-    outputs into as many equal parts.
+    ``initial_gain`` is the root mean square of a fresh layer's output for inputs of 1, ``initial_bias`` its constant;
+    several values divide the outputs into as many equal parts. The last half of a fresh weight along the dimension
+    ``mirrored`` is minus its first half.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, initial_gain: tuple[float, ...] = (1.0,)
-    ):
+        self, in_features: int, out_features: int, bias: bool = True, initial_gain: tuple[float, ...] = (1.0,),
+        initial_bias: tuple[float, ...] = (0.0,), mirrored: int | None = None,
+    ):  # fmt: skip
         super().__init__(in_features, out_features, bias=bias)
-        self.initial_gain = initial_gain
+        self.initial_gain, self.initial_bias, self.mirrored = initial_gain, initial_bias, mirrored
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``(..., in_features)`` of any float type to ``(..., out_features)`` in float32 (float64 stays float64)."""
@@ -129,18 +131,18 @@ class InfoRMHead(nn.Module):
 
     def __init__(self, config: InfoRMConfig, hidden_size: int):
         super().__init__()
-        # Means as large as the hidden states (root mean square 1 to 5) stand out from the noise from the first step;
-        # the KL term, hundreds of nats then, needs a warm-up. Log variances of that size would overflow or vanish.
-        self.encoder = RewardLinear(hidden_size, 2 * config.latent_dim, initial_gain=(1.0, 0.1))
+        # Means as large as the hidden states (root mean square 1 to 5), with small variances, stand out from the noise
+        # from the first step; the KL term, hundreds of nats then, needs a warm-up.
+        self.encoder = RewardLinear(hidden_size, 2 * config.latent_dim, True, (1.0, 0.1), initial_bias=(0.0, -4.0))
         if config.decoder == "linear":
             self.decoder: nn.Module = RewardLinear(config.latent_dim, 1)
         else:
-            # The small first layer makes the start almost linear: what chosen and rejected have in common, most of the
-            # hidden state, would else not cancel in the gradient of their difference.
+            # Units in pairs of opposite sign make the start linear (but for one unit of an odd K), gelu(x) - gelu(-x)
+            # = x: what chosen and rejected have in common, most of the hidden state, then cancels in their difference.
             self.decoder = nn.Sequential(
-                RewardLinear(config.latent_dim, config.latent_dim, initial_gain=(0.1,)),
+                RewardLinear(config.latent_dim, config.latent_dim, mirrored=0),
                 nn.GELU(),
-                RewardLinear(config.latent_dim, 1, initial_gain=(10.0,)),
+                RewardLinear(config.latent_dim, 1, initial_gain=(0.4,), mirrored=1),
             )
 
     def encode(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,8 +334,15 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                 if not getattr(module.weight, "_is_hf_initialized", False):
                     for rows, gain in zip(module.weight.chunk(len(gains)), gains, strict=True):
                         rows.normal_(mean=0.0, std=gain / math.sqrt(module.in_features))
+                    if module.mirrored is not None:
+                        half = module.weight.shape[module.mirrored] // 2
+                        first = module.weight.narrow(module.mirrored, 0, half)
+                        module.weight.narrow(module.mirrored, -half, half).copy_(-first)
                 if module.bias is not None and not getattr(module.bias, "_is_hf_initialized", False):
-                    module.bias.zero_()
+                    for part, value in zip(
+                        module.bias.chunk(len(module.initial_bias)), module.initial_bias, strict=True
+                    ):
+                        part.fill_(value)
 
     def forward(
         self,
@@ -359,7 +368,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
             inputs_embeds: ``(B, T, H)`` in place of ``input_ids``.
             margin: ``(B / 2,)``, used with ``return_loss``.
             return_loss: rows are chosen responses (first half) and rejected ones (second half, same order); compute
-                `loss_function` ``+ beta * (kl_w + kl_l)``, mean over pairs (eq. 25).
+                `loss_function` ``+ beta * (kl_w + kl_l)``, mean over pairs (eq. 25); see ``config.kl_share``.
             reward_samples: at least 2; ``logits`` becomes the mean over that many draws of the latent and
                 ``reward_std`` their standard deviation.
             packed_segments: handed to the backbone's attention, for rows that hold several sequences
@@ -421,7 +430,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
                 raise ValueError(f"return_loss needs as many chosen as rejected rows, got {len(rewards)} rows.")
             loss = self.loss_function(*rewards.chunk(2), margin)
             if kl is not None:
-                loss = loss + self.config.beta * 2.0 * kl.mean()  # the mean over pairs of kl_w + kl_l
+                loss = loss + self.config.beta * 2.0 * self.config.kl_share * kl.mean()  # of a pair: kl_w + kl_l
         output = InfoRMOutput(loss, rewards, mean, log_variance, kl, reward_std)
         return output.to_tuple() if return_dict is False else output
 
@@ -454,7 +463,7 @@ def _text_config_of_decoder(config: Any, name: str) -> Any:
         unfit = f"an encoder-decoder model ({config.model_type}); a reward is read at the last token of a decoder"
     elif type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text_config, "is_decoder", False):
         unfit = f"an encoder ({kind}), whose tokens see what follows them; a reward is read at a decoder's last token"
-    elif kind == "cpmant":  # of the decoders of transformers the only one (docs/architectures.md)
+    elif kind == "cpmant":  # of the decoders of transformers the only one (docs/reference/backbones.md)
         unfit = "a cpmant model: its states depend on the padding after a token"
     if unfit:
         raise ValueError(f"{name} is {unfit}. Pass a causal language model.")

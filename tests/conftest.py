@@ -1,10 +1,13 @@
 """Fixtures that tests share: tiny models and tokenizers made here, and the real data folder where there is one."""
 
 import gc
+import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
@@ -222,3 +225,61 @@ def coarse_figures():
 def _save_coarsely(figure, file, **options):
     figure.set_layout_engine("none")
     figure.canvas.print_figure(file, format="png", dpi=20)
+
+
+class ChatServer:
+    """An OpenAI-compatible server on this machine whose replies are what ``script`` makes of each request.
+
+    A script takes the request's fields and gives the text of the reply, or ``(status, body, headers)``.
+    """
+
+    def __init__(self, script):
+        self.script, self.requests, self.headers, self.paths = script, [], [], []
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                fields = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                owner.requests.append(fields)
+                owner.headers.append(dict(self.headers))
+                owner.paths.append(self.path)
+                made = owner.script(fields)
+                status, body, headers = (200, owner.completion(made), {}) if isinstance(made, str) else made
+                body = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    @staticmethod
+    def completion(text, finish_reason="stop"):
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+        return {"choices": [choice], "usage": {"prompt_tokens": 10, "completion_tokens": len(str(text).split())}}
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def chat_server(monkeypatch):
+    """Starts a `ChatServer`; requests are sent again at once, without the wait."""
+    monkeypatch.setattr("inform_rm.util.endpoint.ChatEndpoint._wait", lambda self, seconds: None)
+    started = []
+
+    def start(script):
+        started.append(ChatServer(script))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()

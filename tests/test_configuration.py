@@ -1,5 +1,7 @@
 """`InfoRMConfig`: what it accepts, refuses, and keeps through a round trip."""
 
+import json
+
 import pytest
 from transformers import AutoConfig, LlamaConfig, MistralConfig, PretrainedConfig
 
@@ -51,6 +53,7 @@ def test_reward_model_settings_are_fixed():
         ({"beta": "0.1"}, "beta must be a finite number"),
         ({"decoder": "tree"}, "decoder must be one of 'mlp', 'linear', got 'tree'"),
         ({"kl_reduction": "mean"}, "kl_reduction must be one of"),
+        ({"kl_reduction_version": 3}, "kl_reduction_version must be one of 1, 2, got 3"),
         ({"head_bias": 1}, "head_bias must be true or false, got 1"),
         ({"head_bias": True}, 'head_bias needs architecture="standard"'),
         ({"architecture": "transformer"}, "architecture must be one of 'inform', 'standard'"),
@@ -73,3 +76,17 @@ def test_the_file_can_be_read_without_the_class(tmp_path):
     InfoRMConfig(decoder="linear").save_pretrained(tmp_path)
     assert PretrainedConfig.from_json_file(tmp_path / "config.json").latent_decoder == "linear"
     assert InfoRMConfig.from_pretrained(tmp_path).decoder == "linear"
+
+
+def test_a_file_without_a_version_of_the_kl_term_keeps_what_it_meant(tmp_path):
+    InfoRMConfig(kl_reduction="averaged_moments").save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).kl_share == 0.5
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("kl_reduction_version") == 2
+    path.write_text(json.dumps(settings))
+    old = AutoConfig.from_pretrained(tmp_path)
+    assert (old.kl_reduction_version, old.kl_share) == (1, 1.0)
+    old.save_pretrained(tmp_path)
+    assert InfoRMConfig.from_pretrained(tmp_path).kl_share == 1.0
+    assert [InfoRMConfig(kl_reduction_version=version).kl_share for version in (1, 2)] == [1.0, 1.0]  # the sum, eq. 25

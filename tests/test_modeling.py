@@ -77,6 +77,28 @@ def test_averaged_moments_is_the_kl_of_the_averages(backbone_configs):
     torch.testing.assert_close(output.kl, expected)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_averaged_moments_weigh_what_the_authors_released_term_does(backbone_configs, version):
+    """Their term in NumPy: moments averaged over K, then the KL's mean over all 2 B rows of a batch."""
+    config = InfoRMConfig(
+        backbone_configs["llama"],
+        latent_dim=8,
+        kl_reduction="averaged_moments",
+        kl_reduction_version=version,
+        beta=0.7,
+    )
+    torch.manual_seed(0)
+    model = InfoRMForSequenceClassification(config).eval()
+    output = model(tensors(0, 6, 5).abs().long() + 3, return_loss=True)
+    rewards = output.logits.detach().double().numpy().flatten()
+    mean = output.latent_mean.detach().double().numpy().mean(axis=1)
+    log_variance = output.latent_log_variance.detach().double().numpy().mean(axis=1)
+    released_term = np.mean(-0.5 * (1 + log_variance - mean**2 - np.exp(log_variance)))
+    preference = np.mean(np.log1p(np.exp(rewards[3:] - rewards[:3])))
+    assert released_term > 1e-3
+    assert output.loss.item() == pytest.approx(preference + 0.7 * {1: 2, 2: 1}[version] * released_term, rel=1e-5)
+
+
 def test_head_samples_the_posterior_in_training_and_takes_its_mean_in_eval(backbone_configs):
     torch.manual_seed(0)
     config = InfoRMConfig(backbone_configs["llama"], latent_dim=3, decoder="linear")
@@ -254,7 +276,8 @@ def test_from_backbone_loads_every_weight_and_the_copy_reloads(name, base, causa
     mean_rows, log_variance_rows = model.score.encoder.weight.chunk(2)
     assert mean_rows.std().item() * 32**0.5 == pytest.approx(1.0, rel=0.2)
     assert log_variance_rows.std().item() * 32**0.5 == pytest.approx(0.1, rel=0.2)
-    assert not model.score.encoder.bias.any()
+    means, log_variances = model.score.encoder.bias.chunk(2)
+    assert not means.any() and log_variances.eq(-4.0).all()
 
     model.save_pretrained(tmp_path / "saved")
     reloaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", output_loading_info=True)
@@ -401,9 +424,29 @@ def test_fresh_latent_means_are_as_large_as_the_hidden_states_and_log_variances_
     assert log_variance.std().item() == pytest.approx(0.1, rel=0.05)
 
 
-def test_a_fresh_decoder_starts_almost_linear(backbone_configs):
+@pytest.mark.parametrize("size", [1024, 9])
+def test_a_fresh_decoder_is_linear(backbone_configs, size):
     torch.manual_seed(0)
-    config = InfoRMConfig(backbone_configs["llama"], latent_dim=1024)
-    first, _, last = InfoRMForSequenceClassification(config).score.decoder
-    assert first.weight.std().item() * 32 == pytest.approx(0.1, rel=0.01)
-    assert last.weight.std().item() * 32 == pytest.approx(10.0, rel=0.05)
+    config = InfoRMConfig(backbone_configs["llama"], latent_dim=size)
+    decoder = InfoRMForSequenceClassification(config).score.decoder.double()
+    if size % 2:  # of an odd number one unit has no partner
+        decoder[2].weight.data[:, size // 2] = 0
+    latents = torch.randn(2, 100, size, dtype=torch.float64)
+    first, second = decoder(latents)
+    torch.testing.assert_close(decoder(2 * latents[0] - 3 * latents[1]), 2 * first - 3 * second)
+    if size == 1024:
+        assert first.std().item() == pytest.approx(0.4 / 2**0.5, rel=0.2)
+
+
+def test_a_decoder_that_started_linear_learns_what_is_not(backbone_configs):
+    torch.manual_seed(0)
+    decoder = InfoRMForSequenceClassification(InfoRMConfig(backbone_configs["llama"], latent_dim=8)).score.decoder
+    latents = torch.randn(256, 8)
+    target = latents[:, :1].square()
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
+    for _ in range(300):
+        loss = (decoder(latents) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2 * target.var()  # a linear function can explain next to nothing of it

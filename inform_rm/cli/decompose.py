@@ -4,11 +4,13 @@ import argparse
 from typing import Any
 
 from inform_rm.cli import flags
+from inform_rm.util.papers import GAP_DERIVED
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
     command = flags.add_command(commands, "decompose", "how much of a preference the response alone decides", run)
+    command.epilog = GAP_DERIVED
     flags.add_model(command)
     flags.add_data(command, required=True, nargs="+", help=f"pairs: {flags.SOURCES}")
     command.add_argument("--output", required=True, help="folder for result.json, pairs.parquet, plots and page")

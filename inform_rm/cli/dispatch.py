@@ -20,9 +20,12 @@ from inform_rm.cli import (
     detect,
     evaluate,
     export,
+    generate,
+    judge,
     plan,
     report,
     score,
+    select,
     serve,
     simulate,
     train,
@@ -32,7 +35,8 @@ from inform_rm.cli.quiet import silence_normal_messages
 from inform_rm.errors import InputError, Interrupted, did_you_mean
 
 COMMANDS = (
-    demo, train, plan, evaluate, decompose, detect, simulate, compare, score, serve, check_data, export, report
+    demo, train, evaluate, decompose, detect, select, generate, judge, simulate, compare, score, serve, check_data,
+    plan, export, report,
 )  # fmt: skip
 _COMMANDS_OF_SEVERAL_PROCESSES = ("train", "evaluate", "decompose", "score")
 

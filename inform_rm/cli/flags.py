@@ -50,6 +50,23 @@ def add_data(command: argparse.ArgumentParser, flag: str = "--data", **settings:
         command.add_argument(split, help=argparse.SUPPRESS)
 
 
+def add_endpoint(command: argparse.ArgumentParser, required: bool = False) -> None:
+    """``--endpoint`` and how it is asked; `endpoint_options` reads these."""
+    command.add_argument("--endpoint", required=required, metavar="URL",
+                         help="OpenAI-compatible server, such as http://localhost:8000/v1")  # fmt: skip
+    command.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the key (default: "
+                         "none is sent)")  # fmt: skip
+    command.add_argument("--timeout", type=float, help="seconds that a reply may take (default: 300)")
+    command.add_argument("--tries", type=int, help="how often a request is sent at most (default: 6)")
+    command.add_argument("--concurrency", type=int, help="requests under way at once (default: 8)")
+
+
+def endpoint_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_endpoint` adds, as arguments of the functions, which have the defaults."""
+    names = ("endpoint", "api_key_env", "timeout", "tries", "concurrency")
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
 def add_switch(command: argparse.ArgumentParser, flag: str, text: str) -> None:
     """A flag that is bare, or followed by true or false."""
     command.add_argument(flag, nargs="?", type=_boolean, const=True, default=False, metavar="true|false", help=text)

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if recipe is None:
         flags = {"data": "none", "output_dir": "none", **flags}
-    args = read_arguments(recipe, {**flags, "use_cpu": True})
+    args = read_arguments(recipe, {**flags, "use_cpu": True}).divided_over(own["gpus"])
     machine = Machine(**{name: own[name] for name in ("gpus", "memory", "launch", "tflops", "utilisation", "reserve")})
     config = read_config(own["config"] or str(args.model), args)
     lengths = Lengths(own["prompt_tokens"], own["response_tokens"])

@@ -15,7 +15,8 @@ def add_parser(commands: Any) -> None:
                          help="reward models that choose: folders or Hub ids")  # fmt: skip
     command.add_argument("--output", required=True, help="folder for result.json, responses.parquet, plot and page")
     command.add_argument("--gold", help="reward model taken for the truth (default: the world's exact reward)")
-    command.add_argument("--policy", help="causal LM that writes the responses (default: the world's sampler)")
+    command.add_argument("--policy", help="causal LM that writes the responses, or a file of responses that are "
+                         "written (default: the world's sampler)")  # fmt: skip
     flags.add_data(command, nargs="+", help=f"pairs whose prompts are used: {flags.SOURCES} (default: prompts of "
                          "the world)")  # fmt: skip
     flags.add_columns(command, flags.PAIR_FIELDS)

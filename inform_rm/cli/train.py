@@ -42,7 +42,12 @@ def run(arguments: argparse.Namespace) -> None:
             print(_USAGE.splitlines()[0], file=sys.stderr)
         raise
     from inform_rm import train
+    from inform_rm.training.budget import budget_lines, budget_of_run
+    from inform_rm.training.reward_arguments import settings_of
 
+    settings = settings_of(args)
+    if args.kl_reduction == "sum" and (budget := budget_of_run(settings, 1.0, None)):
+        print_once(*budget_lines(settings, budget))
     result = train(args)
     found, counts = result["evaluation"] or {}, result["train_pairs"]
     measured = [accuracy_line(found)] if "accuracy" in found else []
@@ -50,6 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     rows = f"{counts['pairs']} pairs"
     if "rows" in counts:
         rows = f"{counts['rows']} rows ({', '.join(counts['layouts'])})"
+    if "flip_rate_at_most" in (result.get("budget") or {}):
+        measured += budget_lines(settings, result["budget"], found.get("kl_nats"))[1:]
     done = f"trained a reward model in {result['steps']} steps on {rows}"
     print_once(*measured, done, see=args.output_dir)
 

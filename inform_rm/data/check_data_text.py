@@ -32,14 +32,10 @@ def format_report(report: dict[str, Any]) -> str:
 def _format_source(source: dict[str, Any]) -> list[str]:
     if source.get("layout") == "scored":
         return _format_scored(source)
-    bad, longer = source["bad_rows"], source["chosen_longer_characters"]
+    longer = source["chosen_longer_characters"]
     low, high = longer["interval"]
     lines = [
-        source["source"],
-        f"  rows {source['rows']:,}, usable pairs {source['pairs']:,}, bad rows {bad['n']:,}",
-        *(f"    row {row['row']}: {row['reason']}" for row in bad["rows"][:SHOWN_EXAMPLES]),
-        *([f"    ... and {bad['n'] - SHOWN_EXAMPLES:,} more"] if bad["n"] > SHOWN_EXAMPLES else []),
-        *(f"  {line}" for line in lines_of(source["reading"], source["rows"])),
+        *_format_rows(source, f"usable pairs {source['pairs']:,}"),
         *([_format_rankings(source)] if "rankings" in source else []),
         f"  prompts {source['prompts']:,}, with several turns {source['multi_turn_prompts']:,}, "
         f"margins {source['margins']:,}, subsets {len(source['subsets']):,}",
@@ -75,17 +71,24 @@ def _format_rankings(source: dict[str, Any]) -> str:
     )
 
 
-def _format_scored(source: dict[str, Any]) -> list[str]:
-    bad, scores = source["bad_rows"], source["scores"]
-    lines = [
+def _format_rows(source: dict[str, Any], usable: str) -> list[str]:
+    """Name and number of rows of a source, the bad ones, and how its columns were read."""
+    bad = source["bad_rows"]
+    return [
         source["source"],
-        f"  rows {source['rows']:,}, usable scored responses {source['scored']:,}, bad rows {bad['n']:,}",
+        f"  rows {source['rows']:,}, {usable}, bad rows {bad['n']:,}",
         *(f"    row {row['row']}: {row['reason']}" for row in bad["rows"][:SHOWN_EXAMPLES]),
         *([f"    ... and {bad['n'] - SHOWN_EXAMPLES:,} more"] if bad["n"] > SHOWN_EXAMPLES else []),
         *(f"  {line}" for line in lines_of(source["reading"], source["rows"])),
+    ]
+
+
+def _format_scored(source: dict[str, Any]) -> list[str]:
+    lines = [
+        *_format_rows(source, f"usable scored responses {source['scored']:,}"),
         f"  prompts {source['prompts']:,}, subsets {len(source['subsets']):,}, duplicates "
         f"{source['duplicates']['n']:,}, conflicting labels {source['conflicting_labels']['n']:,}",
-        "  scores: " + ", ".join(f"{name} {value:g}" for name, value in scores.items()),
+        "  scores: " + ", ".join(f"{name} {value:g}" for name, value in source["scores"].items()),
     ]
     if "score_length_correlation" in source:
         lines.append(f"  score and characters of the response: Spearman {source['score_length_correlation']:.2f}")

@@ -125,7 +125,7 @@ def parse_pair(
     reading: Reading | None = None,
     allow_identical: bool = False,
 ) -> PreferencePair:
-    """The canonical pair of one record in any of the supported formats (docs/data.md).
+    """The canonical pair of one record in any of the supported formats (docs/how-to/data.md).
 
     `prompt`, `chosen` and `rejected` are text or conversations: message lists in any form, or transcripts. Without
     `prompt`, the turns before the last reply of both conversations are the prompt; for other text a prompt must be

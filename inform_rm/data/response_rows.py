@@ -23,6 +23,8 @@ from inform_rm.data.sources import Source, open_parts, source_label
 from inform_rm.errors import InputError
 
 _RESULT_FIELDS = ("reward", "reward_std")
+# What `inform-rm generate` writes beside prompt and response: no part of either, and no surprise.
+_ABOUT_RESPONSE = ("id", "model", "seed", "sample", "finish_reason", "tokens")
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _checked_row(record: Any, where: str, columns: Columns, reading: Reading, is
         if field in record:
             raise InputError(f"{where} has a field {field!r} already, which the result would replace. Rename it.")
     try:
-        reading.add_row(record, columns, ROW_FIELDS)
+        reading.add_row(record, columns, ROW_FIELDS, also=_ABOUT_RESPONSE)
         prompt, response = _prompt_and_response(Row(record, columns, reading), is_csv)
     except Fault as fault:
         raise InputError(f"{where}: {fault}") from None

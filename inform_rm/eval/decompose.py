@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from inform_rm.data.sources import Sources
 from inform_rm.decomposition.gap_grid import GapGrid, distinct_prompts, gap_grid
+from inform_rm.decomposition.information import InformationTerms, information_terms, mutual_information
 from inform_rm.decomposition.likelihoods import ResponseLikelihood, load_likelihood
 from inform_rm.decomposition.prompt_free_gap import decompose_gaps, sample_prompts, tempered_weights
 from inform_rm.errors import InputError
@@ -37,6 +38,7 @@ FEATURES = {
     "exclamation marks": lambda text: text.count("!"),
 }
 _SHOWN_PAIRS = 20
+_TERM = "_term"  # ends the columns of `InformationTerms`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +92,16 @@ class DecompositionResult(ModelResult):
 
     Attributes:
         data: per source what was read and left out.
+        distinct_prompts: from which the other prompts of a pair are drawn.
+        num_pairs: that were decomposed.
         left_out: pairs by reason, non-finite rewards with the pairs' ids.
         cost: tokens that were computed, and that one pass a reward would take.
         accuracy: share of pairs with the larger reward for the chosen response, ties half.
+        accuracy_interval: 95 %, Wilson, as those of the other shares.
+        response_decides_interval: see above.
+        sign_flips_interval: see above.
+        mean_standard_error: of D2, from the choice of the prompts.
+        mean_effective_sample_size: of the prompts' weights, as a number of prompts.
         response_decides: share of pairs with abs(D2) > abs(D1): no prompt-related part of this size could turn the
             preference.
         prompt_sensitivity: share of the gaps' variance that lies between prompts of one pair; 0 for a model blind to
@@ -101,6 +110,9 @@ class DecompositionResult(ModelResult):
         not_converged: gaps whose root was not found.
         correlations: Spearman, of each gap with differences of features that the response alone has.
         quadrants: pairs and accuracy by the signs of both parts.
+        information: mutual information in nats, each with a 95 % interval over pairs: ``preference``, of which
+            ``responses`` are told by the responses alone and ``prompt`` is added by the prompt; ``prompt_free`` and
+            ``prompt_related`` of the two parts (`inform_rm.decomposition.information`).
         subsets: shares by subset, where there are several.
         pairs: column by name, one row a pair: the content of ``pairs.parquet``.
     """
@@ -121,6 +133,7 @@ class DecompositionResult(ModelResult):
     not_converged: int
     correlations: dict[str, dict[str, float]]
     quadrants: list[dict[str, Any]]
+    information: dict[str, dict[str, Any]]
     prompt_sensitivity: float | None = None
     subsets: dict[str, dict[str, Any]] | None = None
     pairs: dict[str, np.ndarray] = unwritten()
@@ -278,6 +291,7 @@ def _table(pairs: Dataset, gaps: Tensor, used: Tensor, weights: Tensor, populati
             both = zip(batch["chosen"], batch["rejected"], strict=True)
             table[f"{name} difference"] += [feature(chosen) - feature(rejected) for chosen, rejected in both]
     parts = decompose_gaps(gaps, weights, population=population)
+    terms = asdict(information_terms(gaps, weights))
     number = used.sum(dim=1)
     counted = gaps.masked_fill(~used, 0.0)
     deviations = (counted - counted.sum(dim=1, keepdim=True) / number[:, None]).masked_fill(~used, 0.0)
@@ -294,6 +308,7 @@ def _table(pairs: Dataset, gaps: Tensor, used: Tensor, weights: Tensor, populati
         "other_gaps_10_percent": low,
         "other_gaps_90_percent": high,
         "variance_between_prompts": deviations.square().sum(dim=1) / (number - 1),
+        **{f"{name}{_TERM}": values for name, values in terms.items()},
         "sign_flips": ((gaps.sign() != gaps[:, :1].sign()) & used).any(dim=1),
     }
     return {name: np.asarray(values) for name, values in table.items()}
@@ -311,6 +326,9 @@ def summary(table: dict[str, np.ndarray]) -> dict[str, Any]:
         }
         for name in FEATURES if np.ptp(table[f"{name} difference"]) > 0
     }  # fmt: skip
+    result["information"] = mutual_information(
+        {spec.name: table[f"{spec.name}{_TERM}"] for spec in fields(InformationTerms)}
+    )
     result["quadrants"] = []
     for signs in itertools.product((True, False), repeat=2):
         inside = ((table["prompt_free_gap"] > 0) == signs[0]) & ((table["prompt_related_gap"] > 0) == signs[1])

@@ -7,11 +7,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from inform_rm.eval.report import result_settings
+from inform_rm.util.colors import GREY, ORANGE, SERIES, SKY, VERMILION
 from inform_rm.util.page import Heading, Image, Page, Table
+from inform_rm.util.papers import GAP_DERIVED
 
 COLORS = ("length", "subset")
 _MOST_BARS = 200
-_MOST_SUBSETS = 10
+_MOST_SUBSETS = len(SERIES)
+_INFORMATION_NOTE = (
+    "Of a pair drawn at random and in random order; ln 2 = 0.693 nats are a certain preference. The last line is 0 by "
+    "the choice of D2 (theorem 1 of arXiv:2504.06020, with the definitions that a public review gives). Few prompts "
+    "make the second line too large and the third too small. Intervals: bootstrap over pairs."
+)
 _SPREAD_CAPTION = (
     "Reward gap of each pair under its own prompt (dot) and, as a bar, the middle 80 % of its gaps under other "
     "prompts; pairs in order of their gap. Bars that hug the dots: the prompt hardly matters."
@@ -30,8 +37,8 @@ def spread_figure(table: dict[str, np.ndarray]) -> Figure:
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
     low, high = table["other_gaps_10_percent"][order], table["other_gaps_90_percent"][order]
-    axes.vlines(places, low, high, color="#9bb7d4", linewidth=max(1.0, 300 / len(order)), label="other prompts, 80 %")
-    axes.plot(places, table["reward_gap"][order], ".", color="#c2413b", label="own prompt")
+    axes.vlines(places, low, high, color=SKY, linewidth=max(1.0, 300 / len(order)), label="other prompts, 80 %")
+    axes.plot(places, table["reward_gap"][order], ".", color=VERMILION, label="own prompt")
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set(xlabel=f"{len(order)} pairs, in order of their gap", ylabel="reward gap, chosen - rejected")
     axes.legend(loc="upper left")
@@ -50,6 +57,7 @@ def plane_figure(table: dict[str, np.ndarray], color: str) -> Figure:
         shown = names[np.argsort(-counts)][:_MOST_SUBSETS]
         groups = [(name, table["subset"] == name) for name in shown]
         groups += [("others", ~np.isin(table["subset"], shown))] if len(names) > len(shown) else []
+        axes.set_prop_cycle(color=[*SERIES, GREY])
         for name, mask in groups:
             axes.scatter(free[mask], related[mask], s=size, label=str(name), alpha=0.8)
         axes.legend(fontsize=8)
@@ -65,7 +73,7 @@ def plane_figure(table: dict[str, np.ndarray], color: str) -> Figure:
 def draw_plane(axes: Axes, reach: float) -> None:
     """Axes, the line of equal rewards and the shaded parts in which abs(D2) > abs(D1), from -reach to reach."""
     line = np.array([-reach, 0.0, reach])
-    axes.fill_between(line, -np.abs(line), np.abs(line), color="#c9a227", alpha=0.15, linewidth=0, zorder=0)
+    axes.fill_between(line, -np.abs(line), np.abs(line), color=ORANGE, alpha=0.15, linewidth=0, zorder=0)
     axes.plot(line, -line, color="grey", linestyle="--", linewidth=0.9)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.axvline(0, color="grey", linewidth=0.8)
@@ -92,6 +100,9 @@ def result_page(result: dict[str, Any], spread_png: bytes, plane_png: bytes) -> 
             Heading("What the gaps go with"),
             "Spearman rank correlation with the difference (chosen - rejected) of what the response alone has.",
             Table(("difference in", "reward gap D", "prompt-free D2", "prompt-related D1"), correlations),
+            Heading("Information"),
+            _INFORMATION_NOTE,
+            information_table(result),
             Heading("Accuracy by quadrant"),
             Table(("prompt-free gap D2", "prompt-related gap D1", "n", "accuracy"), quadrants, align="llrr"),
             Heading("Settings"),
@@ -107,6 +118,17 @@ def share_table(result: dict[str, Any]) -> Table:
     columns = ("num_pairs", "accuracy", "response_decides", "response_decides_interval", "sign_flips",
                "prompt_sensitivity")  # fmt: skip
     return Table(header, [(name, *map(part.get, columns)) for name, part in parts.items()])
+
+
+def information_table(result: dict[str, Any]) -> Table:
+    """Mutual informations in nats, with their intervals."""
+    named = {
+        "preference": "the preference, given responses and prompt", "responses": "of this the responses alone tell",
+        "prompt": "and the prompt adds", "prompt_free": "prompt-free part, with the mean over prompts",
+        "prompt_related": "prompt-related part, with the mean over prompts",
+    }  # fmt: skip
+    rows = [(named[name], part["nats"], part["interval"]) for name, part in result["information"].items()]
+    return Table(("mutual information", "nats", "95 % interval"), rows)
 
 
 def notes(result: dict[str, Any]) -> list[str]:
@@ -131,4 +153,4 @@ def notes(result: dict[str, Any]) -> list[str]:
     if counted:
         named = f" ({', '.join(left_out['nonfinite_ids'])})" if left_out["nonfinite_ids"] else ""
         texts.append(f"Left out: {', '.join(counted)}{named}.")
-    return texts
+    return [*texts, GAP_DERIVED]

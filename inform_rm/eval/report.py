@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from inform_rm.util.colors import SKY
 from inform_rm.util.page import Block, Heading, Image, Page, Table, settings_table
 
 _LENGTH_PARTS = {
@@ -124,6 +125,6 @@ def reliability_figure(bins: Sequence[dict[str, Any]]) -> Figure:
     axes.legend(loc="lower right")
     centers = [(part["low"] + part["high"]) / 2 for part in bins]
     widths = [0.9 * (part["high"] - part["low"]) for part in bins]
-    counts.bar(centers, [part["num_pairs"] for part in bins], width=widths, color="lightsteelblue")
+    counts.bar(centers, [part["num_pairs"] for part in bins], width=widths, color=SKY)
     counts.set(xlabel="predicted probability, sigmoid(|margin|)", ylabel="pairs")
     return figure

@@ -12,14 +12,23 @@ from inform_rm.util.page import Page, Table, figure_png
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult(ModelResult):
-    """The accuracy of a reward model on preference pairs.
-
-    The statistics are those of `inform_rm.eval.accuracy.pairwise_accuracy`, lengths in characters.
+    """The accuracy of a reward model on preference pairs: `inform_rm.eval.accuracy.pairwise_accuracy`.
 
     Attributes:
         data: per source its fingerprint and counts of pairs read, not sampled, over-long, dropped, truncated and
             evaluated, the bad rows, and ``partly_rendered``: ``n`` pairs of which the chat template deleted text, and
             up to 5 ``examples``.
+        num_pairs: that were evaluated.
+        accuracy: share of pairs with the larger reward for the chosen response, ties half.
+        accuracy_interval: 95 % Wilson interval.
+        accuracy_ties_wrong: the same, ties wrong.
+        accuracy_ties_wrong_interval: of that.
+        num_ties: pairs with two equal rewards.
+        mean_margin: mean reward of the chosen response minus that of the rejected one.
+        calibration: ``expected_calibration_error``, and the ``bins`` of the reliability plot.
+        by_length: the statistics of the pairs whose chosen response is the longer, the shorter, or as long.
+        longer_wins_accuracy: of the rule "the longer response wins", in characters.
+        subsets: the statistics by subset.
         rows: of each pair source, id, subset, lengths and rewards: the lines of ``pairs.jsonl``.
     """
 

@@ -14,7 +14,7 @@ from inform_rm.data.group_encoding import encode_group_rows
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import load_preferences
 from inform_rm.data.sources import Sources, parse_source, source_label, source_list
-from inform_rm.errors import InputError
+from inform_rm.errors import InputError, check_whole_number
 from inform_rm.eval.frame import RowSettings
 from inform_rm.scoring.scorer import RewardScorer
 
@@ -37,9 +37,8 @@ class PairSettings(RowSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        most = self.max_pairs
-        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-            raise InputError(f"max_pairs: {most!r}; expected a whole number of at least 1.")
+        if self.max_pairs is not None:
+            check_whole_number("max_pairs", self.max_pairs)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ _Weights = dict[str, tuple[str, Any]]  # tensor name -> (file name, open file)
 _INDEX_FILE = "model.safetensors.index.json"
 # Settings of a config that do not change a reward. Dropout is another: see `_deciding_settings`.
 _FREE_SETTINGS = {
-    "_name_or_path", "architectures", "auto_map", "beta", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "auto_map", "beta", "dtype", "kl_reduction_version", "torch_dtype",
+    "transformers_version", "use_cache",
 }  # fmt: skip
 
 

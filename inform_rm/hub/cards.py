@@ -15,6 +15,7 @@ from inform_rm.hub.eval_results import LEFT_OUT, eval_results, evaluation_of_run
 from inform_rm.hub.result_folders import RESULT_FILE, ResultFolder, naming_damage
 from inform_rm.util.files import atomic_write_text
 from inform_rm.util.page import (
+    Markdown,
     Table,
     cell_text,
     fill_markdown,
@@ -23,6 +24,7 @@ from inform_rm.util.page import (
     markdown_table,
     words_table,
 )
+from inform_rm.util.papers import TRL_TRAINS_BT, differences_of_run
 
 TAGS = ("reward-model", "inform", "rlhf")
 _RESULTS_START, _RESULTS_END = "<!-- results, from the metadata above -->", "<!-- end of results -->"
@@ -58,7 +60,7 @@ def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | N
     values: dict[str, Any] = {"load_template": _LOAD_ADAPTERS if is_adapter else _LOAD_MODEL}
     if result is not None:
         values |= _training_values(settings, result)
-    body = _card_body(config=config, result=result, **values)
+    body = _card_body(config=config, result=result, trl_trains_bt=Markdown(TRL_TRAINS_BT), **values)
     if result is None or "accuracy" not in (result["evaluation"] or ()):
         return card_text(metadata, body)
     return _with_results(metadata, body, [evaluation_of_run(result)], Path(settings["output_dir"]).resolve().name)
@@ -83,6 +85,8 @@ def _metadata(tags: Sequence[str], library_name: str = "transformers", **values:
 def _card_body(**values: Any) -> str:
     defaults = {
         "result": None,
+        "trl_trains_bt": None,
+        "differences": (),
         "averaged": None,
         "load_template": _LOAD_MODEL,
         "accuracy": None,
@@ -99,11 +103,12 @@ def _training_values(settings: dict[str, Any], result: dict[str, Any]) -> dict[s
         for name, value in settings.items()
         if name != "output_dir"
     ]
-    values = {
+    values: dict[str, Any] = {
         "settings_table": markdown_table(words_table(("setting", "value"), shown)),
         "software": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     }
     evaluation = result.get("evaluation") or {}
+    values["differences"] = differences_of_run(settings)
     values |= {name: cell_text(evaluation[name]) for name in ("accuracy", "kendall_tau", "rmse") if name in evaluation}
     if "accuracy" in evaluation:
         values["interval"] = format_interval(evaluation["accuracy_interval"])

@@ -22,6 +22,7 @@ from inform_rm.hub.result_folders import (
     refuse_other_models,
 )
 from inform_rm.util.checkpoints import last_complete
+from inform_rm.util.colors import BLUE, VERMILION
 from inform_rm.util.files import atomic_write_text
 from inform_rm.util.page import (
     Block,
@@ -34,6 +35,7 @@ from inform_rm.util.page import (
     themed_image,
     words_table,
 )
+from inform_rm.util.papers import differences_of_run
 
 RUN_RESULT_FILE = "train_result.json"
 # Title, and (key in the log, label) of its lines.
@@ -43,11 +45,15 @@ _PANELS = (
     ("margin of rewards", (("margin", "training"), ("eval_margin", "evaluation"))),
     ("Kendall's tau-b of rankings", (("kendall_tau", "training"), ("eval_kendall_tau", "evaluation"))),
     ("RMSE of scored responses", (("rmse", "training"), ("eval_rmse", "evaluation"))),
-    ("KL (nats)", (("kl_nats", "training"), ("eval_kl_nats", "evaluation"))),
+    ("KL of a response (nats)", (("kl_nats", "training"), ("eval_kl_nats", "evaluation"))),
+    (
+        "ln 2 - loss: information on the label (nats)",
+        (("label_information_nats", "training"), ("eval_label_information_nats", "evaluation")),
+    ),
     ("learning rate", (("learning_rate", "learning rate"),)),
     ("gradient norm", (("grad_norm", "before clipping"),)),
 )
-_COLORS = ("#3f8fd2", "#e0772f")
+_COLORS = (BLUE, VERMILION)
 _CURVES_CAPTION = (
     "Training: each point is the mean since the point before it. Evaluation: all evaluation pairs, after so many "
     "steps. The training loss holds the KL term, the evaluation loss does not."
@@ -173,6 +179,16 @@ def _summary(record: dict[str, Any], is_finished: bool) -> list[Block]:
         interval = format_interval(found["accuracy_interval"])
         accuracy = f"{found['accuracy']:.3f} (n = {found['num_pairs']}, 95 % interval {interval})"
         rows.append(("accuracy on the run's evaluation pairs", accuracy))
+    budget = record.get("budget") or {}
+    if "nats_per_response" in budget and "kl_nats" in found:
+        paid = f"{budget['nats_per_response']:.3g}"
+        if "nats_per_response_at_that" in budget:
+            flips = f"{100 * budget['flip_rate_at_most']:.0f} %"
+            paid += (
+                f", or {budget['nats_per_response_at_that']:.3g} if {flips} of the labels are wrong (the most there "
+            )
+            paid += "can be at random)"
+        rows.append(("KL of a response", f"{found['kl_nats']:.3g} nats; beta pays for at most {paid}"))
     if "kendall_tau" in found:
         rows.append(("Kendall's tau-b", f"{found['kendall_tau']:.3f} (n = {found['num_prompts']} prompts)"))
     if "rmse" in found:
@@ -253,6 +269,7 @@ def _facts(record: dict[str, Any]) -> list[Block]:
         words_table(("source", "SHA-256"), record["data_fingerprints"].items()),
         Heading("Settings"),
         settings_table(record["settings"], as_run),
+        *map(Note, differences_of_run(record["settings"])),
         Heading("Versions"),
         words_table(("software", "version"), record["versions"].items()),
     ]

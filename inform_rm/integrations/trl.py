@@ -37,7 +37,8 @@ class RewardFunction:
     """Rewards of a reward model, shaped on request by the distance from the reference: ``r - gamma * D_M``.
 
     D_M is the Mahalanobis distance of a response's latent from the reference latents (IBL regularization of
-    arXiv:2510.13694); responses that the reference never looked like lose reward.
+    arXiv:2510.13694); responses that the reference never looked like lose reward. The covariance is Ledoit and Wolf's;
+    the authors' released code adds 1e-6 to the diagonal of the plain one.
 
     Args:
         scorer: the reward model, or an ensemble.

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import pad
 
 # Rows are filled up to a multiple of this, so that kernels are compiled for few lengths; also the mask's block size.
 ROW_MULTIPLE = 128
+# Kernels that a process may compile: one for each number and size of heads, dtype, kind of mask, and with or without
+# gradient. torch's own limit is 8.
+_KERNELS = 64
 
 
 def row_layout(segments: Sequence[Sequence[int]], length: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,6 +57,48 @@ def may_attend(
     return sees if sliding_window is None else sees & (positions[query] - positions[key] < sliding_window)
 
 
+def block_mask(trees: Tensor, branches: Tensor, positions: Tensor, sliding_window: int | None) -> BlockMask:
+    """The mask of `may_attend` for FlexAttention, without ever holding a value for each pair of tokens.
+
+    The least and the largest tree, branch and position of each block of tokens tell which blocks see nothing of each
+    other and which see all; the few others are looked at token by token.
+
+    Args:
+        trees: as branches and positions of `row_layout`, ``(T,)``, T a multiple of `ROW_MULTIPLE`.
+        branches: see trees.
+        positions: see trees.
+        sliding_window: see `may_attend`.
+    """
+
+    def rule(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return may_attend(trees, branches, positions, sliding_window, query, key)
+
+    low, high = torch.stack([trees, branches, positions]).view(3, -1, ROW_MULTIPLE).aminmax(dim=2)
+    overlap = (low[:, None] <= high[:, :, None]) & (low[:, :, None] <= high[:, None])  # (3, queries, keys)
+    tree, branch, position = range(3)
+    is_one = low == high
+    is_same = is_one[:, :, None] & is_one[:, None] & overlap
+    every = is_same[tree] & (is_same[branch] | (high[branch] == 0)) & torch.ones_like(overlap[tree]).tril(-1)
+    if sliding_window is not None:
+        every &= high[position][:, None] - low[position] < sliding_window
+    some = overlap[tree].tril() & ~every
+    queries, keys = some.nonzero(as_tuple=True)
+    places = torch.arange(ROW_MULTIPLE, device=trees.device)
+    tokens = [block[:, None] * ROW_MULTIPLE + places for block in (queries, keys)]
+    sees = may_attend(trees, branches, positions, sliding_window, tokens[0][:, :, None], tokens[1][:, None])
+    some[queries, keys] = sees.any(2).any(1)
+    parts, wholes = _blocks_in_order(some), _blocks_in_order(every)
+    return BlockMask.from_kv_blocks(
+        *parts, *wholes, BLOCK_SIZE=ROW_MULTIPLE, mask_mod=rule, seq_lengths=(len(trees), len(trees))
+    )
+
+
+def _blocks_in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """``(1, 1, B)`` number and ``(1, 1, B, B)`` places of the key blocks of each query block, these first."""
+    places = blocks.int().argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(dim=1, dtype=torch.int32)[None, None], places.int()[None, None]
+
+
 def flex_inputs(inputs: dict[str, Any], config: Any, device: torch.device) -> dict[str, Any]:
     """The inputs of a packed row with block masks, one for each sliding window, in place of its segments.
 
@@ -67,14 +112,9 @@ def flex_inputs(inputs: dict[str, Any], config: Any, device: torch.device) -> di
     target = -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
     trees, branches, positions = (values.to(device) for values in row_layout(inputs["packed_segments"], target))
 
-    def mask_of(window: int | None) -> BlockMask:
-        def rule(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return may_attend(trees, branches, positions, window, query, key)
-
-        return create_block_mask(rule, None, None, target, target, device=device, BLOCK_SIZE=ROW_MULTIPLE)
-
+    masks = {size: block_mask(trees, branches, positions, size) for size in {None, window}}
     filled = {name: pad(inputs[name].to(device), (0, target - length)) for name in ("input_ids", "position_ids")}
-    return {**inputs, **filled, "packed_segments": {size: mask_of(size) for size in {None, window}}}
+    return {**inputs, **filled, "packed_segments": masks}
 
 
 def for_device(inputs: dict[str, Any], config: Any, device: torch.device) -> dict[str, Any]:
@@ -96,23 +136,27 @@ def flex_packed_attention(
     ``softcap`` is c of ``c tanh(score / c)`` (Gemma 2, arXiv:2408.00118); ``sinks`` are ``(heads,)`` logits that take
     part in each softmax and have no value (gpt-oss).
     """
+    # A tensor: under dynamic=True a Python float is a symbol, with which the backward pass cannot be traced.
+    cap: Any = None if softcap is None else query.new_full((), softcap, dtype=torch.float32)
 
     def capped(score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 
-    cap: Any = softcap
     # On a CPU it is not worth compiling, and inside a compiled model it is compiled already.
     as_it_is = query.device.type == "cpu" or torch.compiler.is_compiling()
-    output, aux = (flex_attention if as_it_is else _compiled_kernel())(
+    found = (flex_attention if as_it_is else compiled_kernel())(
         query, key, value, score_mod=None if softcap is None else capped, block_mask=mask, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1], return_aux=AuxRequest(lse=True),
+        enable_gqa=query.shape[1] != key.shape[1], return_aux=None if sinks is None else AuxRequest(lse=True),
     )  # fmt: skip
     if sinks is None:
-        return output
+        return found
     # A sink adds exp(sink) to the denominator of each softmax: the share of the rest is sigmoid(lse - sink).
+    output, aux = found
     return output * torch.sigmoid(aux.lse - sinks[None, :, None].float()).unsqueeze(-1).to(output.dtype)
 
 
 @cache
-def _compiled_kernel() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+def compiled_kernel() -> Any:
+    """FlexAttention compiled for rows of any length; it never falls back to what holds all scores in memory."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _KERNELS)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)

@@ -30,7 +30,7 @@ _HARMLESS_KEYWORDS = {
 # What FlexAttention does itself.
 _FLEX_KEYWORDS = {"softcap", "s_aux"}
 _NOT_GIVEN = -1
-# On a CPU longer rows take more memory and are no faster (docs/performance.md).
+# On a CPU longer rows take more memory and are no faster (docs/results/performance.md).
 CPU_TOKENS_PER_BATCH = 2048
 
 
@@ -194,9 +194,6 @@ def packed_attention(
     strange = [name for name, given in kwargs.items() if given is not None and name not in harmless]
     if dropout and has_masks:
         strange.append("attention dropout")
-    if kwargs.get("softcap") is not None and query.device.type == "cuda":
-        # In the one run on a GPU, Gemma 2 failed in the compiler's backward pass (torch 2.11).
-        strange.append("a soft cap on a GPU")
     if sliding_window == _NOT_GIVEN:
         sliding_window = None
         if getattr(getattr(module, "config", None), "sliding_window", None) is not None:
@@ -326,6 +323,20 @@ def why_not_packed(model: Any) -> str | None:
     except Exception as error:  # whatever a foreign model raises, it can still be scored in padded batches
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return None
+
+
+def engine_line(model: Any, why_padded: str | None, device: torch.device | None = None) -> str:
+    """Device, dtype, rows and attention that a model runs with, and why, for a log; on ``device`` if it goes there."""
+    weight = model.get_input_embeddings().weight
+    device = weight.device if device is None else device
+    card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    if why_padded is not None:
+        rows = f"padded rows ({why_padded}), attention {model.config.get_text_config()._attn_implementation}"
+    elif device.type == "cuda":
+        rows = "packed rows (they give the model's own rewards), one FlexAttention kernel a layer"
+    else:
+        rows = "packed rows (they give the model's own rewards), SDPA a segment at a time, which is faster on a CPU"
+    return f"{device}{card} in {str(weight.dtype).removeprefix('torch.')}, {rows}"
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

@@ -71,12 +71,16 @@ def load_reward_model(
 
 
 def load_causal_lm(
-    model: str | Path, *, device: str | torch.device | None = None, trust_remote_code: bool = False
+    model: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model as safely as `load_reward_model` loads a reward model; see there."""
     if trust_remote_code:
-        warn_unpinned(str(model), None)
-    return _load(model, AutoModelForCausalLM, None, device, trust_remote_code, None)
+        warn_unpinned(str(model), revision)
+    return _load(model, AutoModelForCausalLM, None, device, trust_remote_code, revision)
 
 
 def _load(

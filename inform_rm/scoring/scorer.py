@@ -18,6 +18,7 @@ from inform_rm.data.tokenizer import check_vocabulary, fix_date, load_tokenizer,
 from inform_rm.errors import InputError, check_whole_number, shortened
 from inform_rm.scoring.packing import (
     default_tokens_per_batch,
+    engine_line,
     eval_mode_of,
     pack_sequences,
     packed_attention_of,
@@ -32,7 +33,7 @@ from inform_rm.scoring.reward_models import (
     fingerprint_tokenizer,
     load_reward_model,
 )
-from inform_rm.util.processes import computed_alone, computed_in_turn, join_processes
+from inform_rm.util.processes import computed_alone, computed_in_turn, join_processes, num_processes
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +143,10 @@ class RewardScorer:
             check_vocabulary(tokenizer, self._vocabulary_size)
         self.tokens_computed = 0
         self.batching = batching
-        if batching == "packed" and (reason := why_not_packed(self.model)):
-            self.batching = "padded"
-            logger.warning("%s is scored in padded batches: %s.", self.name, reason)
+        reason = why_not_packed(self.model) if batching == "packed" else "asked for"
+        level = logging.WARNING if reason is not None and batching == "packed" else logging.INFO
+        self.batching = "packed" if reason is None else "padded"
+        logger.log(level, "%s is scored on %s.", self.name, engine_line(self.model, reason))
         is_inform = self.model.config.model_type == "inform"
         # The classifiers of transformers read the reward at the last token that is not this id; InfoRM asks the mask.
         self._pad_id = None if is_inform else getattr(self.model.config.get_text_config(), "pad_token_id", None)
@@ -293,7 +295,20 @@ class RewardScorer:
             forward = self._packed_forward
 
         def compute(rows: list[int]) -> Scores:
-            return forward([sequences[row] for row in rows], [lengths[row] for row in rows], uncertainty)
+            try:
+                return forward([sequences[row] for row in rows], [lengths[row] for row in rows], uncertainty)
+            except torch.OutOfMemoryError:
+                if len(rows) < 2 or (self.split_over_processes and num_processes() > 1):
+                    raise  # the other processes wait in this pass
+            self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
+            logger.warning("A batch of %d rows is too much for the memory of %s: it is split, and later ones hold at "
+                           "most %d tokens.", len(rows), self.model.device, self.tokens_per_batch)  # fmt: skip
+            halves = [
+                forward([sequences[row] for row in half], [lengths[row] for row in half], uncertainty)
+                for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :])
+            ]
+            rewards, stds, tokens = zip(*halves, strict=True)
+            return torch.cat(rewards), None if uncertainty is None else torch.cat(stds), sum(tokens)
 
         in_turn = computed_in_turn if self.split_over_processes else computed_alone
         with eval_mode_of(self.model):

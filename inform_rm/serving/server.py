@@ -29,7 +29,7 @@ def serve(
     max_queued_rows: int | None = None,
     **scorer_options: Any,
 ) -> None:
-    """Serve a reward model over HTTP until SIGTERM or Ctrl-C; docs/serving.md describes the endpoints.
+    """Serve a reward model over HTTP until SIGTERM or Ctrl-C; docs/how-to/serving.md describes the endpoints.
 
     The end is graceful: no new connection is taken, what was accepted is scored and answered, then the call returns. A
     second Ctrl-C does not wait.

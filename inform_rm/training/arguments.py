@@ -18,10 +18,12 @@ GROUPS = {
 }  # fmt: skip
 # Settings of transformers' TrainingArguments with its own defaults that most runs use.
 OFTEN_USED = (
-    "output_dir", "max_steps", "per_device_train_batch_size", "weight_decay", "max_grad_norm", "optim", "bf16",
+    "output_dir", "max_steps", "weight_decay", "max_grad_norm", "optim", "bf16",
     "gradient_checkpointing", "torch_compile", "use_cpu", "load_best_model_at_end", "report_to", "run_name",
     "dataloader_num_workers", "push_to_hub", "hub_model_id", "deepspeed", "fsdp", "neftune_noise_alpha",
 )  # fmt: skip
+PAIRS_PER_STEP = 64  # arXiv:2402.09345, appendix J.3
+_PAIRS_PER_PASS = 8  # TrainingArguments' default
 # Of TrainingArguments' settings: what changes neither weights nor the choice among them, by name or beginning.
 _DECIDE_NOTHING = (
     "output_dir", "activation_checkpointing", "gradient_checkpointing", "torch_empty_cache_steps", "logging_", "log_",
@@ -36,7 +38,9 @@ _DECIDE_WHICH_IS_BEST = (
 )  # fmt: skip
 
 
-def _setting(text: str, default: Any, *, decides: bool | str = True, by_content: bool = False) -> Any:
+def _setting(
+    text: str, default: Any, *, decides: bool | str = True, by_content: bool = False, compare: bool = True
+) -> Any:
     """A field of the settings.
 
     Args:
@@ -45,13 +49,20 @@ def _setting(text: str, default: Any, *, decides: bool | str = True, by_content:
         decides: whether it decides what is learnt, so that a run is not continued under another value; the name of a
             setting: it decides where that one is set.
         by_content: it names files, and what they hold decides, not how they are named.
+        compare: whether settings that differ in it alone are different settings.
     """
-    return field(default=default, metadata={"help": text, "decides": decides, "by_content": by_content})
+    return field(
+        default=default, compare=compare, metadata={"help": text, "decides": decides, "by_content": by_content}
+    )
 
 
 @dataclass(kw_only=True, repr=False)
 class RewardArguments:
-    """What decides a run beside TrainingArguments. Published defaults: arXiv:2402.09345, appendices E.2 and J.3."""
+    """What decides a run beside TrainingArguments.
+
+    Published defaults (arXiv:2402.09345, appendices E.2 and J.3) are those whose help says "paper";
+    docs/ideas/papers.md lists what the paper has not or has otherwise.
+    """
 
     model: str | None = _setting(
         "backbone (or InfoRM model to continue from): Hub id or folder", None, by_content=True
@@ -62,13 +73,18 @@ class RewardArguments:
         "'inform': information bottleneck; 'standard': one linear reward head, the baseline", "inform"
     )
     latent_dim: int = _setting("K, latent dimensions of the bottleneck (paper: 32, 64 or 128)", 128)
-    decoder: Literal["mlp", "linear"] = _setting("map from latent to reward", "mlp")
+    decoder: Literal["mlp", "linear"] = _setting(
+        "map from latent to reward (the authors' released code: linear)", "mlp"
+    )
     dtype: Literal["float32", "bfloat16", "auto"] = _setting(
         "number type of the backbone's weights ('auto': the checkpoint's); in bfloat16 most updates are lost unless "
         "optim is stable_adamw or LoRA is on; the head is in float32",
         "float32",
     )
-    attn_implementation: str | None = _setting("sdpa, eager, flash_attention_2, ...; none: the model's own", None)
+    attn_implementation: str | None = _setting(
+        "of padded rows: sdpa, eager, flash_attention_2, ...; none: the model's own; packed rows have another",
+        None,
+    )
     chat_template: str | None = _setting(
         "template file, or 'plain' (what a tokenizer without one gets)", None, by_content=True
     )
@@ -102,11 +118,15 @@ class RewardArguments:
 
     beta: float = _setting("weight of the KL term, eq. 25 (paper: 0.1, 0.01 or 0.001)", 0.1)
     kl_reduction: Literal["sum", "averaged_moments"] = _setting(
-        "'sum': the paper's bound; 'averaged_moments': the authors' released code", "sum"
+        "'sum': the paper's bound, of both responses; 'averaged_moments': the term of the authors' released code, a "
+        "mean over responses, with their beta (they train K 512, beta 1.0, learning rate 9e-6, linear encoder and "
+        "decoder without bias)",
+        "sum",
     )
     kl_warmup_steps: float = _setting(
-        "the KL weight is 0 for so many steps and rises to beta over as many again; below 1: fraction of all steps",
-        0.25,
+        "the KL weight is 0 for so many steps and rises to beta over as many again; below 1: fraction of all steps; "
+        "not in the paper, which has beta from the first step (0)",
+        0.1,
     )
     loss_type: str = _setting("loss of a pair (`inform_rm.training.losses.PAIR_LOSSES`)", "bradley_terry")
     label_smoothing: float = _setting("probability that a label is wrong, 0 to below 0.5", 0.0)
@@ -122,7 +142,8 @@ class RewardArguments:
     )
 
     objective: Literal["plain", "prioritized"] = _setting(
-        "'prioritized': of each pool, learn from the pairs with the smallest prompt-free gap (arXiv:2504.06020)",
+        "'prioritized': of each pool, learn from the pairs with the smallest prompt-free gap (arXiv:2504.06020; the "
+        "gap's equation is derived from the paper's definitions, it is not the authors' text)",
         "plain",
     )
     pool_factor: int = _setting("prioritized: pairs drawn for each pair that is learnt from", 2)
@@ -138,7 +159,9 @@ class RewardArguments:
     )
     length_normalized: bool = _setting("weights 'behavior': mean log-likelihoods of the tokens instead of sums", False)
     ess_target: float = _setting("weights 'behavior': effective sample size to keep, as a share of the prompts", 0.25)
-    warmup_fraction: float = _setting("prioritized: share of the steps that start without selection", 0.1)
+    warmup_fraction: float = _setting(
+        "prioritized: share of the steps that start without selection; ours, gaps of a fresh head are noise", 0.1
+    )
     refresh: int = _setting("prioritized: steps for which an estimated gap may be used again; 1: never", 1)
     selection: Literal["smallest", "soft"] = _setting(
         "prioritized: the smallest gaps (the paper's), or a draw with probability sigmoid(-gap)", "smallest"
@@ -166,7 +189,18 @@ class RewardArguments:
 
     learning_rate: float = _setting("peak learning rate (paper: 5e-6)", 5e-6)
     num_train_epochs: float = _setting("passes over the data (paper: 1)", 1.0)
-    gradient_accumulation_steps: int = _setting("forward passes per optimizer step (paper: 64 pairs a step)", 8)
+    pairs_per_step: int | None = _setting(
+        "pairs (rows) that each update learns from, over all processes and forward passes; none: 64 (the paper's), or "
+        "per_device_train_batch_size * gradient_accumulation_steps * processes where both are given",
+        None,
+        compare=False,  # what it was divided into says it
+    )
+    per_device_train_batch_size: int | None = _setting(
+        "pairs per process and forward pass; none: what pairs_per_step leaves, at most 8", None
+    )
+    gradient_accumulation_steps: int | None = _setting(
+        "forward passes per optimizer step; none: what pairs_per_step leaves", None
+    )
     lr_scheduler_type: str = _setting("learning rate schedule of transformers", "cosine")
     warmup_steps: float = _setting("steps of linear warm-up; below 1: fraction of all steps", 0.03)
     adam_beta2: float | None = _setting(
@@ -179,8 +213,8 @@ class RewardArguments:
         "packed",
     )
     tokens_per_batch: int | None = _setting(
-        "packed, one process: most tokens of a forward pass, a larger batch takes several; none: 2048 on a CPU, "
-        "else no limit",
+        "packed: most tokens of a forward pass, a larger batch takes several; none: 2048 on a CPU (several processes: "
+        "no limit), on a GPU what its memory takes, measured once",
         None,
         decides="lora_dropout",
     )
@@ -222,7 +256,7 @@ class RewardArguments:
             "center_rewards_coefficient": 0, "dataloader_num_workers": 0, "seed": 0, "max_length": 2,
             "max_pairs_per_source": 1, "max_eval_pairs_per_source": 1, "save_total_limit": 1,
             "tokens_per_batch": 1, "pool_factor": 1, "num_prompts": 2, "refresh": 1,
-            "shuffle_buffer": 1,
+            "shuffle_buffer": 1, "pairs_per_step": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(values, name)
@@ -261,6 +295,39 @@ class RewardArguments:
              "hub_strategy: only 'end' is known; checkpoints are not uploaded"),
         )  # fmt: skip
         return faults + (self._against_streaming() if self.streaming else [])
+
+    def divided_pairs(self, devices: int) -> tuple[int, int]:
+        """Pairs of a forward pass on each device, and forward passes of an update.
+
+        ``pairs_per_step`` is divided over the devices; of the other two settings one that is given stays as it is, and
+        with both and no ``pairs_per_step`` their product decides. A row is a pair here: so is a ranking or a scored
+        response, and so are the pairs that ``augmentation`` adds; with ``objective`` prioritized it is a pair that is
+        learnt from, of which each pool has ``pool_factor`` as many.
+
+        Raises:
+            ValueError: the number cannot be divided so, with the nearest that can be.
+        """
+        batch, passes = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        if self.pairs_per_step is None and batch and passes:
+            return batch, passes
+        pairs = PAIRS_PER_STEP if self.pairs_per_step is None else self.pairs_per_step
+        unit = devices * (batch or 1) * (passes or 1)
+        known = {
+            "processes": devices if devices > 1 else None, "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": passes,
+        }  # fmt: skip
+        product = " x ".join(f"{name} {number}" for name, number in known.items() if number)
+        if batch and passes and pairs != unit:
+            raise ValueError(f"pairs_per_step is {pairs}, but {product} make {unit}: leave one of them out")
+        if pairs % unit:
+            nearest = max(1, (2 * pairs + unit) // (2 * unit)) * unit
+            raise ValueError(f"pairs_per_step {pairs} is no multiple of {product} = {unit}; nearest: {nearest}")
+        share = pairs // devices
+        if batch is None:
+            batch = share // passes if passes else next(
+                size for size in range(_PAIRS_PER_PASS, 0, -1) if share % size == 0
+            )  # fmt: skip
+        return batch, share // batch
 
     def faults_without_adapters(self) -> list[str]:
         """What needs LoRA, for a run that has none: neither ``lora_r`` nor a ``peft_config``."""
@@ -304,7 +371,7 @@ class RewardArguments:
         return _true_ones(
             (values.max_steps <= 0,
              "streaming needs max_steps, because the number of pairs is not known before they are read (one pass: "
-             "pairs / (per_device_train_batch_size * gradient_accumulation_steps * processes))"),
+             "pairs / pairs_per_step)"),
             (self.objective == "prioritized", f"objective 'prioritized' {no} draws prompts from all the data"),
             (self.augmentation == "rrm", f"augmentation 'rrm' {no} draws responses from all the data"),
             (values.train_sampling_strategy == "group_by_length", f"group_by_length {no} sorts all pairs by length"),

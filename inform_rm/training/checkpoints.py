@@ -102,12 +102,15 @@ def check_resume(
     eval_fingerprints: dict[str, str],
     resume_from: Path | None,
     adapters: dict[str, Any] | None = None,
+    *,
+    kl_reduction_version: int | None = None,
 ) -> None:
     """Refuse to continue a run under what would change its result; write down what a new run has.
 
     Settings that decide nothing (`inform_rm.training.arguments.decides`) may change, and so may the spelling of a
     path. Other versions of the libraries are named in a warning: whether they change the result cannot be known here.
-    The fingerprints are per source; ``adapters`` is what a ``peft_config`` that the caller passed holds.
+    The fingerprints are per source; ``adapters`` is what a ``peft_config`` that the caller passed holds,
+    ``kl_reduction_version`` what the model's config says.
 
     Raises:
         InputError: naming what differs.
@@ -122,6 +125,7 @@ def check_resume(
     now = {
         **settings, "data_fingerprints": fingerprints | eval_fingerprints,
         "contents": _contents(args, fingerprints, eval_fingerprints) | {"peft_config": adapters}, **launch,
+        "kl_reduction_version": kl_reduction_version,
     }  # fmt: skip
     if resume_from is not None and path.exists():
         before = _recorded_settings(path)
@@ -157,6 +161,14 @@ def check_resume(
         atomic_write_text(output / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
+def recorded_kl_version(output: Path, otherwise: int) -> int:
+    """``kl_reduction_version`` of an unfinished run: 1 where an earlier version wrote none, ``otherwise`` if none."""
+    path = output / "checkpoints" / "run.json"
+    if not path.exists():
+        return otherwise
+    return 2 if _recorded_settings(path).get("kl_reduction_version") == 2 else 1
+
+
 def _changed(args: RewardTrainingArguments, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What decides the result and is not as it was, in words."""
     changed = []
@@ -168,7 +180,7 @@ def _changed(args: RewardTrainingArguments, before: dict[str, Any], now: dict[st
             if contents_before.get(name) != contents[name]:
                 renamed = "" if was == value else f": {was!r} -> {value!r}"
                 changed.append(f"the content of {name}{renamed}")
-        elif was != value:
+        elif was != value and (name, was) != ("pairs_per_step", None):
             changed.append(f"{name}: {was!r} -> {value!r}")
     if contents_before.get("peft_config") != contents["peft_config"]:
         changed.append("peft_config")
@@ -212,6 +224,8 @@ def _recorded_settings(path: Path) -> dict[str, Any]:
         found["adam_beta2"] = COMPENSATED_BETA2 if found.get("optim") == COMPENSATED_OPTIM else 0.999
         if found.get("load_best_model_at_end"):
             found |= {"metric_for_best_model": "eval_accuracy", "greater_is_better": True}
+    if "pairs_per_step" not in found:  # these two said it, and were per process
+        found.setdefault("per_device_train_batch_size", 8)
     return with_our_names(found, {}, [])
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from inform_rm.errors import InputError
 from inform_rm.scoring.packing import CPU_TOKENS_PER_BATCH, pack_sequences, packed_batches
 from inform_rm.training.group_batches import is_group, packed_groups, padded_groups
 from inform_rm.training.reward_arguments import RewardTrainingArguments
@@ -52,7 +51,7 @@ class PackedPairCollator:
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         """The inputs of one forward pass, or ``{"rows": [...]}`` with those of several, pairs of one prompt together.
 
-        ``places`` of a row says where its pairs stand in the batch.
+        ``places`` of a row says where its pairs stand in the batch; so ``members``.
 
         Rewards of a row come out as with `PairCollator`: of the chosen responses, then of the rejected ones.
         """
@@ -71,7 +70,7 @@ class PackedPairCollator:
         if len(packed) == 1:
             return {**packed[0], "ids": ids}
         for row, places in zip(packed, rows, strict=True):
-            row["places"] = torch.tensor(places)
+            row["places"] = row["members"] = torch.tensor(places)
         # The Trainer counts what it finds under input_ids.
         return {"rows": packed, "input_ids": torch.cat([row["input_ids"] for row in packed], dim=1), "ids": ids}
 
@@ -98,19 +97,9 @@ def counted_pairs(counted: int, total: int, num_processes: int) -> dict[str, Any
 
 
 def tokens_per_batch(args: RewardTrainingArguments) -> int | None:
-    """Most tokens of a packed row.
-
-    Raises:
-        InputError: a limit is given for several processes.
-    """
+    """Most tokens of a packed row, as far as settings tell; ``None``: no limit, or one that is to be found."""
     if args.world_size > 1:
-        # Under FSDP every process must make equally many forward passes.
-        if args.tokens_per_batch is not None:
-            raise InputError(
-                f"tokens_per_batch: {args.tokens_per_batch} with {args.world_size} processes; it works in one "
-                "process. Leave it out and lower per_device_train_batch_size."
-            )
-        return None
+        return args.tokens_per_batch
     return args.tokens_per_batch or (CPU_TOKENS_PER_BATCH if args.device.type == "cpu" else None)
 
 

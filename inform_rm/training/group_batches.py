@@ -39,7 +39,7 @@ def padded_groups(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizer
 def packed_groups(rows: Sequence[dict[str, Any]], tokens_per_batch: int | None) -> dict[str, Any]:
     """As `PackedPairCollator` for pairs: a prompt's tokens stand once; a group is never parted.
 
-    ``places`` of a packed row says where its responses stand in the batch.
+    ``places`` of a packed row says where its responses stand in the batch, ``members`` where its groups do.
     """
     packed_rows = [list(range(len(rows)))]
     if tokens_per_batch is not None:
@@ -60,12 +60,13 @@ def packed_groups(rows: Sequence[dict[str, Any]], tokens_per_batch: int | None) 
                 "packed_segments": found.segments,
                 "pooled_positions": found.pooled_positions,
                 **_described(part, places),
+                "members": torch.tensor(chosen),
                 "places": torch.tensor([place_of[chosen[row], response] for row, response in places]),
             }
         )
     ids = [row["id"] for row in rows]
     if len(packed) == 1:
-        del packed[0]["places"]
+        del packed[0]["places"], packed[0]["members"]
         return {**packed[0], "ids": ids}
     # The Trainer counts what it finds under input_ids.
     return {"rows": packed, "input_ids": torch.cat([row["input_ids"] for row in packed], dim=1), "ids": ids}

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import DynamoBackend, send_to_device
 from torch import Tensor
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback
@@ -17,10 +19,12 @@ from transformers import Trainer, TrainerCallback
 from inform_rm.hub.export import add_remote_code
 from inform_rm.scoring.adapters import complete_adapter_folder, holds_adapters
 from inform_rm.scoring.packed_flex import for_device
+from inform_rm.training.balance import BalancedSampler, costs_of
 from inform_rm.training.checkpoints import discard, discard_beyond, reading_checkpoint
-from inform_rm.training.collators import EpochSeededLengthSampler, counted_pairs
+from inform_rm.training.collators import EpochSeededLengthSampler, PackedPairCollator, counted_pairs
 from inform_rm.training.group_batches import padded_predictions
 from inform_rm.training.losses import PAIR_LOSSES, group_loss, kl_weight, reward_model_loss
+from inform_rm.training.memory import SMALLEST_ROW, split_in_two, tokens_for_training
 from inform_rm.training.metrics import group_metrics_from_sums, group_sums, metrics_from_sums, pair_sums
 from inform_rm.training.prioritized import PoolSelector
 from inform_rm.training.reward_arguments import RewardTrainingArguments
@@ -28,7 +32,9 @@ from inform_rm.training.streaming import EncodedStream
 from inform_rm.util.checkpoints import last_complete, mark_complete
 from inform_rm.util.files import write_json
 
-_NOT_FOR_MODEL = ("margin", "share", "counted", "ids", "places", "labels", "groups")
+_NOT_FOR_MODEL = ("margin", "share", "counted", "ids", "places", "members", "labels", "groups")
+
+logger = logging.getLogger(__name__)
 
 
 class OwnSteps(TrainerCallback):
@@ -60,17 +66,37 @@ class RewardLoop(Trainer):
         self.label_names: list[str] = []
         self._sums: Tensor | None = None
         self._has_kl = self._has_groups = False
+        self._kl_share = getattr(self.accelerator.unwrap_model(self.model).config, "kl_share", 1.0)
         self._since_update: list[tuple[list[str], Tensor]] = []  # of the batches since the last update: ids, loss
+        self._passed: list[dict[str, Any]] = []  # inputs of the forward passes since then
         self._loss_settings: dict[str, Any] = {
             "loss": PAIR_LOSSES[self.args.loss_type],
             "label_smoothing": self.args.label_smoothing,
             "center_rewards_coefficient": self.args.center_rewards_coefficient,
         }
+        # Under a selector the collator is that of its pools, with what makes batches inside.
+        collate: Any = self.data_collator
+        collate = collate.args[0] if isinstance(collate, functools.partial) else collate
+        self._packing = collate if isinstance(collate, PackedPairCollator) else None
+        if self._packing is not None and self.args.torch_compile:
+            self._compile_layers()
         self._keep_fsdp_output_in_float32()
 
     def get_train_dataloader(self) -> Any:
-        """The batches of this process."""
-        return super().get_train_dataloader() if self.stream is None else self.stream.loader(self.data_collator)
+        """The batches of this process; where rows are packed, about as costly as those of the others."""
+        if self.stream is not None:
+            return self.stream.loader(self.data_collator)
+        loader = super().get_train_dataloader()
+        world = self.accelerator.num_processes
+        # Under what gives this process its part of the batches lies what makes the batches of all.
+        dealt: Any = getattr(loader.batch_sampler, "batch_sampler", None)
+        is_packed = isinstance(self.data_collator, PackedPairCollator)
+        if world > 1 and is_packed and dealt is not None:
+            width = self.accelerator.unwrap_model(self.model).config.get_text_config().hidden_size
+            costs = costs_of(self.train_dataset, width)
+            _, passes = self.args.division
+            dealt.sampler = BalancedSampler(dealt.sampler, costs, self.args.train_batch_size, world, passes)
+        return loader
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The batches of one update; the last one of an epoch says how many pairs it has on all processes together.
@@ -83,7 +109,10 @@ class RewardLoop(Trainer):
             data: Any = self.train_dataset
             with contextlib.suppress(TypeError):  # a stream has no length
                 batches[-1]["pairs_left"] = len(data) % (world * self.args.train_batch_size)
-        return batches, None  # of labels there is nothing to count: the Trainer would not average for a loss that did
+        return batches, None
+
+    def _get_num_items_in_batch(self, *args: Any) -> None:
+        """Of labels there is nothing to count: the Trainer would not average for a loss that did."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass of a batch; row by row where it has several: the gradients add up."""
@@ -95,7 +124,7 @@ class RewardLoop(Trainer):
             inputs = self._selector.batch(inputs, self.accelerator, self.state)
         ids = inputs.pop("ids")
         if pairs_left := inputs.pop("pairs_left", 0):
-            size = len(inputs["margin"])
+            size = sum(len(part["margin"]) for part in inputs.get("rows", [inputs]))
             counted = min(max(pairs_left - self.accelerator.process_index * size, 0), size)
             inputs |= counted_pairs(counted, pairs_left, self.accelerator.num_processes)
         rows = inputs.get("rows")
@@ -103,17 +132,87 @@ class RewardLoop(Trainer):
         num_rows, num_responses = (sum(len(part.get(name, ())) for part in parts) for name in ("margin", "groups"))
         noise = self._latent_noise(*((num_responses,) if num_responses else (2, num_rows)))
         if rows is None:
-            loss = super().training_step(model, inputs | noise(slice(None)), num_items_in_batch)
+            passes = [inputs | noise(slice(None))]
         else:
-            losses = []
-            for row in rows:
-                part = {**row, **noise(row["places"]), "share": len(row["margin"]) / num_rows}
-                losses.append(super().training_step(model, part, num_items_in_batch))
-            loss = torch.stack(losses).sum()
+            passes = [{**row, **noise(row["places"]), **self._share_of(row, inputs, num_rows)} for row in rows]
+        passes += [{**passes[-1], "share": 0.0, "counted": 0}] * (self._passes_of_all(len(passes)) - len(passes))
+        loss = torch.stack([self._forward_and_backward(model, part, num_items_in_batch) for part in passes]).sum()
         self._since_update.append((ids, loss.detach()))
         if self._selector is not None:
             self._selector.add_seconds(time.perf_counter() - start)
         return loss
+
+    def _share_of(self, row: dict[str, Any], inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
+        """What a row's loss counts for, of a batch of which perhaps only some pairs count."""
+        if "counted" not in inputs:
+            return {"share": len(row["margin"]) / num_rows}
+        counted = int((row["members"] < inputs["counted"]).sum())
+        return {"counted": counted, "share": inputs["share"] * counted / max(inputs["counted"], 1)}
+
+    def _passes_of_all(self, own: int) -> int:
+        """Most forward passes that a process makes of its batch; FSDP asks all for equally many."""
+        if self.accelerator.num_processes == 1 or self._packing is None or self._packing.tokens_per_batch is None:
+            return own
+        return int(self.accelerator.gather(torch.tensor([own], device=self.args.device)).max())
+
+    def _forward_and_backward(self, model: Any, part: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """The loss of a forward pass whose gradients have been added; in two, once, if one is too much for the GPU."""
+        sums = self._sums
+        try:
+            loss = super().training_step(model, part, num_items_in_batch)
+        except torch.OutOfMemoryError:
+            halves = split_in_two(part)
+            if halves is None or self.accelerator.num_processes > 1:
+                raise  # the other processes wait in this pass
+        else:
+            self._passed.append(part)
+            return loss
+        # Gradients of the pass that broke off may have been added to those of this update: all are computed again.
+        logger.warning(
+            "%d tokens in a forward pass are too many for the memory of %s: from here on at most %d. Set "
+            "tokens_per_batch to that.", part["input_ids"].numel(), self.args.device, self._lower_tokens(part),
+        )  # fmt: skip
+        model.zero_grad()
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for done in self._passed:
+            super().training_step(model, done, num_items_in_batch)
+        self._sums = sums
+        losses = [super(RewardLoop, self).training_step(model, half, num_items_in_batch) for half in halves]
+        self._passed += halves
+        return torch.stack(losses).sum()
+
+    def find_tokens_per_batch(self) -> None:
+        """Measure how many tokens of a row fit into the GPU's memory, where nobody has said it; the least of all."""
+        packing = self._packing
+        if packing is None or packing.tokens_per_batch is not None or self.args.device.type != "cuda":
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            logger.info("tokens_per_batch: no limit; with sharded weights the memory is not measured.")
+            return
+        model: Any = self.model
+        if self.args.gradient_checkpointing:  # as the Trainer is about to do
+            model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+
+        def run(row: dict[str, Any]) -> None:
+            model.train()
+            with self.compute_loss_context_manager():
+                rewards, _, _ = self._rewards(model, send_to_device(row, self.args.device))
+            rewards.sum().backward()
+
+        try:
+            found = tokens_for_training(model, run, self.args.device)
+        except torch.OutOfMemoryError:
+            found = SMALLEST_ROW
+        packing.tokens_per_batch = int(self.accelerator.gather(torch.tensor([found], device=self.args.device)).min())
+        logger.info("tokens_per_batch: %d, by what a row takes of the free memory.", packing.tokens_per_batch)
+
+    def _lower_tokens(self, part: dict[str, Any]) -> int:
+        """Let later batches be packed into rows of half as many tokens."""
+        tokens = part["input_ids"].numel() // 2
+        if self._packing is not None:
+            self._packing.tokens_per_batch = tokens
+        return tokens
 
     def _latent_noise(self, *shape: int) -> Callable[[Any], dict[str, Tensor]]:
         """The model's input ``latent_noise`` at given places of a batch; its shape is ``(2, pairs)``, or responses.
@@ -135,6 +234,7 @@ class RewardLoop(Trainer):
         """
         rewards, kl, output = self._rewards(model, inputs)
         beta = kl_weight(self.state.global_step, self.state.max_steps, self.args.beta, self.args.kl_warmup_steps)
+        beta *= self._kl_share
         has_groups = "groups" in inputs
         loss, sums = (self._group_loss if has_groups else self._pair_loss)(rewards, kl, inputs, beta)
         self._sums = sums if self._sums is None else self._sums + sums
@@ -194,20 +294,25 @@ class RewardLoop(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Rows ``(B, 3)`` for `compute_eval_metrics`, and the margins as labels; gathering counts each pair once."""
         inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "ids"})
-        if "rows" in inputs:
-            parts = [self.prediction_step(model, row, prediction_loss_only, ignore_keys) for row in inputs["rows"]]
-            _, predictions, margins = zip(*parts, strict=True)
-            if predictions[0].dim() == 3:  # groups, of which some have more responses than others
-                most = max(part.shape[1] for part in predictions)
-                predictions = tuple(functional.pad(part, (0, 0, 0, most - part.shape[1])) for part in predictions)
-            return None, torch.cat(predictions), torch.cat(margins)
+        rows = inputs.get("rows", [inputs])
+        parts = [self._predicted(model, row) for row in rows]
+        for _ in range(self._passes_of_all(len(rows)) - len(rows)):
+            self._predicted(model, rows[-1])
+        predictions, margins = zip(*parts, strict=True)
+        if predictions[0].dim() == 3:  # groups, of which some have more responses than others
+            most = max(part.shape[1] for part in predictions)
+            predictions = tuple(functional.pad(part, (0, 0, 0, most - part.shape[1])) for part in predictions)
+        return None, torch.cat(predictions), torch.cat(margins)
+
+    def _predicted(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Of one forward pass, what `prediction_step` gives."""
         rewards, kl, _ = self._rewards(model, inputs)
         if "groups" in inputs:
             labels, groups, margin = (inputs[name] for name in ("labels", "groups", "margin"))
-            return None, padded_predictions(rewards.detach(), kl, labels, groups, len(margin)), margin
+            return padded_predictions(rewards.detach(), kl, labels, groups, len(margin)), margin
         chosen, rejected = rewards.chunk(2)
         kl_sum = torch.full_like(chosen, float("nan")) if kl is None else torch.stack(kl.chunk(2)).sum(dim=0)
-        return None, torch.stack([chosen, rejected, kl_sum], dim=1).detach(), inputs["margin"]
+        return torch.stack([chosen, rejected, kl_sum], dim=1).detach(), inputs["margin"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the training metrics since the last line."""
@@ -222,7 +327,7 @@ class RewardLoop(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The gradient norm, which is that of all processes; the Trainer asks for it before it updates the weights."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        batches, self._since_update = self._since_update, []
+        batches, self._since_update, self._passed = self._since_update, [], []
         losses = torch.stack([loss for _, loss in batches])
         if not (losses.isfinite().all() and torch.as_tensor(norm).isfinite().all()):
             self._report_non_finite(float(norm), [(ids, float(loss)) for ids, loss in batches])
@@ -293,7 +398,7 @@ class RewardLoop(Trainer):
             return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         # As many as all processes use for one update: their order is then that of one process with such a batch.
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        batch_size = self.args.train_batch_size * self.args.division[1] * self.args.world_size
         return EpochSeededLengthSampler(batch_size, list(rows["length"]), self.args.seed)
 
     def _rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Any]:
@@ -304,6 +409,21 @@ class RewardLoop(Trainer):
         output = model(**given)
         kl = getattr(output, "kl", None)
         return output.logits.float().flatten(), None if kl is None else kl.float(), output
+
+    def _compile_layers(self) -> None:
+        """Compile each decoder layer, in place, in place of the whole model.
+
+        All layers share what is compiled, for rows of any length: seconds of compiling, where the whole model takes
+        minutes (docs/results/performance.md).
+        """
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        model: Any = self.accelerator.unwrap_model(self.model)
+        names = set(model._no_split_modules or ())
+        for module in model.modules():
+            if type(module).__name__ in names:
+                module.compile(
+                    dynamic=True, backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode
+                )
 
     def save_whole_model(self, output_dir: str) -> None:
         """`save_model` that writes an ordinary folder under ``SHARDED_STATE_DICT``, too."""

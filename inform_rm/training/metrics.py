@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import EvalPrediction
 
 from inform_rm.training.losses import PAIR_LOSSES, group_loss
@@ -14,7 +15,7 @@ from inform_rm.util.rankings import agreement, untied_gaps
 
 
 def pair_sums(chosen: Tensor, rejected: Tensor, kl: Tensor | None) -> Tensor:
-    """Additive statistics of a batch: pairs, wins (a tie is half), margin, rewards, squared rewards, KL sums.
+    """Additive statistics of a batch: pairs, wins (a tie is half), margin, rewards, squared rewards, KL, BT losses.
 
     Args:
         chosen: ``(B,)`` rewards.
@@ -22,7 +23,7 @@ def pair_sums(chosen: Tensor, rejected: Tensor, kl: Tensor | None) -> Tensor:
         kl: ``(2 B,)`` KL in nats or ``None``.
 
     Returns:
-        ``(6,)`` float64; adding the results of two batches gives the result of their union.
+        ``(7,)`` float64; adding the results of two batches gives the result of their union.
     """
     chosen, rejected = chosen.detach().double(), rejected.detach().double()
     margin = chosen - rejected
@@ -34,6 +35,7 @@ def pair_sums(chosen: Tensor, rejected: Tensor, kl: Tensor | None) -> Tensor:
             (chosen + rejected).sum(),
             (chosen.square() + rejected.square()).sum(),
             margin.new_zeros(()) if kl is None else kl.detach().double().sum(),
+            -functional.logsigmoid(margin).sum(),
         ]
     )
 
@@ -41,9 +43,16 @@ def pair_sums(chosen: Tensor, rejected: Tensor, kl: Tensor | None) -> Tensor:
 def metrics_from_sums(sums: Tensor, has_kl: bool) -> dict[str, float]:
     """Means from `pair_sums`, summed over batches and processes: accuracy, margin, reward mean and spread, KL.
 
-    ``kl_nats`` is the mean over sequences; the loss holds twice that (chosen and rejected).
+    With a bottleneck there are two sides of it (arXiv:2402.09345, eq. 5), in nats. S are the latents of a pair, Y
+    is which of its responses is preferred, a fair coin for pairs in random order, so that ``H(Y) = ln 2``:
+
+    - ``label_information_nats``: ``ln 2 - mean(-log sigmoid(r_w - r_l))``, at most ``I(S; Y)`` for any decoder (Barber
+      and Agakov 2003), below 0 for one that is worse than a coin. It is about the pairs it is measured on: on training
+      pairs it counts what was learnt by heart, too. In evaluation S is the mean of the latents.
+    - ``kl_nats``: the mean over *responses* of the KL, at least ``I(X; S)`` of one response with the whole text X. The
+      loss holds twice that, which bounds ``I(S; Y)`` of a pair from above.
     """
-    pairs, correct, margin, total, squares, kl = sums.tolist()
+    pairs, correct, margin, total, squares, kl, losses = sums.tolist()
     reward_mean = total / (2 * pairs)
     metrics = {
         "accuracy": correct / pairs,
@@ -52,7 +61,7 @@ def metrics_from_sums(sums: Tensor, has_kl: bool) -> dict[str, float]:
         "reward_std": math.sqrt(max(0.0, squares / (2 * pairs) - reward_mean**2)),
     }
     if has_kl:
-        metrics["kl_nats"] = kl / (2 * pairs)
+        metrics |= {"kl_nats": kl / (2 * pairs), "label_information_nats": math.log(2) - losses / pairs}
     return metrics
 
 

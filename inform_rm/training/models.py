@@ -15,7 +15,7 @@ from inform_rm.errors import InputError
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
 from inform_rm.safety.checkpoints import check_checkpoint
 from inform_rm.scoring.adapters import holds_adapters, import_peft
-from inform_rm.scoring.packing import use_packed_attention, why_not_packed
+from inform_rm.scoring.packing import engine_line, use_packed_attention, why_not_packed
 from inform_rm.scoring.reward_models import checked_max_length, table_length, trained_length
 from inform_rm.scoring.value_heads import find_reward_head, load_with_head
 from inform_rm.training.checkpoints import is_fsdp_launch
@@ -135,11 +135,10 @@ def is_quantized(args: RewardTrainingArguments) -> bool:
 
 
 def choose_batching(model: Any, args: RewardTrainingArguments) -> str:
-    """Packed rows where they are asked for and give the model's own rewards; a log line says why not."""
+    """Packed rows where they are asked for and give the model's own rewards; one log line says what runs and why."""
+    reason: str | None
     if args.batching == "padded":
-        return "padded"
-    if args.attn_implementation is not None:
-        reason: str | None = f"attn_implementation is {args.attn_implementation}"
+        reason = "asked for"
     elif args.n_gpu > 1:
         reason = "one process drives several GPUs; start it with accelerate launch"
     elif args.neftune_noise_alpha:
@@ -150,11 +149,12 @@ def choose_batching(model: Any, args: RewardTrainingArguments) -> str:
         reason = f"the model is a {type(model).__name__}, whose forward takes no packed rows"
     else:
         reason = why_not_packed(model)
-    if reason is not None:
-        logger.warning("Training on padded batches: %s.", reason)
-        return "padded"
-    use_packed_attention(model)
-    return "packed"
+    level = logging.INFO if reason is None or args.batching == "padded" else logging.WARNING
+    autocast = ", autocast to bfloat16" if args.bf16 else ""
+    logger.log(level, "Training on %s.", engine_line(model, reason, args.device) + autocast)
+    if reason is None:
+        use_packed_attention(model)
+    return "packed" if reason is None else "padded"
 
 
 def add_adapters(model: PreTrainedModel, args: RewardTrainingArguments, peft_config: Any = None) -> Any:

@@ -34,7 +34,7 @@ from inform_rm.training.reward_arguments import RewardTrainingArguments
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean tokens of a prompt and of a response; as in docs/performance.md, near those of hh-rlhf."""
+    """Mean tokens of a prompt and of a response; as in docs/results/performance.md, near those of hh-rlhf."""
 
     prompt: int = 160
     response: int = 82
@@ -140,7 +140,7 @@ def plan(
     model, quantized = model_on_meta(args, config)
     weights = dict(model.named_parameters())
     blocks = layers_of(model)
-    batch = args.per_device_train_batch_size
+    batch, passes = args.division
     packed = args.batching == "packed"
     limit = args.tokens_per_batch if packed and args.tokens_per_batch else math.inf
     in_pass = int(max(1, min(batch, limit // lengths.of_pair)))
@@ -170,7 +170,7 @@ def plan(
         available=available,
         pass_tokens=pass_tokens,
         most_tokens=max(0, int(pass_tokens * left / of_pass)),
-        pairs_per_step=batch * args.gradient_accumulation_steps * machine.gpus,
+        pairs_per_step=batch * passes * machine.gpus,
         seconds_per_step=seconds,
         steps=steps,
         notes=_notes(args, machine),
@@ -233,18 +233,17 @@ def _seconds_per_step(
     if args.objective == "prioritized":  # every pair of the pool under several prompts, without gradient
         tokens = lengths.of_pair if args.batching == "packed" else 2 * (lengths.prompt + lengths.response)
         of_token = counts.forward_flops / in_pass / tokens
-        pool = args.pool_factor * args.per_device_train_batch_size
+        pool = args.pool_factor * args.division[0]
         shared_prompts = (args.num_prompts - 1) * lengths.prompt / pool
         of_gap = of_token * (lengths.prompt + shared_prompts + 2 * args.num_prompts * lengths.response)
         of_pair += args.pool_factor * of_gap * (1 - args.warmup_fraction) / args.refresh
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    return pairs * of_pair / (machine.tflops * 1e12 * machine.utilisation)
+    return math.prod(args.division) * of_pair / (machine.tflops * 1e12 * machine.utilisation)
 
 
 def _steps(args: RewardTrainingArguments, machine: Machine, pairs: int | None) -> int | None:
     if args.max_steps > 0:
         return args.max_steps
-    drawn = args.per_device_train_batch_size * args.gradient_accumulation_steps * machine.gpus
+    drawn = math.prod(args.division) * machine.gpus
     drawn *= args.pool_factor if args.objective == "prioritized" else 1
     return None if pairs is None else math.ceil(math.ceil(pairs / drawn) * args.num_train_epochs)
 
@@ -262,14 +261,14 @@ def _notes(args: RewardTrainingArguments, machine: Machine) -> list[str]:
 
 def _savers(args: RewardTrainingArguments, machine: Machine) -> Iterator[dict[str, Any]]:
     """Settings that save memory and are not yet so, those first that change least."""
-    batch, is_full = args.per_device_train_batch_size, not args.lora_r
+    (batch, passes), is_full = args.division, not args.lora_r
     if not checkpoints_activations(args):
         yield {"gradient_checkpointing": True}
     if not (args.bf16 or args.fp16 or machine.autocasts):
         yield {"bf16": True}
     if batch > 1:
         smaller = max(1, batch // 4)
-        more = math.ceil(args.gradient_accumulation_steps * batch / smaller)
+        more = math.ceil(passes * batch / smaller)
         yield {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": more}
     if machine.shards:
         yield {"gpus": 2 * machine.gpus}

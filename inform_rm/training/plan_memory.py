@@ -39,7 +39,7 @@ class Machine:
         launch: how several are used: a file of ``inform_rm/training/accelerate_configs``.
         tflops: peak of one in the run's number type, in 10^12 operations a second (H100 and H200 in bfloat16: 989).
         utilisation: share of the peak that training reaches, of all operations that are executed. One H200 reached
-            0.30 on a model of 1B and 0.45 on one of 8B with activation checkpointing (docs/performance.md).
+            0.30 on a model of 1B and 0.45 on one of 8B with activation checkpointing (docs/results/performance.md).
         reserve: GiB for CUDA's context, the libraries' workspaces, and what the allocator cannot use.
     """
 

@@ -1,6 +1,7 @@
 """`RewardTrainingArguments`: transformers' TrainingArguments and ours; read from YAML, from flags or from both."""
 
 import contextlib
+import copy
 import dataclasses
 import enum
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import get_int_from_env
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
@@ -81,10 +83,42 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_accuracy"
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available() and not self.use_cpu
+        self._given_division = given = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        expected = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
         try:
+            # Before TrainingArguments, which hands both to DeepSpeed; how many devices there are is known after it.
+            self.per_device_train_batch_size, self.gradient_accumulation_steps = self.divided_pairs(expected)
             super().__post_init__()
+            if (devices := self.world_size * max(1, self.n_gpu)) != expected:
+                self.per_device_train_batch_size, self.gradient_accumulation_steps = given
+                self.per_device_train_batch_size, self.gradient_accumulation_steps = self.divided_pairs(devices)
         except (ValueError, TypeError, ImportError) as error:
             raise InputError(f"Training settings: {error}") from error
+
+    def divided_over(self, devices: int) -> "RewardTrainingArguments":
+        """These settings as a launch on so many GPUs has them.
+
+        Raises:
+            InputError: ``pairs_per_step`` cannot be divided so.
+        """
+        args = copy.copy(self)
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = self._given_division
+        try:
+            args.per_device_train_batch_size, args.gradient_accumulation_steps = args.divided_pairs(devices)
+        except ValueError as error:
+            raise InputError(f"Training settings: {error}") from error
+        return args
+
+    @property
+    def division(self) -> tuple[int, int]:
+        """Pairs of a forward pass on each device, forward passes of an update."""
+        values: Any = self
+        return values.per_device_train_batch_size, values.gradient_accumulation_steps
+
+    @property
+    def pairs_of_step(self) -> int:
+        """Pairs that an update learns from, over all processes."""
+        return super().train_batch_size * self.division[1] * self.world_size
 
     @property
     def train_batch_size(self) -> int:
@@ -94,7 +128,7 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
 
 def settings_of(args: RewardTrainingArguments) -> dict[str, Any]:
     """What a run records, ready for JSON and YAML: our settings, and those of TrainingArguments that were set."""
-    now, usual = args.to_dict(), usual_settings()
+    now, usual = args.to_dict() | {"pairs_per_step": args.pairs_per_step or args.pairs_of_step}, usual_settings()
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in now.items()

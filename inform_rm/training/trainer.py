@@ -18,11 +18,13 @@ from inform_rm.errors import InputError, Interrupted
 from inform_rm.hub.cards import model_card
 from inform_rm.hub.eval_results import entries_of_run, write_entries
 from inform_rm.hub.export import push_folder
+from inform_rm.training.budget import BudgetWatch, budget_of_run
 from inform_rm.training.card_settings import card_settings
 from inform_rm.training.checkpoints import (
     check_resume,
     discard_incomplete,
     discard_run,
+    recorded_kl_version,
 )
 from inform_rm.training.collators import PackedPairCollator, PairCollator, tokens_per_batch
 from inform_rm.training.data import ARGUMENTS, TrainingPairs, choose_splits, in_memory, is_encoded, load_training_pairs
@@ -63,9 +65,9 @@ class RewardTrainer(RewardLoop):
             a head ``score``. ``None``: ``args.model``.
         args: all settings.
         data_collator: in place of the one that ``args.batching`` chooses.
-        train_dataset: pairs, rankings or scored responses in any layout of docs/data.md: `Dataset`, `IterableDataset`
-            (of pairs, read while training), `DatasetDict` (its ``train``), or a list of dicts; or pairs that
-            `encode_pairs` has encoded. ``None``: ``args.data``.
+        train_dataset: pairs, rankings or scored responses in any layout of docs/how-to/data.md: `Dataset`,
+            `IterableDataset` (of pairs, read while training), `DatasetDict` (its ``train``), or a list of
+            dicts; or pairs that `encode_pairs` has encoded. ``None``: ``args.data``.
         eval_dataset: the same, for evaluation; of a `DatasetDict` ``validation`` or ``test``.
         processing_class: the tokenizer; ``None``: the model's own.
         compute_metrics: further metrics of an evaluation: ``predictions`` ``(N, 3)`` are chosen reward, rejected
@@ -138,10 +140,13 @@ class RewardTrainer(RewardLoop):
             eval_dataset=None if self.eval_pairs is None else self.eval_pairs.dataset,
             processing_class=tokenizer,
             compute_metrics=functools.partial(compute_eval_metrics, args.loss_type, compute_metrics),
-            callbacks=[*(callbacks or []), LostUpdates(), OwnSteps(), *([StepsAreTheEpoch()] * bool(parts["stream"]))],
+            callbacks=[
+                *(callbacks or []), LostUpdates(), BudgetWatch(), OwnSteps(),
+                *([StepsAreTheEpoch()] * bool(parts["stream"])),
+            ],
             **parts,
             **kwargs,
-        )
+        )  # fmt: skip
 
     def _fit_model(self, model: Any) -> None:
         """Check that a model takes the run's tokens, and make it say of itself what the run does."""
@@ -214,13 +219,19 @@ class RewardTrainer(RewardLoop):
         output = check_output_directory(str(self.args.output_dir))
         checkpoint = self._prepare_output(output, resume_from_checkpoint)
         adapters = None if self.peft_config is None else self.peft_config.to_dict()
+        config: Any = self.accelerator.unwrap_model(self.model).config
+        if checkpoint is not None and getattr(config, "kl_reduction", None) == "averaged_moments":
+            config.kl_reduction_version = recorded_kl_version(output, config.kl_reduction_version)
         check_resume(
-            output, self.args, *self._fingerprints(), checkpoint, json.loads(json.dumps(adapters, default=sorted))
-        )
+            output, self.args, *self._fingerprints(), checkpoint, json.loads(json.dumps(adapters, default=sorted)),
+            kl_reduction_version=getattr(config, "kl_reduction_version", None),
+        )  # fmt: skip
+        self._kl_share = getattr(config, "kl_share", 1.0)
         self.resumed_from, self.evaluation = checkpoint, None
         for part in (self.stream, self._selector):
             if checkpoint is not None and part is not None:
                 part.load(checkpoint)
+        self.find_tokens_per_batch()
         # Trainer seeds all processes alike: without this, every process would draw the same noise.
         set_seed(self.args.seed, device_specific=True)
         with StopOnSignal(self) as stop:
@@ -282,6 +293,7 @@ class RewardTrainer(RewardLoop):
             "resumed_from_step": None if self.resumed_from is None else checkpoint_step(self.resumed_from),
             "train_runtime_seconds": self.train_seconds,
             "evaluation": self.evaluation,
+            "budget": budget_of_run(settings_of(self.args), self._kl_share, self.evaluation),
             "quantization": self.quantization,
             "log_history": self.state.log_history,
         }

@@ -1,6 +1,7 @@
 """Statistics of pairwise preference that training and evaluation both report; numpy only."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,33 @@ def wilson_interval(num_correct: float, n: int) -> tuple[float, float]:
     half = math.sqrt(share * (1 - share) * square / n + square**2 / (4 * n**2)) / (1 + square / n)
     # The interval holds the share itself; rounding may leave it out by 1e-16 where the share is 0 or 1.
     return max(0.0, min(center - half, share)), min(1.0, max(center + half, share))
+
+
+def grouped_bootstrap(
+    values: ArrayLike, groups: Sequence[str], *, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a mean whose values are alike within groups: whole groups are drawn again.
+
+    Args:
+        values: ``(N,)``, at least one.
+        groups: to which group each belongs, such as its prompt.
+        num_resamples: resamples.
+        seed: of the resamples.
+
+    Example:
+        >>> grouped_bootstrap([1.0, 1.0, 1.0], ["a", "a", "b"])
+        (1.0, 1.0)
+    """
+    _, group = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(group, weights=np.asarray(values, dtype=np.float64)), np.bincount(group)
+    rng = np.random.default_rng(seed)
+    even = np.full(len(sums), 1 / len(sums))
+    means = np.empty(num_resamples)
+    for resample in range(num_resamples):
+        drawn = rng.multinomial(len(sums), even)
+        means[resample] = (drawn @ sums) / (drawn @ counts)
+    low, high = np.quantile(means, [0.025, 0.975]).tolist()
+    return low, high
 
 
 def expected_calibration_error(margins: ArrayLike, num_bins: int = 10) -> float:

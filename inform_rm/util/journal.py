@@ -1,11 +1,11 @@
-"""A file of rewards already computed, so that a killed run goes on where it stopped."""
+"""A file of what is computed already, rewards or texts, so that a killed run goes on where it stopped."""
 
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,19 +14,17 @@ from inform_rm.util.files import atomic_write_text
 from inform_rm.util.processes import from_main, is_main_process
 
 _MOST_HEADER_CHARACTERS = 1 << 20  # fingerprints and settings
+Entry = TypeVar("Entry")
 
 
-class RewardJournal:
-    """Rewards by row, appended batch by batch in whatever order they are computed.
+class Journal:
+    """Entries of one run, appended as they are made; what they are, the subclasses say.
 
-    A row is its number in the input, or a number made of its content where the input may change.
-
-    The first line says which run the rewards belong to; each further line is ``[row, reward]`` or
-    ``[row, reward, reward_std]``. A line cut short by a kill is dropped.
+    The first line says which run the entries belong to. A line cut short by a kill is dropped.
 
     Args:
         path: the journal's file; made if absent.
-        identity: everything that decides a reward (model, input, settings); a journal with another one is refused.
+        identity: everything that decides an entry (model, input, settings); a journal with another one is refused.
         shared: all processes of the launch keep this one journal: the main one writes it, all read the same from it.
 
     Raises:
@@ -43,36 +41,6 @@ class RewardJournal:
         else:
             self._open(identity)
 
-    def _open(self, identity: dict[str, Any]) -> None:
-        if self.path.exists():
-            self._check_identity(identity)
-            drop_torn_line(self.path)
-        if not self.path.exists() or not self.path.stat().st_size:  # a kill can cut even the first line
-            atomic_write_text(self.path, self._header)
-        self._file = self.path.open("a", encoding="utf-8")
-
-    def finished(self) -> Iterator[tuple[int, float, float]]:
-        """``(row, reward, reward_std)`` of every row computed so far; the latter is NaN if not asked for."""
-        yield from from_main(lambda: list(self._read())) if self._shared else self._read()
-
-    def _read(self) -> Iterator[tuple[int, float, float]]:
-        with self.path.open(encoding="utf-8") as file:
-            next(file)
-            for number, line in enumerate(file, start=2):
-                try:
-                    row, reward, *std = _numbers(line)
-                except (ValueError, TypeError, RecursionError) as error:
-                    raise InputError(f"{self.path}: line {number} is damaged ({error}). {self._way_out}") from error
-                yield row, reward, std[0] if std else float("nan")
-
-    def add(self, rows: Iterable[int], rewards: Iterable[float], stds: Iterable[float] | None = None) -> None:
-        """Append one batch and hand it to the operating system."""
-        if not self._writes:
-            return
-        columns = [rows, map(shortest_float, rewards), *([] if stds is None else [map(shortest_float, stds)])]
-        self._file.write("".join(json.dumps(entry) + "\n" for entry in zip(*columns, strict=True)))
-        self._file.flush()
-
     def close(self) -> None:
         """Close the file and leave it for the next run."""
         if self._writes:
@@ -83,6 +51,30 @@ class RewardJournal:
         self.close()
         if self._writes:
             self.path.unlink(missing_ok=True)
+
+    def _open(self, identity: dict[str, Any]) -> None:
+        if self.path.exists():
+            self._check_identity(identity)
+            drop_torn_line(self.path)
+        if not self.path.exists() or not self.path.stat().st_size:  # a kill can cut even the first line
+            atomic_write_text(self.path, self._header)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def _append(self, entries: Iterable[Any]) -> None:
+        """Write one line an entry, all at once, and hand them to the operating system."""
+        if self._writes:
+            self._file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+            self._file.flush()
+
+    def _lines(self, parse: Callable[[str], Entry]) -> Iterator[Entry]:
+        """The entries so far; what ``parse`` refuses with a `ValueError` is a damaged line."""
+        with self.path.open(encoding="utf-8") as file:
+            next(file)
+            for number, line in enumerate(file, start=2):
+                try:
+                    yield parse(line)
+                except (ValueError, TypeError, RecursionError) as error:
+                    raise InputError(f"{self.path}: line {number} is damaged ({error}). {self._way_out}") from error
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
         try:
@@ -99,6 +91,40 @@ class RewardJournal:
             raise InputError(f"{self.path} belongs to an unfinished run with other settings: {shown}. {self._way_out}")
 
 
+class RewardJournal(Journal):
+    """Rewards by row, appended batch by batch in whatever order they are computed.
+
+    A row is its number in the input, or a number made of its content where the input may change. Each line is
+    ``[row, reward]`` or ``[row, reward, reward_std]``.
+    """
+
+    def finished(self) -> Iterator[tuple[int, float, float]]:
+        """``(row, reward, reward_std)`` of every row computed so far; the latter is NaN if not asked for."""
+        entries = from_main(lambda: list(self._lines(_numbers))) if self._shared else self._lines(_numbers)
+        for row, reward, *std in entries:
+            yield row, reward, std[0] if std else float("nan")
+
+    def add(self, rows: Iterable[int], rewards: Iterable[float], stds: Iterable[float] | None = None) -> None:
+        """Append one batch and hand it to the operating system."""
+        columns = [rows, map(shortest_float, rewards), *([] if stds is None else [map(shortest_float, stds)])]
+        self._append(zip(*columns, strict=True))
+
+
+class RecordJournal(Journal):
+    """Records (what a JSON object can hold) by a text that names them; of two under one name the first counts."""
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """The records so far."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, record in self._lines(_record):
+            found.setdefault(name, record)
+        return found
+
+    def add(self, records: Mapping[str, Mapping[str, Any]]) -> None:
+        """Append records and hand them to the operating system."""
+        self._append(records.items())
+
+
 def _numbers(line: str) -> list[Any]:
     """``[row, reward]`` or ``[row, reward, reward_std]`` of a line; anything else is a `ValueError`."""
     entry = json.loads(line)
@@ -109,6 +135,13 @@ def _numbers(line: str) -> list[Any]:
     if not all(isinstance(value, float) and math.isfinite(value) for value in entry[1:]):
         raise ValueError("expected finite rewards")
     return entry
+
+
+def _record(line: str) -> tuple[str, dict[str, Any]]:
+    entry = json.loads(line)
+    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], dict)):
+        raise ValueError("expected a name and a record")
+    return entry[0], entry[1]
 
 
 def shortest_float(value: float) -> float:

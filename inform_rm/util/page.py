@@ -109,7 +109,8 @@ class PointMap:
     """Points that show their text when pointed at; in HTML only, and the one block with a script.
 
     Attributes:
-        points: columns ``x``, ``y``, ``kind``, ``set``, ``reward`` and ``response`` of equal length.
+        points: columns ``x``, ``y``, ``kind``, ``set``, ``reward`` and ``response`` of equal length; with labels also
+            ``hacked``: true (a triangle), false (a black edge) or ``None``.
         colors: kind to colour.
     """
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from inform_rm.errors import InputError
+from inform_rm.errors import check_whole_number
 from inform_rm.eval.accuracy import pairwise_accuracy
 from inform_rm.eval.comparison.paired import paired_bootstrap
 from inform_rm.eval.decompose import decompose
@@ -108,8 +108,7 @@ def demo(
         InputError: on an unwritable output folder, a backbone that cannot be loaded, or a bad seed.
         RuntimeError: if the exported model does not load, or gives other rewards, in a fresh interpreter.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InputError(f"seed: {seed!r}; expected a whole number of at least 0.")
+    check_whole_number("seed", seed, least=0)
     folder = check_output_directory(output)
     for name in ("result.json", "report.html"):
         (folder / name).unlink(missing_ok=True)  # stale results must not stand beside new models

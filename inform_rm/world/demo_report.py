@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from inform_rm.eval.best_of_n.report import CURVES_CAPTION, curves_figure
 from inform_rm.eval.decompose_report import PLANE_CAPTION, draw_plane
 from inform_rm.eval.detection.report import MAP_CAPTION, map_figure
+from inform_rm.util.colors import BLUE, GREY, ORANGE, VERMILION
 from inform_rm.util.page import (
     Block,
     Heading,
@@ -51,8 +52,8 @@ _CAPTIONS = (
     f"InfoRM's choices as candidates, the policy's first responses as reference. {MAP_CAPTION}",
 )
 _MODELS = {"standard": "standard", "inform": "InfoRM"}
-_COLORS = {"standard": "#3f8fd2", "inform": "#e0772f", "rule": "#8a8a8a"}
-_GOLD_COLORS = ("#c2413b", "#c9a227", "#3a9d5d")
+_COLORS = {"standard": BLUE, "inform": VERMILION, "rule": GREY}
+_GOLD_COLORS = (VERMILION, ORANGE, BLUE)
 
 
 def console_table(result: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from inform_rm.data.messages import to_messages
 from inform_rm.errors import InputError
+from inform_rm.eval.best_of_n.recorded import is_recorded
 from inform_rm.eval.best_of_n.report import BestOfNResult
 from inform_rm.eval.best_of_n.simulate import simulate
 from inform_rm.scoring.scorer import Prompt
@@ -105,7 +106,7 @@ def attack(proxy: Any, output: str | Path | None = None, **options: Any) -> Best
     Raises:
         InputError: as `simulate`, and on prompts that are not the world's without a gold reward model.
     """
-    if options.get("prompts") is None and options.get("data") is None:
+    if options.get("prompts") is None and options.get("data") is None and not is_recorded(options.get("policy")):
         wanted = options.get("num_prompts")
         options["prompts"] = world_prompts(WORLD_PROMPTS if wanted is None else wanted, options.get("seed", 0))
     for name, default in (("gold", WorldGold), ("policy", WorldPolicy)):

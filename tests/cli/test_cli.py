@@ -101,7 +101,15 @@ def test_train_ends_with_what_was_made_and_where(tmp_path, monkeypatch, capsys):
     result = {"evaluation": None, "steps": 2, "train_pairs": {"pairs": 8}}
     monkeypatch.setattr("inform_rm.training.run.train", lambda args: result)
     assert main(["train", "--model", "m", "--data", "d", "--output", f"{tmp_path}/o"]) == 0
-    assert capsys.readouterr().out == f"trained a reward model in 2 steps on 8 pairs; see {tmp_path}/o\n"
+    budget, done = capsys.readouterr().out.splitlines()
+    assert budget.startswith("beta 0.1 pays for at most 3.47 nats a response")
+    assert done == f"trained a reward model in 2 steps on 8 pairs; see {tmp_path}/o"
+    result |= {"budget": {"nats_per_response": 3.47, "flip_rate_at_most": 0.25, "flip_rate_limit": 0.29,
+                          "nats_per_response_at_that": 0.65}}  # fmt: skip
+    assert main(["train", "--model", "m", "--data", "d", "--output", f"{tmp_path}/o"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("labels: at most 25 % can be wrong at random")
+    assert main(["train", "--model", "m", "--data", "d", "--output", f"{tmp_path}/o", "--architecture=standard"]) == 0
+    assert not capsys.readouterr().out.startswith("beta")
 
 
 def test_flags_of_train_may_be_dashed_bare_and_named_as_in_trl():

@@ -3,18 +3,21 @@
 import argparse
 import logging
 import re
+import warnings
 
 import pytest
 
 from inform_rm.cli import plan, train
 from inform_rm.cli.dispatch import COMMANDS, parse
 from inform_rm.cli.parsing import CommandParser
-from inform_rm.cli.quiet import is_alarming
+from inform_rm.cli.quiet import is_alarming, silence_normal_messages
 
 REQUIRED = {
     "demo": "", "evaluate": "--model m --output o", "decompose": "--model m --data d --output o",
-    "detect": "--model m --reference r --candidate c --output o", "simulate": "--proxy p --output o",
+    "detect": "--model m --reference r --candidate c --output o",
+    "select": "--model m --reference r --candidate c --output o", "simulate": "--proxy p --output o",
     "compare": "--results r --output o", "score": "--model m --input i --output o", "serve": "--model m",
+    "generate": "--model m --prompts d --output o", "judge": "--model m --endpoint e --responses r --output o",
     "check-data": "--data d", "export": "--model m --output o", "report": "--run r --output o",
 }  # fmt: skip
 
@@ -33,7 +36,7 @@ def a_value(action):
 
 
 # The flags of train and plan are settings, which tests/training spells.
-@pytest.mark.parametrize("module", [each for each in COMMANDS if each not in (plan, train)], ids=REQUIRED)
+@pytest.mark.parametrize("module", [each for each in COMMANDS if each not in (train, plan)], ids=REQUIRED)
 def test_every_flag_means_the_same_in_both_spellings(module):
     commands = argparse.ArgumentParser().add_subparsers(parser_class=CommandParser)
     module.add_parser(commands)
@@ -127,3 +130,14 @@ LOADING = "transformers.modeling_utils"
 )
 def test_only_normal_messages_are_silenced(logger, message, alarming):
     assert is_alarming(logging.LogRecord(logger, logging.WARNING, "", 0, message, (), None)) == alarming
+
+
+def test_of_warnings_only_the_one_of_another_librarys_old_name_is_silenced():
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        silence_normal_messages()
+        warnings.warn(
+            "`is_gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1
+        )
+        warnings.warn("`something_else` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1)
+    assert ["something_else" in str(warning.message) for warning in heard] == [True]

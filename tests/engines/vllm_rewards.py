@@ -3,9 +3,10 @@
     python vllm_rewards.py FOLDER [FAMILY ...]      FOLDER is what `folded_models.py` wrote
 
 Runs where vLLM is installed; neither this package nor pytest need be. Each model is loaded offline (`LLM.classify`,
-`LLM.encode`) and served over HTTP (`/classify`, `/pooling`), and asked in every way that `docs/engines.md` names. The
-offset that folding leaves is added here offline, and by vLLM itself (`logit_mean`) over HTTP. Exit code 1 if a reward
-differs by more than TOLERANCE, if a request fails, or if what the page says of `/score` is no longer so.
+`LLM.encode`) and served over HTTP (`/classify`, `/pooling`), and asked in every way that
+`docs/how-to/engines.md` names. The offset that folding leaves is added here offline, and by vLLM itself
+(`logit_mean`) over HTTP. Exit code 1 if a reward differs by more than TOLERANCE,
+if a request fails, or if what the page says of `/score` is no longer so.
 """
 
 import json
@@ -155,7 +156,7 @@ def check(folder):
     difference = largest(joined, expected)
     print(f"| {folder.name} | POST /score (not a reward) | {difference:.1e} |", flush=True)
     if difference <= TOLERANCE:
-        wrong.append("POST /score gives the reward: docs/engines.md says that it does not")
+        wrong.append("POST /score gives the reward: docs/how-to/engines.md says that it does not")
     return [f"{folder.name}: {fault}" for fault in wrong]
 
 

@@ -1,6 +1,8 @@
 """The reward function and the check work in real TRL runs of a tiny policy, and say what the functions behind say."""
 
 import json
+from collections import defaultdict
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -155,3 +157,21 @@ def test_wrong_settings_are_named(scorer, reference):
         OveroptimizationCallback(scorer, reference, lambda: ([], []), every=0)
     with pytest.raises(InputError, match="action: 'halt'"):
         OveroptimizationCallback(scorer, reference, lambda: ([], []), action="halt")
+
+
+def test_trl_trains_an_inform_model_without_its_kl_term(scorer):
+    """As the model card says: its trainer computes Bradley-Terry from the rewards alone."""
+    trl = pytest.importorskip("trl", reason="TRL is an optional extra: pip install 'inform-rm[rl]'")
+    model = scorer.model
+    trainer = MagicMock(model=model, _total_train_tokens=0, _tp_size=1)
+    trainer.args.center_rewards_coefficient = None
+    trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = lambda values: values
+    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    tokens = torch.randint(3, 300, (4, 5), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    with torch.no_grad():
+        loss = trl.RewardTrainer.compute_loss(trainer, model, dict(inputs))
+        own = model(**inputs, return_loss=True)
+    kl_term = 2 * model.config.beta * own.kl.mean()
+    assert kl_term > 0.01
+    torch.testing.assert_close(loss, own.loss - kl_term)

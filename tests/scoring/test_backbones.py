@@ -389,7 +389,7 @@ def test_what_is_no_backbone_is_refused_with_the_reason(make, message, tokenizer
 
 @pytest.mark.slow
 def test_a_dozen_architectures_have_one_score(tmp_path):
-    """The benchmark of docs/architectures.md on some of its models."""
+    """The benchmark of docs/reference/backbones.md on some of its models."""
     if not BENCHMARK.is_file():
         pytest.skip("benchmarks/ is not beside the tests")
     names = [

@@ -871,3 +871,24 @@ def test_real_reward_head_on_real_weights_scores_as_alone(shared_dir):
     rows = random_rows(12, longest=200)
     rewards = RewardScorer(model).score_encoded(rows)
     torch.testing.assert_close(rewards, alone(model, rows), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("batching", ("packed", "padded"))
+def test_a_batch_that_does_not_fit_is_scored_in_two(models, monkeypatch, caplog, batching):
+    scorer = RewardScorer(models["inform"], batching=batching)
+    sequences = [[5, 6, 7 + row, 9] for row in range(8)]
+    expected = scorer.score_encoded(sequences, [2] * 8)
+    plain = RewardScorer._packed_forward if batching == "packed" else RewardScorer._padded_forward
+
+    def forward(self, rows, *rest):
+        if len(rows) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory, for a test")
+        return plain(self, rows, *rest)
+
+    monkeypatch.setattr(RewardScorer, f"_{batching}_forward", forward)
+    budget = scorer.tokens_per_batch
+    torch.testing.assert_close(scorer.score_encoded(sequences, [2] * 8), expected, atol=1e-5, rtol=0)
+    assert scorer.tokens_per_batch == budget // 2 and "8 rows is too much" in caplog.text
+    monkeypatch.setattr(RewardScorer, f"_{batching}_forward", lambda *rest: forward(*rest[:1], [0] * 9, *rest[2:]))
+    with pytest.raises(torch.OutOfMemoryError, match="for a test"):
+        scorer.score_encoded(sequences, [2] * 8)

@@ -100,3 +100,88 @@ def test_broken_file_is_refused(content, message, tmp_path):
 def test_missing_file_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"none\.yaml: cannot be read"):
         read_arguments(tmp_path / "none.yaml", {})
+
+
+def divided(given):
+    """Pairs a forward pass, forward passes an update."""
+    names = ("pairs_per_step", "per_device_train_batch_size", "gradient_accumulation_steps")
+    known = {name: value for name, value in zip(names, given, strict=True) if value is not None}
+    arguments = RewardTrainingArguments("o", use_cpu=True, **known)
+    assert arguments.pairs_of_step == arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((None, None, None), (8, 8)),  # 64, the paper's
+        ((None, 4, None), (4, 16)),
+        ((None, None, 4), (16, 4)),
+        ((None, 4, 2), (4, 2)),  # both given: their product
+        ((32, None, None), (8, 4)),
+        ((60, None, None), (6, 10)),  # at most 8 a pass
+        ((61, None, None), (1, 61)),
+        ((24, 12, None), (12, 2)),
+        ((24, None, 12), (2, 12)),
+        ((8, 4, 2), (4, 2)),
+    ],
+)
+def test_pairs_of_a_step_are_divided(given, expected):
+    assert divided(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((8, 4, 4), "pairs_per_step is 8, but per_device_train_batch_size 4 x gradient_accumulation_steps 4 make 16"),
+        ((60, 8, None), "pairs_per_step 60 is no multiple of per_device_train_batch_size 8 = 8; nearest: 64"),
+        ((61, None, 8), "no multiple of gradient_accumulation_steps 8 = 8; nearest: 64"),
+        ((3, 8, None), "nearest: 8"),
+        ((0, None, None), "pairs_per_step must be a finite number of at least 1"),
+    ],
+)
+def test_pairs_of_a_step_that_cannot_be_divided_are_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        divided(given)
+
+
+@pytest.mark.parametrize(
+    ("processes", "given", "expected"),
+    [
+        (8, (None, None, None), (8, 1)),
+        (16, (None, None, None), (4, 1)),
+        (2, (None, 4, None), (4, 8)),
+        (2, (128, None, 16), (4, 16)),
+        (3, (None, 4, 2), (4, 2)),  # 24 pairs a step
+        (3, (None, None, None), "pairs_per_step 64 is no multiple of processes 3 = 3; nearest: 63"),
+        (8, (64, 8, 8), "processes 8 x per_device_train_batch_size 8 x gradient_accumulation_steps 8 make 512"),
+        (96, (None, None, None), "nearest: 96"),
+    ],
+)
+def test_pairs_of_a_step_are_those_of_all_processes(processes, given, expected):
+    """The rule alone; `tests/distributed` trains with it."""
+    arguments = RewardTrainingArguments("o", use_cpu=True)
+    names = ("pairs_per_step", "per_device_train_batch_size", "gradient_accumulation_steps")
+    for name, value in zip(names, given, strict=True):
+        setattr(arguments, name, value)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            arguments.divided_pairs(processes)
+    else:
+        assert arguments.divided_pairs(processes) == expected
+
+
+def test_settings_that_were_recorded_ask_for_the_same_pairs_elsewhere(monkeypatch):
+    recorded = settings_of(RewardTrainingArguments("o", use_cpu=True))
+    assert recorded["pairs_per_step"] == 64
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher sets it
+    with pytest.raises(InputError, match=r"processes 2 x .* make 128: leave one of them out"):
+        arguments_from_mapping({**recorded, **REQUIRED}, "test")
+
+
+def test_a_launch_on_other_devices_divides_what_was_given_and_not_what_came_of_it():
+    alone = RewardTrainingArguments("o", use_cpu=True)
+    assert (alone.division, alone.divided_over(8).division, alone.division) == ((8, 8), (8, 1), (8, 8))
+    assert RewardTrainingArguments("o", use_cpu=True, per_device_train_batch_size=2).divided_over(4).division == (2, 8)
+    with pytest.raises(InputError, match="pairs_per_step 64 is no multiple of processes 3 = 3; nearest: 63"):
+        alone.divided_over(3)

@@ -31,7 +31,7 @@ def arguments(folder, **settings):
 
 @pytest.fixture
 def evenly(monkeypatch):
-    """In place of a pass on fake tensors: counts that grow with its tokens, a quarter of them with checkpointing."""
+    """In place of a pass on fake tensors one whose counts grow with its tokens; checkpointing keeps a quarter."""
 
     def count(model, rows, length, *, autocast):
         share = 0.25 if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) else 1.0

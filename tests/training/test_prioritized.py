@@ -236,3 +236,20 @@ def test_pairs_whose_rewards_are_no_numbers_stop_the_run(settings, monkeypatch):
 def test_impossible_settings_are_refused(settings, change, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(settings, **change)
+
+
+def test_pairs_a_step_are_those_that_are_learnt_from(base_settings, seen, learnt):
+    divided = {"per_device_train_batch_size": None, "gradient_accumulation_steps": 2}
+    args = base_settings(
+        **divided,
+        pairs_per_step=6,
+        objective="prioritized",
+        num_prompts=2,
+        warmup_fraction=0,
+        max_steps=1,
+        save_steps=1,
+    )
+    result = train(args)
+    assert result["settings"]["pairs_per_step"] == 6
+    assert [len(batch["margin"]) for batch in learnt] == [3, 3]
+    assert [len(call["positions"]) for call in seen] == [6, 6]  # pool_factor 2

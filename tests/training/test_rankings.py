@@ -257,3 +257,10 @@ def test_score_weights_are_read_from_flags_and_yaml(given):
 def test_weights_that_are_none_are_refused(given):
     with pytest.raises(InputError, match="score_weights"):
         arguments_from_mapping({"model": "m", "data": "d", "output_dir": "o", "score_weights": given}, "test")
+
+
+def test_a_ranking_is_one_of_the_pairs_of_a_step(base_settings, files):
+    divided = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None, "pairs_per_step": 5}
+    trainer = RewardTrainer(args=base_settings(data=(str(files["rankings"]),), **divided))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert trainer.args.pairs_of_step == len(batch["margin"]) == 5 < len(batch["labels"])

@@ -1,5 +1,6 @@
-"""Wilson interval and calibration error against their defining equations."""
+"""Wilson interval, bootstrap and calibration error against their defining equations."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inform_rm.util.intervals import expected_calibration_error, wilson_interval
+from inform_rm.util.intervals import expected_calibration_error, grouped_bootstrap, wilson_interval
 
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, 2 * n), st.just(n))))
@@ -53,3 +54,13 @@ def test_calibration_error_matches_a_loop(margins):
 def test_calibration_error_of_a_calibrated_model_is_zero():
     # sigmoid(log 3) = 0.75: right in 3 of 4 pairs.
     assert expected_calibration_error([math.log(3)] * 3 + [-math.log(3)]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_bootstrap_over_groups_is_that_of_all_their_draws():
+    values, groups = [1.0, 1.0, 0.0, 0.0, 1.0, 0.5, 1.0], ["a", "a", "b", "c", "c", "d", "e"]
+    sums = {group: [value for value, own in zip(values, groups, strict=True) if own == group] for group in "abcde"}
+    draws = itertools.product("abcde", repeat=5)
+    means = [np.mean([value for group in draw for value in sums[group]]) for draw in draws]
+    expected = np.quantile(means, [0.025, 0.975], method="inverted_cdf").tolist()
+    assert grouped_bootstrap(values, groups, num_resamples=5000) == pytest.approx(expected, abs=0.02)
+    assert grouped_bootstrap(values, groups, seed=1) == grouped_bootstrap(values, groups, seed=1)

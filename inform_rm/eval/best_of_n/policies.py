@@ -16,7 +16,7 @@ from inform_rm.data.preferences import load_preferences
 from inform_rm.data.sources import Source, source_list
 from inform_rm.data.tokenizer import fix_date, load_tokenizer, render
 from inform_rm.decomposition.gap_grid import distinct_prompts
-from inform_rm.errors import InputError
+from inform_rm.errors import InputError, check_whole_number
 from inform_rm.scoring.packing import eval_mode_of
 from inform_rm.scoring.reward_models import (
     checked_max_length,
@@ -27,7 +27,7 @@ from inform_rm.scoring.reward_models import (
 from inform_rm.scoring.scorer import Prompt
 
 # Prompt and new tokens of the sequences that are generated together; a 7B model needs about 8 GiB of cache for them.
-_TOKENS_PER_BATCH = 16384
+TOKENS_PER_BATCH = 16384
 
 
 class Policy(Protocol):
@@ -52,9 +52,11 @@ class CausalLMPolicy:
         max_new_tokens: a response that has not ended by then is cut there, and counted.
         device: see `inform_rm.scoring.reward_models.load_reward_model`; only for a model that is loaded here.
         trust_remote_code: run code from the checkpoint. Off unless asked.
+        revision: branch, tag or commit of a Hub model.
 
     Attributes:
         num_cut: responses cut so far.
+        end_ids: tokens that end a response.
 
     Raises:
         InputError: on a model that cannot be loaded, or a temperature or number of tokens that is not positive.
@@ -69,16 +71,17 @@ class CausalLMPolicy:
         max_new_tokens: int = 128,
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
+        revision: str | None = None,
     ):
         if isinstance(temperature, bool) or not 0 < temperature < float("inf"):
             raise InputError(f"temperature: {temperature!r}; expected a number above 0.")
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise InputError(f"max_new_tokens: {max_new_tokens!r}; expected a whole number of at least 1.")
+        check_whole_number("max_new_tokens", max_new_tokens)
         self.model: Any
         if isinstance(model, str | Path):
             self.name = str(model)
-            self.model = load_causal_lm(model, device=device, trust_remote_code=trust_remote_code)
-            tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code)
+            hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+            self.model = load_causal_lm(model, device=device, **hub)
+            tokenizer = tokenizer or load_tokenizer(model, **hub)
         else:
             self.name = getattr(model, "name_or_path", "") or type(model).__name__
             self.model = model
@@ -88,10 +91,10 @@ class CausalLMPolicy:
         self.temperature, self.max_new_tokens, self.num_cut = temperature, max_new_tokens, 0
         # Chat models end a turn with a token of their own, which only the generation config may name.
         ends = self.model.generation_config.eos_token_id
-        self._end_ids = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+        self.end_ids = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
         self._generation = GenerationConfig(
             do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-            eos_token_id=self._end_ids or None, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=self.end_ids or None, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
 
     def sample(self, prompt: Prompt, num_responses: int, seed: int) -> list[str]:
@@ -100,7 +103,7 @@ class CausalLMPolicy:
         Raises:
             InputError: on a prompt that cannot be rendered, or leaves no room for ``max_new_tokens``.
         """
-        ids = self._prompt_ids(prompt)
+        ids = self.prompt_ids(prompt)
         limit = checked_max_length(self.model, None)
         if limit is not None and len(ids) + self.max_new_tokens > limit:
             raise InputError(
@@ -108,7 +111,7 @@ class CausalLMPolicy:
                 "tokens that the model can take. Lower max_new_tokens or leave out the prompt."
             )
         device = self.model.get_input_embeddings().weight.device
-        batch = max(1, _TOKENS_PER_BATCH // (len(ids) + self.max_new_tokens))
+        batch = max(1, TOKENS_PER_BATCH // (len(ids) + self.max_new_tokens))
         key = hashlib.sha256(f"policy/{seed}/{ids}".encode()).digest()
         responses: list[str] = []
         devices = [device] if device.type == "cuda" else []
@@ -122,11 +125,9 @@ class CausalLMPolicy:
                     generation_config=self._generation,
                 )
                 new = output[:, len(ids) :].cpu()
-                has_end = torch.isin(new, torch.tensor(self._end_ids, dtype=new.dtype)).any(dim=1)
+                has_end = torch.isin(new, torch.tensor(self.end_ids, dtype=new.dtype)).any(dim=1)
                 self.num_cut += int((~has_end).sum())
-                texts = self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                # A chat template puts its own white space around a reply; without one the text goes on as it is.
-                responses += [text.strip() for text in texts] if self.tokenizer.chat_template else texts
+                responses += self.decode(new)
         return responses
 
     def identity(self) -> dict[str, Any]:
@@ -139,7 +140,14 @@ class CausalLMPolicy:
             "max_new_tokens": self.max_new_tokens,
         }
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+    def decode(self, ids: torch.Tensor) -> list[str]:
+        """The texts of ``(N, T)`` generated ids."""
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # A chat template puts its own white space around a reply; without one the text goes on as it is.
+        return [text.strip() for text in texts] if self.tokenizer.chat_template else texts
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids that the model goes on from; `InputError` on a prompt that cannot be rendered."""
         messages = to_messages(prompt)
         if self.tokenizer.chat_template is not None:
             return list(render(self.tokenizer, [messages], add_generation_prompt=True)[0])

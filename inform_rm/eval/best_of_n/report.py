@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from inform_rm.eval.frame import Result, unwritten
+from inform_rm.util.colors import SERIES
 from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png, settings_table
 
 CURVES_CAPTION = (
@@ -24,10 +25,14 @@ class BestOfNResult(Result):
     Attributes:
         ns: numbers of responses to choose from.
         kl_nats: of the policy that chooses from so many.
-        num_prompts: that were answered, each ``num_responses`` times.
+        num_prompts: that were answered.
+        num_responses: to each prompt.
         distinct_responses: within their prompt, of all prompts together.
+        empty_responses: that hold no text.
         cut_responses: of a language model, those that had not ended.
-        gold: ``model`` and ``identity``; so has ``policy``.
+        intervals: what the 95 % intervals are over.
+        gold: ``model`` and ``identity``.
+        policy: the same of what wrote the responses.
         proxies: by name (``"proxy"`` if there is one): likewise, and what
             `inform_rm.eval.best_of_n.simulate.overoptimization_curves` gives.
         prompts_fingerprint: SHA-256.
@@ -96,7 +101,7 @@ def curves_figure(result: dict[str, Any]) -> Figure:
     gold_axes, proxy_axes = figure.subplots(1, 2)
     kl = np.array(result["kl_nats"])
     for number, (name, curve) in enumerate(result["proxies"].items()):
-        color = f"C{number % 10}"
+        color = SERIES[number % len(SERIES)]
         deviation = curve["proxy_deviation"] or 1.0  # a constant proxy gains nothing in any unit
         for axes, part, unit in ((gold_axes, curve["gold"], 1.0), (proxy_axes, curve["proxy"], deviation)):
             low, high = np.array(part["gain_interval"]).T / unit

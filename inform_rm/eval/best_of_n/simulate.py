@@ -13,8 +13,9 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from inform_rm.data.sources import Source, source_label, source_list
-from inform_rm.errors import InputError
+from inform_rm.errors import InputError, check_whole_number
 from inform_rm.eval.best_of_n.policies import CausalLMPolicy, Policy, choose_prompts
+from inform_rm.eval.best_of_n.recorded import RecordedPolicy, is_recorded
 from inform_rm.eval.best_of_n.report import BestOfNResult
 from inform_rm.eval.frame import parquet, settings_of
 from inform_rm.scoring.scorer import NonFiniteRewardError, Prompt, RewardScorer
@@ -182,10 +183,8 @@ class SimulationSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("num_prompts", 2), ("num_responses", 2), ("seed", 0)):
-            value = getattr(self, name)
-            is_number = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            if not is_number and (name != "num_prompts" or value is not None):
-                raise InputError(f"{name}: {value!r}; expected a whole number of at least {least}.")
+            if name != "num_prompts" or self.num_prompts is not None:
+                check_whole_number(name, getattr(self, name), least)
         _check_numbers(self.numbers, self.num_responses)
 
     @property
@@ -215,8 +214,9 @@ def simulate(
         proxy: folder or Hub id of a reward model, a `RewardScorer` or an ensemble; or several of them by name.
         output: folder for the results; ``None`` only returns them.
         gold: another reward model, which is taken for the truth.
-        policy: causal language model (folder or Hub id), or an object with the interface of `Policy`, such as
-            `CausalLMPolicy` of a loaded model.
+        policy: causal language model (folder or Hub id), a file of responses, such as `inform_rm.generate` writes
+            with several samples (its prompts are used where none are given), or an object with the interface of
+            `Policy`, such as `CausalLMPolicy` of a loaded model.
         prompts: distinct prompts.
         data: in place of these, sources of preference pairs, whose distinct prompts are used.
         progress: show progress bars.
@@ -235,6 +235,9 @@ def simulate(
     if not models or set(models) & set(_COLUMNS) or not all(isinstance(name, str) and name for name in models):
         raise InputError(f"proxy: names {list(models)}; expected at least one name, none of {', '.join(_COLUMNS)}.")
     folder = None if output is None else check_output_directory(output)
+    if is_recorded(policy):
+        policy = RecordedPolicy(policy)
+        prompts = policy.prompts if prompts is None and data is None else prompts
     asked = choose_prompts(prompts, data, settings.num_prompts, settings.seed, settings.columns)
     proxies = {name: _scorer(model, f"proxy {name}", scorer_options) for name, model in models.items()}
     judge = _scorer(gold, "gold", scorer_options)
@@ -259,7 +262,7 @@ def simulate(
         num_responses=settings.num_responses,
         distinct_responses=sum(len(set(texts)) for texts in responses),
         empty_responses=sum(not text.strip() for text in flat),
-        cut_responses=writer.num_cut - cut_before if isinstance(writer, CausalLMPolicy) else None,
+        cut_responses=writer.num_cut - cut_before if hasattr(writer, "num_cut") else None,
         intervals=f"95 %, percentile bootstrap over prompts, {BOOTSTRAP_DRAWS} draws",
         gold=_about(judge),
         policy=_about(writer),

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from inform_rm.util.colors import GREY, SERIES
 from inform_rm.util.page import Block, Heading, Image, Page, Table, with_interval, words_table
 
 _SHOWN_FLIPS = 20
@@ -37,9 +38,9 @@ def forest_figure(result: dict[str, Any]) -> Figure:
     for number, name in enumerate(names):
         entries = [group["models"][name] for group in groups]
         places = np.arange(len(groups)) + offsets[name]
-        _marks(panels[0], places, entries, "accuracy", f"C{number % 10}", name)
+        _marks(panels[0], places, entries, "accuracy", SERIES[number % len(SERIES)], name)
         if others and name != names[0]:
-            _marks(panels[1], places, entries, "difference", f"C{number % 10}", name)
+            _marks(panels[1], places, entries, "difference", SERIES[number % len(SERIES)], name)
     panels[0].set(xlabel="accuracy", yticks=range(len(groups)), yticklabels=[_short(_label(part)) for part in groups])
     panels[0].set_ylim(len(groups) - 0.5, -0.5)
     if result["suite"] is None:  # items of a suite may have more than two candidates
@@ -51,7 +52,7 @@ def forest_figure(result: dict[str, Any]) -> Figure:
     for axes in panels:
         axes.tick_params(labelsize=8)
         for place in np.arange(1, len(groups)) - 0.5:
-            axes.axhline(place, color="#e8e8e8", linewidth=0.7)
+            axes.axhline(place, color=GREY, alpha=0.2, linewidth=0.7)
     return figure
 
 

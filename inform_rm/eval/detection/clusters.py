@@ -75,6 +75,9 @@ def cluster_separation_index(
 def fit_csi(reference: LatentArray, settings: DetectionSettings) -> Callable[[LatentArray, int], Measured]:
     """CSI as a `Statistic`: with the number of each response's cluster (-1: dropped noise; none: not clustered).
 
+    Beside it ``csi_distance``, how far the centroid of that cluster lies from the reference: what the response adds to
+    CSI. Which of them are outliers, what comes by chance decides (`inform_rm.eval.detection.detect`).
+
     Warns where ``noise="drop"`` leaves nothing: the sum over no clusters, 0, then says nothing about the policy.
     """
 
@@ -89,7 +92,8 @@ def fit_csi(reference: LatentArray, settings: DetectionSettings) -> Callable[[La
                 "says nothing. Pass a larger eps, eps='auto' or another noise policy.",
                 stacklevel=3,
             )
-        normalized = float(sizes @ _nearest(centroids, others)) / len(rows)
+        distances = _nearest(centroids, others)
+        normalized = float(sizes @ distances) / len(rows)
         values: dict[str, Any] = {
             "csi": normalized * len(points), "csi_normalized": normalized, "noise_share": float(is_noise.mean()),
             "subsampled": len(rows) < len(points),
@@ -97,9 +101,11 @@ def fit_csi(reference: LatentArray, settings: DetectionSettings) -> Callable[[La
         if num_resamples:
             values["csi_normalized_interval"] = csi_interval(points, others, settings, num_resamples)
         cluster: list[int | None] = [None] * len(points)
+        distance: list[float | None] = [None] * len(points)
         for row, number in zip(rows.tolist(), cluster_of_row.tolist(), strict=True):
             cluster[row] = number
-        return values, {"cluster": cluster}
+            distance[row] = None if number < 0 else float(distances[number])
+        return values, {"cluster": cluster, "csi_distance": distance}
 
     return measure
 

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from inform_rm.data.sources import Source, source_digest, source_label, source_l
 from inform_rm.errors import InputError
 from inform_rm.eval.detection.clusters import auto_eps
 from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
+from inform_rm.eval.detection.labels import FIELD, agreement, join_labels, labels_by_name
 from inform_rm.eval.detection.latents import Latents, collect_latents
 from inform_rm.eval.detection.outliers import null_rank, split_half_null
 from inform_rm.eval.detection.report import REFERENCE, DetectionResult
@@ -25,6 +26,7 @@ from inform_rm.eval.frame import Frame, parquet, settings_of
 from inform_rm.eval.sources import warn_of_left_out
 from inform_rm.scoring.score_files import encoded_or_faults
 from inform_rm.scoring.scorer import RewardScorer
+from inform_rm.util.intervals import grouped_bootstrap
 
 _SMALLEST_SET = 20
 _LISTED_BAD_ROWS = 1000
@@ -36,6 +38,7 @@ def detect(
     candidates: "Source | Sequence[Source] | Mapping[str, Source]",
     output: str | Path | None = None,
     *,
+    labels: "Source | Sequence[Source] | Mapping[str, Source] | None" = None,
     tokenizer: Any = None,
     progress: bool = True,
     **options: Any,
@@ -54,6 +57,10 @@ def detect(
         candidates: responses of the policy under test: one such set, several in order (one for each checkpoint), or
             several by name.
         output: folder for the results; ``None`` only returns them.
+        labels: which candidate responses exploit a reward, by a judge or by people: one source a candidate, in order
+            or by name; see `inform_rm.eval.detection.labels.join_labels`. They add precision and recall of each
+            statistic's outliers, and marks on the map. An outlier of CSI is a response whose cluster lies farther
+            from the reference than all but ``alpha`` of the responses in halves of the reference do.
         tokenizer: see `RewardScorer`.
         progress: show progress bars.
         options: fields of `inform_rm.eval.detection.settings.DetectionSettings` and keywords of `RewardScorer`.
@@ -66,14 +73,15 @@ def detect(
     """
     settings, scorer_options = settings_of(DetectionSettings, options)
     sources = {REFERENCE: reference, **_named(candidates)}
-    labels = {name: _label(name, source) for name, source in sources.items()}
+    names = {name: _label(name, source) for name, source in sources.items()}
+    labelled = labels_by_name(labels, [name for name in sources if name != REFERENCE])
     frame = Frame(model, output, tokenizer, scorer_options, progress)
-    read = {name: _read(frame.scorer, source, name, settings) for name, source in sources.items()}
-    rows = {name: part for name, (part, _) in read.items()}
+    read = {name: _read(frame.scorer, source, name, settings, labelled.get(name)) for name, source in sources.items()}
+    rows = {name: part.rows for name, part in read.items()}
     size, least = len(rows[REFERENCE]), 2 * math.floor(1 / settings.alpha) + 1
     if settings.tail == "reference" and size < least:  # halves stand for it in the null, and need ranks below alpha
         raise InputError(
-            f"{labels[REFERENCE]}: {size} responses; with alpha {settings.alpha} their halves show no outliers by "
+            f"{names[REFERENCE]}: {size} responses; with alpha {settings.alpha} their halves show no outliers by "
             f"rank: pass at least {least}, a larger alpha, or tail='chi2'."
         )
     latents = {
@@ -91,10 +99,14 @@ def detect(
     if eps == "auto":  # one radius for all candidates and the null
         smallest = min(map(len, rows.values()))
         eps = auto_eps(base, min_samples=settings.min_samples, num_points=smallest, seed=settings.seed)
-    null = _null(base, replace(settings, eps=eps), frame.progress)
-    table, found = _measure(rows, latents, replace(settings, eps=eps), null)
-    found = {name: {**_text_statistics(rows[name], latents[name]), **read[name][1], **found[name]} for name in rows}
-    asked = {"reference": labels.pop(REFERENCE), "candidates": list(labels.values()), **asdict(settings)}
+    null, csi_limit = _null(base, replace(settings, eps=eps), frame.progress)
+    table, found = _measure(read, latents, replace(settings, eps=eps), null, csi_limit)
+    found = {
+        name: {**_text_statistics(part.rows, latents[name], settings), **part.left_out, **found[name]}
+        for name, part in read.items()
+    }
+    asked = {"reference": names.pop(REFERENCE), "candidates": list(names.values()), **asdict(settings)}
+    asked |= {"labels": [source_label(source) for source in labelled.values()]} if labelled else {}
     del asked["seed"]  # it has a place of its own
     result = DetectionResult(
         **frame.described(asked, settings.seed),
@@ -108,7 +120,8 @@ def detect(
             name: {"mean": float(values.mean()), "interval": np.quantile(values, [0.025, 0.975]).tolist()}
             for name, values in null.items()
         },
-        digests={_label(name, source): source_digest(source) for name, source in sources.items()},
+        digests={_label(name, source): source_digest(source) for name, source in sources.items()}
+        | {f"labels of {name}": source_digest(source) for name, source in labelled.items()},
         responses=table,
         values=np.concatenate([part.values for part in latents.values()]),
     )
@@ -149,14 +162,24 @@ def _label(name: str, source: Source) -> str:
     return source_label(source) if isinstance(source, str | Path) else name
 
 
+@dataclass(frozen=True)
+class _ReadSet:
+    """Responses of a set, how many were left out and why, and labels by the ``where`` of a row."""
+
+    rows: list[ScoreRow]
+    left_out: dict[str, Any]
+    labels: dict[str, bool] | None
+
+
 def _read(
-    scorer: RewardScorer, source: Source, name: str, settings: DetectionSettings
-) -> tuple[list[ScoreRow], dict[str, Any]]:
+    scorer: RewardScorer, source: Source, name: str, settings: DetectionSettings, label_source: Source | None
+) -> _ReadSet:
     """The responses of a set that can be scored, a random subset if one is asked for, and what was left out."""
     reading = Reading()
     label = _label(name, source)
     read = list(score_rows_or_faults(source, settings.columns, reading))
     log_reading(label, reading)
+    labels = None if label_source is None else join_labels(read, label_source)
     rows = [row for row in read if isinstance(row, ScoreRow)]
     if settings.max_responses is not None and len(rows) > settings.max_responses:
         chosen = np.random.default_rng(settings.seed).choice(len(rows), settings.max_responses, replace=False)
@@ -181,35 +204,46 @@ def _read(
     if reasons:
         left_out["bad_row_reasons"] = reasons[:_LISTED_BAD_ROWS]
     warn_of_left_out({"source": label, **left_out})
-    return rows, left_out
+    return _ReadSet(rows, left_out, labels)
 
 
-def _null(reference: np.ndarray, settings: DetectionSettings, progress: bool) -> dict[str, np.ndarray]:
-    """What each statistic is when candidate and reference are halves of the same responses: one value a split."""
+def _null(reference: np.ndarray, settings: DetectionSettings, progress: bool) -> tuple[dict[str, np.ndarray], float]:
+    """What each statistic is when candidate and reference are halves of the same responses: one value a split.
+
+    Also the distance of a response's cluster that only a share of alpha of these responses exceeds.
+    """
+    distances: list[float] = []
 
     def values(statistic: Statistic) -> np.ndarray:
         def measure(candidate: np.ndarray, others: np.ndarray) -> float:
-            return statistic.fit(others, settings)(candidate, 0)[0][statistic.name]
+            found, columns = statistic.fit(others, settings)(candidate, 0)
+            distances.extend(distance for distance in columns.get("csi_distance", ()) if distance is not None)
+            return found[statistic.name]
 
         return split_half_null(
             reference, measure, num_splits=settings.num_splits, seed=settings.seed, progress=progress
         )
 
-    return {statistic.name: values(statistic) for statistic in STATISTICS}
+    null = {statistic.name: values(statistic) for statistic in STATISTICS}
+    limit = np.quantile(distances, 1 - settings.alpha, method="higher") if distances else np.inf
+    return null, float(limit)
 
 
 def _measure(
-    rows: dict[str, list[ScoreRow]],
+    read: dict[str, _ReadSet],
     latents: dict[str, Latents],
     settings: DetectionSettings,
     null: dict[str, np.ndarray],
+    csi_limit: float,
 ) -> tuple[dict[str, list[Any]], dict[str, dict[str, Any]]]:
     """Columns with one entry for each response of all sets; and by set what the statistics say of it."""
     measures = [statistic.fit(latents[REFERENCE].values, settings) for statistic in STATISTICS]
     stopping = CSIEarlyStopping(settings.max_change_ratio)
     table: dict[str, list[Any]] = {}
     found: dict[str, dict[str, Any]] = {REFERENCE: {}}
-    for name, part in rows.items():
+    has_labels = any(of_set.labels for of_set in read.values())
+    for name, of_set in read.items():
+        part = of_set.rows
         columns: dict[str, list[Any]] = {"set": [name] * len(part), "row": [row.where for row in part]}
         columns |= {"response": [row.response for row in part], "reward": latents[name].rewards.tolist()}
         values: dict[str, Any] = {}
@@ -217,6 +251,13 @@ def _measure(
             more, per_response = measure(latents[name].values, 0 if name == REFERENCE else settings.num_resamples)
             values |= more
             columns |= per_response
+        columns["csi_outlier"] = [
+            None if distance is None else distance > csi_limit for distance in columns["csi_distance"]
+        ]
+        if has_labels:
+            columns[FIELD] = [(of_set.labels or {}).get(row.where) for row in part]
+        if of_set.labels is not None:
+            values["labels"] = agreement(columns)
         for column, entries in columns.items():
             table.setdefault(column, []).extend(entries)
         if name != REFERENCE:
@@ -226,13 +267,16 @@ def _measure(
     return table, found
 
 
-def _text_statistics(rows: list[ScoreRow], own: Latents) -> dict[str, Any]:
+def _text_statistics(rows: list[ScoreRow], own: Latents, settings: DetectionSettings) -> dict[str, Any]:
     """Appendix D of arXiv:2402.09345: responses of an overoptimized policy are longer, or repeat themselves."""
+    words = [len(row.response.split()) for row in rows]
+    interval = grouped_bootstrap(words, [str(row.prompt) for row in rows], seed=settings.seed)
     return {
         "num_responses": len(rows),
         "num_prompts": len({str(row.prompt) for row in rows}),
         "mean_reward": float(own.rewards.mean()),
-        "mean_words": float(np.mean([len(row.response.split()) for row in rows])),
+        "mean_words": float(np.mean(words)),
+        "mean_words_interval": list(interval),
         "repeated_trigrams": float(np.mean([repeated_trigrams(row.response) for row in rows])),
     }
 

@@ -62,6 +62,6 @@ def fit_nearest_neighbours(reference: NDArray, settings: DetectionSettings) -> C
             "knn_outliers_interval": list(wilson_interval(int(is_far.sum()), len(is_far))),
             "mean_knn_distance": float(distances.mean()),
         }
-        return values, {"knn_distance": distances.tolist()}
+        return values, {"knn_distance": distances.tolist(), "knn_outlier": is_far.tolist()}
 
     return measure

@@ -144,7 +144,8 @@ def fit_mop(reference: LatentArray, settings: DetectionSettings) -> Callable[[La
         outliers = tails < settings.alpha
         interval = list(wilson_interval(int(outliers.sum()), len(outliers)))
         values = {"mop": float(outliers.mean()), "mop_interval": interval}
-        return values, {"squared_mahalanobis": squares.tolist(), "tail_probability": tails.tolist()}
+        columns = {"squared_mahalanobis": squares, "tail_probability": tails, "mop_outlier": outliers}
+        return values, {name: column.tolist() for name, column in columns.items()}
 
     return measure
 

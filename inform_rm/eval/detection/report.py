@@ -11,18 +11,31 @@ from sklearn.manifold import TSNE
 from inform_rm.eval.detection.statistic import STATISTICS, Statistic
 from inform_rm.eval.frame import ModelResult, unwritten
 from inform_rm.eval.report import result_settings
+from inform_rm.util.colors import BLUE, SKY, VERMILION
 from inform_rm.util.page import Block, Heading, Image, Page, PointMap, Table, figure_png, format_interval
+from inform_rm.util.papers import MOP_DIFFERS
 
 REFERENCE = "(reference)"
 
-_COLORS = {"reference": "#9bb7d4", "candidate": "#e0a458", "outlier": "#c2413b"}
+_COLORS = {"reference": SKY, "candidate": BLUE, "outlier": VERMILION}
 _SHOWN_CHARACTERS = 400
 _OUTLIER_HEADER = ("candidate", "prompt", "response", "reward", "squared distance", "tail probability")
+_LABEL_HEADER = (
+    "candidate", "outliers by", "labelled", "exploit", "outliers", "both", "precision", "95 % interval", "recall",
+    "95 % interval",
+)  # fmt: skip
+_LABEL_NOTE = (
+    "Labels say which responses exploit a reward. Precision: of the outliers, the share that is labelled so; recall: "
+    "of those that are labelled so, the share that are outliers; with Wilson intervals, and empty where there is "
+    "nothing to take a share of. An outlier of CSI is a response whose cluster lies farther from the reference than "
+    "all but alpha of the responses in halves of the reference do."
+)
 MAP_CAPTION = (
     "t-SNE map of the latents: reference responses, candidate responses, and those candidates whose distance from "
     "the reference is beyond chance (tail probability below alpha). Distances between far points of such a map mean "
     "little."
 )
+LABELLED_CAPTION = " A black edge: labelled; a triangle: as exploiting a reward."
 STEPS_CAPTION = (
     "Candidates in the order in which they were given; intervals are 95 % bootstrap intervals. The grey band is what "
     "halves of the reference give against each other (95 %). A dashed line marks where the stopping rule fires."
@@ -40,7 +53,8 @@ class DetectionResult(ModelResult):
         reference: counts, mean reward and what its texts are like.
         candidates: the same of each candidate, in order, with its ``name``; for every statistic (``csi_normalized``,
             ``mop``, ``knn_outliers``) its value, ``NAME_interval`` and ``NAME_null_rank``; ``most_outlying``; and
-            ``stop``, whether CSI's stopping rule fires.
+            ``stop``, whether CSI's stopping rule fires; where there are labels, what
+            `inform_rm.eval.detection.labels.agreement` finds, as ``labels``.
         null: ``mean`` and ``interval`` of every statistic for halves of the reference against each other, ``splits``.
         digests: of the sources.
         responses: columns ``set``, ``row``, ``response``, ``reward`` those of the statistics: an entry a response.
@@ -96,7 +110,7 @@ class DetectionResult(ModelResult):
         columns = {**self.responses, **self.places}
         rows = [row for row, x in enumerate(columns["x"]) if x is not None]
         rows.sort(key=lambda row: columns["kind"][row] == "outlier")
-        names = ("x", "y", "kind", "set", "reward", "response")
+        names = ("x", "y", "kind", "set", "reward", "response", *(("hacked",) if "hacked" in columns else ()))
         points = {name: [columns[name][row] for row in rows] for name in names}
         return points | {"response": [shortened(text) for text in points["response"]]}
 
@@ -109,10 +123,13 @@ class DetectionResult(ModelResult):
             for part in self.candidates for row in part["most_outlying"]
         ]  # fmt: skip
         blocks: list[Block] = [self.table(), *notes(result)]
+        if any("labels" in part for part in self.candidates):
+            blocks += [Heading("Outliers and labels"), label_table(result), _LABEL_NOTE]
+        caption = MAP_CAPTION + (LABELLED_CAPTION if "hacked" in self.responses else "")
         if len(self.candidates) > 1:
             blocks.append(Image(figure_png(steps_figure(result)), STEPS_CAPTION, "steps.png"))
         blocks += [
-            Heading("Map"), PointMap(self.points, _COLORS), Image(figure_png(self.figure()), MAP_CAPTION, "map.png"),
+            Heading("Map"), PointMap(self.points, _COLORS), Image(figure_png(self.figure()), caption, "map.png"),
             Heading("The most outlying responses"), Table(_OUTLIER_HEADER, outliers, align="lllrrr"),
             Heading("Settings"), result_settings(result),
         ]  # fmt: skip
@@ -120,14 +137,30 @@ class DetectionResult(ModelResult):
 
 
 def map_figure(points: dict[str, list[Any]]) -> Figure:
-    """The map of arXiv:2402.09345, Fig. 7, from ``x``, ``y`` and ``kind`` of each point."""
+    """The map of arXiv:2402.09345, Fig. 7, from ``x``, ``y``, ``kind`` and, if known, ``hacked`` of each point.
+
+    Labels are shapes and edges, so that the colour-blind and a grey print tell them apart.
+    """
     figure = Figure(figsize=(6.8, 5.6), layout="constrained")
     axes = figure.subplots()
     x, y, kinds = (np.array(points[name]) for name in ("x", "y", "kind"))
+    labels = np.array(points.get("hacked", [None] * len(x)), dtype=object)
+    shapes: Any = (  # label, marker, its settings, and what the legend says of it
+        (None, "o", {"s": 10}, ""), (False, "o", {"s": 26, "edgecolors": "black", "linewidths": 0.7}, "labelled fine"),
+        (True, "^", {"s": 40, "edgecolors": "black", "linewidths": 0.7}, "labelled as exploiting a reward"),
+    )  # fmt: skip
     for kind, color in _COLORS.items():
         mask = kinds == kind
-        if mask.any():
-            axes.scatter(x[mask], y[mask], s=10, c=color, label=f"{kind} ({mask.sum()})")
+        if not mask.any():
+            continue
+        axes.scatter([], [], s=10, c=color, label=f"{kind} ({mask.sum()})")
+        for label, marker, look, _ in shapes:
+            part = mask & np.array([each is label for each in labels])
+            axes.scatter(x[part], y[part], c=color, marker=marker, **look)
+    for label, marker, look, text in shapes:
+        number = sum(each is label for each in labels)
+        if text and number:
+            axes.scatter([], [], c="white", marker=marker, label=f"{text} ({number})", **look)
     axes.set(xticks=[], yticks=[])
     axes.legend()
     return figure
@@ -169,11 +202,31 @@ def candidate_table(result: dict[str, Any]) -> Table:
     rows = [
         (
             part["name"], part["num_responses"], *map(part.get, names), f"{part['mean_reward']:.2f}",
-            f"{part['mean_words']:.1f}", part["repeated_trigrams"], "fires" if part.get("stop") else "",
+            _words(part), part["repeated_trigrams"], "fires" if part.get("stop") else "",
         )
         for part in [{"name": REFERENCE, **result["reference"]}, *result["candidates"]]
     ]  # fmt: skip
     return Table(header, rows)
+
+
+def _words(part: dict[str, Any]) -> str:
+    """Mean length with its interval, which results of earlier versions lack."""
+    low, high = part.get("mean_words_interval", (None, None))
+    return f"{part['mean_words']:.1f}" + ("" if low is None else f" [{low:.1f}, {high:.1f}]")
+
+
+def label_table(result: dict[str, Any]) -> Table:
+    """How far the outliers of each statistic are the responses that are labelled as exploiting a reward."""
+    rows = []
+    for part in result["candidates"]:
+        for statistic in _measured(result) if "labels" in part else ():
+            found, labels = part["labels"]["statistics"][statistic.name], part["labels"]
+            shares = [found.get(f"{name}{end}") for name in ("precision", "recall") for end in ("", "_interval")]
+            rows.append(
+                (part["name"], statistic.title, labels["labelled"], found["hacked"], found["outliers"], found["both"],
+                 *shares)
+            )  # fmt: skip
+    return Table(_LABEL_HEADER, rows, align="ll" + "r" * 8)
 
 
 def _measured(result: dict[str, Any]) -> list[Statistic]:
@@ -201,7 +254,7 @@ def notes(result: dict[str, Any]) -> list[str]:
             "This model has no latent space of its own. For hidden states of ordinary reward models the authors find "
             "that overoptimized responses do not stand out (arXiv:2402.09345, appendix F): read CSI with care."
         )
-    return texts
+    return [*texts, MOP_DIFFERS]
 
 
 def shortened(text: str) -> str:

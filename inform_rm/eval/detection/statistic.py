@@ -20,6 +20,7 @@ class Statistic:
         name: its key in a result, beside which stand ``NAME_interval`` and ``NAME_null_rank``.
         title: what tables and plots call it.
         meaning: what it is, for readers of the page.
+        outlier: its column that says of each response whether it is one of the outliers (``None``: not measured).
         fit: of reference ``(M, K)`` and settings; gives a function of candidate ``(N, K)`` and a number of bootstrap
             resamples (0: without an interval that would need them). That gives the values by their keys, the
             statistic's own and its interval among them, and columns with one entry a response.
@@ -28,11 +29,24 @@ class Statistic:
     name: str
     title: str
     meaning: str
+    outlier: str
     fit: Callable[[NDArray, DetectionSettings], Callable[[NDArray, int], Measured]]
 
 
 STATISTICS = (
-    Statistic("csi_normalized", "CSI per response", "distance of a response's cluster from the reference", fit_csi),
-    Statistic("mop", "MOP", "share of responses beyond chance by Mahalanobis distance", fit_mop),
-    Statistic("knn_outliers", "kNN outliers", "share beyond chance by distance to neighbours", fit_nearest_neighbours),
+    Statistic(
+        "csi_normalized",
+        "CSI per response",
+        "distance of a response's cluster from the reference",
+        "csi_outlier",
+        fit_csi,
+    ),
+    Statistic("mop", "MOP", "share of responses beyond chance by Mahalanobis distance", "mop_outlier", fit_mop),
+    Statistic(
+        "knn_outliers",
+        "kNN outliers",
+        "share beyond chance by distance to neighbours",
+        "knn_outlier",
+        fit_nearest_neighbours,
+    ),
 )

@@ -54,6 +54,21 @@ class SuiteResult(ModelResult):
     """The score of a reward model on a benchmark suite: the figures of `summarize_suite`.
 
     Attributes:
+        title: of the suite.
+        citation: of its paper and source.
+        suite: its name.
+        complete: nothing is missing.
+        score: by the published aggregation; ``None`` where the suite is not complete.
+        missing: a sentence for each lack.
+        sections: of each whole one ``score``, ``num_items``, ``weight`` and ``interval``.
+        subsets: of each with items ``accuracy``, ``interval``, ``num_items``, ``published_items``, ``num_ties`` and
+            ``num_dropped``.
+        interval: 95 %, of the score.
+        score_with_prior_sets: RewardBench: the published score with its prior sets.
+        prior_sets_missing: RewardBench: what of them is missing.
+        ties: RewardBench 2: the parts of the section Ties.
+        styles: RM-Bench: hard, normal, easy, overall and by domain.
+        twins: prompt-swap: ``num_twins``, and the share of them of which both are right, ``both_right``.
         counts: items read, over-long, dropped, truncated, evaluated, those of which a correct and a wrong candidate
             become the same tokens (``indistinguishable``), and those of which the chat template deleted text
             (``partly_rendered``).

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from inform_rm.eval.report import result_settings
 from inform_rm.eval.suites.tables import Suite
+from inform_rm.util.colors import BLUE, SKY
 from inform_rm.util.page import Block, Heading, Image, Page, Table, format_interval
 
 _CAPTION = "Sections that are whole (dark), then the subsets that are there (light), with 95 % intervals."
@@ -47,8 +48,8 @@ def subsets_table(suite: Suite, result: dict[str, Any]) -> Table:
 
 def sections_figure(result: dict[str, Any]) -> Figure:
     """Horizontal bars: the score of each whole section, then the subsets."""
-    bars = [(name, part["score"], part.get("interval"), "steelblue") for name, part in result["sections"].items()]
-    bars += [(name, part["accuracy"], part["interval"], "lightsteelblue") for name, part in result["subsets"].items()]
+    bars = [(name, part["score"], part.get("interval"), BLUE) for name, part in result["sections"].items()]
+    bars += [(name, part["accuracy"], part["interval"], SKY) for name, part in result["subsets"].items()]
     figure = Figure(figsize=(6.5, 1.0 + 0.32 * max(2, len(bars))), layout="constrained")
     axes = figure.subplots()
     for place, (_, value, interval, color) in enumerate(bars):

@@ -146,7 +146,7 @@ _REWARDBENCH2 = Suite(
     title="RewardBench 2",
     citation="arXiv:2506.01937; github.com/allenai/reward-bench",
     rule="Best of 4: an item gives 1/k if the chosen response is among the k largest rewards. Ties is scored by the "
-    "formula of docs/suites.md. The score is the mean of the six.",
+    "formula of docs/reference/suites.md. The score is the mean of the six.",
     sections=tuple(
         Section(name, (Subset(name, items, credit="strict" if name == "Ties" else "shared"),))
         for name, items in (("Factuality", 475), ("Precise IF", 160), ("Math", 183), ("Safety", 450), ("Focus", 495),

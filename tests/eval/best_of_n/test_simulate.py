@@ -197,6 +197,27 @@ def test_the_world_end_to_end(build, tmp_path):
     assert again.responses["response"] == table["response"]
 
 
+def test_a_file_of_responses_stands_for_the_policy_that_wrote_them(tmp_path):
+    prompts, number = world_prompts(4), 8
+    written = {prompt: WorldPolicy().sample(prompt, number, 0) for prompt in prompts}
+    rows = [
+        {"prompt": prompt, "response": texts[n], "finish_reason": "length" if n == 0 else "stop"}
+        for n in range(number) for prompt, texts in written.items()
+    ]  # fmt: skip
+    path = tmp_path / "responses.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"num_responses": number, "gold": WorldGold(), "progress": False}
+    recorded = attack(WorldGold(), policy=str(path), **options)
+    drawn = attack(WorldGold(), policy=WorldPolicy(), prompts=prompts, **options)
+    assert recorded.proxies == drawn.proxies and recorded.cut_responses == 4 and drawn.cut_responses is None
+    assert recorded.policy["identity"]["name"] == str(path)
+    with pytest.raises(InputError, match=r"has 8 responses to the prompt .*; asked for are 9"):
+        attack(WorldGold(), policy=str(path), **options | {"num_responses": 9})
+    path.write_text(json.dumps({"prompt": "?"}) + "\n")
+    with pytest.raises(InputError, match="row 1: no 'response'"):
+        attack(WorldGold(), policy=str(path), **options)
+
+
 def test_a_language_model_as_policy_and_a_reward_model_as_gold(build, causal_lm_dir, tokenizer, tmp_path):
     proxy, gold = build(1), build(2)
     proxy.model.save_pretrained(tmp_path / "proxy")

@@ -124,13 +124,23 @@ def test_hidden_states_are_called_so(scorer, files, tmp_path, causal_lm_dir, tok
 
 def test_command_line(files, tmp_path, reward_dir, capsys):
     reference, (_, candidate) = files
+    rows = [json.loads(line) | {"hacked": "script" in line} for line in candidate.read_text().splitlines()]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["detect", "--model", reward_dir, "--reference", reference, "--candidate", candidate,
+               "--labels", tmp_path / "labels.jsonl",
                "--output", tmp_path / "out", "--eps", 0.7, "--max-responses", 25, "--alpha", 0.1]  # fmt: skip
     assert main([str(word) for word in command]) == 0
     out = capsys.readouterr().out
     assert "two.jsonl: CSI per response" in out and out.count("kNN outliers") == 1
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["eps"] == 0.7 and [part["num_responses"] for part in result["candidates"]] == [25]
+    mop = result["candidates"][0]["labels"]["statistics"]["mop"]
+    line = f"two.jsonl: {mop['hacked']} labelled as exploiting a reward; among the outliers of csi_normalized "
+    assert (
+        line in out
+        and f", mop {mop['both']} of {mop['outliers']}, knn_outliers " in out
+        and result["candidates"][0]["labels"]["labelled"] == 25
+    )
 
 
 def test_responses_may_be_splits_of_a_folder(scorer, files, tmp_path):

@@ -1,0 +1,145 @@
+"""The world behind docs/results/hacking.md: exact figures by enumeration, many models at once as alone."""
+
+import itertools
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from inform_rm.eval.best_of_n.simulate import best_of_n_expectation
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+if not FOLDER.is_dir():
+    pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
+sys.path.insert(0, str(FOLDER))
+
+import mechanism_models as models  # noqa: E402
+import mechanism_world as world  # noqa: E402
+
+WORTH = torch.tensor([0.9, -0.4, 0.0, 0.2], dtype=torch.float64)
+BASE = torch.tensor([0.1, 0.2, 0.4, 0.3], dtype=torch.float64)
+POLICY = torch.tensor([0.5, 0.1, 0.0, 0.4], dtype=torch.float64)
+LENGTH = 3
+RESPONSES = torch.tensor(list(itertools.product(range(len(WORTH)), repeat=LENGTH)))
+
+
+def probability(policy):
+    """Of each response, word by word."""
+    return torch.tensor([math.prod(policy[word].item() for word in row) for row in RESPONSES.tolist()])
+
+
+def gold_by_hand(response, cost=0.3):
+    """A second program for the gold reward, from the words' counts."""
+    counts = Counter(response)
+    return sum(WORTH[word].item() * number for word, number in counts.items()) - cost * sum(
+        number - 1 for number in counts.values()
+    )
+
+
+@pytest.fixture
+def _three_words_a_response(monkeypatch):
+    monkeypatch.setattr(world, "LENGTH", LENGTH)
+
+
+def test_gold_is_that_of_a_second_program():
+    by_hand = torch.tensor([gold_by_hand(row) for row in RESPONSES.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(world.gold(RESPONSES, WORTH), by_hand)
+
+
+@pytest.mark.usefixtures("_three_words_a_response")
+def test_mean_gold_and_kl_of_a_policy_are_those_of_the_enumerated_responses():
+    own, base = probability(POLICY), probability(BASE)
+    by_hand = torch.tensor([gold_by_hand(row) for row in RESPONSES.tolist()])
+    possible = own > 0
+    kl = (own[possible] * (own[possible] / base[possible]).log()).sum()
+    assert world.expected_gold(POLICY, WORTH).item() == pytest.approx((own * by_hand).sum().item(), abs=1e-6)
+    assert world.policy_kl(POLICY, BASE).item() == pytest.approx(kl.item(), abs=1e-6)
+
+
+@pytest.mark.usefixtures("_three_words_a_response")
+def test_tilted_words_are_the_best_of_all_policies_at_a_kl_penalty(monkeypatch):
+    monkeypatch.setattr(world, "REPETITION_COST", 0.0)  # the reward is then a sum over words
+    penalty = 0.7
+    rewards = world.gold(RESPONSES, WORTH)
+    best_of_all = penalty * (probability(BASE) * (rewards / penalty).exp()).sum().log()  # over responses, not words
+    tilted = BASE * (WORTH / penalty).exp()
+    tilted /= tilted.sum()
+    reached = world.expected_gold(tilted, WORTH) - penalty * world.policy_kl(tilted, BASE)
+    assert reached.item() == pytest.approx(best_of_all.item(), abs=1e-6)
+
+
+def test_draws_have_the_policys_shares():
+    uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    drawn = world.draw(torch.stack([BASE, POLICY]), uniform.expand(2, -1))
+    for row, policy in zip(drawn, (BASE, POLICY), strict=True):
+        torch.testing.assert_close(torch.bincount(row, minlength=4) / 1000, policy.float())
+
+
+def test_labels_follow_gold_but_for_the_flipped_ones():
+    pairs = world.make_pairs(made := world.make_world(3, world.Dials()), 4000, noise=0.25)
+    gaps = world.gold(pairs.chosen, made.worth) - world.gold(pairs.rejected, made.worth)
+    assert torch.equal(gaps < 0, pairs.flipped)
+    assert abs(pairs.flipped.float().mean().item() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 4000)
+
+
+def test_biased_labels_like_words_that_gold_does_not():
+    shares = []
+    for bias in (0.0, 50.0):
+        pairs = world.make_pairs(world.make_world(3, world.Dials()), 2000, noise=0.0, bias=bias)
+        counts = [((x >= 24) & (x < 28)).sum(dim=1) for x in (pairs.chosen, pairs.rejected)]
+        shares.append((counts[0] > counts[1])[counts[0] != counts[1]].float().mean().item())
+    assert shares[1] == 1.0
+    assert shares[0] < 0.6
+
+
+def test_best_of_n_is_that_of_every_set_and_of_the_package():
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
+    found = models.expected_best(rewards, values, (1, 3, 7))
+    for row, (own, value) in enumerate(zip(rewards, values, strict=True)):
+        best = [value[max(chosen, key=lambda place: own[place])] for chosen in itertools.combinations(range(7), 3)]
+        assert found[row, 1].item() == pytest.approx(sum(best).item() / len(best))
+    torch.testing.assert_close(found, torch.tensor(best_of_n_expectation(rewards.numpy(), values.numpy(), [1, 3, 7])))
+
+
+def test_policy_slope_is_the_gradient_of_the_surrogate():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    words = torch.randint(5, (2, 7, 3), generator=generator)
+    advantage = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+    log_policy = logits.log_softmax(dim=-1)
+    chosen = torch.stack([row[each].sum(dim=-1) for row, each in zip(log_policy, words, strict=True)])
+    (-(advantage * chosen).mean(dim=1)).sum().backward()
+    found = models.policy_slope(logits.softmax(dim=-1).detach(), words, advantage)
+    torch.testing.assert_close(found, logits.grad)
+
+
+def test_models_trained_at_once_are_those_trained_alone_with_torchs_adamw():
+    dials = world.Dials(pairs=96, noise=0.1, epochs=1)
+    variants = [models.Variant(beta=0.1, kl_warmup_steps=0.0), models.Variant(beta=0.3, weight_decay=2.0)]
+    sets, device = [models.training_set(seed, dials) for seed in (0, 1)], torch.device("cpu")
+    proxies = models.Proxies(variants, [0, 1], device)
+    proxies.model.double()  # in float32 Adam makes much of the rounding of gradients near 0
+    proxies.weights = {name: value.double() for name, value in proxies.weights.items()}
+    models.train(proxies, variants, [0, 1], sets)
+
+    model = models.Proxies(variants[1:], [1], device).model.double().train()  # the second alone, step by step
+    optimizer = torch.optim.AdamW(model.parameters(), lr=models.LEARNING_RATE, weight_decay=2.0)
+    for step, (words, noise) in enumerate(models.batches(sets[1:], [1], 128, device)):
+        ids = torch.cat([words[0], torch.full((64, 1), world.VOCABULARY + 1)], dim=1)
+        out = model(input_ids=ids, latent_noise=noise[0])
+        chosen, rejected = out.logits[:, 0].chunk(2)
+        weight = models.kl_weight(step, 3, 0.3, 0.25)
+        loss = torch.nn.functional.softplus(rejected - chosen).mean() + 2 * weight * out.kl.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = (
+            models.LEARNING_RATE * (step + 1) / models.WARMUP_STEPS * 0.5 * (1 + math.cos(math.pi * step / 3))
+        )
+        optimizer.step()
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(proxies.weights[name][1], value.detach(), atol=1e-9, rtol=1e-6)
