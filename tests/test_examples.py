@@ -1,4 +1,4 @@
-"""Example scripts and notebooks run as they stand, each in a fork: importing PyTorch again takes longer than they do."""
+"""Example scripts and notebooks run as they stand, each in a fork, which spares importing PyTorch again."""
 
 import ast
 import contextlib
@@ -102,7 +102,7 @@ def run_cell(source, names):
     exec(compile(ast.Module(body, []), "cell", "exec"), names)
     if last is not None:
         shown = eval(compile(last, "cell", "eval"), names)
-        assert getattr(shown, "_repr_html_", lambda: repr(shown))() or shown is None
+        getattr(shown, "_repr_html_", shown.__repr__)()
 
 
 @pytest.mark.slow
