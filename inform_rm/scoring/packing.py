@@ -289,12 +289,42 @@ def packed_rewards(model: Any, row: PackedRow, reward_samples: int | None = None
     """Rewards ``(N,)`` of a packed row and, with ``reward_samples``, their spread; under `packed_attention_of`."""
     inputs = packed_inputs(model, row)
     places = row.pooled_positions.to(inputs["input_ids"].device)
-    if model.config.model_type == "inform":
-        output = model(**inputs, pooled_positions=places, reward_samples=reward_samples)
-        return output.logits.flatten(), None if reward_samples is None else output.reward_std.flatten()
     backbone = getattr(model, model.base_model_prefix)
-    hidden = backbone(**inputs, use_cache=False).last_hidden_state
-    return model.score(hidden[0, places]).flatten(), None
+    with _last_mlp_at(backbone, row.pooled_positions.unique().to(places.device), inputs["input_ids"].shape[1]):
+        if model.config.model_type == "inform":
+            output = model(**inputs, pooled_positions=places, reward_samples=reward_samples)
+            return output.logits.flatten(), None if reward_samples is None else output.reward_std.flatten()
+        hidden = backbone(**inputs, use_cache=False).last_hidden_state
+        return model.score(hidden[0, places]).flatten(), None
+
+
+@contextmanager
+def _last_mlp_at(backbone: Any, places: Tensor, length: int) -> Iterator[None]:
+    """Inside the block the MLP of the last decoder layer is computed at the places that are read alone.
+
+    An MLP takes each token by itself, so what it gives at the others, 0 here, is read by nothing. Without gradient
+    only: checkpointing would compute the layer again after the block.
+    """
+    layers = [module for module in backbone.modules() if type(module).__name__ in (backbone._no_split_modules or ())]
+    mlp = getattr(layers[-1], "mlp", None) if layers else None
+    if mlp is None or torch.is_grad_enabled():
+        yield
+        return
+
+    def take(_module: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (given[0][:, places], *given[1:])
+
+    def put(_module: Any, given: tuple[Tensor, ...], found: Any) -> Any:
+        output = found[0] if isinstance(found, tuple) else found
+        whole = output.new_zeros(1, length, output.shape[-1]).index_copy(1, places, output)
+        return (whole, *found[1:]) if isinstance(found, tuple) else whole
+
+    hooks = [mlp.register_forward_pre_hook(take), mlp.register_forward_hook(put)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def why_not_packed(model: Any) -> str | None:

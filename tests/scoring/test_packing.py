@@ -316,3 +316,20 @@ def test_activations_that_are_computed_again_give_the_same_gradients(backbone_co
     assert found[1][0] == 2 * found[0][0]  # that it was computed again
     for name, value in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], value, msg=name)
+
+
+@pytest.mark.parametrize("name", ("llama", "gpt_neox", "gpt2"))
+def test_without_gradient_the_last_mlp_is_computed_where_it_is_read_alone(backbone_configs, name):
+    model = build(backbone_configs[name])
+    row = pack_sequences([*SEQUENCES, SEQUENCES[0]], [*PROMPT_LENGTHS, PROMPT_LENGTHS[0]])
+    seen = []
+    for module in model.modules():
+        if hasattr(module, "mlp"):
+            module.mlp.register_forward_hook(lambda mlp, given, found, seen=seen: seen.append(given[0].shape[1]))
+    with packed_attention_of(model):
+        expected, _ = packed_rewards(model, row)
+        with torch.no_grad():
+            rewards, _ = packed_rewards(model, row)
+    torch.testing.assert_close(rewards, expected, atol=1e-6, rtol=1e-5)
+    layers, tokens = len(seen) // 2, row.input_ids.shape[1]
+    assert seen == [tokens] * (2 * layers - 1) + [len(row.pooled_positions.unique())]
