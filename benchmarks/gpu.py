@@ -124,7 +124,7 @@ def jobs(shapes: list[str]) -> Iterator[Job]:
         yield score(small, work, make, "padded, SDPA", kind="padded")
         yield score(small, work, make, "packed, FlexAttention", **flex)
     yield score(small, "best of 16", best_of_16, "packed, FlexAttention, compiled layers", compiles=True, **flex)
-    yield Job(small, "attention", "FlexAttention, varlen", partial(attention_figures, heads=heads[0][1]))
+    yield Job(small, "attention", "FlexAttention", partial(attention_figures, heads=heads[0][1]))
     if small != large:
         yield train(large, "packed, FlexAttention", checkpointing=True, **flex)
         yield train(large, "padded, length-grouped, SDPA", checkpointing=True, kind="padded")
@@ -134,7 +134,7 @@ def jobs(shapes: list[str]) -> Iterator[Job]:
     yield train(large, "packed, FlexAttention, QLoRA", checkpointing=True, wrap=with_qlora, **flex)
     yield train(small, "packed, FlexAttention, FSDP2", wrap=sharded, **flex)
     for name, sizes in heads[1:]:
-        yield Job(name, "attention", "FlexAttention, varlen", partial(attention_figures, heads=sizes))
+        yield Job(name, "attention", "FlexAttention", partial(attention_figures, heads=sizes))
     yield train(small, "packed, FlexAttention, checkpointing", checkpointing=True, **flex)
     yield score(small, "best of 16", best_of_16, "packed, segment by segment", kind="segments")
     yield train(small, "packed, segment by segment", kind="segments")

@@ -1,4 +1,4 @@
-"""Attention of packed rows alone on an accelerator: FlexAttention against flash attention on variable lengths."""
+"""Attention of packed rows alone on an accelerator, soft caps, and where the time of a step goes."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
 
-from gpu_varlen import JoinedLayout, flash_kernels, joined_attention, plain_kernels
 from inform_rm.scoring.packed_flex import block_mask, flex_packed_attention, may_attend, row_layout
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,52 +29,30 @@ def segments_like_hh(tokens: int) -> list[list[int]]:
 
 
 def attention_figures(setting: Any, heads: Sequence[int]) -> dict[str, Any]:
-    """Milliseconds of both ways, forward and with backward, and of making the masks, for pairs and for best of 16."""
+    """Milliseconds of FlexAttention, forward and with backward, and of making the mask; for pairs and best of 16."""
     shapes = {"pairs": segments_like_hh(setting.tokens), "best of 16": [[300, *[100] * 16]] * (setting.tokens // 1900)}
     found = {f"{name}, {key}": value for name, segments in shapes.items() if segments
-             for key, value in _both_ways(segments, heads, setting.device).items()}  # fmt: skip
+             for key, value in _milliseconds_of(segments, heads, setting.device).items()}  # fmt: skip
     return {"figures": "; ".join(f"{key}: {value}" for key, value in found.items())}
 
 
-def _both_ways(segments: list[list[int]], heads: Sequence[int], device: torch.device) -> dict[str, Any]:
+def _milliseconds_of(segments: list[list[int]], heads: Sequence[int], device: torch.device) -> dict[str, float]:
     total = sum(map(sum, segments))
     length = -(-total // 128) * 128
     layout = [values.to(device) for values in row_layout(segments, length)]
     mask = block_mask(*layout, None)
-    joined = JoinedLayout(segments, device)
-    kernels = flash_kernels if device.type == "cuda" else plain_kernels
     inputs = random_inputs(heads, length, device)
 
     def flex(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return flex_packed_attention(query, key, value, mask, None)
 
-    def varlen(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        parts = [tensor[0, :, :total].transpose(0, 1) for tensor in (query, key, value)]
-        return joined_attention(*parts, joined, kernels).transpose(0, 1)[None]
-
-    def rule(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return may_attend(*layout, None, query, key)
-
-    found: dict[str, Any] = {}
-    expected: list[Tensor] = []
-    for name, run in (("flex", flex), ("varlen", varlen)):
-        try:
-            output, gradients = gradients_of(run, inputs, total)
-            expected = expected or [output, *gradients]
-            found[f"{name} differs by"] = [
-                round(((a - b).float().norm() / b.float().norm()).item(), 5)
-                for a, b in zip((output, *gradients), expected, strict=True)
-            ]
-            with torch.no_grad():
-                found[f"{name} forward ms"] = milliseconds(partial(run, *inputs), device)
-            found[f"{name} both ms"] = milliseconds(partial(gradients_of, run, inputs, total), device)
-        except (RuntimeError, NotImplementedError, AssertionError) as error:
-            found[name] = f"{type(error).__name__}: {str(error)[:300]}"
-    found["our mask ms"] = milliseconds(partial(block_mask, *layout, None), device)
-    found["create_block_mask ms"] = milliseconds(
-        lambda: create_block_mask(rule, None, None, length, length, device=device, BLOCK_SIZE=128), device
-    )
-    return found
+    with torch.no_grad():
+        forward = milliseconds(partial(flex, *inputs), device)
+    return {
+        "forward ms": forward,
+        "both ms": milliseconds(partial(gradients_of, flex, inputs, total), device),
+        "mask ms": milliseconds(partial(block_mask, *layout, None), device),
+    }
 
 
 def random_inputs(heads: Sequence[int], length: int, device: torch.device) -> list[Tensor]:

@@ -42,9 +42,6 @@ found = simulate(
     progress=False,
 )
 peak = found.proxies["proxy"]["peak"]
-print(f"the policy wrote {found.num_responses} responses to each of {found.num_prompts} prompts; "
-      f"{found.cut_responses} had not ended")  # fmt: skip
-print(
-    f"gold peaks at n = {peak['n']} (KL {peak['kl_nats']:.2f} nats), falls by {peak['fall']:.3f} to n = {found.ns[-1]}"
-)
+print(f"the policy wrote {found.num_responses} responses to each of {found.num_prompts} prompts")
+print(f"gold peaks at n = {peak['n']} (KL {peak['kl_nats']:.2f} nats), {peak['fall']:.3f} above n = {found.ns[-1]}")
 print(f"page: {folder / 'result' / 'result.html'}")

@@ -3,7 +3,8 @@
     python examples/prioritized.py --output runs/prioritized
 
 Needs nothing but this package; nothing is downloaded. About 10 seconds on one CPU core. The backbone is small and
-untrained and sees few pairs, so that the accuracies say nothing: docs/prioritized.md has a comparison that does.
+untrained and sees few pairs, so that the accuracies say nothing: docs/results/prioritized.md has a comparison that
+does.
 """
 
 import argparse

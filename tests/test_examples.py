@@ -1,8 +1,11 @@
-"""The example scripts run as they stand, each in a fork: importing PyTorch again would take longer than they do."""
+"""Example scripts and notebooks run as they stand, each in a fork: importing PyTorch again takes longer than they do."""
 
+import ast
 import contextlib
+import json
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -29,22 +32,36 @@ SCRIPTS = {
     ),
     "serve_and_call": (["two responses to a prompt: {", "'num_classes': 1", "the server has ended"], []),
 }
+NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="no source checkout around these tests")
 
 
-def run_script(name, folder, run_in_fork, *flags):
-    """What it prints."""
+def printed_by(function, folder, run_in_fork):
+    """What it prints in a fork."""
     log = folder / "log"
 
     def run():
-        sys.argv = [f"{name}.py", "--output", str(folder / "run"), *flags]
         with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+            try:
+                function()
+            except BaseException:
+                traceback.print_exc()
+                raise
 
     code = run_in_fork(run)
     printed = log.read_text()
     assert code == 0, printed[-3000:]
     return printed
+
+
+def run_script(name, folder, run_in_fork, *flags):
+    """What it prints."""
+
+    def run():
+        sys.argv = [f"{name}.py", "--output", str(folder / "run"), *flags]
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+    return printed_by(run, folder, run_in_fork)
 
 
 @pytest.mark.slow
@@ -72,3 +89,47 @@ def test_every_script_is_run_and_says_what_it_needs():
     for path in EXAMPLES.glob("*.py"):
         first = path.read_text().split('"""')[1]
         assert f"python examples/{path.name} --output " in first and "second" in first and "Needs" in first, path.name
+
+
+def cells_of(path):
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def run_cell(source, names):
+    """Run a cell; its last line, if it is an expression, is shown as a notebook shows it."""
+    body = ast.parse(source).body
+    last = ast.Expression(body.pop().value) if isinstance(body[-1], ast.Expr) else None
+    exec(compile(ast.Module(body, []), "cell", "exec"), names)
+    if last is not None:
+        shown = eval(compile(last, "cell", "eval"), names)
+        assert getattr(shown, "_repr_html_", lambda: repr(shown))() or shown is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom(path, exit_code_of_fork, tmp_path):
+    if "trl" in path.read_text():
+        pytest.importorskip("trl", reason="TRL is an optional extra: pip install 'inform-rm[rl]'")
+
+    def run():
+        names = {"__name__": "__main__"}
+        for cell in cells_of(path):
+            run_cell("".join(cell["source"]), names)
+
+    printed_by(run, tmp_path, exit_code_of_fork)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_was_saved_with_outputs_without_errors_and_small(path):
+    cells = cells_of(path)
+    first = "".join(json.loads(path.read_text())["cells"][0]["source"])
+    assert "Needs" in first and "seconds" in " ".join(first.split())
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))  # at one go
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert len(outputs) >= 3
+    assert {output["output_type"] for output in outputs} <= {"stream", "execute_result", "display_data"}
+    assert path.stat().st_size < 100_000
+
+
+def test_there_are_three_notebooks():
+    assert [path.stem for path in NOTEBOOKS] == ["load_and_score", "train_and_look_inside", "watch_a_grpo_run"]

@@ -119,8 +119,8 @@ def budget_lines(settings: dict[str, Any], budget: dict[str, float], kl_nats: fl
     ]
     if "flip_rate_at_most" in budget:
         lines.append(
-            f"labels: at most {100 * budget['flip_rate_at_most']:.0f} % are wrong at random (1 - accuracy; 95 % limit "
-            f"{100 * budget['flip_rate_limit']:.0f} %); if so many are, beta pays for "
+            f"labels: at most {100 * budget['flip_rate_at_most']:.0f} % can be wrong at random (a bound: "
+            f"1 - accuracy; 95 % limit {100 * budget['flip_rate_limit']:.0f} %); if so many are, beta pays for "
             f"{budget['nats_per_response_at_that']:.3g} nats"
             + ("" if kl_nats is None else f"; measured: {kl_nats:.3g}")
         )

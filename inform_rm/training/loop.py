@@ -24,7 +24,7 @@ from inform_rm.training.checkpoints import discard, discard_beyond, reading_chec
 from inform_rm.training.collators import EpochSeededLengthSampler, PackedPairCollator, counted_pairs
 from inform_rm.training.group_batches import padded_predictions
 from inform_rm.training.losses import PAIR_LOSSES, group_loss, kl_weight, reward_model_loss
-from inform_rm.training.memory import split_in_two, tokens_for_training
+from inform_rm.training.memory import SMALLEST_ROW, split_in_two, tokens_for_training
 from inform_rm.training.metrics import group_metrics_from_sums, group_sums, metrics_from_sums, pair_sums
 from inform_rm.training.prioritized import PoolSelector
 from inform_rm.training.reward_arguments import RewardTrainingArguments
@@ -124,7 +124,7 @@ class RewardLoop(Trainer):
             inputs = self._selector.batch(inputs, self.accelerator, self.state)
         ids = inputs.pop("ids")
         if pairs_left := inputs.pop("pairs_left", 0):
-            size = len(inputs["margin"])
+            size = sum(len(part["margin"]) for part in inputs.get("rows", [inputs]))
             counted = min(max(pairs_left - self.accelerator.process_index * size, 0), size)
             inputs |= counted_pairs(counted, pairs_left, self.accelerator.num_processes)
         rows = inputs.get("rows")
@@ -200,7 +200,10 @@ class RewardLoop(Trainer):
                 rewards, _, _ = self._rewards(model, send_to_device(row, self.args.device))
             rewards.sum().backward()
 
-        found = tokens_for_training(model, run, self.args.device)
+        try:
+            found = tokens_for_training(model, run, self.args.device)
+        except torch.OutOfMemoryError:
+            found = SMALLEST_ROW
         packing.tokens_per_batch = int(self.accelerator.gather(torch.tensor([found], device=self.args.device)).min())
         logger.info("tokens_per_batch: %d, by what a row takes of the free memory.", packing.tokens_per_batch)
 
@@ -411,7 +414,7 @@ class RewardLoop(Trainer):
         """Compile each decoder layer, in place, in place of the whole model.
 
         All layers share what is compiled, for rows of any length: seconds of compiling, where the whole model takes
-        minutes (docs/performance.md).
+        minutes (docs/results/performance.md).
         """
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         model: Any = self.accelerator.unwrap_model(self.model)

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 _PROBE = 4096
 # Of the free memory: the rest is for what the allocator cannot use and for rows with more responses than the probe.
 _USED = 0.85
+SMALLEST_ROW = 1024  # where not even the row that is measured fits
 
 
 def tokens_that_fit(bytes_of: Callable[[int], int], free: int) -> int:

@@ -107,7 +107,7 @@ def test_train_ends_with_what_was_made_and_where(tmp_path, monkeypatch, capsys):
     result |= {"budget": {"nats_per_response": 3.47, "flip_rate_at_most": 0.25, "flip_rate_limit": 0.29,
                           "nats_per_response_at_that": 0.65}}  # fmt: skip
     assert main(["train", "--model", "m", "--data", "d", "--output", f"{tmp_path}/o"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].startswith("labels: at most 25 % are wrong at random")
+    assert capsys.readouterr().out.splitlines()[1].startswith("labels: at most 25 % can be wrong at random")
     assert main(["train", "--model", "m", "--data", "d", "--output", f"{tmp_path}/o", "--architecture=standard"]) == 0
     assert not capsys.readouterr().out.startswith("beta")
 

@@ -20,16 +20,18 @@ CASES = {
     "accumulation": {"pairs_per_step": 16, "gradient_accumulation_steps": None},
     "lengths": {"group_by_length": True, "gradient_accumulation_steps": 2, "max_steps": 2},
     # 21 pairs in global batches of 8: in the last step of an epoch one process has 1 real pair and the other none.
-    "uneven": {"pairs": 21, "max_steps": -1, "num_train_epochs": 2},
+    # Rows of few tokens: a batch takes one process more forward passes than the other.
+    "uneven": {"pairs": 21, "max_steps": -1, "num_train_epochs": 2, "tokens_per_batch": 40},
     # 30: one has 4, the other 2.
     "uneven-inform": {"pairs": 30, "max_steps": -1, "num_train_epochs": 1, "architecture": "inform",
-                      "gradient_accumulation_steps": 2, "eval_pairs": 13},
+                      "gradient_accumulation_steps": 2, "eval_pairs": 13, "tokens_per_batch": 50},
     "inform": {"architecture": "inform", "batching": "padded", "eval_pairs": 21},
     # 3 pools an epoch, the third of 12 pairs (of 13 and less a process); gaps of the first epoch are used again.
     "prioritized": {"pairs": 44, "objective": "prioritized", "num_prompts": 3, "warmup_fraction": 0.1, "refresh": 4,
                     "max_steps": 7, "batching": "padded"},
     "prioritized-soft": {"pairs": 35, "objective": "prioritized", "num_prompts": 3, "warmup_fraction": 0.1,
-                         "selection": "soft", "max_steps": 6, "architecture": "inform"},
+                         "selection": "soft", "max_steps": 6, "architecture": "inform",
+                         "tokens_per_batch": 50},
 }  # fmt: skip
 
 

@@ -281,3 +281,38 @@ def test_a_batch_is_smaller_on_a_cpu(backbone_configs):
 def test_a_sequence_that_is_all_prompt_is_refused():
     with pytest.raises(ValueError, match="prompt_lengths: 2 of sequence 1"):
         pack_sequences([[1, 2], [3, 4]], [1, 2])
+
+
+def test_the_head_sees_pooled_places_alone_and_scoring_keeps_nothing_for_gradients(backbone_configs):
+    for kind in ("inform", "transformers"):
+        model = build(backbone_configs["llama"], kind)
+        seen = []
+        model.score.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0]))
+        for layer in model.model.layers:  # of a prompt's keys and values, too, no graph is kept
+            layer.self_attn.k_proj.register_forward_hook(lambda module, given, keys, seen=seen: seen.append(keys))
+        RewardScorer(model).score_encoded(SEQUENCES, PROMPT_LENGTHS)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert not any(tensor.requires_grad for tensor in seen)
+        assert seen[-1].shape == (len(SEQUENCES), model.config.get_text_config().hidden_size)
+
+
+def test_activations_that_are_computed_again_give_the_same_gradients(backbone_configs):
+    model = build(backbone_configs["mistral"]).train()
+    row = pack_sequences(SEQUENCES, PROMPT_LENGTHS)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        calls = []
+        hooks = [layer.mlp.register_forward_pre_hook(lambda *given, calls=calls: calls.append(1))
+                 for layer in model.model.layers]  # fmt: skip
+        torch.manual_seed(0)  # the latent noise
+        with packed_attention_of(model):
+            packed_rewards(model, row)[0].square().sum().backward()
+        found.append((len(calls), {name: value.grad for name, value in model.named_parameters()}))
+        for hook in hooks:
+            hook.remove()
+    assert found[1][0] == 2 * found[0][0]  # that it was computed again
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], value, msg=name)

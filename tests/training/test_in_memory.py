@@ -344,32 +344,31 @@ def test_settings_that_would_do_nothing_or_harm_are_refused(arguments, setting, 
 
 @pytest.mark.slow
 def test_adapters_train_under_the_default_compiler_and_are_saved(arguments, causal_lm_dir, tmp_path):
-    """Pairs of one shape, evaluated too, so that each pass is compiled once: more shapes take minutes."""
-    found = {}
+    """Pairs of one shape and no evaluation, so that one pass is compiled: each further shape takes a minute."""
+    losses, saved = [], []
     for compiles in (False, True):
-        name = "compiled" if compiles else "eager"
-        args = arguments(name, torch_compile=compiles, batching="padded", max_steps=2, eval_steps=2, logging_steps=2)
+        args = arguments(f"compiled {compiles}", torch_compile=compiles, batching="padded", max_steps=2)
         trainer = RewardTrainer(
-            str(causal_lm_dir("llama")), args, train_dataset=[ROWS[0]] * 8, eval_dataset=[ROWS[0]] * 4,
-            peft_config=LoraConfig(r=2),
-        )  # fmt: skip
+            str(causal_lm_dir("llama")), args, train_dataset=[ROWS[0]] * 8, peft_config=LoraConfig(r=2)
+        )
         trainer.train()
-        trainer.save_model(str(tmp_path / "adapters" / name))
-        logged = {key: value for line in trainer.state.log_history for key, value in line.items()}
-        found[compiles] = [logged["loss"], logged["eval_loss"]] if "eval_loss" in logged else [logged["loss"]]
-        weights = load_file(tmp_path / "adapters" / name / "adapter_model.safetensors")
-        found[name] = dict(sorted(weights.items()))
-    assert found[True] == pytest.approx(found[False], abs=1e-4)
-    assert list(found["eager"]) == list(found["compiled"])  # no trace of the compiler in the names
-    for key, value in found["eager"].items():
-        torch.testing.assert_close(found["compiled"][key], value, atol=1e-4, rtol=0, msg=key)
+        trainer.save_model(str(tmp_path / "adapters"))
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        saved.append(load_file(tmp_path / "adapters" / "adapter_model.safetensors"))
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], abs=1e-4)
+    eager, compiled = saved
+    assert eager.keys() == compiled.keys()  # no trace of the compiler in the names
+    for name, value in eager.items():
+        if not name.endswith("decoder.2.bias"):  # a constant has no gradient: Adam makes a step of rounding errors
+            torch.testing.assert_close(compiled[name], value, atol=1e-4, rtol=0, msg=name)
 
 
 @pytest.mark.slow
 def test_a_compiled_run_equals_an_eager_one(arguments, causal_lm_dir):
     backbone = str(causal_lm_dir("llama"))
-    expected = trained(model=backbone, args=arguments("eager"), train_dataset=ROWS)
+    rows = {"train_dataset": ROWS, "eval_dataset": ROWS[:8]}
+    expected = trained(model=backbone, args=arguments("eager"), **rows)
     compiled = arguments("compiled", torch_compile=True, torch_compile_backend="aot_eager")
-    found = trained(model=backbone, args=compiled, train_dataset=ROWS)
+    found = trained(model=backbone, args=compiled, **rows)
     for name, value in expected.items():
         torch.testing.assert_close(found[name.removeprefix("_orig_mod.")], value, atol=1e-4, rtol=0, msg=name)

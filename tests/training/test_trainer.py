@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -257,8 +258,14 @@ def test_packed_and_padded_batches_train_alike(settings, architecture, tmp_path)
     assert losses(packed)[-1] < 0.9 * losses(packed)[0]  # a curve, not a line that anything would match
 
 
-def test_chosen_attention_trains_on_padded_batches(settings):
-    assert train(dataclasses.replace(settings, attn_implementation="eager"))["batching"] == "padded"
+@pytest.mark.parametrize("batching", ("packed", "padded"))
+def test_chosen_attention_is_for_padded_batches_and_one_line_says_what_runs(settings, batching, caplog):
+    with caplog.at_level(logging.INFO):
+        result = train(dataclasses.replace(settings, attn_implementation="eager", batching=batching, max_steps=1))
+    assert result["batching"] == batching
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Training on cpu in")]
+    attention = {"packed": "SDPA a segment at a time", "padded": "attention eager"}[batching]
+    assert len(lines) == 1 and f"float32, {batching} rows (" in lines[0] and attention in lines[0]
 
 
 def test_best_checkpoint_is_the_final_model(settings, pairs_file):

@@ -10,11 +10,10 @@ from inform_rm.eval.frame import Result
 from inform_rm.util.colors import BLUE, GREY, VERMILION
 from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png, settings_table, with_interval
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
 _SHOWN = 20
-_CAPTION = "Share of the judged pairs; the black line is the win rate, a tie counting half, with its 95 % interval."
+_CAPTION = "Share of the judged pairs; the black dot is the win rate, a tie counting half, with its 95 % interval."
 _LABEL_CAPTION = (
-    "Share of the labelled responses; the black line is the share said to exploit a reward, with its 95 % interval."
+    "Share of the labelled responses; the black dot is the share said to exploit a reward, with its 95 % interval."
 )
 
 
@@ -72,11 +71,11 @@ class WinRateResult(JudgedResult):
         num_judged: of these with a readable verdict in both orders, or two equal responses.
         num_prompts: of these.
         wins: preferred in both orders.
-        losses: in which the baseline was.
         ties: all others.
+        losses: the baseline was preferred in both orders.
         win_rate: ``(wins + ties / 2) / num_judged``.
         win_rate_interval: 95 %.
-        interval_kind: how that was found.
+        interval_kind: how it was made.
         identical: pairs of equal responses, ties without a question.
         position: ``pairs`` both of whose verdicts name a place, of which the ``both_first`` place, the
             ``both_second`` place or the ``same_winner`` was named; ``first_share`` and its interval.
@@ -146,7 +145,7 @@ class LabelResult(JudgedResult):
         num_labelled: with a readable verdict.
         hacked: of these, said to exploit a reward.
         share: ``hacked / num_labelled``.
-        share_interval: 95 %, Wilson.
+        share_interval: Wilson's, 95 %.
     """
 
     num_responses: int
@@ -182,15 +181,16 @@ class LabelResult(JudgedResult):
 
 
 def _bar(parts: Sequence[tuple[str, int, str]], share: float, interval: Sequence[float]) -> Figure:
-    figure = Figure(figsize=(7.5, 1.7), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.9), layout="constrained")
     axes = figure.subplots()
     total, start = sum(number for _, number, _ in parts), 0.0
     for name, number, color in parts:
         axes.barh(0, number / total, left=start, color=color, label=f"{name} ({number})", height=0.6)
         start += number / total
     low, high = interval
-    axes.errorbar(share, 0, xerr=[[max(0.0, share - low)], [max(0.0, high - share)]], color="black", capsize=5, lw=2)
+    sides = [[max(0.0, share - low)], [max(0.0, high - share)]]
     axes.axvline(0.5, color="grey", linestyle="--", linewidth=0.9)
+    axes.errorbar(share, 0, xerr=sides, fmt="o", color="black", capsize=5, linewidth=2)
     axes.set(xlim=(0, 1), yticks=[], xlabel="share")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.55), ncols=3, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
