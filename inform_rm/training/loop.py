@@ -295,14 +295,17 @@ class RewardLoop(Trainer):
         """Rows ``(B, 3)`` for `compute_eval_metrics`, and the margins as labels; gathering counts each pair once."""
         inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "ids"})
         rows = inputs.get("rows", [inputs])
-        parts = [self._predicted(model, row) for row in rows]
-        for _ in range(self._passes_of_all(len(rows)) - len(rows)):
-            self._predicted(model, rows[-1])
-        predictions, margins = zip(*parts, strict=True)
+        repeated = self._passes_of_all(len(rows)) - len(rows)
+        parts = [self._predicted(model, row) for row in [*rows, *[rows[-1]] * repeated]]
+        predictions, margins = zip(*parts[: len(rows)], strict=True)
         if predictions[0].dim() == 3:  # groups, of which some have more responses than others
             most = max(part.shape[1] for part in predictions)
             predictions = tuple(functional.pad(part, (0, 0, 0, most - part.shape[1])) for part in predictions)
-        return None, torch.cat(predictions), torch.cat(margins)
+        if len(rows) == 1:
+            return None, predictions[0], margins[0]
+        # In the batch's order: at its end stand the repetitions of the last batch, which gathering leaves out.
+        order = torch.cat([row["members"] for row in rows]).argsort()
+        return None, torch.cat(predictions)[order], torch.cat(margins)[order]
 
     def _predicted(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Of one forward pass, what `prediction_step` gives."""
