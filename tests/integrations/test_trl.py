@@ -127,7 +127,7 @@ def test_policy_run_with_checks(algorithm, scorer, reference, causal_lm_dir, tmp
 
 def test_a_jump_stops_the_run_and_a_resumed_run_decides_alike(scorer, reference, causal_lm_dir, tmp_path, monkeypatch):
     planted = iter([1.0, 1.1, 1.0, 9.0, 9.0])
-    statistic = Statistic("csi_normalized", "", "", lambda *_: lambda *_: ({"csi_normalized": next(planted)}, {}))
+    statistic = Statistic("csi_normalized", "", "", "", lambda *_: lambda *_: ({"csi_normalized": next(planted)}, {}))
     monkeypatch.setattr("inform_rm.integrations.trl.STATISTICS", [statistic])
     settings = {"save_strategy": "steps", "save_steps": 1}
 
