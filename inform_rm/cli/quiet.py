@@ -11,8 +11,8 @@ _NORMAL = {
     # The kernel is not wanted: it has no gradient.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
 }
-# peft asks transformers by a name that is on its way out there: nothing that a user could change.
-_NORMAL_WARNING = "`is_gradient_checkpointing` is deprecated"
+# The name that all versions know, peft's too, is on its way out in the latest: nothing that a user should change.
+_NORMAL_WARNING = r"`(is_)?gradient_checkpointing` is deprecated"
 _LOADING = "transformers.modeling_utils"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 # Rows of transformers' table of what a checkpoint lacks or has beyond the model.
@@ -23,7 +23,7 @@ def silence_normal_messages() -> None:
     """Install the filters; a second time changes nothing."""
     for name in (*_NORMAL, _LOADING):
         logging.getLogger(name).addFilter(is_alarming)
-    warnings.filterwarnings("ignore", re.escape(_NORMAL_WARNING), FutureWarning)
+    warnings.filterwarnings("ignore", _NORMAL_WARNING, FutureWarning)
 
 
 def is_alarming(record: logging.LogRecord) -> bool:

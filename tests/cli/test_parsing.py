@@ -132,7 +132,7 @@ def test_only_normal_messages_are_silenced(logger, message, alarming):
     assert is_alarming(logging.LogRecord(logger, logging.WARNING, "", 0, message, (), None)) == alarming
 
 
-def test_of_warnings_only_the_one_of_another_librarys_old_name_is_silenced():
+def test_of_warnings_only_those_of_one_name_of_all_versions_are_silenced():
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         silence_normal_messages()
