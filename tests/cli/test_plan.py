@@ -38,7 +38,7 @@ def test_json_has_the_same_figures(command, capsys):
     assert main([*command, "--gpus", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["total"] == pytest.approx(sum(found["parts"].values())) and found["fits"] is True
-    assert found["pairs_per_step"] == 128 and found["hours"] is None and found["advice"] == []
+    assert found["pairs_per_step"] == 64 and found["hours"] is None and found["advice"] == []
     assert found["assumed"]["utilisation"] == 0.35 and found["assumed"]["launch"] == "fsdp2"
     assert "gathered weights" in found["parts"]
 
