@@ -56,7 +56,7 @@ def count_pass(model: Any, rows: int, length: int, *, autocast: bool) -> PassCou
     A model whose layers all have the same weights is run with few of them, and the rest is on a line.
 
     Args:
-        model: with a head ``score``; ``model.get_submodule`` finds its layers. It cannot be used afterwards.
+        model: in training mode; it cannot be used afterwards.
         rows: sequences of one pass.
         length: tokens of each; none is padding.
         autocast: compute in bfloat16 where autocast does.

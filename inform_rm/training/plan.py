@@ -271,7 +271,7 @@ def _savers(args: RewardTrainingArguments, machine: Machine) -> Iterator[dict[st
         more = math.ceil(passes * batch / smaller)
         yield {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": more}
     if machine.shards:
-        yield {"gpus": 2 * machine.gpus}
+        yield {"gpus": 2 * machine.gpus}  # each with the batch that it has: twice the pairs a step
     if is_full and getattr(args.optim, "value", args.optim) not in EIGHT_BIT_OPTIMS and not machine.shards:
         yield {"optim": "adamw_bnb_8bit"}
     if is_full or args.dtype == "float32":
