@@ -58,7 +58,7 @@ def balanced(costs: Any, parts: int) -> list[list[int]]:
 
     Example:
         >>> balanced([9, 1, 1, 7], parts=2)
-        [[0, 1], [2, 3]]
+        [[0, 2], [1, 3]]
     """
     room, remainder = divmod(len(costs), parts)
     if remainder:
