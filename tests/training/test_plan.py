@@ -90,6 +90,10 @@ def test_a_model_with_unlike_layers_is_run_whole(monkeypatch):
     assert runs == [LAYERS]
 
 
+# Some versions of transformers make the rotary angles of 50 places by a product with 16 frequencies, outside the layers.
+ANGLES = (0, 2 * 50 * 16)
+
+
 def test_operations_are_those_of_the_matrix_products():
     rows, length, hidden, layers, keys = 4, 50, 192, LAYERS, 64
     found = count_pass(model_of(config_of()), rows, length, autocast=False)
@@ -97,8 +101,9 @@ def test_operations_are_those_of_the_matrix_products():
     products = 2 * rows * length * layers * of_layer
     attention = layers * 2 * 2 * rows * length * length * hidden
     head = 2 * rows * (hidden * 2 * 16 + 16 * 16 + 16)
-    assert found.forward_flops == products + attention + head
-    assert found.flops == 3 * (products + head) + 3.5 * attention  # attention scores are computed again
+    angles = found.forward_flops - (products + attention + head)
+    assert angles in ANGLES
+    assert found.flops == 3 * (products + head) + 3.5 * attention + angles  # attention scores are computed again
 
 
 def test_activation_checkpointing_computes_the_layers_again():
@@ -107,7 +112,7 @@ def test_activation_checkpointing_computes_the_layers_again():
     )
     # All of the layers but the last product of each, which nothing asks for again, and the head.
     last, head = 2 * 200 * LAYERS * 512 * 192, 2 * 4 * (192 * 2 * 16 + 16 * 16 + 16)
-    assert again.flops == kept.flops + kept.forward_flops - last - head
+    assert kept.flops + kept.forward_flops - last - head - again.flops in ANGLES
     assert again.layers_bytes < kept.layers_bytes / 2
 
 
