@@ -90,7 +90,7 @@ def test_a_model_with_unlike_layers_is_run_whole(monkeypatch):
     assert runs == [LAYERS]
 
 
-# Some versions of transformers make the rotary angles of 50 places by a product with 16 frequencies, outside the layers.
+# Some versions of transformers make the rotary angles of 50 places by a product with 16 frequencies.
 ANGLES = (0, 2 * 50 * 16)
 
 
