@@ -1,6 +1,6 @@
 """Train a reward model from a `datasets.Dataset` with LoRA and a callback, then evaluate, detect and export it.
 
-    python examples/train_in_memory.py --output my-run
+    python examples/train_in_memory.py --output my-run [--torch-compile [BACKEND]]
 
 Needs peft (pip install 'inform-rm[peft]'). Nothing is downloaded: pairs come from the package's generated world, and
 the backbone is a small Llama that is made here. About 20 seconds on one CPU core. The backbone is untrained, so that
@@ -21,7 +21,9 @@ from inform_rm.world.worlds import WorldConfig, make_pairs, sample_responses
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--output", type=Path, required=True)
-folder: Path = parser.parse_args().output
+parser.add_argument("--torch-compile", nargs="?", const="inductor", metavar="BACKEND")
+options = parser.parse_args()
+folder: Path = options.output
 
 # A backbone, here an untrained one; in its place goes any causal LM, by its Hub id.
 write_backbone(folder / "backbone")
@@ -51,6 +53,8 @@ args = RewardTrainingArguments(
     gradient_accumulation_steps=1,
     eval_steps=8,
     logging_steps=8,
+    torch_compile=options.torch_compile is not None,
+    torch_compile_backend=options.torch_compile,
     use_cpu=True,
     disable_tqdm=True,
 )

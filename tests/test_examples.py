@@ -65,13 +65,17 @@ def run_script(name, folder, run_in_fork, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_runs_as_it_stands(name, exit_code_of_fork, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [*((name, ()) for name in SCRIPTS), ("train_in_memory", ("--torch-compile", "aot_eager"))],
+    ids=[*SCRIPTS, "train_in_memory, compiled"],
+)
+def test_a_script_runs_as_it_stands(name, flags, exit_code_of_fork, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if name == "grpo_with_watch":
         pytest.importorskip("trl", reason="TRL is an optional extra: pip install 'inform-rm[rl]'")
     words, files = SCRIPTS[name]
-    printed = run_script(name, tmp_path, exit_code_of_fork)
+    printed = run_script(name, tmp_path, exit_code_of_fork, *flags)
     for text in words:
         assert text in printed
     assert [file for file in files if not (tmp_path / "run" / file).is_file()] == []
