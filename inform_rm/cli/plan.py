@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from inform_rm.errors import InputError
+from inform_rm.errors import InputError, check_whole_number
 
 _USAGE = """usage: inform-rm plan [RECIPE.yaml] [--gpus N] [--memory GIB] [--SETTING VALUE ...]
 
@@ -80,8 +80,8 @@ def _read(words: Sequence[str]) -> tuple[str | None, dict[str, Any], dict[str, A
             own[name] = given if given is None else kind(given)
         except (TypeError, ValueError):
             raise InputError(f"--{name}: {given!r}; expected a number.") from None
-        if kind is int and own[name] is not None and own[name] < 1:
-            raise InputError(f"--{name}: {own[name]}; expected a whole number of at least 1.")
+        if kind is int and own[name] is not None:
+            check_whole_number(f"--{name}", own[name])
     return recipe, own, flags
 
 

@@ -134,15 +134,15 @@ class RowSettings:
 Settings = TypeVar("Settings")
 
 
-def settings_of(kind: type[Settings], options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
-    """Keywords that are fields of ``kind`` as such settings, and the others, which are those of `RewardScorer`."""
+def settings_of(
+    kind: type[Settings], options: Mapping[str, Any], rest: Callable[..., Any] = RewardScorer
+) -> tuple[Settings, dict[str, Any]]:
+    """Keywords that are fields of ``kind`` as such settings, and the others, which are those of ``rest``."""
     own = set(inspect.signature(kind).parameters)
-    of_scorer = set(inspect.signature(RewardScorer).parameters) - {"model", "tokenizer"}
-    unknown = sorted(set(options) - own - of_scorer)
+    of_rest = set(inspect.signature(rest).parameters) - {"model", "tokenizer", "endpoint"}
+    unknown = sorted(set(options) - own - of_rest)
     if unknown:
-        raise InputError(
-            f"{unknown[0]}: no setting of this name; expected one of {', '.join(sorted(own | of_scorer))}."
-        )
+        raise InputError(f"{unknown[0]}: no setting of this name; expected one of {', '.join(sorted(own | of_rest))}.")
     settings = kind(**{name: value for name, value in options.items() if name in own})
     return settings, {name: value for name, value in options.items() if name not in own}
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from inform_rm.errors import InputError, shortened
+from inform_rm.errors import InputError, check_whole_number, shortened
 from inform_rm.util.threads import in_threads
 
 _PATH = "/chat/completions"
@@ -79,8 +79,7 @@ class ChatEndpoint:
             raise InputError(f"model: {model!r}; expected the name under which the endpoint serves it.")
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < 1e6:
             raise InputError(f"timeout: {timeout!r}; expected seconds above 0.")
-        if isinstance(tries, bool) or not isinstance(tries, int) or tries < 1:
-            raise InputError(f"tries: {tries!r}; expected a whole number of at least 1.")
+        check_whole_number("tries", tries)
         self.model, self.base, self._timeout, self._tries = model, checked_url(url), float(timeout), tries
         self._key = _read_key(api_key_env)
         self._opener = _opener()

@@ -9,7 +9,7 @@ from scipy.optimize import brentq, minimize, minimize_scalar
 from scipy.special import expit
 from scipy.stats import binomtest, chi2
 
-from inform_rm.errors import InputError
+from inform_rm.errors import InputError, check_whole_number
 from inform_rm.util.intervals import Interval
 
 _RIDGES = np.array([1e-4, 0.04])  # on quality and length: inverse variances, see length_controlled_accuracy
@@ -37,8 +37,7 @@ def paired_bootstrap(differences: ArrayLike, *, num_resamples: int = 10_000, see
         (0.375, -0.125, 0.875)
     """
     values, counts = np.unique(_vector("differences", differences), return_counts=True)
-    if isinstance(num_resamples, bool) or not isinstance(num_resamples, int) or num_resamples < 1:
-        raise InputError(f"num_resamples: {num_resamples!r}; expected a whole number of at least 1.")
+    check_whole_number("num_resamples", num_resamples)
     number = int(counts.sum())
     draws = np.random.default_rng(seed).multinomial(number, counts / number, size=num_resamples)
     means = draws @ values / number

@@ -1,9 +1,8 @@
 """`judge`: win rates of one policy's responses over another's, or which responses exploit a reward."""
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import numpy as np
 from inform_rm.data.prompt_rows import written_prompt
 from inform_rm.data.response_rows import ScoreRow
 from inform_rm.data.sources import Source, source_digest, source_label
-from inform_rm.errors import InputError
-from inform_rm.eval.frame import json_lines
+from inform_rm.eval.frame import json_lines, settings_of
 from inform_rm.eval.generation.settings import EndpointSettings
 from inform_rm.eval.judging.answers import Answers, ask_judge, request_name
 from inform_rm.eval.judging.prompts import LABEL, PAIR, JudgePrompt, Unreadable
@@ -70,7 +68,8 @@ def judge(
         EndpointError: the endpoint gave no usable reply after all tries, or none of its answers can be read; what is
             answered is kept.
     """
-    settings, asked = _settings(options, endpoint)
+    settings, of_endpoint = settings_of(JudgeSettings, options, EndpointSettings)
+    asked = EndpointSettings(endpoint, **of_endpoint)
     chat = asked.open(model)
     template = JudgePrompt(LABEL if baseline is None else PAIR, settings.prompt_file)
     folder = None if output is None else check_output_directory(output)
@@ -97,18 +96,6 @@ def judge(
     if folder is not None:
         result.save(folder, {name: json_lines(rows)})
     return result
-
-
-def _settings(options: Mapping[str, Any], endpoint: str) -> tuple[JudgeSettings, EndpointSettings]:
-    own = {each.name for each in fields(JudgeSettings)}
-    of_endpoint = set(inspect.signature(EndpointSettings).parameters) - {"endpoint"}
-    unknown = sorted(set(options) - own - of_endpoint)
-    if unknown:
-        raise InputError(
-            f"{unknown[0]}: no setting of this name; expected one of {', '.join(sorted(own | of_endpoint))}."
-        )
-    settings = JudgeSettings(**{name: value for name, value in options.items() if name in own})
-    return settings, EndpointSettings(endpoint, **{name: options[name] for name in options if name in of_endpoint})
 
 
 def _compare(
