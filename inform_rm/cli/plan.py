@@ -73,7 +73,10 @@ def _read(words: Sequence[str]) -> tuple[str | None, dict[str, Any], dict[str, A
     from inform_rm.cli.train import read_flags
 
     recipe, flags = read_flags(words)
-    own: dict[str, Any] = {"json": bool(flags.pop("json", False))}
+    as_json = flags.pop("json", False)
+    if not isinstance(as_json, bool) and as_json not in ("true", "false"):
+        raise InputError(f"--json: {as_json!r}; expected the bare flag, or true or false.")
+    own: dict[str, Any] = {"json": as_json in (True, "true")}
     for name, (kind, default, _) in _FLAGS.items():
         given = flags.pop(name, default)
         try:

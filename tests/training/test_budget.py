@@ -123,6 +123,18 @@ def test_one_warning_for_latents_that_hold_nothing_or_too_much(lines, settings, 
         assert "kl_warmup_steps" in record.getMessage()
 
 
+def test_after_a_resume_only_the_steps_since_then_count(caplog):
+    watch, args = (
+        BudgetWatch(),
+        SimpleNamespace(pairs_of_step=1, kl_warmup_steps=0, beta=0.1, loss_type="bradley_terry"),
+    )
+    state = SimpleNamespace(global_step=900, max_steps=1000, is_world_process_zero=True)
+    watch.on_train_begin(args, state, None)
+    state.global_step = 910  # ten pairs, not 910
+    watch.on_log(args, state, None, logs={"accuracy": 0.4, "kl_nats": 0.01}, model=None)
+    assert watch.warned is None and watch._sums[0] == 10
+
+
 @pytest.fixture
 def pairs_file(tmp_path):
     rows = [{"prompt": f"Count to {n}.", "chosen": "yes " * (n % 3 + 1), "rejected": "no"} for n in range(32)]

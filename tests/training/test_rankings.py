@@ -100,6 +100,7 @@ def test_the_three_layouts_train_in_one_run(base_settings, files):
     result = train(base_settings(data=evaluation, eval_data=evaluation, eval_steps=3, max_steps=9))
     counts = result["train_pairs"]
     assert counts["layouts"] == ["pair", "ranking", "scored"] and counts["rows"] == 36
+    assert result["budget"] is None  # of a score ln 2 says nothing
     untied = [sum(one < other for one in row["ranks"] for other in row["ranks"]) for row in ranking_rows(12)]
     assert counts["pairs"] == 12 + sum(untied) and len(result["data_fingerprints"]) == 3
     found = result["evaluation"]

@@ -140,13 +140,16 @@ def generate(
     reused = sum(slot.name in earlier for slot in slots)
     todo = [slot for slot in slots if slot.name not in earlier]
     journal = RecordJournal(output.with_name(output.name + ".partial"), identity)
-    finished: dict[str, Any] = {}
     try:
         finished = journal.finished()
+    except InputError:
+        journal.close()  # whoever reads the message decides what becomes of a damaged file
+        raise
+    try:
         reused += sum(slot.name in finished for slot in todo)
         with tqdm(total=len(slots), initial=reused, unit="response", desc="generate", disable=not progress) as bar:
             if isinstance(writer, LocalModel):
-                refused = _write_locally(writer, todo, finished, journal, bar)
+                refused = _write_locally(writer, todo, finished, journal, bar, settings.on_bad_row)
             else:
                 assert asked is not None
                 refused = _ask(writer, todo, finished, journal, bar, settings, asked.concurrency)
@@ -216,15 +219,18 @@ def _slot(row: PromptRow, sample: int, seed: int) -> _Slot:
 
 
 def _write_locally(
-    writer: LocalModel, todo: list[_Slot], finished: dict[str, Any], journal: RecordJournal, bar: Any
+    writer: LocalModel, todo: list[_Slot], finished: dict[str, Any], journal: RecordJournal, bar: Any, on_bad_row: str
 ) -> dict[str, str]:
-    """Fill ``finished``; gives what could not be written, by name with the reason."""
+    """Fill ``finished``; gives what cannot be written, by name with the reason: under ``"error"`` before all else."""
     tasks, refused = [], {}
     for slot in todo:
         try:
             tasks.append(Task(slot.name, writer.prompt_ids(slot.prompt.messages), slot.seed))
         except InputError as error:
             refused[slot.name] = f"{slot.prompt.where}: {error}"
+
+    if refused and on_bad_row == "error":
+        return refused
 
     def show(step: int) -> None:
         bar.set_postfix_str(f"token {step} of this batch")
