@@ -11,7 +11,7 @@ import numpy as np
 
 from inform_rm.data.check_figures import BATCH_ROWS, SHOWN_EXAMPLES, content_hash, how_it_was_read, quantiles
 from inform_rm.data.check_groups import pairs_and_counts, scored_report, scored_warnings
-from inform_rm.data.encoding import TokenPair, check_max_length, encode_each, removable_prompt_tokens
+from inform_rm.data.encoding import TokenGroup, check_max_length, encode_each, removable_prompt_tokens
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import PreferenceData, load_preferences
 from inform_rm.data.rendered_text import partly_rendered
@@ -193,19 +193,19 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
     refused: list[dict[str, Any]] = []
     losses: list[str | None] = []
     endings: Counter[tuple[int, ...]] = Counter()
-    example: TokenPair | None = None
+    example: TokenGroup | None = None
     for batch in data.dataset.iter(BATCH_ROWS):
         for index, pair in enumerate(encode_each(tokenizer, batch)):
             if isinstance(pair, BadRow):
                 refused.append({"row": pair.row, "reason": str(pair)})
                 continue
             example = example or pair
-            row, sides = batch["row"][index], (pair.chosen_ids, pair.rejected_ids)
+            row = batch["row"][index]
             texts = (*(turn["content"] for turn in batch["prompt"][index]), batch["chosen"][index],
                      batch["rejected"][index])  # fmt: skip
             holds_special = any(token in text for text in texts for token in special)
             measured.extend((row, holds_special, *_measured(pair, tokenizer)))
-            endings.update(_ending(ids[pair.prompt_length :], tokenizer.eos_token_id) for ids in sides)
+            endings.update(_ending(ids[pair.prompt_length :], tokenizer.eos_token_id) for ids in pair.ids)
             losses.append(pair.lost and f"row {row}: {pair.lost}")
     tokens: dict[str, Any] = {
         "pairs": len(losses), "not_encodable": len(refused), "not_encodable_examples": refused[:SHOWN_EXAMPLES],
@@ -232,9 +232,9 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
                 {"ending": tokenizer.decode(ending), "ids": list(ending), "n": count}
                 for ending, count in endings.most_common(SHOWN_EXAMPLES)
             ],
-            "example_chosen": tokenizer.decode(example.chosen_ids),
-            "example_rejected_response": tokenizer.decode(example.rejected_ids[example.prompt_length :]),
-            "example_last_ids": example.chosen_ids[-5:],
+            "example_chosen": tokenizer.decode(example.ids[0]),
+            "example_rejected_response": tokenizer.decode(example.ids[1][example.prompt_length :]),
+            "example_last_ids": example.ids[0][-5:],
         },
     }
     if max_length is not None:
@@ -242,9 +242,9 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
     return report
 
 
-def _measured(pair: TokenPair, tokenizer: Any) -> list[int]:
+def _measured(pair: TokenGroup, tokenizer: Any) -> list[int]:
     """Tokens of prompt and sides, prompt tokens that may go, and `TOKEN_FAULTS`; the last only if there is <unk>."""
-    both = (pair.chosen_ids, pair.rejected_ids)
+    both = pair.ids
     bos, eos, unknown = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
     numbers = [pair.prompt_length, *map(len, both), removable_prompt_tokens(pair, bos)[1], both[0] == both[1]]
     numbers.append(bos is not None and all(ids[0] == bos for ids in both))

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from inform_rm.data.check_figures import BATCH_ROWS, SHOWN_EXAMPLES, content_hash, how_it_was_read, quantiles
-from inform_rm.data.encoding import TokenPair, encode_groups, removable_prompt_tokens
+from inform_rm.data.encoding import TokenGroup, encode_groups, removable_prompt_tokens
 from inform_rm.data.groups import pairs_of_rankings
 from inform_rm.data.preferences import FEATURES, PreferenceData
 from inform_rm.errors import InputError
@@ -84,8 +84,8 @@ def _tokens(data: PreferenceData, tokenizer: Any, max_length: int | None) -> dic
             if isinstance(encoded, InputError):
                 refused.append({"row": row, "reason": str(encoded)})
                 continue
-            pair = TokenPair(encoded[0].input_ids, encoded[0].input_ids, len(encoded[0].prompt_ids))
-            removable = removable_prompt_tokens(pair, tokenizer.bos_token_id)[1]
+            group = TokenGroup([encoded[0].input_ids], len(encoded[0].prompt_ids))
+            removable = removable_prompt_tokens(group, tokenizer.bos_token_id)[1]
             measured.append((len(encoded[0].prompt_ids), len(encoded[0].response_ids), removable))
     tokens: dict[str, Any] = {
         "scored": len(measured), "not_encodable": len(refused), "not_encodable_examples": refused[:SHOWN_EXAMPLES],

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
-from inform_rm.data.encoding import TokenPair, encode_each, fit_pair
+from inform_rm.data.encoding import TokenGroup, encode_each, fit_group
 from inform_rm.data.pairs import BadRow
 from inform_rm.decomposition.likelihoods import ResponseLikelihood
 from inform_rm.errors import InputError
@@ -133,7 +133,7 @@ def gap_grid(
                     used[pair, column] = False
                     bar.update(2)
                     continue
-                for side, ids in enumerate((both.chosen_ids, both.rejected_ids)):
+                for side, ids in enumerate(both.ids):
                     tokens_plain += len(ids)
                     entry = 2 * (pair * choice.shape[1] + column) + side
                     if entry not in known:
@@ -165,7 +165,7 @@ def _encoded_cells(
     prompts_at: Tensor,
     are_encoded: list[bool],
     overlong: str,
-) -> Iterator[TokenPair | BadRow | None]:
+) -> Iterator[TokenGroup | BadRow | None]:
     """Each cell within the model's length, or why it is not; ``None`` where it is too long and to be dropped.
 
     ``wanted`` and ``prompts_at`` are the rows of a cell's responses, with ids where it is encoded, and of its prompt.
@@ -178,8 +178,9 @@ def _encoded_cells(
     columns["prompt"] = [batch["prompt"][of_prompt[at]] for at in others]
     encoded = iter(encode_each(scorer.tokenizer, columns))
     for at, known in zip(of_pair, are_encoded, strict=True):
-        ids = ("chosen_input_ids", "rejected_input_ids", "prompt_length")
-        both = TokenPair(*(batch[name][at] for name in ids)) if known else next(encoded)
+        both = next(encoded) if not known else TokenGroup(
+            [batch["chosen_input_ids"][at], batch["rejected_input_ids"][at]], batch["prompt_length"][at]
+        )  # fmt: skip
         if isinstance(both, BadRow) or scorer.max_length is None or both.longest <= scorer.max_length:
             yield both
         elif overlong == "drop":
@@ -187,6 +188,6 @@ def _encoded_cells(
         else:
             place = batch["file"][at], batch["row"][at]
             try:
-                yield fit_pair(both, scorer.max_length, overlong, scorer.tokenizer.bos_token_id, *place)
+                yield fit_group(both, scorer.max_length, overlong, scorer.tokenizer.bos_token_id, *place)
             except BadRow as bad:
                 yield bad
