@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from inform_rm.data.encoding import TokenGroup, encode_each, fit_group
 from inform_rm.data.pairs import BadRow
-from inform_rm.decomposition.likelihoods import ResponseLikelihood
 from inform_rm.errors import InputError
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import RewardJournal
@@ -46,7 +45,7 @@ class GapGrid:
 
     @property
     def pair_log_likelihoods(self) -> Tensor:
-        """``(P, M)`` float64: of a `ResponseLikelihood`, both responses together; -inf where the cell is not used."""
+        """``(P, M)`` float64: of log-likelihoods, both responses together; -inf where the cell is not used."""
         return self.rewards.double().sum(dim=2).masked_fill(~self.used, -torch.inf)
 
 
@@ -69,7 +68,7 @@ def distinct_prompts(pairs: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def gap_grid(
-    scorer: RewardScorer | ResponseLikelihood,
+    scorer: RewardScorer,
     pairs: Dataset,
     choice: Tensor,
     prompt_rows: Tensor,
@@ -88,7 +87,7 @@ def gap_grid(
     pairs they belong to. Memory holds a thousand cells at a time.
 
     Args:
-        scorer: the model; with a `ResponseLikelihood`, log-likelihoods take the place of rewards.
+        scorer: the model; a `ResponseLikelihood` gives log-likelihoods in place of rewards.
         pairs: columns as in `inform_rm.data.preferences.FEATURES`.
         choice: ``(P, M)`` number of each prompt, the pair's own one in column 0, -1 for none (see
             `inform_rm.decomposition.prompt_free_gap.sample_prompts`).
@@ -159,7 +158,7 @@ def _chunks_by_prompt(choice: Tensor) -> Iterator[list[tuple[int, int]]]:
 
 
 def _encoded_cells(
-    scorer: RewardScorer | ResponseLikelihood,
+    scorer: RewardScorer,
     pairs: Dataset,
     wanted: Tensor,
     prompts_at: Tensor,
