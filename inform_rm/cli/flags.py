@@ -23,6 +23,15 @@ def add_command(
     return command
 
 
+def add_command_of_settings(
+    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None]
+) -> None:
+    """A command that reads its flags itself: what they are is known once transformers has been imported."""
+    command = commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
+    command.add_argument("settings", nargs="*")
+    command.set_defaults(command=name, run=run)
+
+
 def add_model(command: argparse.ArgumentParser) -> None:
     """``--model`` and how it scores."""
     command.add_argument("--model", required=True, help="any sequence-classification reward model: folder or Hub id")
@@ -85,15 +94,20 @@ def add_score_weights(command: argparse.ArgumentParser) -> None:
 
 
 def score_weights(arguments: argparse.Namespace) -> dict[str, float] | None:
-    """Column to weight.
+    """Column to weight."""
+    return _mapping("score_weights", arguments.score_weights, read_weights)
 
-    Raises:
-        InputError: ``--score-weights`` holds something else.
-    """
+
+def columns(arguments: argparse.Namespace) -> dict[str, str] | None:
+    """Field to column."""
+    return _mapping("columns", arguments.columns, read_columns)
+
+
+def _mapping(name: str, given: Any, read: Callable[[Any], Any]) -> Any:
     try:
-        return None if arguments.score_weights is None else read_weights(arguments.score_weights)
+        return None if given is None else read(given)
     except ValueError as error:
-        raise InputError(f"score_weights: {error}.") from None
+        raise InputError(f"{name}: {error}.") from None
 
 
 def add_pairs(command: argparse.ArgumentParser, fields: str = PAIR_FIELDS) -> None:
@@ -110,18 +124,6 @@ def named(text: str) -> tuple[str, str]:
     """``NAME=MODEL``, or a model named by the last part of its path or id."""
     name, separator, model = text.partition("=")
     return (name, model) if separator else (text.rstrip("/").rpartition("/")[2], text)
-
-
-def columns(arguments: argparse.Namespace) -> dict[str, str] | None:
-    """Field to column.
-
-    Raises:
-        InputError: ``--columns`` holds something else.
-    """
-    try:
-        return None if arguments.columns is None else read_columns(arguments.columns)
-    except ValueError as error:
-        raise InputError(f"columns: {error}.") from None
 
 
 def pairs_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from inform_rm.cli.flags import add_command_of_settings
 from inform_rm.errors import InputError, check_whole_number
 
 _USAGE = """usage: inform-rm plan [RECIPE.yaml] [--gpus N] [--memory GIB] [--SETTING VALUE ...]
@@ -35,11 +36,8 @@ _FLAGS: dict[str, tuple[type, Any, str]] = {
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command. It takes the flags of `inform-rm train`, too, which are known once transformers is imported."""
-    text = "memory and time of a training run, before it is started"
-    command = commands.add_parser("plan", help=text, add_help=False, prefix_chars="\0")
-    command.add_argument("settings", nargs="*")
-    command.set_defaults(command="plan", run=run)
+    """Add the command, which takes the flags of `inform-rm train`, too."""
+    add_command_of_settings(commands, "plan", "memory and time of a training run, before it is started", run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from inform_rm.data.check_figures import BATCH_ROWS, SHOWN_EXAMPLES, content_hash, how_it_was_read, quantiles
+from inform_rm.data.check_figures import (
+    BATCH_ROWS,
+    SHOWN_EXAMPLES,
+    content_hash,
+    counted_rows,
+    how_it_was_read,
+    quantiles,
+    repeated_and_conflicting,
+)
 from inform_rm.data.check_groups import pairs_and_counts, scored_report, scored_warnings
 from inform_rm.data.encoding import TokenGroup, check_max_length, encode_each, removable_prompt_tokens
 from inform_rm.data.pairs import BadRow
@@ -150,20 +158,17 @@ def _content_report(data: PreferenceData) -> tuple[dict[str, Any], np.ndarray]:
         subsets.update(batch["subset"])
         num_margins += sum(margin is not None for margin in batch["margin"])
     digest = np.frombuffer(hashes, dtype=np.uint64).reshape(-1, 3)
-    prompts, pairs, unordered = digest.T
+    is_repeated, is_conflicting = repeated_and_conflicting(digest)
     lengths = np.frombuffer(characters, dtype=np.int64).reshape(-1, 3).T
-    _, first, number = np.unique(pairs, return_index=True, return_inverse=True)
-    _, first_of_group, group = np.unique(unordered, return_index=True, return_inverse=True)
-    has_other_order = pairs != pairs[first_of_group][group]
     read = how_it_was_read(data)
     report = {
         "rows": len(digest) + len(data.bad_rows),
         "pairs": len(digest),
         **read,
         "identical_sides": read["bad_rows"]["by_kind"].get("identical sides", 0),
-        "duplicates": _counted_rows(data, first[number] != np.arange(len(digest))),
-        "conflicting_labels": _counted_rows(data, np.isin(group, group[has_other_order])),
-        "prompts": len(np.unique(prompts)),
+        "duplicates": counted_rows(data, is_repeated),
+        "conflicting_labels": counted_rows(data, is_conflicting),
+        "prompts": len(np.unique(digest[:, 0])),
         "multi_turn_prompts": num_multi_turn,
         "margins": num_margins,
         "subsets": dict(sorted(subsets.items())),
@@ -171,11 +176,6 @@ def _content_report(data: PreferenceData) -> tuple[dict[str, Any], np.ndarray]:
         "chosen_longer_characters": _longer(lengths[1], lengths[2]),
     }
     return report, digest
-
-
-def _counted_rows(data: PreferenceData, is_meant: np.ndarray) -> dict[str, Any]:
-    indices = np.flatnonzero(is_meant)
-    return {"n": len(indices), "examples": data.dataset.select(indices[:SHOWN_EXAMPLES])["row"][:]}
 
 
 def _longer(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
@@ -194,9 +194,15 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
     losses: list[str | None] = []
     endings: Counter[tuple[int, ...]] = Counter()
     example: TokenGroup | None = None
+    # A ranking, of which training takes all pairs or none, counts once: its pairs, side by side, have one number.
+    numbers, number, last = array("q"), -1, None
+    unusable: set[int] = set()
     for batch in data.dataset.iter(BATCH_ROWS):
         for index, pair in enumerate(encode_each(tokenizer, batch)):
+            place = batch["file"][index], batch["row"][index]
+            number, last = number + (place != last), place
             if isinstance(pair, BadRow):
+                unusable.add(number)
                 refused.append({"row": pair.row, "reason": str(pair)})
                 continue
             example = example or pair
@@ -204,12 +210,13 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
             texts = (*(turn["content"] for turn in batch["prompt"][index]), batch["chosen"][index],
                      batch["rejected"][index])  # fmt: skip
             holds_special = any(token in text for text in texts for token in special)
+            numbers.append(number)
             measured.extend((row, holds_special, *_measured(pair, tokenizer)))
             endings.update(_ending(ids[pair.prompt_length :], tokenizer.eos_token_id) for ids in pair.ids)
             losses.append(pair.lost and f"row {row}: {pair.lost}")
     tokens: dict[str, Any] = {
         "pairs": len(losses), "not_encodable": len(refused), "not_encodable_examples": refused[:SHOWN_EXAMPLES],
-        "unusable": len(refused),
+        "unusable": len(unusable),
     }  # fmt: skip
     if example is None:
         return {"tokens": tokens}
@@ -217,7 +224,7 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
     rows, has_special, prompt, chosen, rejected, removable, *faults = columns
     longest = np.maximum(chosen, rejected)
     is_unusable = (faults[0] > 0) | (longest > (longest.max() if max_length is None else max_length))
-    tokens["unusable"] += int(is_unusable.sum())
+    tokens["unusable"] = len(unusable.union(np.frombuffer(numbers, dtype=np.int64)[is_unusable].tolist()))
     lengths = {"prompt": prompt, "chosen": chosen - prompt, "rejected": rejected - prompt, "total": longest}
     report: dict[str, Any] = {
         "tokens": tokens | {name: quantiles(values) for name, values in lengths.items()},
