@@ -78,9 +78,11 @@ def _read(words: Sequence[str]) -> tuple[str | None, dict[str, Any], dict[str, A
     for name, (kind, default, _) in _FLAGS.items():
         given = flags.pop(name, default)
         try:
+            if given is True:  # the bare flag, which as a number would be 1
+                raise ValueError
             own[name] = given if given is None else kind(given)
         except (TypeError, ValueError):
-            raise InputError(f"--{name}: {given!r}; expected a number.") from None
+            raise InputError(f"--{name}: {given!r}; expected a {'value' if kind is str else 'number'}.") from None
         if kind is int and own[name] is not None:
             check_whole_number(f"--{name}", own[name])
     return recipe, own, flags

@@ -59,6 +59,11 @@ def test_what_does_not_fit_ends_with_1_and_says_what_helps(command, capsys):
     "more, words",
     [
         (["--gpus", "two"], "--gpus: 'two'; expected a number"),
+        (["--memory"], "--memory: True; expected a number"),
+        (["--launch"], "--launch: True; expected a value"),
+        (["--reserve", "nan"], "reserve: nan; expected GiB, 0 or more"),
+        (["--utilisation", "35"], "utilisation: 35.0; it is a share of the peak, at most 1"),
+        (["--load_in_4bit"], "load_in_4bit needs LoRA"),
         (["--json", "yes"], "--json: 'yes'; expected the bare flag, or true or false"),
         (["--pairs", "0"], "--pairs: 0; expected a whole number of at least 1"),
         (["--lora_rank", "8"], "unknown setting 'lora_rank'"),
