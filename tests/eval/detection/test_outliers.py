@@ -416,7 +416,7 @@ def test_bad_latents_are_named(call, candidate, reference, message):
         (lambda: fit_mahalanobis(GOOD[:9]), "reference: 9 points; a covariance needs at least 10"),
         (lambda: fit_mahalanobis(np.ones((20, 3))), "covariance cannot be inverted"),
         (lambda: fit_mahalanobis(np.tile([[1.0, 0, 0], [-1, 0, 0]], (9, 1))), "or lie on a line"),
-        (lambda: mahalanobis_outlier_probability(GOOD, GOOD, tail="normal"), "tail: 'normal'; expected"),
+        (lambda: mahalanobis_outlier_probability(GOOD, GOOD, tail="normal"), "tail: got 'normal'; expected"),
         (lambda: mahalanobis_outlier_probability(GOOD, GOOD, alpha=1.0), "alpha: 1.0; it is a probability"),
         (lambda: mahalanobis_outlier_probability(GOOD, GOOD, tail="reference"), "alpha: 0.01; the smallest rank"),
     ),
