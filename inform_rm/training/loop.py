@@ -22,10 +22,15 @@ from inform_rm.scoring.packed_flex import for_device
 from inform_rm.training.balance import BalancedSampler, costs_of
 from inform_rm.training.checkpoints import discard, discard_beyond, reading_checkpoint
 from inform_rm.training.collators import EpochSeededLengthSampler, PackedPairCollator, counted_pairs
-from inform_rm.training.group_batches import padded_predictions
 from inform_rm.training.losses import PAIR_LOSSES, group_loss, kl_weight, reward_model_loss
 from inform_rm.training.memory import SMALLEST_ROW, split_in_two, tokens_for_training
-from inform_rm.training.metrics import group_metrics_from_sums, group_sums, metrics_from_sums, pair_sums
+from inform_rm.training.metrics import (
+    group_metrics_from_sums,
+    group_sums,
+    metrics_from_sums,
+    padded_predictions,
+    pair_sums,
+)
 from inform_rm.training.prioritized import PoolSelector
 from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.streaming import EncodedStream
@@ -130,7 +135,7 @@ class RewardLoop(Trainer):
         rows = inputs.get("rows")
         parts = [inputs] if rows is None else rows
         num_rows, num_responses = (sum(len(part.get(name, ())) for part in parts) for name in ("margin", "groups"))
-        noise = self._latent_noise(*((num_responses,) if num_responses else (2, num_rows)))
+        noise = self._latent_noise(num_responses or 2 * num_rows)
         if rows is None:
             passes = [inputs | noise(slice(None))]
         else:
@@ -214,16 +219,16 @@ class RewardLoop(Trainer):
             self._packing.tokens_per_batch = tokens
         return tokens
 
-    def _latent_noise(self, *shape: int) -> Callable[[Any], dict[str, Tensor]]:
-        """The model's input ``latent_noise`` at given places of a batch; its shape is ``(2, pairs)``, or responses.
+    def _latent_noise(self, num_responses: int) -> Callable[[Any], dict[str, Tensor]]:
+        """The model's input ``latent_noise`` at given places of a batch of so many responses.
 
         Drawn for the whole batch at once: into how many forward passes it is split then changes nothing.
         """
         config: Any = self.accelerator.unwrap_model(self.model).config
         if getattr(config, "architecture", None) != "inform":
             return lambda places: {}
-        noise = torch.randn_like(torch.empty(*shape, config.latent_dim, device=self.args.device))
-        return lambda places: {"latent_noise": noise[..., places, :].flatten(0, -2)}
+        noise = torch.randn_like(torch.empty(num_responses, config.latent_dim, device=self.args.device))
+        return lambda places: {"latent_noise": noise[places]}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -129,12 +129,14 @@ def plan(
         pairs: training pairs, for the time of a run whose ``max_steps`` is not set.
 
     Raises:
-        InputError: settings that such a launch refuses, an optimizer that is not known here, or a model that has no
+        InputError: settings that such a run or launch refuses, an optimizer that is not known here, or a model without
             layers.
     """
     lengths = lengths or Lengths()
     if machine.gpus > 1 and args.tokens_per_batch is not None:
         raise InputError("tokens_per_batch: works in one process only. Lower per_device_train_batch_size instead.")
+    if faults := args.faults_without_adapters():
+        raise InputError("Training settings: " + "; ".join(faults) + ".")
     if machine.shards and is_quantized(args):
         raise InputError("load_in_4bit, load_in_8bit: quantised weights do not train under FSDP here. launch: ddp.")
     model, quantized = model_on_meta(args, config)

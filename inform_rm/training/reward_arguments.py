@@ -69,8 +69,6 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
             value = getattr(self, name)
             if getattr(value, "value", value) not in choices:
                 faults.append(f"{name}: {value!r} is unknown. Choose one of {', '.join(choices)}")
-        if self.push_to_hub and self.hub_model_id is None:
-            faults.append("push_to_hub needs hub_model_id, name/model")
         if self.hub_revision is not None or self.hub_private_repo is False:
             faults.append(
                 "hub_revision, hub_private_repo: uploads go to the main branch, new repositories are private"

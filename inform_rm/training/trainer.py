@@ -293,7 +293,9 @@ class RewardTrainer(RewardLoop):
             "resumed_from_step": None if self.resumed_from is None else checkpoint_step(self.resumed_from),
             "train_runtime_seconds": self.train_seconds,
             "evaluation": self.evaluation,
-            "budget": budget_of_run(settings_of(self.args), self._kl_share, self.evaluation),
+            "budget": None
+            if "scored" in (counts or {}).get("layouts", ())
+            else budget_of_run(settings_of(self.args), self._kl_share, self.evaluation),
             "quantization": self.quantization,
             "log_history": self.state.log_history,
         }

@@ -1,7 +1,5 @@
 """Training with FlexAttention, its reference on a CPU: losses and weights of padded batches, plain and compiled."""
 
-import json
-
 import pytest
 import torch
 from torch.nn.attention import flex_attention
@@ -12,15 +10,6 @@ from inform_rm.training import loop, trainer
 from inform_rm.training.trainer import RewardTrainer
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [{"prompt": f"say {at}" + " please" * (at % 5), "chosen": "yes " * (1 + at % 4) + str(at), "rejected": "no"}
-            for at in range(60)]  # fmt: skip
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 @pytest.fixture

@@ -17,15 +17,6 @@ from inform_rm.training.memory import probe_row, split_in_two, tokens_for_traini
 from inform_rm.training.trainer import RewardTrainer
 
 
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [{"prompt": f"say {at}" + " please" * (at % 5), "chosen": "yes " * (1 + at % 4) + str(at), "rejected": "no"}
-            for at in range(32)]  # fmt: skip
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
 @pytest.fixture
 def memory(monkeypatch):
     """Notes the tokens of each pass; one of more than ``most`` fails, after it has left gradients behind."""

@@ -1,7 +1,6 @@
 """Prioritized training: it selects what it says, trains on nothing else, and resumes where it was."""
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -15,23 +14,6 @@ from inform_rm.scoring.scorer import NonFiniteRewardError
 from inform_rm.training import prioritized
 from inform_rm.training.prioritized import PoolSelector
 from inform_rm.training.run import train
-
-COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
-
-
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [
-        {
-            "prompt": f"Name the colour {COLOURS[index % 8]}" + " please" * (index % 3),
-            "chosen": f"It is {COLOURS[index % 8]}." + " Indeed." * (index % 4),
-            "rejected": f"It is {COLOURS[(index + 1 + index // 8) % 8]}.",
-        }
-        for index in range(48)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from inform_rm.training.losses import (
     MOST_TIED,
     PAIR_LOSSES,
     RANKING_LOSSES,
-    all_pairs_loss,
     bradley_terry_loss,
     group_loss,
     plackett_luce_loss,
@@ -68,22 +67,27 @@ def test_plackett_luce_stays_finite_and_refuses_sets_that_are_too_large():
         plackett_luce_loss(many, -worst)
 
 
-@pytest.mark.parametrize("name", PAIR_LOSSES)
-@pytest.mark.parametrize("labels", LABELS)
-def test_all_pairs_is_the_mean_over_untied_pairs(labels, name):
-    rewards, loss = draw(len(labels)), PAIR_LOSSES[name]
+def all_pairs(rewards, labels, loss=bradley_terry_loss):
+    """The mean over untied pairs, one after the other."""
     each = [
-        loss(rewards[one : one + 1], rewards[other : other + 1], None).item()
+        loss(rewards[one : one + 1], rewards[other : other + 1], None)
         for one, other in itertools.permutations(range(len(labels)), 2)
         if labels[one] > labels[other]
     ]
-    assert all_pairs_loss(rewards, torch.tensor(labels), loss).item() == pytest.approx(sum(each) / len(each))
+    return torch.stack(each).mean()
 
 
-def test_of_two_responses_both_are_bradley_terry():
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+@pytest.mark.parametrize("labels", LABELS)
+def test_all_pairs_is_the_mean_over_untied_pairs(labels, name):
+    rewards, groups, loss = draw(len(labels)), torch.zeros(len(labels), dtype=torch.long), PAIR_LOSSES[name]
+    found = group_loss(rewards, torch.tensor(labels), groups, loss=loss)
+    assert found.item() == pytest.approx(all_pairs(rewards, labels, loss).item())
+
+
+def test_of_two_responses_it_is_bradley_terry():
     rewards, labels = draw(2), torch.tensor([-2.0, -1.0])
     pair = bradley_terry_loss(rewards[1:], rewards[:1])
-    torch.testing.assert_close(all_pairs_loss(rewards, labels), pair)
     torch.testing.assert_close(plackett_luce_loss(rewards, labels), pair)
 
 
@@ -115,7 +119,7 @@ def test_pairs_of_two_keep_smoothing_centering_and_their_loss():
 
 @pytest.mark.parametrize("ranking_loss", RANKING_LOSSES)
 def test_a_mixed_batch_is_the_mean_over_its_prompts(ranking_loss):
-    one = {"all_pairs": all_pairs_loss, "plackett_luce": plackett_luce_loss}[ranking_loss]
+    one = {"all_pairs": all_pairs, "plackett_luce": plackett_luce_loss}[ranking_loss]
     labels = [torch.tensor(values) for values in (*LABELS, [1.0, 0.0], [2.5], [0.5])]
     rewards = [draw(len(values), seed).float() for seed, values in enumerate(labels)]
     kl = [draw(len(values), 50 + seed).float().abs() for seed, values in enumerate(labels)]
