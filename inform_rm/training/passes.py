@@ -101,7 +101,11 @@ class PassesThatFit(Trainer):
         for done in self._passed:
             super().training_step(model, done, num_items_in_batch)
         self._sums = sums
-        return torch.stack([self._forward_and_backward(model, half, num_items_in_batch) for half in halves]).sum()
+        losses = []
+        for half in halves:  # what the first half showed to be too much is not tried with the second
+            for each in parts_within(half, self._most_tokens):
+                losses.append(self._forward_and_backward(model, each, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def rewards_of(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Any]:
         """Rewards and KL of the batch's responses in order, in float32, and the model's output."""
