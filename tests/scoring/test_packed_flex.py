@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -50,6 +50,8 @@ def test_a_token_sees_its_prompt_and_its_own_response_up_to_itself(segments, win
               for step in range(size)]  # fmt: skip
     places += [(-1, 0, step) for step in range(filled)]
     trees, branches, positions = row_layout(segments, len(places))
+    assert trees.tolist() == [tree for tree, _, _ in places]
+    assert row_layout(segments)[0].tolist() == [tree for tree, _, _ in places if tree >= 0]
     where = torch.arange(len(places))
     found = may_attend(trees, branches, positions, window, where[:, None], where)
     for q, (tree, branch, _) in enumerate(places):
@@ -69,14 +71,18 @@ WINDOW = st.none() | st.integers(1, 300)
 
 
 @given(segments=LONG, window=WINDOW)
+@example(segments=[[3 * ROW_MULTIPLE]], window=3 * ROW_MULTIPLE - 1)  # the first token is just out of the last one's
 @settings(max_examples=25)
 def test_a_block_is_looked_at_where_and_only_where_a_token_of_it_is_seen(segments, window):
     length = -(-sum(map(sum, segments)) // ROW_MULTIPLE) * ROW_MULTIPLE
     layout = row_layout(segments, length)
     where = torch.arange(length)
-    blocks = may_attend(*layout, window, where[:, None], where).view(length // ROW_MULTIPLE, ROW_MULTIPLE, -1)
-    blocks = blocks.view(len(blocks), ROW_MULTIPLE, -1, ROW_MULTIPLE).transpose(1, 2).flatten(2)
+    sees = may_attend(*layout, window, where[:, None], where)
+    blocks = sees.view(-1, ROW_MULTIPLE, length // ROW_MULTIPLE, ROW_MULTIPLE).transpose(1, 2).flatten(2)
     mask = block_mask(*layout, window)
+    assert mask.mask_mod(None, None, where[:, None], where).equal(sees)
+    assert mask.BLOCK_SIZE == (ROW_MULTIPLE, ROW_MULTIPLE) and mask.seq_lengths == (length, length)
+    assert mask.kv_num_blocks.dtype == mask.full_kv_num_blocks.dtype == torch.int32  # what the kernel reads
     for number in range(len(blocks)):
         parts = mask.kv_indices[0, 0, number, : mask.kv_num_blocks[0, 0, number]].tolist()
         wholes = mask.full_kv_indices[0, 0, number, : mask.full_kv_num_blocks[0, 0, number]].tolist()

@@ -60,6 +60,10 @@ def test_plackett_luce_stays_finite_and_refuses_sets_that_are_too_large():
     loss = plackett_luce_loss(rewards, torch.tensor([1.0, 1.0, 0.0]))
     loss.backward()
     assert loss.item() == pytest.approx(1e4) and rewards.grad.isfinite().all()
+    as_many = torch.tensor([1.0] * MOST_TIED + [0.0])
+    assert plackett_luce_loss(torch.zeros(len(as_many)), as_many).item() == pytest.approx(
+        math.log(len(as_many)), rel=1e-6
+    )
     many = torch.zeros(MOST_TIED + 2)
     worst = torch.tensor([1.0] + [0.0] * (MOST_TIED + 1))
     assert plackett_luce_loss(many, worst).item() == pytest.approx(math.log(MOST_TIED + 2), rel=1e-6)
@@ -135,6 +139,16 @@ def test_a_mixed_batch_is_the_mean_over_its_prompts(ranking_loss):
         beta=0.2,
     )  # fmt: skip
     torch.testing.assert_close(found, torch.stack(each).mean())
+
+
+def test_half_precision_rewards_lose_nothing_more():
+    rewards, labels = draw(5).bfloat16(), torch.tensor([3.0, 1.0, 3.0, 1.0, 2.0])
+    assert plackett_luce_loss(rewards, labels).item() == plackett_luce_loss(rewards.float(), labels).item()
+
+
+def test_by_default_a_score_weighs_as_much_as_a_pair_and_a_nat_a_tenth():
+    one = torch.zeros(1, dtype=torch.long)
+    assert group_loss(torch.tensor([2.0]), torch.tensor([0.0]), one, torch.tensor([3.0])).item() == pytest.approx(4.3)
 
 
 def test_score_loss_is_the_squared_error():
