@@ -136,7 +136,8 @@ def test_rewards_and_gradients_are_those_of_one_sequence_at_a_time(name, device,
     model.zero_grad()
     (together * weights).sum().backward()
     for key, value in expected.items():
-        torch.testing.assert_close(dict(model.named_parameters())[key].grad, value, atol=1e-5, rtol=1e-3, msg=key)
+        found = dict(model.named_parameters())[key].grad
+        torch.testing.assert_close(found, value, atol=1e-4 * value.abs().max().item(), rtol=0, msg=key)
     if device == "cpu":
         return
     with packed_attention_of(model), torch.no_grad():  # what scoring uses there
