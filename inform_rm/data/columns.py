@@ -252,11 +252,12 @@ def no_prompt(record: Mapping[str, Any], reason: str, fields: tuple[str, ...] = 
 def no_side(record: Mapping[str, Any], name: str) -> Fault:
     """The fault of a row without one of its sides; it names the likely columns."""
     text = f"no '{name}'. Its fields are {names_of(record)}; add or rename the field"
-    pair = next((pair for pair in _LIKE_SIDES if all(part in record for part in pair)), None)
-    if pair is not None:
-        mapped = " ".join(
-            f"{own}={other}" for own, other in zip(("chosen", "rejected"), pair, strict=True) if own != other
-        )
+    pair = next((pair for pair in _LIKE_SIDES if all(part in record for part in pair)), ("COLUMN", "COLUMN"))
+    own = {"chosen": pair[0], "rejected": pair[1]}
+    if "prompt" not in record:
+        own = {"prompt": next((key for key in _LIKE_PROMPT if key in record), "COLUMN"), **own}
+    mapped = " ".join(f"{field}={column}" for field, column in own.items() if field not in record)
+    if mapped and not set(record) <= set(PAIR_FIELDS):  # there are columns that may be the field
         text += f", or say columns {mapped} (--columns {mapped})"
     if record.get("responses") is not None:
         text += (
