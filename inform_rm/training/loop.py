@@ -23,7 +23,13 @@ from inform_rm.training.balance import BalancedSampler, costs_of
 from inform_rm.training.checkpoints import discard, discard_beyond, reading_checkpoint
 from inform_rm.training.collators import EpochSeededLengthSampler, PackedPairCollator, counted_pairs
 from inform_rm.training.group_batches import padded_predictions
-from inform_rm.training.losses import PAIR_LOSSES, group_loss, kl_weight, reward_model_loss
+from inform_rm.training.losses import (
+    PAIR_LOSSES,
+    group_loss,
+    kl_weight,
+    reward_model_loss,
+    scaled_bradley_terry_loss,
+)
 from inform_rm.training.memory import SMALLEST_ROW, split_in_two, tokens_for_training
 from inform_rm.training.metrics import group_metrics_from_sums, group_sums, metrics_from_sums, pair_sums
 from inform_rm.training.prioritized import PoolSelector
@@ -69,8 +75,9 @@ class RewardLoop(Trainer):
         self._kl_share = getattr(self.accelerator.unwrap_model(self.model).config, "kl_share", 1.0)
         self._since_update: list[tuple[list[str], Tensor]] = []  # of the batches since the last update: ids, loss
         self._passed: list[dict[str, Any]] = []  # inputs of the forward passes since then
+        is_weighted = selector is not None and self.args.selection == "weighted"
         self._loss_settings: dict[str, Any] = {
-            "loss": PAIR_LOSSES[self.args.loss_type],
+            "loss": scaled_bradley_terry_loss if is_weighted else PAIR_LOSSES[self.args.loss_type],
             "label_smoothing": self.args.label_smoothing,
             "center_rewards_coefficient": self.args.center_rewards_coefficient,
         }
@@ -365,8 +372,6 @@ class RewardLoop(Trainer):
             super()._save_checkpoint(model, trial)
             if self.stream is not None:
                 self.stream.save(folder)
-            if self._selector is not None and self.args.should_save:
-                self._selector.save(folder, self.state.global_step)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 mark_complete(folder)
