@@ -12,6 +12,7 @@ one thread: other work on the machine does not. Started again, the program goes 
 
 import argparse
 import json
+import math
 import os
 import shutil
 import time
@@ -26,7 +27,7 @@ UPDATES, BUDGET = 160, 320
 PAIRS_PER_UPDATE = 16
 TRAIN_PAIRS, AUDITED_PAIRS = 9600, 150
 TEST_PAIRS = {"in_distribution": 200, "bias_reversed": 300, "adversarial_prompt": 400, "unseen_family": 300}
-WORLD: dict[str, Any] = {"style_bias": 0.8, "adversarial_share": 0.0, "label_noise": 0.0}
+WORLD: dict[str, Any] = {"style_bias": 0.8, "adversarial_share": 0.0}
 # Best of n: so many responses to each of so many prompts, the same for all models of a seed.
 POLICY_PROMPTS, POLICY_RESPONSES = 64, 64
 WARM_UP = {"warmup_fraction": 0.05}
@@ -54,22 +55,26 @@ def main() -> None:
     parser.add_argument("--label-noise", type=float, default=0.0, help="share of flipped training labels; default: 0")
     arguments = parser.parse_args()
     output: Path = arguments.output
-    train_language_model(output)
+    train_language_model(output, START_SEED)
     path = output / "runs.jsonl"
     for seed in arguments.seeds:
+        pairs: dict[bool, Any] = {}
         for method in arguments.methods:
             lines = path.read_text().splitlines() if path.exists() else []
             done = {(run["seed"], run["method"], run["label_noise"]) for run in map(json.loads, lines)}
             if (seed, method, arguments.label_noise) in done:
                 continue
-            run = one_run(output, seed, method, arguments.label_noise)
+            is_rrm = "augmentation" in METHODS[method]  # which makes pairs of texts
+            if is_rrm not in pairs:
+                pairs[is_rrm] = train_pairs(output, seed, arguments.label_noise, encoded=not is_rrm)
+            run = one_run(output, seed, method, pairs[is_rrm]) | {"label_noise": arguments.label_noise}
             with path.open("a") as file:
                 file.write(json.dumps(run) + "\n")
             print(f"{seed} {method}: {run['marks'][-1]}", flush=True)
 
 
-def train_language_model(output: Path) -> None:
-    """``output/backbone``: the world's small Llama, trained on right responses to prompts of the training families."""
+def train_language_model(folder: Path, seed: int) -> None:
+    """``folder/backbone``: the world's small Llama, trained on right responses to prompts of the training families."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
@@ -78,37 +83,52 @@ def train_language_model(output: Path) -> None:
     from inform_rm.world.backbone import write_backbone
     from inform_rm.world.worlds import WorldConfig, sample_prompts, sample_responses
 
-    if (output / "backbone").exists():
+    if (folder / "backbone").exists():
         return
-    write_backbone(output / "untrained", seed=START_SEED)
-    tokenizer = load_tokenizer(output / "untrained")
-    model = AutoModelForCausalLM.from_pretrained(output / "untrained")
-    prompts = sample_prompts(WorldConfig(seed=START_SEED), LANGUAGE_MODEL_STEPS * PAIRS_PER_UPDATE, seed=1)
+    write_backbone(folder / "untrained", seed=seed)
+    tokenizer = load_tokenizer(folder / "untrained")
+    model = AutoModelForCausalLM.from_pretrained(folder / "untrained")
+    prompts = sample_prompts(WorldConfig(seed=seed), LANGUAGE_MODEL_STEPS * PAIRS_PER_UPDATE, seed=1)
     texts = Dataset.from_list([
         {"input_ids": encode(tokenizer, prompt, sample_responses(prompt, 1, row, word_accuracy=1.0)[0]).input_ids}
         for row, prompt in enumerate(prompts)
     ])  # fmt: skip
     arguments = TrainingArguments(
-        output_dir=str(output / "language-model"), max_steps=LANGUAGE_MODEL_STEPS, learning_rate=1e-3,
+        output_dir=str(folder / "language-model"), max_steps=LANGUAGE_MODEL_STEPS, learning_rate=1e-3,
         per_device_train_batch_size=PAIRS_PER_UPDATE, warmup_steps=50, logging_steps=100, save_strategy="no",
-        report_to="none", use_cpu=True, seed=START_SEED, dataloader_pin_memory=False,
+        report_to="none", use_cpu=True, seed=seed, dataloader_pin_memory=False,
     )  # fmt: skip
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     Trainer(model=model, args=arguments, train_dataset=texts, data_collator=collate).train()
-    tokenizer.save_pretrained(output / "unfinished")
-    model.save_pretrained(output / "unfinished")
-    os.replace(output / "unfinished", output / "backbone")
+    tokenizer.save_pretrained(folder / "unfinished")
+    model.save_pretrained(folder / "unfinished")
+    os.replace(folder / "unfinished", folder / "backbone")
 
 
-def one_run(output: Path, seed: int, method: str, label_noise: float) -> dict[str, Any]:
+def train_pairs(output: Path, seed: int, label_noise: float, encoded: bool) -> Any:
+    """The training pairs of a world."""
+    from inform_rm.data.encoding import encode_pairs
+    from inform_rm.data.preferences import load_preferences
+    from inform_rm.data.tokenizer import load_tokenizer
+    from inform_rm.world.worlds import WorldConfig, make_pairs
+
+    rows = _columns(make_pairs(WorldConfig(seed=seed, **WORLD, label_noise=label_noise), "train", TRAIN_PAIRS))
+    if not encoded:
+        return rows
+    tokenizer = load_tokenizer(output / "backbone")
+    return encode_pairs(load_preferences(rows).dataset, tokenizer, max_length=None, keep_text=True).dataset
+
+
+def one_run(output: Path, seed: int, method: str, pairs: Any) -> dict[str, Any]:
     """Train one model; accuracies on the way, its choices among the policy's responses, its audit."""
+    import pyarrow.parquet as pq
     from transformers import TrainerCallback
 
     from inform_rm import RewardTrainer, RewardTrainingArguments, decompose, evaluate
     from inform_rm.scoring.scorer import RewardScorer
     from inform_rm.world.worlds import WorldConfig, make_pairs
 
-    world = WorldConfig(seed=seed, **WORLD | {"label_noise": label_noise})
+    world = WorldConfig(seed=seed, **WORLD)
     tests = {split: _columns(make_pairs(world, split, size)) for split, size in TEST_PAIRS.items()}
     run_folder = output / f"run-{seed}-{method}"
     steps = max(UPDATES, round(BUDGET / COSTS[method]))
@@ -134,27 +154,29 @@ def one_run(output: Path, seed: int, method: str, label_noise: float) -> dict[st
                 accuracies = {name: evaluate(scorer, rows, progress=False).accuracy for name, rows in tests.items()}
                 marks.append({"updates": state.global_step, "cpu_seconds": self.seconds, **accuracies})
 
-    train_rows = _columns(make_pairs(world, "train", TRAIN_PAIRS))
-    trainer = RewardTrainer(args=args, train_dataset=train_rows, callbacks=[Watch()])
+    trainer = RewardTrainer(args=args, train_dataset=pairs, callbacks=[Watch()])
     scorer = RewardScorer(trainer.model, trainer.processing_class)
     trainer.train()
     unbiased = WorldConfig(seed=seed, style_bias=0.0, adversarial_share=0.0)
     audited = _columns(make_pairs(unbiased, "in_distribution", AUDITED_PAIRS))
     audit = decompose(scorer, audited, run_folder / "audit", num_prompts=8, progress=False, seed=seed)
+    columns = ("prompt_free_gap", "prompt_related_gap", "words_difference")
+    table = pq.read_table(run_folder / "audit" / "pairs.parquet").to_pydict()
     shutil.rmtree(run_folder)
     shares = {name: getattr(audit, name) for name in ("accuracy", "response_decides", "prompt_sensitivity")}
     return {
-        "seed": seed, "method": method, "label_noise": label_noise, "marks": marks, "audit": shares,
+        "seed": seed, "method": method, "marks": marks, "audit": shares,
+        "gaps": {name: [round(value, 3) for value in table[name]] for name in columns},
         "policy": policy_rewards(scorer, seed),
         "log": [line for line in trainer.state.log_history if "loss" in line],
     }  # fmt: skip
 
 
 def policy_rewards(scorer: Any, seed: int) -> list[list[float]]:
-    """Rewards of the same responses for every model of a seed; `policy_responses` gives them again, with their gold."""
+    """Rewards of the responses of `policy_responses`, the same for every model of a seed."""
     prompts, responses, _ = policy_responses(seed)
-    flat = scorer.score([prompt for prompt in prompts for _ in range(POLICY_RESPONSES)], sum(responses, []))
-    return [[round(value, 5) for value in row] for row in flat.view(POLICY_PROMPTS, -1).tolist()]
+    rewards = [scorer.score([prompt] * len(row), row) for prompt, row in zip(prompts, responses, strict=True)]
+    return [[round(value, 5) for value in row.tolist()] for row in rewards]
 
 
 def policy_responses(seed: int) -> tuple[list[str], list[list[str]], np.ndarray]:
@@ -163,8 +185,20 @@ def policy_responses(seed: int) -> tuple[list[str], list[list[str]], np.ndarray]
 
     prompts = world_prompts(POLICY_PROMPTS, seed)
     responses = [WorldPolicy().sample(prompt, POLICY_RESPONSES, seed) for prompt in prompts]
-    gold = [WorldGold().score([prompt] * POLICY_RESPONSES, row) for prompt, row in zip(prompts, responses, strict=True)]
+    gold = [WorldGold().score([prompt] * len(row), row) for prompt, row in zip(prompts, responses, strict=True)]
     return prompts, responses, np.array(gold)
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean over seeds and its 95 % interval from Student's t."""
+    from scipy.stats import t
+
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    half = float(t.ppf(0.975, len(values) - 1)) * error
+    return mean, mean - half, mean + half
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
