@@ -23,7 +23,7 @@ import numpy as np
 
 SEEDS = (0, 1, 2)
 START_SEED, LANGUAGE_MODEL_STEPS = 100, 800
-UPDATES, BUDGET = 160, 320
+UPDATES, BUDGET = 300, 500
 PAIRS_PER_UPDATE = 16
 TRAIN_PAIRS, AUDITED_PAIRS = 9600, 150
 TEST_PAIRS = {"in_distribution": 200, "bias_reversed": 300, "adversarial_prompt": 400, "unseen_family": 300}
@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "smallest-3": {"objective": "prioritized", "num_prompts": 3, **WARM_UP},
 }
 # CPU time of an update in units of one of Bradley-Terry.
-COSTS = {"bt": 1.0, "rrm": 1.0, "weighted": 1.33, "smallest": 1.65, "smallest-3": 2.7}
+COSTS = {"bt": 1.0, "rrm": 1.0, "weighted": 4 / 3, "smallest": 5 / 3, "smallest-3": 8 / 3}
 SETTINGS: dict[str, Any] = {
     "architecture": "standard", "learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 15,
     "per_device_train_batch_size": PAIRS_PER_UPDATE, "gradient_accumulation_steps": 1, "logging_steps": 50,
@@ -70,7 +70,6 @@ def main() -> None:
             run = one_run(output, seed, method, pairs[is_rrm]) | {"label_noise": arguments.label_noise}
             with path.open("a") as file:
                 file.write(json.dumps(run) + "\n")
-            print(f"{seed} {method}: {run['marks'][-1]}", flush=True)
 
 
 def train_language_model(folder: Path, seed: int) -> None:
@@ -153,6 +152,7 @@ def one_run(output: Path, seed: int, method: str, pairs: Any) -> dict[str, Any]:
             if state.global_step in marks_at:
                 accuracies = {name: evaluate(scorer, rows, progress=False).accuracy for name, rows in tests.items()}
                 marks.append({"updates": state.global_step, "cpu_seconds": self.seconds, **accuracies})
+                print(f"{seed} {method}: {json.dumps(marks[-1])}", flush=True)
 
     trainer = RewardTrainer(args=args, train_dataset=pairs, callbacks=[Watch()])
     scorer = RewardScorer(trainer.model, trainer.processing_class)
