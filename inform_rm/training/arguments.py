@@ -147,8 +147,8 @@ class RewardArguments:
         "plain",
     )
     selection: Literal["smallest", "weighted"] = _setting(
-        "prioritized: of each pool, learn from the smallest gaps (the paper's); or from all pairs that are drawn, each "
-        "weighted by sigmoid(-gap), which costs half",
+        "prioritized: learn from the smallest gaps of each pool (the paper's), or from all pairs that are drawn, each "
+        "weighted by sigmoid(-gap)",
         "smallest",
     )
     pool_factor: int = _setting("selection 'smallest': pairs drawn for each pair that is learnt from", 2)

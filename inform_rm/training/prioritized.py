@@ -109,8 +109,7 @@ class PoolSelector:
         weights = torch.ones(wanted, dtype=torch.float64)
         if self._args.selection == "weighted":
             selected = torch.arange(wanted)
-            weights = torch.sigmoid(-gaps)
-            weights /= weights.mean()
+            weights = torch.nn.functional.logsigmoid(-gaps).softmax(dim=0) * wanted  # gaps of any size
         else:
             selected = gaps.argsort(stable=True)[:wanted].sort().values
         is_selected = torch.zeros(len(gaps), dtype=torch.bool)
@@ -131,22 +130,23 @@ class PoolSelector:
         # once for the whole pool.
         generator = np.random.default_rng([self._args.seed, 0, *positions.tolist()])
         takes_own = self._likelihood is not None
-        # One more than is needed: for the pairs whose own prompt is among them.
+        # One more than is needed, for the pairs whose own prompt is among them.
         drawn = min(self._args.num_prompts + (not takes_own), len(self._prompt_rows))
         others = torch.from_numpy(generator.choice(len(self._prompt_rows), drawn, replace=False))
         others = others.expand(len(positions), -1)
         is_own = others == own[:, None]
         # Each pair takes the first that are not its own prompt; -1 is none.
         surplus = (~is_own).cumsum(dim=1) > self._args.num_prompts - takes_own
-        choice = others.masked_fill(is_own | surplus, -1)
-        choice = torch.cat([own[:, None] if takes_own else torch.full((len(own), 1), -1), choice], dim=1)
+        first = own[:, None] if takes_own else torch.full((len(own), 1), -1)
+        choice = torch.cat([first, others.masked_fill(is_own | surplus, -1)], dim=1)
         cells: dict[str, Any] = {
             "pairs": self._pairs, "choice": choice, "prompt_rows": self._prompt_rows, "rows": positions
         }  # fmt: skip
         grid = gap_grid(self._scorer, **cells, overlong=self._args.overlong)
         if not takes_own and (alone := ~grid.used.any(dim=1)).any():  # too long under any but its own prompt
-            choice[alone, 0] = own[alone]
-            grid = gap_grid(self._scorer, **cells, overlong=self._args.overlong)
+            left: dict[str, Any] = cells | {"choice": own[alone, None], "rows": positions[alone]}
+            grid.rewards[alone, 0] = gap_grid(self._scorer, **left).rewards[:, 0]
+            grid.used[alone, 0] = True
         weights = grid.used.double()
         if self._likelihood is not None:
             grid_of_logs = gap_grid(self._likelihood, **cells, overlong="drop", on_bad_row="skip")

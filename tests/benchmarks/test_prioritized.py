@@ -28,8 +28,8 @@ def test_win_rate_is_the_mean_over_all_subsets(report, n):
     wins = []
     for prompt, (one, two) in itertools.product(range(2), [(range(4), range(4, 8)), (range(4, 8), range(4))]):
         for mine, theirs in itertools.product(itertools.combinations(one, n), itertools.combinations(two, n)):
-            best = gold[prompt, max(mine, key=lambda place: own[prompt, place])]  # noqa: B023
-            rival = gold[prompt, max(theirs, key=lambda place: other[prompt, place])]  # noqa: B023
+            best = gold[prompt, max(mine, key=lambda place: own[prompt, place])]
+            rival = gold[prompt, max(theirs, key=lambda place: other[prompt, place])]
             wins.append((best > rival) + 0.5 * (best == rival))
     assert report.win_rate(own, other, gold, n) == pytest.approx(np.mean(wins))
     assert report.win_rate(own, other, np.ones_like(gold), n) == pytest.approx(0.5)
