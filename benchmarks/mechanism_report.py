@@ -22,9 +22,15 @@ from mechanism import (
     NEW_START,
     REPORT_SEEDS,
     SELECTION_SEEDS,
+    Choice,
+    Results,
+    chosen,
+    few_candidates,
+    few_cells,
     inform_candidates,
     key_of,
     read_results,
+    rows_of,
     runs_of,
     standard_candidates,
 )
@@ -32,8 +38,6 @@ from mechanism_models import KL_GRID, Variant
 from mechanism_world import Dials
 from prioritized import mean_and_interval
 
-Choice = tuple[Variant, str]  # a variant, at the "end" or at the "best" epoch
-Results = dict[str, dict[str, Any]]
 DEFAULT = Variant(kl_warmup_steps=0.1)  # the package's: beta 0.1, K 128
 FORMER = Variant(kl_warmup_steps=0.1, start=HEAD_STARTS[0])
 LABELS = {"default": "InfoRM, beta 0.1, warm-up 0.1, as it comes", "former": "beta 0.1, warm-up 0.1, former head",
@@ -63,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/mechanism"))
     output = parser.parse_args().output
-    results = {row["key"]: row for row in read_results(output)}
+    results = read_results(output)
     cells = dict.fromkeys(run[2] for part in ("table", "map", "new head") for run in runs_of(part))
     complete = [cell for cell in cells if chosen(results, standard_candidates(), cell) and rivals(results, cell)[1]]
     lines = [
@@ -75,24 +79,6 @@ def main() -> None:
     print("\n".join(lines))
     if complete:
         (output / "map.png").write_bytes(map_png(results, complete))
-
-
-def rows_of(results: Results, choice: Choice, dials: Dials, seeds: Iterable[int]) -> list[dict[str, Any]]:
-    """Figures of one choice, one row a seed; empty if a seed is missing."""
-    found = [results.get(key_of(choice[0], seed, dials)) for seed in seeds]
-    return [] if None in found else [row[choice[1]] for row in found if row is not None]
-
-
-def chosen(results: Results, candidates: list[Variant], dials: Dials) -> Choice | None:
-    """What is right about most validation pairs of the selection seeds, of what was run; both epochs are tried."""
-    choices = [(variant, kept) for variant in candidates for kept in ("end", "best")]
-    ran = [each for each in choices if rows_of(results, each, dials, [*SELECTION_SEEDS, *REPORT_SEEDS])]
-
-    def accuracy(choice: Choice) -> float:
-        rows = rows_of(results, choice, dials, SELECTION_SEEDS)
-        return statistics.mean(row["validation_accuracy"] for row in rows)
-
-    return max(ran, key=accuracy, default=None)
 
 
 def seeds_of(results: Results, choice: Choice, dials: Dials) -> list[int]:
