@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from inform_rm.eval.best_of_n.simulate import best_of_n_expectation
 
@@ -122,7 +123,14 @@ def test_policy_slope_is_the_gradient_of_the_surrogate():
     torch.testing.assert_close(found, logits.grad)
 
 
-def test_models_trained_at_once_are_those_trained_alone_with_torchs_adamw():
+def test_models_trained_at_once_are_those_trained_alone_with_torchs_adamw(monkeypatch):
+    monkeypatch.setattr(  # transformers' own computes in float32 whatever the weights are
+        LlamaRMSNorm,
+        "forward",
+        lambda norm, states: torch.nn.functional.rms_norm(
+            states, states.shape[-1:], norm.weight, norm.variance_epsilon
+        ),
+    )
     dials = world.Dials(pairs=96, noise=0.1, epochs=1)
     variants = [models.Variant(beta=0.1, kl_warmup_steps=0.0), models.Variant(beta=0.3, weight_decay=2.0)]
     sets, device = [models.training_set(seed, dials) for seed in (0, 1)], torch.device("cpu")
