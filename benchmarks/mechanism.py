@@ -1,14 +1,15 @@
 """Does the bottleneck keep a reward model from learning chance by heart? A map over pairs, noise and neutral features.
 
     python benchmarks/mechanism.py --output runs/mechanism --parts kept --keep
-    python benchmarks/mechanism.py --output runs/mechanism --parts cells bias --seeds 0 1 2 3 --judge-only
-    python benchmarks/mechanism.py --output runs/mechanism --parts cells bias --seeds 20 21 22 23 24 25 --chosen
+    python benchmarks/mechanism.py --output runs/mechanism --parts cells bias --seeds 20 21 22 23 24 25
+    python benchmarks/mechanism.py --output runs/mechanism --parts table --device cuda --processes 6 --models 64
 
 The world is that of `mechanism_world.py`, models and training are in `mechanism_models.py`; `mechanism_report.py`
 makes tables and figures of the results. Each part is a list of runs (variant, seed, dials), trained many at once.
-``--keep`` writes weights and policies to ``kept/``, which `mechanism_detection.py` and `mechanism_penalty.py` read. With
-``--chosen`` a cell trains the default and what the validation pairs of the selection seeds chose, no more. Results are
-lines of ``results/*.jsonl`` in the output folder, one a run; started again, it does what is missing.
+``--keep`` writes weights and policies to ``kept/``, which `mechanism_detection.py` and `mechanism_penalty.py` read.
+``table`` is a search for settings at the default dials; ``cells`` and ``bias`` carry settings over to other dials
+(`carried`). Results are lines of ``results/*.jsonl`` in the output folder, one a run; started again, it does what is
+missing.
 """
 
 import argparse
@@ -51,11 +52,11 @@ def standard_candidates() -> list[Any]:
 
 
 def inform_candidates() -> list[Any]:
-    """As many settings of InfoRM, with the head that the package had until these runs showed a better start."""
+    """As many settings of InfoRM."""
     from mechanism_models import Variant
 
     grid = ((0.01, 0.25), (0.03, 0.0), (0.03, 0.1), (0.1, 0.0), (0.1, 0.05), (0.1, 0.1), (0.1, 0.25), (0.3, 0.1))
-    return [Variant(beta=beta, kl_warmup_steps=warmup, start=HEAD_STARTS[0]) for beta, warmup in grid]
+    return [Variant(beta=beta, kl_warmup_steps=warmup) for beta, warmup in grid]
 
 
 def kept_variants() -> dict[str, Choice]:
@@ -70,27 +71,24 @@ def kept_variants() -> dict[str, Choice]:
     }
 
 
-def few_candidates() -> tuple[list[Any], list[Any]]:
-    """Four settings of each kind, with the package's head: for cells where the whole search takes too long.
+def carried(dials: Dials) -> dict[str, Choice]:
+    """What is compared at any dials, by name: settings that are carried over, without a search.
 
-    Of the standard model the setting that validation pairs chose at the default dials, two near it, and the dropout
-    that resisted best there by gold.
+    The standard model as validation pairs chose it at the default dials (commit 846e196), the package's InfoRM, and
+    where its beta is far from the rule of docs/how-to/beta-and-k.md InfoRM with the beta of that rule.
     """
     from mechanism_models import Variant
 
-    standard = [
-        {"weight_decay": 1.0, "label_smoothing": 0.1},
-        {"weight_decay": 3.0},
-        {"dropout": 0.3},
-        {"label_smoothing": 0.25},
-    ]
-    grid = ((0.1, 0.1), (0.03, 0.0), (0.03, 0.1), (0.01, 0.1))
-    return [Variant("standard", **each) for each in standard], [Variant(beta=b, kl_warmup_steps=w) for b, w in grid]
+    kept = kept_variants()
+    found = {"standard": kept["standard, regularised"], "default": kept["InfoRM, beta 0.1, warm-up 0.1"]}
+    if dials.noise > 0.3:  # at most 0.1 nats are paid for at beta 0.1
+        found["rule"] = (Variant(beta=0.01, kl_warmup_steps=0.1), "end")
+    return found
 
 
-def few_cells() -> list[Dials]:
+def cells() -> list[Dials]:
     """The dials one at a time, around the default."""
-    return [Dials(noise=0.4), Dials(neutral=488), Dials(neutral=40), Dials(noise=0.0), Dials(6000)]
+    return [Dials(), Dials(noise=0.4), Dials(neutral=488), Dials(6000), Dials(neutral=40), Dials(noise=0.0)]
 
 
 def runs_of(part: str) -> Iterator[Run]:
@@ -101,7 +99,6 @@ def runs_of(part: str) -> Iterator[Run]:
     short = Variant(kl_warmup_steps=0.1)
     if part == "table":
         yield from crossed([*standard, *inform], both, [Dials()])
-        yield from crossed([Variant(beta=0.01, latent_dim=32, start=HEAD_STARTS[0])], both, [Dials()])
     elif part == "head":
         heads = [Variant(start=each, decoder="linear" if each.startswith("linear") else "mlp") for each in HEAD_STARTS]
         free = [replace(each, beta=0.001, kl_warmup_steps=warmup) for warmup in (0.1, 0.25) for each in heads]
@@ -109,21 +106,11 @@ def runs_of(part: str) -> Iterator[Run]:
         yield from crossed([Variant("standard"), *free], SELECTION_SEEDS, [Dials(12000, noise=0.0, epochs=1)])
         chosen = [replace(each, beta=beta, kl_warmup_steps=0.1) for beta in (0.1, 0.03) for each in heads]
         yield from crossed(chosen, SELECTION_SEEDS, [Dials()])
-    elif part == "new head":
-        yield from crossed([short], both[::-1], [Dials(), Dials(6000)])
-    elif part == "map":
-        cells = [Dials(1000), Dials(6000), Dials(noise=0.0), Dials(noise=0.4), Dials(neutral=40), Dials(neutral=488),
-                 *(Dials(pairs, noise) for pairs in (1000, 6000) for noise in (0.0, 0.4))]  # fmt: skip
-        yield from crossed([*standard, *inform], both, cells)
     elif part == "kept":
         yield from crossed([choice[0] for choice in kept_variants().values()], both[::-1], [Dials()])
-    elif part == "cells":
-        for cell in [Dials(), *few_cells()]:
-            for candidates in few_candidates():
-                yield from crossed(candidates, both, [cell])
-    elif part == "bias":
-        for candidates in few_candidates():
-            yield from crossed(candidates, both, [Dials(bias=0.7)])
+    elif part in ("cells", "bias"):
+        for dials in cells() if part == "cells" else [Dials(bias=0.7)]:
+            yield from crossed([choice[0] for choice in carried(dials).values()], both, [dials])
     elif part == "rule":
         wide = [
             Variant(beta=beta, kl_warmup_steps=warmup) for beta in (0.03, 0.1, 0.3) for warmup in (0.05, 0.1, 0.25)
@@ -133,7 +120,7 @@ def runs_of(part: str) -> Iterator[Run]:
         yield from crossed([*shapes, *(replace(each, decoder="linear") for each in shapes)], both, [Dials()])
 
 
-PARTS = ("table", "head", "bias", "map", "rule", "new head", "kept", "cells")
+PARTS = ("kept", "cells", "bias", "table", "head", "rule")
 
 
 def crossed(variants: Iterable[Any], seeds: Iterable[int], cells: Iterable[Dials]) -> Iterator[Run]:
@@ -150,7 +137,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing after so long")
     parser.add_argument("--judge-only", action="store_true", help="train and judge, optimise nothing against them")
     parser.add_argument("--seeds", type=int, nargs="+", help="these seeds only")
-    parser.add_argument("--chosen", action="store_true", help="the default, and what validation pairs chose")
     parser.add_argument("--keep", action="store_true", help="keep weights and policies")
     arguments = parser.parse_args()
     start = time.time()
@@ -160,7 +146,7 @@ def main() -> None:
     groups: list[tuple[list[Run], tuple[str, ...]]] = []
     asked: set[tuple[str, str]] = set()
     for part in arguments.parts:
-        for states, runs in runs_by_states(part, results, arguments.chosen).items():
+        for states, runs in runs_by_states(part).items():
             left = [
                 run for run in dict.fromkeys(runs)
                 if (not arguments.seeds or run[1] in arguments.seeds) and (key_of(*run), states) not in asked
@@ -177,24 +163,13 @@ def main() -> None:
             print(f"{number}/{len(groups)}, {time.time() - start:.0f} s: {words}", flush=True)
 
 
-def runs_by_states(part: str, results: Results, only_chosen: bool) -> dict[tuple[str, ...], list[Run]]:
-    """The runs of a part by the states that are wanted of them; see ``--chosen``."""
-    runs = list(runs_of(part))
+def runs_by_states(part: str) -> dict[tuple[str, ...], list[Run]]:
+    """The runs of a part by the states that are wanted of them: of carried settings, one."""
     found: dict[tuple[str, ...], list[Run]] = {}
-    if part == "kept":
-        for run in runs:
-            (state,) = {state for variant, state in kept_variants().values() if variant == run[0]}
-            found.setdefault((state,), []).append(run)
-    elif not only_chosen:
-        found[STATES] = runs
-    else:
-        default = (few_candidates()[1][0], "end")
-        for dials in dict.fromkeys(run[2] for run in runs):
-            wanted = [default, *(chosen(results, each, dials) for each in few_candidates())]
-            for choice in dict.fromkeys(each for each in wanted if each is not None):
-                found.setdefault((choice[1],), []).extend(
-                    run for run in runs if run[0] == choice[0] and run[2] == dials
-                )
+    for run in runs_of(part):
+        named = carried(run[2]) if part in ("cells", "bias") else kept_variants() if part == "kept" else {}
+        states = tuple(state for variant, state in named.values() if variant == run[0])
+        found.setdefault(states or STATES, []).append(run)
     return found
 
 

@@ -4,16 +4,16 @@
     python benchmarks/mechanism_detection.py --output runs/mechanism
 
 Sets of 256 responses of a policy, every fifth step of its optimisation, are compared with 1,024 of the base policy:
-CSI, MOP and outliers by nearest neighbours in the latents of the attacked InfoRM model (of the default InfoRM model where
-a standard one is attacked), and the same on the last hidden states of the standard model of that seed; the proxy's mean
-reward; the share of responses with more than one repeated word; the policy's exact KL. All responses have 16 words, so
-that their length says nothing.
+CSI, MOP and outliers by nearest neighbours in the latents of the attacked InfoRM model (of the default InfoRM model
+where a standard one is attacked), and the same on the last hidden states of the standard model of that seed; the
+proxy's mean reward; the share of responses with more than one repeated word; the policy's exact KL. All responses
+have 16 words, so that their length says nothing.
 
-The level of an alarm is the highest value among 20 further sets of the base policy; 20 others say how often it is reached
-by chance. Lead: KL at the peak of gold less KL at the first alarm. As any policy that learns leaves the base policy, that
-level says that it moved, not that it went too far. So each statistic also gets the level at which stopping keeps most gold
-on the selection seeds; what it keeps on the reported seeds is the figure to read. `mechanism_detection_report.py`
-makes the tables. Writes ``detection.json``; started again, it does what is missing.
+The level of an alarm is the highest value among 20 further sets of the base policy; 20 others say how often it is
+reached by chance. Lead: KL at the peak of gold less KL at the first alarm. As any policy that learns leaves the base
+policy, that level says that it moved, not that it went too far. So each statistic also gets the level at which
+stopping keeps most gold on the selection seeds; what it keeps on the reported seeds is the figure to read.
+`mechanism_detection_report.py` makes the tables. Writes ``detection.json``; started again, it does what is missing.
 """
 
 import argparse
@@ -102,7 +102,9 @@ def statistics_of(points: np.ndarray) -> dict[str, list[float]]:
     reference, sets = points[:REFERENCE], points[REFERENCE:].reshape(-1, RESPONSES, points.shape[1])
     settings = DetectionSettings(eps=auto_eps(reference, num_points=RESPONSES), alpha=ALPHA)
     csi, mop, neighbours = (fit(reference, settings) for fit in (fit_csi, fit_mop, fit_nearest_neighbours))
-    found: dict[str, list[float]] = {name: [] for name in ("CSI", "MOP", "Mahalanobis", "kNN outliers", "kNN distance")}
+    found: dict[str, list[float]] = {
+        name: [] for name in ("CSI", "MOP", "Mahalanobis", "kNN outliers", "kNN distance")
+    }
     for each in sets:
         values, columns = mop(each, 0)
         found["MOP"].append(values["mop"])

@@ -73,8 +73,8 @@ def alarm_table(rows: list[Row]) -> list[str]:
                     kl = run["kl"]
                     leads.append(kl[int(np.argmax(run["gold"]))] - kl[1 + alarms[0]] if len(alarms) else None)
             heard = [lead for lead in leads if lead is not None]
-            order = [sum(lead > 0 for lead in heard), sum(lead == 0 for lead in heard), sum(lead < 0 for lead in heard),
-                     len(leads) - len(heard)]  # fmt: skip
+            signs = np.sign(heard)
+            order = [int((signs == sign).sum()) for sign in (1, 0, -1)] + [len(leads) - len(heard)]
             lines.append("| " + " | ".join([
                 attacked, statistic, f"{falls} of {len(runs)}", interval(heard), " / ".join(map(str, order)),
                 f"{np.mean(false):.3f}", pooled_area(runs, statistic),
@@ -121,13 +121,13 @@ def stop_table(rows: list[Row]) -> list[str]:
     names = list(kept_variants())
     lines = ["| stop when this is above a level of its own | " + " | ".join(names) + " | all, one level |",
              "|" + "---|" * (len(names) + 2)]  # fmt: skip
-    lines.append("| never | " + " | ".join(
-        interval([kept_at(run, np.array([])) for run in of(rows, name, REPORT_SEEDS)]) for name in names
-    ) + " | " + interval([kept_at(run, np.array([])) for name in names for run in of(rows, name, REPORT_SEEDS)]) + " |")  # fmt: skip
+    groups = [*([name] for name in names), names]
+    ends = [[kept_at(run, np.array([])) for name in group for run in of(rows, name, REPORT_SEEDS)] for group in groups]
+    lines.append("| never | " + " | ".join(map(interval, ends)) + " |")
     statistics = dict.fromkeys(statistic for row in rows for statistic in row["values"])
     for statistic in statistics:
         cells = []
-        for group in [*([name] for name in names), names]:
+        for group in groups:
             own = [run for name in group for run in of(rows, name, SELECTION_SEEDS)]
             level = best_level(own, statistic)
             shares = [kept_by(run, statistic, level) for name in group for run in of(rows, name, REPORT_SEEDS)]

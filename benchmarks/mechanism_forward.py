@@ -1,9 +1,10 @@
 """The small Llama of `mechanism_models.py` for many models at once, with no more work than the last state needs.
 
-Four times as quick on a CPU as the package's forward pass under `torch.vmap`, and the same figures
-(``tests/benchmarks/test_mechanism.py``): batched products in place of a loop over models in attention; the first
-layer's queries, keys and values once for each word of the vocabulary, since they do not depend on the place; in the last
-layer only the last place has a query and goes through the MLP. Shapes: M models, N responses, T tokens, H hidden size.
+The same figures as the package's forward pass (``tests/benchmarks/test_mechanism.py``), quicker on a CPU: on a machine
+shared with others 19 rather than 25 ms a model and step of training, 1.8 rather than 5.1 s for the 16,384 responses of
+best-of-n. Products are batched over models; the first layer's queries, keys and values are computed once for each word
+of the vocabulary, since they do not depend on its place; in the last layer only the last place has a query and goes
+through the MLP. Shapes: M models, N responses, T tokens, H hidden size.
 """
 
 import torch

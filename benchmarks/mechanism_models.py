@@ -299,7 +299,11 @@ def judge(proxies: Proxies, seeds: list[int], sets: list[TrainingSet]) -> list[d
         return (proxies.score(chosen) > proxies.score(rejected)).float().cpu()
 
     test, validation, fit = right("test"), right("validation"), right("train")
-    nats = proxies.score(torch.stack([each.test.chosen[:512] for each in sets]), kl=True).mean(dim=1).tolist() if proxies.is_inform else None
+    nats = (
+        proxies.score(torch.stack([each.test.chosen[:512] for each in sets]), kl=True).mean(dim=1).tolist()
+        if proxies.is_inform
+        else None
+    )
     effects = word_effects(proxies, seeds, sets)
     found = []
     for place, each in enumerate(sets):

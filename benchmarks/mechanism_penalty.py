@@ -1,12 +1,13 @@
-"""What a KL penalty saves, and what it costs: gold reward of policies against the coefficient (arXiv:2402.09345, Fig. 6).
+"""What a KL penalty saves and costs: gold reward of policies against the coefficient (arXiv:2402.09345, Fig. 6).
 
     python benchmarks/mechanism.py --output runs/mechanism --parts kept --keep
     python benchmarks/mechanism_penalty.py --output runs/mechanism
 
-Policies of independent words maximise ``mean reward - penalty * KL`` against the kept reward models of `mechanism.py`.
-Rewards are in standard deviations over 1,024 responses of the base policy, so that one coefficient means the same for all
-models; KL and its gradient are exact. Each model's best coefficient is chosen by gold on the selection seeds, which no
-user could do (the best case for a penalty). Writes ``penalty.json``, ``penalty.md`` and ``penalty.png``.
+Policies of independent words maximise ``mean reward - penalty * KL`` against the kept reward models of
+`mechanism.py`. Rewards are in standard deviations over 1,024 responses of the base policy, so that one coefficient
+means the same for all models; KL and its gradient are exact. Each model's best coefficient is chosen by gold on the
+selection seeds, which no user could do (the best case for a penalty). Writes ``penalty.json``, ``penalty.md`` and
+``penalty.png``.
 """
 
 import argparse
@@ -130,17 +131,25 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
             cells.append(f"{mark}{mean:.1f} ± {mean - low:.1f}{mark}")
         nats = [np.mean(values_of(rows, name, penalty, REPORT_SEEDS, "kl")) for penalty in PENALTIES]
         lines.append(f"| {name} | " + " | ".join(cells) + " | " + ", ".join(f"{each:.0f}" for each in nats) + " |")
-    lines += ["", "| InfoRM less standard | no penalty | each at its best | InfoRM without, standard at its best |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "| InfoRM less standard | no penalty | each at its best | InfoRM without, standard at its best |",
+        "|---|---|---|---|",
+    ]
     for name in names[2:]:
         for other in names[:2]:
-            pairs = [(0.0, 0.0), (best_penalty(rows, name), best_penalty(rows, other)), (0.0, best_penalty(rows, other))]
-            cells = []
-            for own, rival in pairs:
-                one, two = (values_of(rows, model, penalty, REPORT_SEEDS, "gold") for model, penalty in ((name, own), (other, rival)))
-                mean, low, _ = mean_and_interval([a - b for a, b in zip(one, two, strict=True)])
-                cells.append(f"{mean:+.1f} ± {mean - low:.1f}")
-            lines.append(f"| {name}; {other} | " + " | ".join(cells) + " |")
+            best, rival = best_penalty(rows, name), best_penalty(rows, other)
+            pairs = ((0.0, 0.0), (best, rival), (0.0, rival))
+            cells = " | ".join(difference(rows, (name, own), (other, its)) for own, its in pairs)
+            lines.append(f"| {name}; {other} | {cells} |")
     return lines
+
+
+def difference(rows: list[dict[str, Any]], one: tuple[str, float], other: tuple[str, float]) -> str:
+    """Gold of one model and coefficient less that of another, paired by reported seed."""
+    own, its = (values_of(rows, name, penalty, REPORT_SEEDS, "gold") for name, penalty in (one, other))
+    mean, low, _ = mean_and_interval([a - b for a, b in zip(own, its, strict=True)])
+    return f"{mean:+.1f} ± {mean - low:.1f}"
 
 
 def penalty_png(rows: list[dict[str, Any]]) -> bytes:
