@@ -6,8 +6,8 @@
 Sets of 256 responses of a policy, every fifth step of its optimisation, are compared with 1,024 of the base policy:
 CSI, MOP and outliers by nearest neighbours in the latents of the attacked InfoRM model (of the default InfoRM model
 where a standard one is attacked), and the same on the last hidden states of the standard model of that seed; the
-proxy's mean reward; the share of responses with more than one repeated word; the policy's exact KL. All responses
-have 16 words, so that their length says nothing.
+proxy's mean reward, and that of the other kind of model, which the policy does not see; the share of responses with
+more than one repeated word; the policy's exact KL. All responses have 16 words, so that their length says nothing.
 
 The level of an alarm is the highest value among 20 further sets of the base policy; 20 others say how often it is
 reached by chance. Lead: KL at the peak of gold less KL at the first alarm. As any policy that learns leaves the base
@@ -49,9 +49,9 @@ def main() -> None:
                  for name, (variant, state) in kept_variants().items()}  # fmt: skip
         for name, choice in kept_variants().items():
             if (name, seed) not in done and files[name].exists():
-                (figures,) = rows_of(results, choice, Dials(), [seed])
-                rows.append(watch(name, seed, files) | {key: figures["policy"][key] for key in ("gold", "proxy")}
-                            | {"accuracy": figures["accuracy"]})  # fmt: skip
+                for figures in rows_of(results, choice, Dials(), [seed]):  # one, or none while its group is trained
+                    own = {key: figures["policy"][key] for key in ("gold", "proxy")}
+                    rows.append(watch(name, seed, files) | own | {"accuracy": figures["accuracy"]})
         path.write_text(json.dumps(rows), encoding="utf-8")
         print(f"seed {seed}: {time.time() - start:.0f} s", flush=True)
 
@@ -70,10 +70,12 @@ def watch(name: str, seed: int, files: dict[str, Path]) -> dict[str, Any]:
     row: dict[str, Any] = {"attacked": name, "seed": seed, "values": {}}
     row["kl"] = policy_kl(policies, world.probabilities).tolist()
     for watcher in (STANDARD, name if name.startswith("InfoRM") else DEFAULT):
-        points = features(watcher, files[watcher], words)
+        points, rewards = features(watcher, files[watcher], words)
         kind = "states of the standard model" if watcher == STANDARD else "latents of InfoRM"
         for statistic, values in statistics_of(points).items():
             row["values"][f"{statistic}, {kind}"] = values
+        if watcher != name:  # a reward model that the policy does not see
+            row["other_reward"] = rewards[REFERENCE + NULL_SETS * RESPONSES :].reshape(-1, RESPONSES).mean(1).tolist()
     ordered = words[REFERENCE:].sort(dim=-1).values
     repeated = (ordered[:, 1:] == ordered[:, :-1]).sum(dim=-1) > 1
     row["values"]["repetition"] = repeated.view(-1, RESPONSES).double().mean(dim=-1).tolist()
@@ -81,15 +83,16 @@ def watch(name: str, seed: int, files: dict[str, Path]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def features(name: str, file: Path, words: Tensor) -> np.ndarray:
-    """Latent means of InfoRM, last hidden states of a standard model: ``(N, K)`` of words ``(N, L)``."""
+def features(name: str, file: Path, words: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Latent means of InfoRM or last hidden states of a standard model ``(N, K)``, and rewards, of words ``(N, L)``."""
     from safetensors.torch import load_file
 
     proxies = Proxies([kept_variants()[name][0]], [0], torch.device("cpu"))
     kept = {part.removeprefix("weights."): value[None] for part, value in load_file(file).items()}
     proxies.model.eval().load_state_dict({part: kept[part][0] for part in proxies.weights})
     states = torch.cat([proxies.states(kept, part[None])[0] for part in words.split(512)])
-    return (proxies.model.score.encode(states)[0] if proxies.is_inform else states).double().numpy()
+    rewards = proxies.model.score(states)[:, 0].double().numpy()
+    return (proxies.model.score.encode(states)[0] if proxies.is_inform else states).double().numpy(), rewards
 
 
 def statistics_of(points: np.ndarray) -> dict[str, list[float]]:

@@ -116,14 +116,23 @@ def kept_at(run: Row, stops: NDArray) -> float:
     return float(gold[stops[0]] if len(stops) else gold[-1]) / max(gold)
 
 
+def falls_of(run: Row) -> NDArray:
+    """Points at which the reward of a model that the policy does not see has lost 5 % of its largest gain so far."""
+    rewards = np.array(run["other_reward"])
+    largest = np.maximum.accumulate(rewards)
+    return np.flatnonzero(largest - rewards > FALL * (largest - rewards[0]))
+
+
 def stop_table(rows: list[Row]) -> list[str]:
     """Share of the peak's gold that a stop keeps at the level that kept most on the selection seeds."""
     names = list(kept_variants())
     lines = ["| stop when this is above a level of its own | " + " | ".join(names) + " | all, one level |",
              "|" + "---|" * (len(names) + 2)]  # fmt: skip
     groups = [*([name] for name in names), names]
-    ends = [[kept_at(run, np.array([])) for name in group for run in of(rows, name, REPORT_SEEDS)] for group in groups]
-    lines.append("| never | " + " | ".join(map(interval, ends)) + " |")
+    for words, stops in (("never", lambda run: np.array([])), (f"the other model's reward fell by {FALL:.0%}", falls_of)):
+        shares = [[kept_at(run, stops(run)) for name in group for run in of(rows, name, REPORT_SEEDS)]
+                  for group in groups]  # fmt: skip
+        lines.append(f"| {words} | " + " | ".join(map(interval, shares)) + " |")
     statistics = dict.fromkeys(statistic for row in rows for statistic in row["values"])
     for statistic in statistics:
         cells = []

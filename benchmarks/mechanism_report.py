@@ -157,7 +157,7 @@ def cell_name(dials: Dials) -> str:
 def compared(results: Results) -> list[tuple[Dials, str]]:
     """Cells and names of `carried` settings of InfoRM that at least two seeds compare with the standard model."""
     return [
-        (dials, name) for dials in [*cells(), Dials(bias=0.7)] for name in carried(dials)
+        (dials, name) for dials in cells() for name in carried(dials)
         if name != "standard" and len(common_seeds(results, dials, name)) > 1
     ]  # fmt: skip
 
