@@ -84,7 +84,7 @@ def watch(name: str, seed: int, files: dict[str, Path]) -> dict[str, Any]:
 
 @torch.no_grad()
 def features(name: str, file: Path, words: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Latent means of InfoRM or last hidden states of a standard model ``(N, K)``, and rewards, of words ``(N, L)``."""
+    """Latent means of InfoRM or last states of a standard model ``(N, K)``, and rewards, of words ``(N, L)``."""
     from safetensors.torch import load_file
 
     proxies = Proxies([kept_variants()[name][0]], [0], torch.device("cpu"))

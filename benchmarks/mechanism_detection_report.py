@@ -22,6 +22,7 @@ from prioritized import mean_and_interval
 
 Row = dict[str, Any]
 FALL = 0.05  # of the gain at the peak
+SHARES = (0.02, 0.05, 0.1, 0.2)  # of the gain of the other model's reward
 RATIOS = (1.1, 1.2, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0)
 
 
@@ -116,11 +117,12 @@ def kept_at(run: Row, stops: NDArray) -> float:
     return float(gold[stops[0]] if len(stops) else gold[-1]) / max(gold)
 
 
-def falls_of(run: Row) -> NDArray:
-    """Points at which the reward of a model that the policy does not see has lost 5 % of its largest gain so far."""
-    rewards = np.array(run["other_reward"])
-    largest = np.maximum.accumulate(rewards)
-    return np.flatnonzero(largest - rewards > FALL * (largest - rewards[0]))
+def falls_of(run: Row, share: float) -> NDArray:
+    """Points at which the reward of a model that the policy does not see has lost a share of its largest gain."""
+    from inform_rm.eval.detection.early_stopping import RewardFallStopping
+
+    rule = RewardFallStopping(share)
+    return np.flatnonzero([rule.update(reward) for reward in run["other_reward"]])
 
 
 def stop_table(rows: list[Row]) -> list[str]:
@@ -129,7 +131,13 @@ def stop_table(rows: list[Row]) -> list[str]:
     lines = ["| stop when this is above a level of its own | " + " | ".join(names) + " | all, one level |",
              "|" + "---|" * (len(names) + 2)]  # fmt: skip
     groups = [*([name] for name in names), names]
-    for words, stops in (("never", lambda run: np.array([])), (f"the other model's reward fell by {FALL:.0%}", falls_of)):
+    selection = [run for name in names for run in of(rows, name, SELECTION_SEEDS)]
+    share = max(SHARES, key=lambda each: np.mean([kept_at(run, falls_of(run, each)) for run in selection]))
+    plain: dict[str, Callable[[Row], NDArray]] = {
+        "never": lambda run: np.array([]),
+        f"the other model's reward fell by {share:.0%} of its gain": lambda run: falls_of(run, share),
+    }  # fmt: skip
+    for words, stops in plain.items():
         shares = [[kept_at(run, stops(run)) for name in group for run in of(rows, name, REPORT_SEEDS)]
                   for group in groups]  # fmt: skip
         lines.append(f"| {words} | " + " | ".join(map(interval, shares)) + " |")
