@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 TEMPLATE = Path(__file__).parent / "chatml.jinja"  # without the system message that would come before each prompt
@@ -45,14 +44,15 @@ class LlamaWithStates:
     """The layers of a Llama with a cache of keys and values that is not copied at every token.
 
     Args:
-        model: a ``LlamaForCausalLM``; nothing of it is changed.
+        model: a ``LlamaForCausalLM``; nothing of it is changed. With weights in bfloat16 its products are bfloat16,
+            twice as quick on a CPU with AVX512-BF16; states, norms and attention are float32.
         depths: before which layers states are kept.
     """
 
     def __init__(self, model: Any, depths: Sequence[int]):
         self.model, self.depths, config = model.eval(), tuple(depths), model.config
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
-        self.size = config.hidden_size // config.num_attention_heads
+        self.size, self.dtype = config.hidden_size // config.num_attention_heads, model.lm_head.weight.dtype
 
     def new_cache(self, rows: int, length: int) -> Tensor:
         """``(layers, 2, rows, groups, length, size)``."""
@@ -73,22 +73,22 @@ class LlamaWithStates:
             ``(B, S, H)`` states after the last layer's norm, and by depth those before a layer.
         """
         body = self.model.model
-        hidden, kept = body.embed_tokens(ids), {}
+        hidden, kept = body.embed_tokens(ids).float(), {}
         rotary = body.rotary_emb(hidden, positions)
         for number, layer in enumerate(body.layers):
             if number in self.depths:
                 kept[number] = hidden.half()
             own = layer.self_attn
             normed = layer.input_layernorm(hidden)
-            attended = self._attend(own, normed, rotary, cache[number], start, seen)
-            hidden = hidden + own.o_proj(attended)
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            attended = self._attend(own, normed.to(self.dtype), rotary, cache[number], start, seen)
+            hidden = hidden + own.o_proj(attended.to(self.dtype))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden).to(self.dtype))
         return body.norm(hidden), kept
 
     def _attend(self, own: Any, normed: Tensor, rotary: Any, cache: Tensor, start: int, seen: Tensor) -> Tensor:
         rows, steps, _ = normed.shape
         query, key, value = (
-            part(normed).view(rows, steps, -1, self.size).transpose(1, 2) for part in (own.q_proj, own.k_proj, own.v_proj)
+            part(normed).float().view(rows, steps, -1, self.size).transpose(1, 2) for part in (own.q_proj, own.k_proj, own.v_proj)
         )
         query, key = apply_rotary_pos_emb(query, key, *rotary)
         stop = start + steps
@@ -144,7 +144,7 @@ def write_rows(
     drawn, of_tokens, ended = [], [], torch.zeros(rows, dtype=torch.bool)
     for step in range(new_tokens + 1):
         if step < new_tokens:
-            token = _draw(functional.linear(last, reader.model.lm_head.weight), generator).masked_fill(ended, end)
+            token = _draw(reader.model.lm_head(last.to(reader.dtype)).float(), generator).masked_fill(ended, end)
         else:
             token = torch.full((rows,), end)
         ended |= token == end

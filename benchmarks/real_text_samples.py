@@ -231,7 +231,7 @@ def sample(folder: Path, data: Path, model_folder: Path, sizes: Sizes, parts: tu
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     texts = Texts(data, AutoTokenizer.from_pretrained(model_folder), sizes)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
     reader = LlamaWithStates(model, depths_of(model.config.num_hidden_layers))
     index, workers = worker
     for part, number in _missing(folder, texts, parts, index, workers):
