@@ -9,8 +9,9 @@ output folder, does only what is missing there, and can be run by itself (``--st
 sample  responses of the policy to real prompts, and human pairs, with the states of all tokens
 gold    a reward model of all layers trained on the human pairs; its rewards of all responses
 search  proxies of six layers on pairs labelled by gold, every setting on the selection seeds
-report  the chosen settings on the reported seeds, with ensembles and averaged weights; the proxies have to be
-        competent, or it stops; best-of-n and CSI; ``report.md``, ``report.json`` and ``curves.png``
+proxies the chosen settings on the reported seeds, with ensembles and averaged weights
+attack  their rewards of the candidates that best-of-n chooses from
+report  the proxies have to be competent, or it stops; best-of-n and CSI; ``report.md``, ``report.json``, ``curves.png``
 
 DIR of ``--data`` has a folder a source with ``train.jsonl.gz`` and ``test.jsonl.gz``: pairs with the fields prompt,
 chosen, rejected, subset and id. DIR of ``--model`` is SmolLM2-135M-Instruct.
@@ -25,7 +26,7 @@ from typing import Any
 
 from real_text_samples import PARTS, SMALL, Sizes
 
-STAGES = ("sample", "gold", "search", "report")
+STAGES = ("sample", "gold", "search", "proxies", "attack", "report")
 
 
 def main() -> None:
@@ -53,11 +54,14 @@ def run_stages(arguments: argparse.Namespace, sizes: Sizes) -> None:
             in_processes(jobs, arguments.processes)
     if "gold" in arguments.stages:
         in_processes([(train_and_score_gold, folder, model)], 1)
-    for stage, runs_of in (("search", search_runs), ("report", report_runs)):
+    for stage, runs_of in (("search", search_runs), ("proxies", report_runs), ("attack", report_runs)):
         if stage in arguments.stages:
             runs = runs_of(folder)
-            jobs = [(do_runs, folder, model, runs[place :: arguments.processes], stage) for place in range(arguments.processes)]
-            in_processes(jobs, arguments.processes)
+            parts = [runs[place :: arguments.processes] for place in range(arguments.processes)]
+            if stage == "attack":
+                in_processes([(attack_with, folder, model, part) for part in parts], arguments.processes)
+            else:
+                in_processes([(do_runs, folder, model, part, stage) for part in parts], arguments.processes)
     if "report" in arguments.stages:
         from real_text_report import write_report
 
@@ -98,34 +102,37 @@ def train_and_score_gold(folder: Path, model: Path) -> None:
 
 
 def search_runs(folder: Path) -> list[Any]:
-    """Every setting on the selection seeds, with flipped labels and without."""
-    from real_text_proxies import NOISE, SELECTION_SEEDS, Labels, Run, inform_candidates, standard_candidates
+    """Every setting on the selection seeds, with flipped labels."""
+    from real_text_proxies import SELECTION_SEEDS, Labels, Run, inform_candidates, standard_candidates
 
     variants = [*standard_candidates(), *inform_candidates()]
-    return [Run(variant, Labels(noise), seed) for noise in NOISE[::-1] for seed in SELECTION_SEEDS for variant in variants]
+    return [Run(variant, Labels(), seed) for seed in SELECTION_SEEDS for variant in variants]
 
 
 def report_runs(folder: Path) -> list[Any]:
-    """What the search chose, three members a run, and plain models of both kinds, on the reported seeds."""
-    from real_text_proxies import MEMBERS, NOISE, REPORT_SEEDS, Labels, Run, chosen_of
+    """What the search chose, and both kinds as they come, on the reported seeds, with flipped labels and without."""
+    from real_text_proxies import NOISE, REPORT_SEEDS, Labels, Run, chosen_of, members_of
 
-    runs = []
-    for noise in NOISE[::-1]:
-        for name, (variant, _) in chosen_of(folder, Labels(noise)).items():
-            members = MEMBERS if "chosen" in name else 1
-            runs += [Run(variant, Labels(noise), seed, members) for seed in REPORT_SEEDS]
+    runs = [Run(variant, Labels(noise), seed, members_of(name)) for noise in NOISE[::-1] for seed in REPORT_SEEDS
+            for name, (variant, _) in chosen_of(folder).items()]  # fmt: skip
     return list(dict.fromkeys(runs))
 
 
 def do_runs(folder: Path, model: Path, runs: list[Any], stage: str) -> None:
-    from real_text_proxies import HELD, World, do_run
-    from real_text_proxies import PARTS as EVERY
+    from real_text_proxies import World, do_run
     from real_text_samples import depths_of
 
-    world = World(folder, depths_of(layers_of(model))[0], HELD if stage == "search" else EVERY)
+    world = World(folder, model, depths_of(layers_of(model))[0])
     for number, run in enumerate(runs):
-        do_run(world, model, run)
+        do_run(world, model, run, keep_weights=stage == "proxies")
         print(f"{stage} {number + 1} of {len(runs)}: {run.name}", flush=True)
+
+
+def attack_with(folder: Path, model: Path, runs: list[Any]) -> None:
+    from real_text_attack import score_candidates
+    from real_text_samples import depths_of
+
+    score_candidates(folder, model, depths_of(layers_of(model))[0], runs)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Stage 2 of `real_text.py`: the gold reward model, trained on human pairs, and its rewards of everything sampled.
 
-All 30 layers, the top one, the norm and the head trained. The proxies' six layers are trained on the same pairs with
+All 30 layers; of the top one the query, output and MLP, the norm and the head trained. The proxies' six layers are trained on the same pairs with
 the same search, so that a table can say which reads human preferences better. Files: ``gold/model.safetensors``,
 ``gold/rewards.safetensors`` (one tensor a part, in units of a standard deviation) and ``gold/result.json``.
 """
@@ -15,17 +15,13 @@ from torch import Tensor
 
 from inform_rm.util.files import write_json
 from inform_rm.util.intervals import wilson_interval
-from real_text_models import Pairs, TopLayer, Variant, accuracy, rewards_of, start_of, train, weights_of
-from real_text_policy import Rows
+from real_text_models import Pairs, Prepared, TopLayer, Variant, accuracy, rewards_of, start_of, train, weights_of
 from real_text_samples import depths_of, read_part
 
-SCORED = ("pairs", "swapped", "attack", "other")
+SCORED = ("real", "pairs", "swapped", "attack", "other")
 SEEDS = (0, 1, 2)  # the first is gold
-PLAIN = Variant("standard", groups_per_step=32, dropout=0.1)
-CANDIDATES = [
-    replace(PLAIN, learning_rate=rate, epochs=epochs, label_smoothing=smoothing)
-    for rate in (1e-4, 3e-4) for epochs in (2, 4) for smoothing in (0.0, 0.2)
-]  # fmt: skip
+PLAIN = Variant("standard", groups_per_step=16, dropout=0.1)
+CANDIDATES = [replace(PLAIN, learning_rate=rate, epochs=epochs) for rate in (3e-4, 1e-3) for epochs in (3, 6)]
 
 
 def human_pairs(lines: list[dict[str, Any]]) -> dict[str, Pairs]:
@@ -44,12 +40,13 @@ def train_gold(folder: Path, model_folder: Path, layers: int) -> None:
     pairs = human_pairs(lines)
     result: dict[str, Any] = {"pairs": {split: len(each.chosen) for split, each in pairs.items()}}
     for name, depth in (("gold", gold_depth), ("proxy layers", proxy_depth)):
+        ready = start_of(model_folder, depth, PLAIN, 0).prepare(rows, depth)
         tried = [
-            [each, accuracy(_trained(model_folder, depth, each, rows, pairs["train"], 100)[1], pairs["validation"])]
+            [each, accuracy(_trained(model_folder, depth, each, ready, pairs["train"], 100)[1], pairs["validation"])]
             for each in CANDIDATES
         ]
         chosen = max(tried, key=lambda each: each[1])[0]
-        runs = [_trained(model_folder, depth, chosen, rows, pairs["train"], seed) for seed in SEEDS]
+        runs = [_trained(model_folder, depth, chosen, ready, pairs["train"], seed) for seed in SEEDS]
         result[name] = {
             "setting": asdict(chosen), "tried": [[asdict(each), value] for each, value in tried],
             "test": [accuracy(rewards, pairs["test"]) for _, rewards in runs],
@@ -64,10 +61,10 @@ def train_gold(folder: Path, model_folder: Path, layers: int) -> None:
     write_json(folder / "gold" / "result.json", result)
 
 
-def _trained(model_folder: Path, depth: int, variant: Variant, rows: Rows, pairs: Pairs, seed: int) -> tuple[TopLayer, Tensor]:
+def _trained(model_folder: Path, depth: int, variant: Variant, rows: Prepared, pairs: Pairs, seed: int) -> tuple[TopLayer, Tensor]:
     model = start_of(model_folder, depth, variant, seed)
-    train(model, variant, rows, depth, pairs, seed, lambda epoch, loss: None)
-    return model, rewards_of(model, rows, depth)[0]
+    train(model, variant, rows, pairs, seed, lambda epoch, loss: None)
+    return model, rewards_of(model, rows)[0]
 
 
 def _right(rewards: Tensor, pairs: Pairs) -> list[bool]:
@@ -94,10 +91,11 @@ def score_with_gold(folder: Path, model_folder: Path, layers: int) -> None:
     """Gold rewards of all parts, less the mean and over the standard deviation of the policy's training responses."""
     depth = depths_of(layers)[1]
     model, found = load_gold(folder, model_folder, layers), {}
+    mean, deviation = torch.tensor(0.0), torch.tensor(1.0)
     for part in SCORED:
         if (folder / "samples" / part).exists():
             rows, lines = read_part(folder, part, (depth,))
-            found[part] = rewards_of(model, rows, depth)[0].double()
+            found[part] = rewards_of(model, model.prepare(rows, depth))[0].double()
             if part == "pairs":
                 own = found[part][torch.tensor([line["split"] == "train" for line in lines])]
                 mean, deviation = own.mean(), own.std()

@@ -1,8 +1,9 @@
-"""Reward models on cached states: one Llama layer, the final norm and the package's head are trained.
+"""Reward models on cached states: of one Llama layer the query, output and MLP, the final norm and the head are trained.
 
-The layers below stay as they came, so that a model of N layers costs one. Of that layer only the last token's output is
-needed: keys and values are computed for all tokens, everything else for one. `tests/benchmarks/test_real_text.py`
-compares with the whole model. Shapes: B rows, T tokens, H hidden size, P pairs.
+The layers below stay as they came, and so do the keys and values of this one, so that they are computed once for all
+models. Everything else is needed at the last token only: a response costs a few million operations, not gigabytes.
+`tests/benchmarks/test_real_text.py` compares with the whole model. Shapes: B rows, T tokens, H hidden size, P pairs,
+G groups of keys, D size of a key.
 """
 
 import copy
@@ -31,7 +32,7 @@ ROWS_AT_ONCE = 512  # without gradient
 class Variant:
     """One way to train a reward model; what is not named is the package's default.
 
-    ``dropout`` acts on the states that come in and on the pooled state; ``zero_head`` lets the reward start at 0.
+    ``dropout`` acts on what the layer's attention gives and on the pooled state; ``zero_head`` lets the reward start at 0.
     """
 
     architecture: str = "inform"
@@ -57,6 +58,29 @@ class Pairs:
     group: Tensor
 
 
+@dataclass
+class Prepared:
+    """What a model reads of `Rows`, the same for all models of a depth.
+
+    Attributes:
+        last: ``(N, H)`` states of the last tokens before the layer.
+        keys: ``(N, G, T, D)`` float16, with their rotary angles.
+        values: likewise, without.
+        lengths: ``(N,)``.
+    """
+
+    last: Tensor
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+
+    def __getitem__(self, rows: Tensor | slice) -> "Prepared":
+        """Some rows, cut to the longest of them."""
+        lengths = self.lengths[rows]
+        stop = int(lengths.max())
+        return Prepared(self.last[rows], self.keys[rows][:, :, :stop], self.values[rows][:, :, :stop], lengths)
+
+
 class TopLayer(nn.Module):
     """A reward model whose lower layers have been computed.
 
@@ -68,30 +92,42 @@ class TopLayer(nn.Module):
     def __init__(self, model: InfoRMForSequenceClassification, dropout: float = 0.0):
         super().__init__()
         self.model, self.dropout = model, nn.Dropout(dropout)
+        layer = model.model.layers[0]
+        for part in (layer.input_layernorm, layer.self_attn.k_proj, layer.self_attn.v_proj, model.model.embed_tokens):
+            part.requires_grad_(False)
 
-    def pooled(self, states: Tensor, lengths: Tensor) -> Tensor:
-        """``(B, T, H)`` states before the layer to ``(B, H)`` normed states of the last token after it."""
+    @torch.no_grad()
+    def prepare(self, rows: Rows, depth: int) -> Prepared:
+        """Keys and values of all rows."""
+        body = self.model.model
+        layer, size, own = body.layers[0], body.config.head_dim, body.layers[0].self_attn
+        keys, values = [], []
+        for states in rows.states[depth].split(ROWS_AT_ONCE):
+            normed = layer.input_layernorm(states.float())
+            key, value = (part(normed).unflatten(-1, (-1, size)).transpose(1, 2) for part in (own.k_proj, own.v_proj))
+            rotary = body.rotary_emb(key, torch.arange(states.shape[1])[None])
+            keys.append(apply_rotary_pos_emb(key, key, *rotary)[0].half())
+            values.append(value.half())
+        last = rows.states[depth][torch.arange(len(rows.lengths)), rows.lengths - 1].float()
+        return Prepared(last, torch.cat(keys), torch.cat(values), rows.lengths)
+
+    def pooled(self, rows: Prepared) -> Tensor:
+        """``(B, H)`` normed states of the last token after the layer."""
         body = self.model.model
         layer, size = body.layers[0], body.config.head_dim
-        own, rows = layer.self_attn, torch.arange(len(states))
-        hidden, last = self.dropout(states.float()), lengths - 1
-        normed = layer.input_layernorm(hidden)
-        key, value = (part(normed).unflatten(-1, (-1, size)).transpose(1, 2) for part in (own.k_proj, own.v_proj))
-        cosine, sine = body.rotary_emb(hidden, torch.arange(states.shape[1])[None])
-        key = apply_rotary_pos_emb(key, key, cosine, sine)[0]
-        query = own.q_proj(normed[rows, last]).unflatten(-1, (-1, 1, size))
-        query = apply_rotary_pos_emb(query, query, cosine[0, last][:, None], sine[0, last][:, None])[0]
-        query = query.view(len(states), key.shape[1], -1, size)
-        scores = query @ key.transpose(-1, -2) / math.sqrt(size)
-        seen = torch.arange(states.shape[1]) < lengths[:, None]
-        attended = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(dim=-1) @ value
-        hidden = hidden[rows, last] + own.o_proj(attended.flatten(1))
+        query = layer.self_attn.q_proj(layer.input_layernorm(rows.last)).unflatten(-1, (-1, 1, size))
+        cosine, sine = body.rotary_emb(rows.last, (rows.lengths - 1)[:, None])
+        query = apply_rotary_pos_emb(query, query, cosine, sine)[0].view(len(rows.last), rows.keys.shape[1], -1, size)
+        scores = query @ rows.keys.float().transpose(-1, -2) / math.sqrt(size)
+        seen = torch.arange(rows.keys.shape[2]) < rows.lengths[:, None]
+        attended = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(dim=-1) @ rows.values.float()
+        hidden = rows.last + layer.self_attn.o_proj(self.dropout(attended.flatten(1)))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.dropout(body.norm(hidden))
 
-    def forward(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, rows: Prepared) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Rewards ``(B,)``, and for InfoRM latent means and log variances ``(B, K)``."""
-        pooled = self.pooled(states, lengths)
+        pooled = self.pooled(rows)
         if self.model.config.architecture == "standard":
             return self.model.score(pooled)[:, 0], None, None
         rewards, mean, log_variance, _ = self.model.score(pooled, return_latents=True)
@@ -118,18 +154,16 @@ def start_of(model_folder: Path, depth: int, variant: Variant, seed: int) -> Top
         raise ValueError(f"{model_folder}: layer {depth} has no weights for {missing} or unknown ones {unexpected}.")
     if variant.zero_head:
         nn.init.zeros_(model.score.weight)
-    return TopLayer(model, variant.dropout)
+    return TopLayer(model.float(), variant.dropout)
 
 
 @torch.no_grad()
-def rewards_of(model: TopLayer, rows: Rows, depth: int) -> tuple[Tensor, Tensor | None]:
+def rewards_of(model: TopLayer, rows: Prepared) -> tuple[Tensor, Tensor | None]:
     """``(N,)`` rewards and, for InfoRM, ``(N, K)`` latent means of all rows."""
     model.eval()
-    parts = [
-        model(states, lengths)[:2]
-        for states, lengths in zip(rows.states[depth].split(ROWS_AT_ONCE), rows.lengths.split(ROWS_AT_ONCE), strict=True)
-    ]
-    latents = None if parts[0][1] is None else torch.cat([part[1] for part in parts])
+    starts = range(0, len(rows.lengths), ROWS_AT_ONCE)
+    parts = [model(rows[slice(start, start + ROWS_AT_ONCE)])[:2] for start in starts]
+    latents = None if parts[0][1] is None else torch.cat([part[1] for part in parts if part[1] is not None])
     return torch.cat([part[0] for part in parts]), latents
 
 
@@ -148,7 +182,7 @@ def batches(pairs: Pairs, variant: Variant, generator: torch.Generator) -> Itera
 
 
 def train(
-    model: TopLayer, variant: Variant, rows: Rows, depth: int, pairs: Pairs, seed: int,
+    model: TopLayer, variant: Variant, rows: Prepared, pairs: Pairs, seed: int,
     at_epoch: Callable[[int, float], object],
 ) -> None:
     """Train in place with AdamW and a cosine; `at_epoch` is told the epoch and its mean loss.
@@ -157,7 +191,7 @@ def train(
     """  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # of dropout and latent noise
-    optimizer = torch.optim.AdamW(model.parameters(), lr=variant.learning_rate, weight_decay=variant.weight_decay)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=variant.learning_rate, weight_decay=variant.weight_decay)
     steps = variant.epochs * -(-len(pairs.group.unique()) // variant.groups_per_step)
     step = 0
     for epoch in range(variant.epochs):
@@ -168,8 +202,7 @@ def train(
                 rise = min(1.0, (step + 1) / (WARMUP * steps))
                 group["lr"] = variant.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
             used, own = torch.cat([pairs.chosen[places], pairs.rejected[places]]).unique(return_inverse=True)
-            lengths = rows.lengths[used]
-            rewards, mean, log_variance = model(rows.states[depth][used, : int(lengths.max())], lengths)
+            rewards, mean, log_variance = model(rows[used])
             kls: list[Tensor | None] = [None, None]
             if mean is not None and log_variance is not None:
                 kl = kl_to_standard_normal(mean, log_variance)
@@ -213,5 +246,5 @@ def whole_model(model_folder: Path, top: InfoRMForSequenceClassification, depth:
         if "embed_tokens" not in name:
             renamed[name.replace("layers.0.", f"layers.{depth}.", 1)] = value
     renamed.pop("lm_head.weight", None)
-    whole.load_state_dict(renamed)
+    whole.float().load_state_dict(renamed)
     return whole.eval()

@@ -2,9 +2,7 @@
 
 A run is a variant, a share of flipped labels, a seed and a number of members. A seed draws flips, head and order of the
 pairs; members of a run differ in order, dropout and latent noise alone, and start from one head, as WARM needs it.
-Files: ``proxies/NAME.json`` with the figures and ``proxies/NAME.safetensors`` with the rewards of every row that
-was sampled, and InfoRM's latent means of the responses that best-of-n chooses from; the weights themselves are not
-kept.
+Files: ``proxies/NAME.json`` with the figures; of the reported seeds ``proxies/NAME.safetensors`` with the weights, too.
 """
 
 import hashlib
@@ -16,23 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from inform_rm.training.losses import kl_to_standard_normal
 from inform_rm.util.files import write_json
 from real_text_gold import gold_rewards
-from real_text_models import Pairs, Variant, accuracy, averaged, rewards_of, start_of, train, weights_of
-from real_text_policy import Rows
+from real_text_models import Pairs, Prepared, Variant, accuracy, averaged, rewards_of, start_of, train, weights_of
 from real_text_samples import read_part
 
-SELECTION_SEEDS, REPORT_SEEDS = (0, 1), (10, 11, 12)
+SELECTION_SEEDS, REPORT_SEEDS = (0, 1), (10, 11, 12)  # settings are chosen on the first
 MEMBERS = 3
 NOISE = (0.0, 0.25)
 COEFFICIENT = 0.5  # lambda of UWO, for rewards in units of a standard deviation
 GATE = {0.0: 0.8, 0.25: 0.7}  # least accuracy on clean held-out pairs, by share of flipped labels
 GATED = "clear pairs"
 KEPT = ("end", "best")  # the last epoch, and the one that was best on validation pairs with as many flips
-HELD, PARTS = ("pairs", "swapped"), ("pairs", "swapped", "attack", "other")
+PARTS = ("pairs", "swapped")
 
 
 @dataclass(frozen=True)
@@ -115,15 +113,19 @@ def labelled(pairs: Pairs, labels: Labels, seed: int) -> tuple[Pairs, Tensor]:
 
 
 class World:
-    """What was sampled of these parts, with gold rewards, as the proxies read it."""
+    """The responses that pairs are made of, with gold rewards, as the proxies read them."""
 
-    def __init__(self, folder: Path, depth: int, parts: tuple[str, ...] = PARTS):
-        self.folder, self.depth, self.parts = folder, depth, parts
-        self.rows: dict[str, Rows] = {}
+    def __init__(self, folder: Path, model_folder: Path, depth: int):
+        self.folder, self.depth = folder, depth
         self.lines: dict[str, list[dict[str, Any]]] = {}
-        for part in parts:
-            self.rows[part], self.lines[part] = read_part(folder, part, (depth,))
-        self.gold = {part: gold_rewards(folder, part) for part in parts}
+        self.ready: dict[str, Prepared] = {}
+        self.gold = {part: gold_rewards(folder, part) for part in PARTS}
+        start = start_of(model_folder, depth, Variant("standard"), 0)
+        for part in PARTS:
+            rows, self.lines[part] = read_part(folder, part, (depth,))
+            self.ready[part] = start.prepare(rows, depth)
+        checked = torch.tensor([line["split"] == "validation" for line in self.lines["pairs"]]).nonzero()[:, 0]
+        self.validation_rows, self.validation = checked, self.ready["pairs"][checked]
 
     def test_sets(self, least_gap: float) -> dict[str, Pairs]:
         """Clean held-out pairs: all, the clear ones, those of equal length, and `swapped`.
@@ -149,7 +151,7 @@ class World:
                 "clear, equal length": part_of(every, equal & (gaps > least_gap)), "same words, other prompt": swapped}  # fmt: skip
 
 
-def do_run(world: World, model_folder: Path, run: Run) -> None:
+def do_run(world: World, model_folder: Path, run: Run, keep_weights: bool) -> None:
     """Train the members of a run and write its files, unless they are there."""
     target = world.folder / "proxies" / f"{run.name}.json"
     if target.exists():
@@ -157,76 +159,73 @@ def do_run(world: World, model_folder: Path, run: Run) -> None:
     clean = {split: pairs_of(world.lines["pairs"], world.gold["pairs"], split, run.labels.least_gap) for split in ("train", "validation")}
     pairs, flipped = labelled(clean["train"], run.labels, run.seed)
     validation, _ = labelled(clean["validation"], replace(run.labels, per_prompt=None), run.seed + 1)
-    rows, snapshots = world.rows["pairs"], []
-    figures: dict[str, Any] = {"run": asdict(run), "losses": [], "validation": []}
+    figures: dict[str, Any] = {"run": asdict(run), "losses": [], "curves": []}
     start = start_of(model_folder, world.depth, run.variant, run.seed)
-    first = weights_of(start)
+    first, snapshots = weights_of(start), []
     for member in range(run.members):
         start.load_state_dict(first)
-        best, kept, losses, curve = -1.0, first, [], []
+        losses, curve, best = [], [], {"value": -1.0, "weights": first}
 
-        def at_epoch(epoch: int, loss: float) -> None:
-            nonlocal best, kept
-            value = accuracy(rewards_of(start, rows, world.depth)[0], validation)
+        def at_epoch(epoch: int, loss: float, losses: Any = losses, curve: Any = curve, best: Any = best) -> None:
+            rewards = torch.zeros(len(world.lines["pairs"]))
+            rewards[world.validation_rows] = rewards_of(start, world.validation)[0]
             losses.append(loss)
-            curve.append(value)
-            if value > best:
-                best, kept = value, weights_of(start)
+            curve.append(accuracy(rewards, validation))
+            if curve[-1] > best["value"]:
+                best |= {"value": curve[-1], "weights": weights_of(start)}
 
-        train(start, run.variant, rows, world.depth, pairs, 100 * run.seed + member, at_epoch)
-        snapshots.append({"end": weights_of(start), "best": kept})
+        train(start, run.variant, world.ready["pairs"], pairs, 100 * run.seed + member, at_epoch)
+        snapshots.append({"end": weights_of(start), "best": best["weights"]})
         figures["losses"].append(losses)
-        figures["validation"].append(curve)
-    tensors: dict[str, Tensor] = {}
-    for kept_name in KEPT:
-        named = {f"member {place}": each[kept_name] for place, each in enumerate(snapshots)}
+        figures["curves"].append(curve)
+    sets = {**world.test_sets(run.labels.least_gap), "validation": validation, "train": pairs, "flips learnt": part_of(pairs, flipped)}
+    kept_weights = {}
+    for kept in KEPT:
+        named = {f"member {place}": each[kept] for place, each in enumerate(snapshots)}
         if run.members > 1:
             named["WARM"] = averaged(list(named.values()))
         scored = {name: _score(world, start, weights) for name, weights in named.items()}
         if run.members > 1:
-            scored["ensemble"] = _ensemble([scored[f"member {place}"] for place in range(run.members)], world)
-        for name, found in scored.items():
-            both = torch.cat([found["pairs"], found["swapped"]])
-            about = {split: accuracy(both, each) for split, each in world.test_sets(run.labels.least_gap).items() if len(each.group)}
-            about |= {"validation": accuracy(both, validation), "train": accuracy(both, pairs)}
-            if bool(flipped.any()):
-                about["flips learnt"] = accuracy(both, part_of(pairs, flipped))
-            if "log_variance" in found:
-                about["kl_nats"] = float(found["log_variance"])
-            figures.setdefault(kept_name, {})[name] = about
-            tensors |= {f"{kept_name}.{name}.{part}": value for part, value in found.items() if value.dim()}
+            scored["ensemble"] = ensemble([scored[f"member {place}"] for place in range(run.members)], _units(world, scored))
+        figures[kept] = {
+            name: {split: accuracy(rewards, each) for split, each in sets.items() if len(each.group)}
+            for name, rewards in scored.items()
+        }
+        figures[kept]["units"] = _units(world, scored)
+        if run.variant.architecture == "inform":
+            figures[kept]["kl_nats"] = _kl(start, named["member 0"], world.validation)
+        kept_weights |= {f"{kept}.{name}.{part}": value for name, each in named.items() for part, value in each.items()
+                         if "embed_tokens" not in part}  # fmt: skip
     target.parent.mkdir(exist_ok=True)
-    save_file({name: value.float().contiguous() for name, value in tensors.items()}, target.with_suffix(".safetensors"))
+    if keep_weights:
+        save_file({name: value.contiguous() for name, value in kept_weights.items()}, target.with_suffix(".safetensors"))
     write_json(target, figures)
 
 
-@torch.no_grad()
-def _score(world: World, model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rewards of every part, and for InfoRM ``latents.attack``, ``latents.other`` and the mean KL on ``pairs``."""
-    from inform_rm.training.losses import kl_to_standard_normal
-
+def _score(world: World, model: Any, weights: dict[str, Tensor]) -> Tensor:
+    """Rewards of the rows of ``pairs``, then of ``swapped``."""
     model.load_state_dict(weights)
-    found: dict[str, Tensor] = {}
-    for part in world.parts:
-        found[part], latents = rewards_of(model, world.rows[part], world.depth)
-        if latents is not None and part in ("attack", "other"):
-            found[f"latents.{part}"] = latents
-    if model.model.config.architecture == "inform":
-        rows = world.rows["pairs"]
-        _, mean, log_variance = model(rows.states[world.depth][:256], rows.lengths[:256])
-        found["log_variance"] = kl_to_standard_normal(mean, log_variance).mean()
-    return found
+    return torch.cat([rewards_of(model, world.ready[part])[0] for part in PARTS])
 
 
-def _ensemble(members: list[dict[str, Tensor]], world: World) -> dict[str, Tensor]:
+@torch.no_grad()
+def _kl(model: Any, weights: dict[str, Tensor], rows: Prepared) -> float:
+    model.load_state_dict(weights)
+    _, mean, log_variance = model.eval()(rows)
+    return float(kl_to_standard_normal(mean, log_variance).mean())
+
+
+def _units(world: World, scored: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Mean and standard deviation of each model's rewards of the policy's training responses."""
+    own = torch.tensor([line["split"] == "train" for line in world.lines["pairs"]]).nonzero()[:, 0]
+    return {name: [float(rewards[own].mean()), float(rewards[own].std())] for name, rewards in scored.items()}
+
+
+def ensemble(members: list[Tensor], units: dict[str, list[float]]) -> Tensor:
     """UWO: mean less COEFFICIENT times variance of the members' rewards, each in units of its own deviation."""
-    own = torch.tensor([line["split"] == "train" for line in world.lines["pairs"]])
-    scales = [(each["pairs"][own].mean(), each["pairs"][own].std()) for each in members]
-    found = {}
-    for part in world.parts:
-        rewards = torch.stack([(each[part] - mean) / deviation for each, (mean, deviation) in zip(members, scales, strict=True)])
-        found[part] = rewards.mean(dim=0) - COEFFICIENT * rewards.var(dim=0, correction=0)
-    return found
+    scales = [units[f"member {place}"] for place in range(len(members))]
+    rewards = torch.stack([(each - mean) / deviation for each, (mean, deviation) in zip(members, scales, strict=True)])
+    return rewards.mean(dim=0) - COEFFICIENT * rewards.var(dim=0, correction=0)
 
 
 def read_run(folder: Path, run: Run) -> dict[str, Any] | None:
@@ -235,15 +234,11 @@ def read_run(folder: Path, run: Run) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def rewards_of_run(folder: Path, run: Run) -> dict[str, Tensor]:
-    return load_file(folder / "proxies" / f"{run.name}.safetensors")
-
-
-def choose(folder: Path, candidates: Iterable[Variant], labels: Labels) -> tuple[Variant, str]:
-    """Setting and epoch that are right about most validation pairs, mean over the selection seeds."""
+def choose(folder: Path, candidates: Iterable[Variant]) -> tuple[Variant, str]:
+    """Setting and epoch that are right about most validation pairs, mean over the selection seeds, with flips."""
     scores = {}
     for variant in candidates:
-        runs = [read_run(folder, Run(variant, labels, seed)) for seed in SELECTION_SEEDS]
+        runs = [read_run(folder, Run(variant, Labels(), seed)) for seed in SELECTION_SEEDS]
         if None not in runs:
             for kept in KEPT:
                 scores[variant, kept] = sum(run[kept]["member 0"]["validation"] for run in runs if run) / len(runs)
@@ -252,24 +247,29 @@ def choose(folder: Path, candidates: Iterable[Variant], labels: Labels) -> tuple
     return max(scores, key=lambda each: scores[each])
 
 
-def chosen_of(folder: Path, labels: Labels) -> dict[str, tuple[Variant, str]]:
+def chosen_of(folder: Path) -> dict[str, tuple[Variant, str]]:
     """What the reported seeds are asked about: by name a setting and which epoch is kept."""
     return {
         "standard, as it comes": (Variant("standard"), "end"),
-        "standard, chosen": choose(folder, standard_candidates(), labels),
+        "standard, chosen": choose(folder, standard_candidates()),
         "InfoRM, as it comes": (Variant(), "end"),
-        "InfoRM, chosen": choose(folder, inform_candidates(), labels),
+        "InfoRM, chosen": choose(folder, inform_candidates()),
     }
 
 
-def competent(folder: Path, labels: Labels) -> list[str]:
+def members_of(name: str) -> int:
+    """The chosen settings are trained several times, for ensembles and averages."""
+    return MEMBERS if "chosen" in name else 1
+
+
+def competent(folder: Path) -> list[str]:
     """What is wrong with the chosen proxies of the reported seeds; nothing if they may be attacked."""
     faults = []
-    for name, (variant, kept) in chosen_of(folder, labels).items():
+    for noise, (name, (variant, kept)) in itertools.product(NOISE, chosen_of(folder).items()):
         if "chosen" in name:
-            runs = [read_run(folder, Run(variant, labels, seed, MEMBERS)) for seed in REPORT_SEEDS]
+            runs = [read_run(folder, Run(variant, Labels(noise), seed, MEMBERS)) for seed in REPORT_SEEDS]
             values = [run[kept]["member 0"][GATED] for run in runs if run]
             mean = sum(values) / len(values)
-            if mean < GATE[labels.noise]:
-                faults.append(f"{name}, {labels.noise:.0%} flipped: {mean:.3f} of {GATED}, needed {GATE[labels.noise]}")
+            if mean < GATE[noise]:
+                faults.append(f"{name}, {noise:.0%} flipped: {mean:.3f} of {GATED}, needed {GATE[noise]}")
     return faults

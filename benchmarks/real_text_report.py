@@ -9,14 +9,13 @@ import numpy as np
 
 from inform_rm.util.files import atomic_write_bytes, atomic_write_text, versions, write_json
 from prioritized import mean_and_interval
-from real_text_attack import curves, watch
+from real_text_attack import curves, rewards_of_run, watch
 from real_text_gold import gold_rewards
 from real_text_models import Variant
 from real_text_proxies import (
     GATE,
     GATED,
     KEPT,
-    MEMBERS,
     NOISE,
     REPORT_SEEDS,
     SELECTION_SEEDS,
@@ -25,8 +24,8 @@ from real_text_proxies import (
     chosen_of,
     competent,
     inform_candidates,
+    members_of,
     read_run,
-    rewards_of_run,
     standard_candidates,
 )
 from real_text_samples import jsonl
@@ -37,11 +36,11 @@ MEASURED = ("all pairs", "clear pairs", "clear, equal length", "same words, othe
 Found = dict[tuple[float, str, str], list[dict[str, Any]]]  # (noise, method, set) -> curves, one a seed
 
 
-def methods_of(folder: Path, noise: float) -> dict[str, tuple[Variant, str, int, str]]:
+def methods_of(folder: Path) -> dict[str, tuple[Variant, str, int, str]]:
     """By name: setting, epoch, members of the run and which of its rewards."""
     found = {}
-    for name, (variant, kept) in chosen_of(folder, Labels(noise)).items():
-        members = MEMBERS if "chosen" in name else 1
+    for name, (variant, kept) in chosen_of(folder).items():
+        members = members_of(name)
         found[name] = (variant, kept, members, "member 0")
         if members > 1:
             for kind in ("ensemble", "WARM"):
@@ -52,7 +51,7 @@ def methods_of(folder: Path, noise: float) -> dict[str, tuple[Variant, str, int,
 def write_report(folder: Path) -> None:
     """``report.md``, ``report.json`` and ``curves.png``; ends with an error where the proxies are not competent."""
     lines = ["# Real text", "", *sample_table(folder), *gold_table(folder), *search_table(folder), *competence_table(folder)]
-    faults = [fault for noise in NOISE for fault in competent(folder, Labels(noise))]
+    faults = competent(folder)
     if faults:
         lines += ["**The run stops here: these proxies are not competent.**", "", *(f"- {fault}" for fault in faults)]
     else:
@@ -124,27 +123,24 @@ def setting_name(variant: Variant) -> str:
 
 def search_table(folder: Path) -> list[str]:
     """Every setting on the selection seeds; bold: chosen."""
-    lines = [f"## Search, seeds {', '.join(map(str, SELECTION_SEEDS))}", ""]
-    for noise in NOISE:
-        chosen, rows = list(chosen_of(folder, Labels(noise)).values())[1::2], []
-        for variant in (*standard_candidates(), *inform_candidates()):
-            runs = [run for seed in SELECTION_SEEDS if (run := read_run(folder, Run(variant, Labels(noise), seed)))]
-            for kept in KEPT if runs else ():
-                mark = "**" if (variant, kept) in chosen else ""
-                found = [run[kept]["member 0"] for run in runs]
-                cells = [statistics.mean(each.get(key, float("nan")) for each in found)
-                         for key in ("validation", GATED, "train", "flips learnt", "kl_nats")]  # fmt: skip
-                name = f"{mark}{setting_name(variant)}{', early stopping' if kept == 'best' else ''}{mark}"
-                rows.append([name, *(f"{cell:.3f}" for cell in cells)])
-        header = [f"{noise:.0%} flipped", "validation pairs", "clean test pairs", "training pairs", "flips learnt", "KL, nats"]
-        lines += table(header, rows)
-    return lines
+    chosen, rows = list(chosen_of(folder).values())[1::2], []
+    for variant in (*standard_candidates(), *inform_candidates()):
+        runs = [run for seed in SELECTION_SEEDS if (run := read_run(folder, Run(variant, Labels(), seed)))]
+        for kept in KEPT if runs else ():
+            mark = "**" if (variant, kept) in chosen else ""
+            cells = [statistics.mean(run[kept]["member 0"][key] for run in runs)
+                     for key in ("validation", GATED, "train", "flips learnt")]  # fmt: skip
+            nats = [run[kept]["kl_nats"] for run in runs if "kl_nats" in run[kept]]
+            name = f"{mark}{setting_name(variant)}{', early stopping' if kept == 'best' else ''}{mark}"
+            rows.append([name, *(f"{cell:.3f}" for cell in cells), f"{statistics.mean(nats):.2f}" if nats else "-"])
+    header = ["setting", "validation pairs", "clean test pairs", "training pairs", "flips learnt", "KL, nats"]
+    return [f"## Search, seeds {', '.join(map(str, SELECTION_SEEDS))}, 25 % flipped", "", *table(header, rows)]
 
 
 def competence_table(folder: Path) -> list[str]:
     rows = []
     for noise in NOISE:
-        for name, (variant, kept, members, kind) in methods_of(folder, noise).items():
+        for name, (variant, kept, members, kind) in methods_of(folder).items():
             runs = [run for seed in REPORT_SEEDS if (run := read_run(folder, Run(variant, Labels(noise), seed, members)))]
             setting = f"{setting_name(variant)}{', es' if kept == 'best' else ''}"
             rows.append([f"{noise:.0%}", name, setting, *(shown(run[kept][kind][key] for run in runs if key in run[kept][kind]) for key in MEASURED)])
@@ -161,14 +157,14 @@ def attack(folder: Path) -> tuple[Found, list[dict[str, Any]]]:
         lines = [line for path in sorted((folder / "samples" / part).glob("*.jsonl")) for line in jsonl(path)]
         gold = gold_rewards(folder, part)
         for noise in NOISE:
-            for name, (variant, kept, members, kind) in methods_of(folder, noise).items():
+            for name, (variant, kept, members, kind) in methods_of(folder).items():
                 for seed in REPORT_SEEDS:
                     found = rewards_of_run(folder, Run(variant, Labels(noise), seed, members))
                     proxy = found[f"{kept}.{kind}.{part}"]
-                    deviation = float(found[f"{kept}.{kind}.pairs"].std())
-                    result = curves(proxy / deviation, gold, lines)
+                    run = read_run(folder, Run(variant, Labels(noise), seed, members))
+                    result = curves(proxy / (run[kept]["units"][kind][1] if run else 1.0), gold, lines)
                     measured.setdefault((noise, name, part), []).append(result)
-                    latents = found.get(f"{kept}.{kind}.latents.{part}")
+                    latents = found.get(f"{kept}.latents.{part}")
                     if latents is not None and kind == "member 0":
                         about = {"noise": noise, "method": name, "set": part, "seed": seed}
                         watched.append(about | {"values": watch(proxy, latents, lines, seed)})
