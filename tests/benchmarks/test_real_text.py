@@ -145,11 +145,15 @@ def data(tmp_path):
 
 
 @pytest.mark.slow
-def test_all_stages_run_on_a_tiny_model_resume_and_gold_is_that_of_the_text(tmp_path, data, causal_lm_dir, monkeypatch):
+def test_all_stages_run_on_a_tiny_model_resume_and_gold_is_that_of_the_text(tmp_path, data, causal_lm_dir, tokenizer, monkeypatch):
     import real_text
     import real_text_check
 
     model, output = causal_lm_dir("llama_tied"), tmp_path / "out"
+    template = tmp_path / "template.jinja"  # turns end with the tiny tokenizer's own end token
+    template.write_text(tokenizer.chat_template)
+    for module in (samples, real_text_check):
+        monkeypatch.setattr(module, "TEMPLATE", template)
     sizes = samples.Sizes(
         real_pairs=40, real_tokens=24, pair_prompts=40, per_prompt=4, new_tokens=5, attack_prompts=2, other_prompts=2,
         candidates=32, rows=16, prompt_tokens=24,
