@@ -3,15 +3,15 @@
     python benchmarks/real_text.py --data DIR --model DIR --output runs/real-text --processes 2
     python benchmarks/real_text.py --data DIR --model DIR --output runs/real-text --small
 
-The simulated experiment of arXiv:2402.09345, section 4.1. Stages, each in a file of its own; each writes files into the
-output folder, does only what is missing there, and can be run by itself (``--stages``):
+The simulated experiment of arXiv:2402.09345, section 4.1. Stages, each in a file of its own; each writes files into
+the output folder, does only what is missing there, and can be run by itself (``--stages``):
 
 sample  responses of the policy to real prompts, and human pairs, with the states of all tokens
 gold    a reward model of all layers trained on the human pairs; its rewards of all responses
 search  proxies of six layers on pairs labelled by gold, every setting on the selection seeds
 proxies the chosen settings on the reported seeds, with ensembles and averaged weights
 attack  their rewards of the candidates that best-of-n chooses from
-report  the proxies have to be competent, or it stops; best-of-n and CSI; ``report.md``, ``report.json``, ``curves.png``
+report  the proxies have to be competent, or it stops; best-of-n and CSI; ``report.md``, ``.json``, ``curves.png``
 
 DIR of ``--data`` has a folder a source with ``train.jsonl.gz`` and ``test.jsonl.gz``: pairs with the fields prompt,
 chosen, rejected, subset and id. DIR of ``--model`` is SmolLM2-135M-Instruct.
@@ -20,7 +20,6 @@ chosen, rejected, subset and id. DIR of ``--model`` is SmolLM2-135M-Instruct.
 import argparse
 import multiprocessing
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,9 @@ def run_stages(arguments: argparse.Namespace, sizes: Sizes) -> None:
         for parts in (("pairs", "real"), ("swapped",), ("attack", "other")):
             own = tuple(part for part in parts if part in arguments.parts)
             workers = 1 if parts == ("swapped",) else arguments.processes
-            jobs = [(sample_parts, folder, arguments.data, model, sizes, own, (place, workers)) for place in range(workers)]
+            jobs = [
+                (sample_parts, folder, arguments.data, model, sizes, own, (place, workers)) for place in range(workers)
+            ]
             in_processes(jobs, arguments.processes)
     if "gold" in arguments.stages:
         in_processes([(train_and_score_gold, folder, model)], 1)
@@ -113,8 +114,12 @@ def report_runs(folder: Path) -> list[Any]:
     """What the search chose, and both kinds as they come, on the reported seeds, with flipped labels and without."""
     from real_text_proxies import NOISE, REPORT_SEEDS, Labels, Run, chosen_of, members_of
 
-    runs = [Run(variant, Labels(noise), seed, members_of(name)) for noise in NOISE[::-1] for seed in REPORT_SEEDS
-            for name, (variant, _) in chosen_of(folder).items()]  # fmt: skip
+    runs = [
+        Run(variant, Labels(noise), seed, members_of(name, noise))
+        for noise in NOISE[::-1]
+        for seed in REPORT_SEEDS
+        for name, (variant, _) in chosen_of(folder).items()
+    ]
     return list(dict.fromkeys(runs))
 
 

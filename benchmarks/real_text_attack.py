@@ -33,7 +33,9 @@ def score_candidates(folder: Path, model_folder: Path, depth: int, runs: list[Ru
         ready[part] = start_of(model_folder, depth, runs[0].variant, 0).prepare(rows, depth)
     for run in runs:
         target = folder / "attack" / f"{run.name}.safetensors"
-        if not target.exists() or any(len(load_file(target)[f"end.member 0.{part}"]) < len(ready[part].lengths) for part in PARTS):
+        if not target.exists() or any(
+            len(load_file(target)[f"end.member 0.{part}"]) < len(ready[part].lengths) for part in PARTS
+        ):
             target.parent.mkdir(exist_ok=True)
             save_file(_rewards(folder, start_of(model_folder, depth, run.variant, 0), run, ready), target)
             print(f"attack: {run.name}", flush=True)
@@ -46,7 +48,11 @@ def _rewards(folder: Path, model: TopLayer, run: Run, ready: dict[str, Prepared]
     for kept in KEPT:
         units = figures[kept]["units"]
         for name in units:
-            own = {part.split(".", 2)[2]: value for part, value in kept_weights.items() if part.startswith(f"{kept}.{name}.")}
+            own = {
+                part.split(".", 2)[2]: value
+                for part, value in kept_weights.items()
+                if part.startswith(f"{kept}.{name}.")
+            }
             if own:  # an ensemble has no weights
                 model.load_state_dict(own, strict=False)
                 for part in PARTS:
@@ -84,7 +90,10 @@ def curves(proxy: Tensor, gold: Tensor, lines: list[dict[str, Any]]) -> dict[str
     ns = numbers(places.shape[1])
     own, true = (values.double().numpy()[places] for values in (proxy, gold))
     tokens = np.array([line["tokens"] for line in lines], dtype=float)[places]
-    found = {name: best_of_n_expectation(own, values, ns) for name, values in (("proxy", own), ("gold", true), ("tokens", tokens))}
+    found = {
+        name: best_of_n_expectation(own, values, ns)
+        for name, values in (("proxy", own), ("gold", true), ("tokens", tokens))
+    }
     means = {name: values.mean(axis=0) for name, values in found.items()}
     peak = int(means["gold"].argmax())
     return {

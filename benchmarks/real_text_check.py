@@ -1,4 +1,4 @@
-"""Gold rewards of `real_text.py` once more, from the cached texts alone: another program than the one that cached them.
+"""Gold rewards of `real_text.py` once more, from the cached texts alone: not the program that cached them.
 
     python benchmarks/real_text_check.py --model DIR --output runs/real-text
 
@@ -41,9 +41,13 @@ def compare(folder: Path, model_folder: Path, part: str, limit: int) -> dict[str
     tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
     rows, lines = read_part(folder, part, ())
     known = gold_rewards(folder, part)
+
+    def sampled(place: int) -> list[int]:
+        return rows.ids[place, : rows.lengths[place]].tolist()
+
     same = [
         place for place, line in enumerate(lines[:limit])
-        if list(encode(tokenizer, line["prompt"], line["response"]).input_ids) == rows.ids[place, : rows.lengths[place]].tolist()
+        if list(encode(tokenizer, line["prompt"], line["response"]).input_ids) == sampled(place)
     ]  # fmt: skip
     scorer = RewardScorer(whole_model(model_folder, top.model, depths_of(layers)[1]), tokenizer)
     found = scorer.score([lines[place]["prompt"] for place in same], [lines[place]["response"] for place in same])
@@ -51,8 +55,9 @@ def compare(folder: Path, model_folder: Path, part: str, limit: int) -> dict[str
     own = known[same]
     slope = ((found - found.mean()) * (own - own.mean())).sum() / (found - found.mean()).square().sum()
     left = (found - found.mean()) * slope - (own - own.mean())  # gold is kept in other units
-    return {"responses": min(limit, len(lines)), "same_tokens": len(same),
-            "correlation": float(torch.corrcoef(torch.stack([found, own]))[0, 1]), "largest_difference": float(left.abs().max())}  # fmt: skip
+    correlation = float(torch.corrcoef(torch.stack([found, own]))[0, 1])
+    return {"responses": min(limit, len(lines)), "same_tokens": len(same), "correlation": correlation,
+            "largest_difference": float(left.abs().max())}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Stage 2 of `real_text.py`: the gold reward model, trained on human pairs, and its rewards of everything sampled.
 
-All 30 layers; of the top one the query, output and MLP, the norm and the head trained. The proxies' six layers are trained on the same pairs with
-the same search, so that a table can say which reads human preferences better. Files: ``gold/model.safetensors``,
-``gold/rewards.safetensors`` (one tensor a part, in units of a standard deviation) and ``gold/result.json``.
+All 30 layers; of the top one the query, output and MLP, the final norm and the head are trained. The proxies' six
+layers are trained on the same pairs with the same search: a table says which reads human preferences better.
+Files: ``gold/model.safetensors``, ``gold/rewards.safetensors`` (one tensor a part, in units of a standard deviation)
+and ``gold/result.json``.
 """
 
 from dataclasses import asdict, replace
@@ -30,7 +31,10 @@ def human_pairs(lines: list[dict[str, Any]]) -> dict[str, Pairs]:
     for first in range(0, len(lines), 2):
         split = lines[first]["split"]
         places["validation" if split == "train" and (first // 2) % 6 == 0 else split].append(first)
-    return {split: Pairs(torch.tensor(found), torch.tensor(found) + 1, torch.tensor(found)) for split, found in places.items()}
+    return {
+        split: Pairs(torch.tensor(found), torch.tensor(found) + 1, torch.tensor(found))
+        for split, found in places.items()
+    }
 
 
 def train_gold(folder: Path, model_folder: Path, layers: int) -> None:
@@ -50,7 +54,8 @@ def train_gold(folder: Path, model_folder: Path, layers: int) -> None:
         result[name] = {
             "setting": asdict(chosen), "tried": [[asdict(each), value] for each, value in tried],
             "test": [accuracy(rewards, pairs["test"]) for _, rewards in runs],
-            "by_source": {source: [accuracy(rewards, part) for _, rewards in runs] for source, part in _sources(pairs["test"], lines)},
+            "by_source": {source: [accuracy(rewards, part) for _, rewards in runs]
+                          for source, part in _sources(pairs["test"], lines)},
             "right": _right(runs[0][1], pairs["test"]),
         }  # fmt: skip
         result[name]["interval_of_first"] = wilson_interval(sum(result[name]["right"]), len(result[name]["right"]))
@@ -61,7 +66,9 @@ def train_gold(folder: Path, model_folder: Path, layers: int) -> None:
     write_json(folder / "gold" / "result.json", result)
 
 
-def _trained(model_folder: Path, depth: int, variant: Variant, rows: Prepared, pairs: Pairs, seed: int) -> tuple[TopLayer, Tensor]:
+def _trained(
+    model_folder: Path, depth: int, variant: Variant, rows: Prepared, pairs: Pairs, seed: int
+) -> tuple[TopLayer, Tensor]:
     model = start_of(model_folder, depth, variant, seed)
     train(model, variant, rows, pairs, seed, lambda epoch, loss: None)
     return model, rewards_of(model, rows)[0]
@@ -99,7 +106,9 @@ def score_with_gold(folder: Path, model_folder: Path, layers: int) -> None:
             if part == "pairs":
                 own = found[part][torch.tensor([line["split"] == "train" for line in lines])]
                 mean, deviation = own.mean(), own.std()
-    save_file({part: (values - mean) / deviation for part, values in found.items()}, folder / "gold" / "rewards.safetensors")
+    save_file(
+        {part: (values - mean) / deviation for part, values in found.items()}, folder / "gold" / "rewards.safetensors"
+    )
 
 
 def gold_rewards(folder: Path, part: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reward models on cached states: of one Llama layer the query, output and MLP, the final norm and the head are trained.
+"""Reward models on cached states: of one Llama layer query, output and MLP, final norm and head are trained.
 
 The layers below stay as they came, and so do the keys and values of this one, so that they are computed once for all
 models. Everything else is needed at the last token only: a response costs a few million operations, not gigabytes.
@@ -32,7 +32,7 @@ ROWS_AT_ONCE = 512  # without gradient
 class Variant:
     """One way to train a reward model; what is not named is the package's default.
 
-    ``dropout`` acts on what the layer's attention gives and on the pooled state; ``zero_head`` lets the reward start at 0.
+    ``dropout`` acts on what attention gives and on the pooled state; with ``zero_head`` rewards start at 0.
     """
 
     architecture: str = "inform"
@@ -45,7 +45,7 @@ class Variant:
     label_smoothing: float = 0.0
     zero_head: bool = False
     learning_rate: float = 3e-4
-    epochs: int = 5
+    epochs: int = 8
     groups_per_step: int = 16
 
 
@@ -182,7 +182,11 @@ def batches(pairs: Pairs, variant: Variant, generator: torch.Generator) -> Itera
 
 
 def train(
-    model: TopLayer, variant: Variant, rows: Prepared, pairs: Pairs, seed: int,
+    model: TopLayer,
+    variant: Variant,
+    rows: Prepared,
+    pairs: Pairs,
+    seed: int,
     at_epoch: Callable[[int, float], object],
 ) -> None:
     """Train in place with AdamW and a cosine; `at_epoch` is told the epoch and its mean loss.
@@ -191,7 +195,11 @@ def train(
     """  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # of dropout and latent noise
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=variant.learning_rate, weight_decay=variant.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [each for each in model.parameters() if each.requires_grad],
+        lr=variant.learning_rate,
+        weight_decay=variant.weight_decay,
+    )
     steps = variant.epochs * -(-len(pairs.group.unique()) // variant.groups_per_step)
     step = 0
     for epoch in range(variant.epochs):
@@ -230,8 +238,10 @@ def averaged(members: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: torch.stack([each[name].double() for each in members]).mean(dim=0).float() for name in members[0]}
 
 
-def whole_model(model_folder: Path, top: InfoRMForSequenceClassification, depth: int) -> InfoRMForSequenceClassification:
-    """The reward model of ``depth + 1`` layers, float32: those of the language model, and on them the trained `top`."""
+def whole_model(
+    model_folder: Path, top: InfoRMForSequenceClassification, depth: int
+) -> InfoRMForSequenceClassification:
+    """The reward model of ``depth + 1`` layers, float32: those of the language model, the trained `top` on them."""
     config = AutoConfig.from_pretrained(model_folder)
     config.num_hidden_layers = depth + 1
     heads = {name: getattr(top.config, name) for name in HEAD_SETTINGS}

@@ -59,7 +59,9 @@ class LlamaWithStates:
         return torch.empty(len(self.model.model.layers), 2, rows, self.groups, length, self.size)
 
     @torch.no_grad()
-    def step(self, ids: Tensor, positions: Tensor, cache: Tensor, start: int, seen: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    def step(
+        self, ids: Tensor, positions: Tensor, cache: Tensor, start: int, seen: Tensor
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """Read ``(B, S)`` ids at the places from `start` on of the cache.
 
         Args:
@@ -88,7 +90,8 @@ class LlamaWithStates:
     def _attend(self, own: Any, normed: Tensor, rotary: Any, cache: Tensor, start: int, seen: Tensor) -> Tensor:
         rows, steps, _ = normed.shape
         query, key, value = (
-            part(normed).float().view(rows, steps, -1, self.size).transpose(1, 2) for part in (own.q_proj, own.k_proj, own.v_proj)
+            part(normed).float().view(rows, steps, -1, self.size).transpose(1, 2)
+            for part in (own.q_proj, own.k_proj, own.v_proj)
         )
         query, key = apply_rotary_pos_emb(query, key, *rotary)
         stop = start + steps
@@ -156,10 +159,12 @@ def write_rows(
         of_tokens.append(states)
         if bool(ended.all()):
             break
-    return _joined(ids.repeat_interleave(per_prompt, dim=0), lengths, torch.stack(drawn, dim=1), end, {
-        depth: (of_prompts[depth].repeat_interleave(per_prompt, dim=0), torch.cat([each[depth] for each in of_tokens], dim=1))
-        for depth in reader.depths
-    })  # fmt: skip
+    states_of_parts = {}
+    for depth in reader.depths:
+        of_responses = torch.cat([each[depth] for each in of_tokens], dim=1)
+        states_of_parts[depth] = of_prompts[depth].repeat_interleave(per_prompt, dim=0), of_responses
+    of_rows = ids.repeat_interleave(per_prompt, dim=0)
+    return _joined(of_rows, lengths, torch.stack(drawn, dim=1), end, states_of_parts)
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

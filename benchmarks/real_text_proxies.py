@@ -1,8 +1,8 @@
 """Stages 3 and 4 of `real_text.py`: pairs of the policy's responses labelled by gold, and proxies trained on them.
 
-A run is a variant, a share of flipped labels, a seed and a number of members. A seed draws flips, head and order of the
-pairs; members of a run differ in order, dropout and latent noise alone, and start from one head, as WARM needs it.
-Files: ``proxies/NAME.json`` with the figures; of the reported seeds ``proxies/NAME.safetensors`` with the weights, too.
+A run is a variant, a share of flipped labels, a seed and a number of members. A seed draws flips, head and order of
+the pairs; members of a run differ in order, dropout and latent noise alone, and start from one head, as WARM needs it.
+Files: ``proxies/NAME.json`` with the figures; of the reported seeds ``proxies/NAME.safetensors`` with the weights.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ MEMBERS = 3
 NOISE = (0.0, 0.25)
 COEFFICIENT = 0.5  # lambda of UWO, for rewards in units of a standard deviation
 GATE = {0.0: 0.8, 0.25: 0.7}  # least accuracy on clean held-out pairs, by share of flipped labels
-GATED = "clear pairs"
+GATED, CLEAR = "all pairs", 0.5  # standard deviations of gold between the responses of a clear pair
 KEPT = ("end", "best")  # the last epoch, and the one that was best on validation pairs with as many flips
 PARTS = ("pairs", "swapped")
 
@@ -127,7 +127,7 @@ class World:
         checked = torch.tensor([line["split"] == "validation" for line in self.lines["pairs"]]).nonzero()[:, 0]
         self.validation_rows, self.validation = checked, self.ready["pairs"][checked]
 
-    def test_sets(self, least_gap: float) -> dict[str, Pairs]:
+    def test_sets(self) -> dict[str, Pairs]:
         """Clean held-out pairs: all, the clear ones, those of equal length, and `swapped`.
 
         ``same words, other prompt``: pairs of which gold prefers the other response under another prompt, once under
@@ -140,15 +140,20 @@ class World:
         equal = tokens[every.chosen] == tokens[every.rejected]
         gaps = gold[every.chosen] - gold[every.rejected]
         again = torch.full((len(gold),), -1)
-        again[torch.tensor([line["of_row"] for line in self.lines["swapped"]])] = torch.arange(len(self.gold["swapped"]))
+        again[torch.tensor([line["of_row"] for line in self.lines["swapped"]])] = torch.arange(
+            len(self.gold["swapped"])
+        )
         own = [again[every.chosen], again[every.rejected]]
         other_gaps = self.gold["swapped"][own[0]] - self.gold["swapped"][own[1]]
-        turned = (other_gaps < 0) & (gaps > least_gap) & (other_gaps < -least_gap)
+        turned = (gaps > CLEAR) & (other_gaps < -CLEAR)
         first = part_of(every, turned)
         behind = [len(gold) + each[turned] for each in own]
-        swapped = Pairs(torch.cat([first.chosen, behind[1]]), torch.cat([first.rejected, behind[0]]), first.group.repeat(2))
-        return {"all pairs": every, "clear pairs": part_of(every, gaps > least_gap),
-                "clear, equal length": part_of(every, equal & (gaps > least_gap)), "same words, other prompt": swapped}  # fmt: skip
+        swapped = Pairs(
+            torch.cat([first.chosen, behind[1]]), torch.cat([first.rejected, behind[0]]), first.group.repeat(2)
+        )
+        clear = gaps > CLEAR
+        return {"all pairs": every, "clear pairs": part_of(every, clear),
+                "clear, equal length": part_of(every, equal & clear), "same words, other prompt": swapped}  # fmt: skip
 
 
 def do_run(world: World, model_folder: Path, run: Run, keep_weights: bool) -> None:
@@ -156,7 +161,10 @@ def do_run(world: World, model_folder: Path, run: Run, keep_weights: bool) -> No
     target = world.folder / "proxies" / f"{run.name}.json"
     if target.exists():
         return
-    clean = {split: pairs_of(world.lines["pairs"], world.gold["pairs"], split, run.labels.least_gap) for split in ("train", "validation")}
+    clean = {
+        split: pairs_of(world.lines["pairs"], world.gold["pairs"], split, run.labels.least_gap)
+        for split in ("train", "validation")
+    }
     pairs, flipped = labelled(clean["train"], run.labels, run.seed)
     validation, _ = labelled(clean["validation"], replace(run.labels, per_prompt=None), run.seed + 1)
     figures: dict[str, Any] = {"run": asdict(run), "losses": [], "curves": []}
@@ -178,7 +186,7 @@ def do_run(world: World, model_folder: Path, run: Run, keep_weights: bool) -> No
         snapshots.append({"end": weights_of(start), "best": best["weights"]})
         figures["losses"].append(losses)
         figures["curves"].append(curve)
-    sets = {**world.test_sets(run.labels.least_gap), "validation": validation, "train": pairs, "flips learnt": part_of(pairs, flipped)}
+    sets = {**world.test_sets(), "validation": validation, "train": pairs, "flips learnt": part_of(pairs, flipped)}
     kept_weights = {}
     for kept in KEPT:
         named = {f"member {place}": each[kept] for place, each in enumerate(snapshots)}
@@ -186,7 +194,9 @@ def do_run(world: World, model_folder: Path, run: Run, keep_weights: bool) -> No
             named["WARM"] = averaged(list(named.values()))
         scored = {name: _score(world, start, weights) for name, weights in named.items()}
         if run.members > 1:
-            scored["ensemble"] = ensemble([scored[f"member {place}"] for place in range(run.members)], _units(world, scored))
+            scored["ensemble"] = ensemble(
+                [scored[f"member {place}"] for place in range(run.members)], _units(world, scored)
+            )
         figures[kept] = {
             name: {split: accuracy(rewards, each) for split, each in sets.items() if len(each.group)}
             for name, rewards in scored.items()
@@ -198,7 +208,9 @@ def do_run(world: World, model_folder: Path, run: Run, keep_weights: bool) -> No
                          if "embed_tokens" not in part}  # fmt: skip
     target.parent.mkdir(exist_ok=True)
     if keep_weights:
-        save_file({name: value.contiguous() for name, value in kept_weights.items()}, target.with_suffix(".safetensors"))
+        save_file(
+            {name: value.contiguous() for name, value in kept_weights.items()}, target.with_suffix(".safetensors")
+        )
     write_json(target, figures)
 
 
@@ -243,7 +255,9 @@ def choose(folder: Path, candidates: Iterable[Variant]) -> tuple[Variant, str]:
             for kept in KEPT:
                 scores[variant, kept] = sum(run[kept]["member 0"]["validation"] for run in runs if run) / len(runs)
     if not scores:
-        raise FileNotFoundError(f"{folder / 'proxies'}: no candidate was run on all selection seeds. Run the stage 'search'.")
+        raise FileNotFoundError(
+            f"{folder / 'proxies'}: no candidate was run on all selection seeds. Run the stage 'search'."
+        )
     return max(scores, key=lambda each: scores[each])
 
 
@@ -257,9 +271,9 @@ def chosen_of(folder: Path) -> dict[str, tuple[Variant, str]]:
     }
 
 
-def members_of(name: str) -> int:
-    """The chosen settings are trained several times, for ensembles and averages."""
-    return MEMBERS if "chosen" in name else 1
+def members_of(name: str, noise: float) -> int:
+    """With flipped labels the chosen settings are trained several times, for ensembles and averages."""
+    return MEMBERS if "chosen" in name and noise else 1
 
 
 def competent(folder: Path) -> list[str]:
@@ -267,7 +281,9 @@ def competent(folder: Path) -> list[str]:
     faults = []
     for noise, (name, (variant, kept)) in itertools.product(NOISE, chosen_of(folder).items()):
         if "chosen" in name:
-            runs = [read_run(folder, Run(variant, Labels(noise), seed, MEMBERS)) for seed in REPORT_SEEDS]
+            runs = [
+                read_run(folder, Run(variant, Labels(noise), seed, members_of(name, noise))) for seed in REPORT_SEEDS
+            ]
             values = [run[kept]["member 0"][GATED] for run in runs if run]
             mean = sum(values) / len(values)
             if mean < GATE[noise]:

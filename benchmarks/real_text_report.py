@@ -1,5 +1,7 @@
 """Tables and figure of `real_text.py`, from the files of its stages."""
 
+import functools
+import json
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -36,11 +38,11 @@ MEASURED = ("all pairs", "clear pairs", "clear, equal length", "same words, othe
 Found = dict[tuple[float, str, str], list[dict[str, Any]]]  # (noise, method, set) -> curves, one a seed
 
 
-def methods_of(folder: Path) -> dict[str, tuple[Variant, str, int, str]]:
+def methods_of(folder: Path, noise: float) -> dict[str, tuple[Variant, str, int, str]]:
     """By name: setting, epoch, members of the run and which of its rewards."""
     found = {}
     for name, (variant, kept) in chosen_of(folder).items():
-        members = members_of(name)
+        members = members_of(name, noise)
         found[name] = (variant, kept, members, "member 0")
         if members > 1:
             for kind in ("ensemble", "WARM"):
@@ -50,7 +52,14 @@ def methods_of(folder: Path) -> dict[str, tuple[Variant, str, int, str]]:
 
 def write_report(folder: Path) -> None:
     """``report.md``, ``report.json`` and ``curves.png``; ends with an error where the proxies are not competent."""
-    lines = ["# Real text", "", *sample_table(folder), *gold_table(folder), *search_table(folder), *competence_table(folder)]
+    lines = [
+        "# Real text",
+        "",
+        *sample_table(folder),
+        *gold_table(folder),
+        *search_table(folder),
+        *competence_table(folder),
+    ]
     faults = competent(folder)
     if faults:
         lines += ["**The run stops here: these proxies are not competent.**", "", *(f"- {fault}" for fault in faults)]
@@ -77,7 +86,12 @@ def shown(values: Iterable[float], sign: str = "") -> str:
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     names = list(header)
-    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names), *(f"| {' | '.join(row)} |" for row in rows), ""]
+    return [
+        "| " + " | ".join(names) + " |",
+        "|" + "---|" * len(names),
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
 
 
 def sample_table(folder: Path) -> list[str]:
@@ -89,12 +103,14 @@ def sample_table(folder: Path) -> list[str]:
         rows.append([part, str(prompts), f"{len(lines):,}", f"{len(texts) / len(lines):.3f}",
                      f"{statistics.mean(line['tokens'] for line in lines):.1f}",
                      f"{statistics.mean(line['cut'] for line in lines):.2f}"])  # fmt: skip
-    return ["## Responses", "", *table(["part", "prompts", "responses", "share that is distinct", "tokens", "share cut"], rows)]
+    return [
+        "## Responses",
+        "",
+        *table(["part", "prompts", "responses", "share that is distinct", "tokens", "share cut"], rows),
+    ]
 
 
 def gold_table(folder: Path) -> list[str]:
-    import json
-
     result = json.loads((folder / "gold" / "result.json").read_text())
     own, other = (np.array(result[name]["right"], dtype=float) for name in ("gold", "proxy layers"))
     rows = []
@@ -105,7 +121,8 @@ def gold_table(folder: Path) -> list[str]:
                      *(shown(values) for values in each["by_source"].values())])  # fmt: skip
     draws = np.random.default_rng(0).integers(len(own), size=(5000, len(own)))
     low, high = np.quantile((own - other)[draws].mean(axis=1), [0.025, 0.975])
-    words = f"Paired difference of the first seeds: {(own - other).mean():+.3f} [{low:+.3f}, {high:+.3f}] (bootstrap over pairs)."
+    difference = f"{(own - other).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+    words = f"Paired difference of the first seeds: {difference} (bootstrap over pairs)."
     header = ["layers", "held-out human pairs, over seeds", "the first seed, over pairs", *result["gold"]["by_source"]]
     return ["## Gold", "", f"Human pairs: {result['pairs']}.", "", *table(header, rows), words, ""]
 
@@ -140,10 +157,19 @@ def search_table(folder: Path) -> list[str]:
 def competence_table(folder: Path) -> list[str]:
     rows = []
     for noise in NOISE:
-        for name, (variant, kept, members, kind) in methods_of(folder).items():
-            runs = [run for seed in REPORT_SEEDS if (run := read_run(folder, Run(variant, Labels(noise), seed, members)))]
+        for name, (variant, kept, members, kind) in methods_of(folder, noise).items():
+            runs = [
+                run for seed in REPORT_SEEDS if (run := read_run(folder, Run(variant, Labels(noise), seed, members)))
+            ]
             setting = f"{setting_name(variant)}{', es' if kept == 'best' else ''}"
-            rows.append([f"{noise:.0%}", name, setting, *(shown(run[kept][kind][key] for run in runs if key in run[kept][kind]) for key in MEASURED)])
+            rows.append(
+                [
+                    f"{noise:.0%}",
+                    name,
+                    setting,
+                    *(shown(run[kept][kind][key] for run in runs if key in run[kept][kind]) for key in MEASURED),
+                ]
+            )
     gates = ", ".join(f"{least} with {noise:.0%} flipped" for noise, least in GATE.items())
     words = f"Needed: {gates} on {GATED} by the chosen single models. Seeds {', '.join(map(str, REPORT_SEEDS))}."
     return ["## Are the proxies competent?", "", words, "", *table(["flipped", "proxy", "setting", *MEASURED], rows)]
@@ -157,7 +183,7 @@ def attack(folder: Path) -> tuple[Found, list[dict[str, Any]]]:
         lines = [line for path in sorted((folder / "samples" / part).glob("*.jsonl")) for line in jsonl(path)]
         gold = gold_rewards(folder, part)
         for noise in NOISE:
-            for name, (variant, kept, members, kind) in methods_of(folder).items():
+            for name, (variant, kept, members, kind) in methods_of(folder, noise).items():
                 for seed in REPORT_SEEDS:
                     found = rewards_of_run(folder, Run(variant, Labels(noise), seed, members))
                     proxy = found[f"{kept}.{kind}.{part}"]
@@ -175,7 +201,7 @@ def attack_tables(measured: Found) -> list[str]:
     """Gold at several n, at the peak and at the end, and the difference to the best standard model by seed."""
     lines = []
     measures: dict[str, Callable[[dict[str, Any]], float]] = {
-        f"gold, n = {n}": lambda run, n=n: run["gold"][run["n"].index(n)] - run["gold"][0] for n in SHOWN_NS[1:]  # type: ignore[misc]
+        f"gold, n = {n}": functools.partial(_gain, n) for n in SHOWN_NS[1:]
     }  # fmt: skip
     for part, words in SETS.items():
         lines += [f"## Best of n, {words}", "", "Gain of gold over one response, standard deviations.", ""]
@@ -200,6 +226,10 @@ def attack_tables(measured: Found) -> list[str]:
     return lines
 
 
+def _gain(n: int, run: dict[str, Any]) -> float:
+    return run["gold"][run["n"].index(n)] - run["gold"][0]
+
+
 def _reaches(measure: Callable[[dict[str, Any]], float], run: dict[str, Any]) -> bool:
     try:
         measure(run)
@@ -214,15 +244,20 @@ def csi_table(watched: list[dict[str, Any]]) -> list[str]:
     ns = [value["n"] for value in watched[0]["values"]]
     for key in keys:
         own = [row["values"] for row in watched if (row["noise"], row["method"], row["set"]) == key]
-        cells = [f"{statistics.mean(each[place]['ratio'] for each in own):.2f} ({sum(each[place]['rank'] < 0.05 for each in own)} of {len(own)})"
-                 for place in range(len(ns))]  # fmt: skip
+        cells = []
+        for place in range(len(ns)):
+            alarms = sum(each[place]["rank"] < 0.05 for each in own)
+            cells.append(f"{statistics.mean(each[place]['ratio'] for each in own):.2f} ({alarms} of {len(own)})")
         rows.append([f"{key[0]:.0%}", key[1], SETS[key[2]], *cells])
-    words = ["CSI of the winners over its mean among random halves; in brackets the seeds in which fewer than 5 % of the halves reach it.", ""]
+    words = [
+        "CSI of the winners over its mean among random halves; in brackets: seeds in which fewer than 5 % reach it.",
+        "",
+    ]
     return ["## CSI", "", *words, *table(["flipped", "proxy", "prompts", *(f"n = {n}" for n in ns)], rows)]
 
 
 def curves_png(measured: Found) -> bytes:
-    """Gold (lines with 95 % intervals) and proxy (dashed) against KL, one panel a share of flips and set of prompts."""
+    """Gold (lines with 95 % intervals) and proxy (dashed) against KL, a panel for flips and prompt set."""
     from matplotlib.figure import Figure
 
     from inform_rm.util.colors import SERIES
@@ -234,9 +269,13 @@ def curves_png(measured: Found) -> bytes:
     for row, noise in zip(panels, NOISE, strict=True):
         for axes, part in zip(row, SETS, strict=True):
             for colour, name in zip(SERIES, names, strict=False):
-                runs = measured[noise, name, part]
+                runs = measured.get((noise, name, part), [])
+                if not runs:
+                    continue
                 kl = runs[0]["kl_nats"]
-                gold, proxy = (np.array([np.array(run[key]) - run[key][0] for run in runs]) for key in ("gold", "proxy"))
+                gold, proxy = (
+                    np.array([np.array(run[key]) - run[key][0] for run in runs]) for key in ("gold", "proxy")
+                )
                 mean, low, high = np.array([mean_and_interval(column.tolist()) for column in gold.T]).T
                 axes.fill_between(kl, low, high, color=colour, alpha=0.12, linewidth=0)
                 axes.plot(kl, mean, "o-" if name.startswith("InfoRM") else "s-", ms=3, color=colour, label=name)
@@ -245,5 +284,5 @@ def curves_png(measured: Found) -> bytes:
         row[0].set_ylabel("gain, standard deviations")
     for axes in panels[-1]:
         axes.set_xlabel("KL from the policy, nats")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
+    figure.legend(*panels[-1][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     return figure_png(figure)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from real_text_policy import TEMPLATE, LlamaWithStates, Rows, padded, read_rows, write_rows
+from real_text_policy import TEMPLATE, LlamaWithStates, Rows, read_rows, write_rows
 
 PROXY_DEPTH, GOLD_DEPTH = 5, 29  # states before these layers: proxies train layer 5 of 6, gold layer 29 of 30
 REAL_SOURCES = {"hh-rlhf": 1.0, "swap-hh-helpful": 0.5, "swap-truthfulqa": 0.5}  # shares of what fits
@@ -77,7 +77,9 @@ class Texts:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         turn = [{"role": "user", "content": prompt}]
-        return list(self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"])
+        return list(
+            self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
 
     def response_ids(self, response: str) -> list[int]:
         return [*self.tokenizer(response, add_special_tokens=False)["input_ids"], self.end]
@@ -88,18 +90,30 @@ class Texts:
     def first_turns(self, split: str) -> list[str]:
         """Distinct first turns of helpful dialogues of several turns, whose pairs the gold model never sees."""
         rows = jsonl(self.data / "hh-rlhf" / f"{split}.jsonl.gz")
-        dialogues = [row["prompt"] for row in rows if row["subset"] == "helpful-base" and "\n\nAssistant:" in row["prompt"]]
+        dialogues = [
+            row["prompt"] for row in rows if row["subset"] == "helpful-base" and "\n\nAssistant:" in row["prompt"]
+        ]
         firsts = (each.split("\n\nAssistant:")[0].removeprefix("Human:").strip() for each in dialogues)
         return [each for each in dict.fromkeys(firsts) if self.fits(each, self.sizes.prompt_tokens)]
 
     def prompts(self, part: str) -> list[str]:
         """Prompts of a part of the policy, in seeded order."""
         if part == "other":
-            rows = [row for split in ("train", "test") for row in jsonl(self.data / "pandalm-human" / f"{split}.jsonl.gz")]
-            found = [each for each in dict.fromkeys(row["prompt"] for row in rows) if self.fits(each, self.sizes.prompt_tokens)]
+            rows = [
+                row for split in ("train", "test") for row in jsonl(self.data / "pandalm-human" / f"{split}.jsonl.gz")
+            ]
+            found = [
+                each
+                for each in dict.fromkeys(row["prompt"] for row in rows)
+                if self.fits(each, self.sizes.prompt_tokens)
+            ]
         else:
             found = self.first_turns("train" if part == "pairs" else "test")
-        count = {"pairs": self.sizes.pair_prompts, "attack": self.sizes.attack_prompts, "other": self.sizes.other_prompts}
+        count = {
+            "pairs": self.sizes.pair_prompts,
+            "attack": self.sizes.attack_prompts,
+            "other": self.sizes.other_prompts,
+        }
         return [found[place] for place in np.random.default_rng(0).permutation(len(found))[: count[part]]]
 
     def real_pairs(self) -> list[dict[str, Any]]:
@@ -114,7 +128,13 @@ class Texts:
                     if source in REAL_SOURCES and not row["prompt"].startswith("Human: ") and row["id"] is not None:
                         fits = self.fits(row["prompt"], 2 * self.sizes.prompt_tokens)
                         if fits and all(self.fits(text, self.sizes.real_tokens) for text in texts):
-                            rows.append({"source": source, **{key: row[key] for key in ("prompt", "chosen", "rejected", "id")}, "split": split})
+                            rows.append(
+                                {
+                                    "source": source,
+                                    **{key: row[key] for key in ("prompt", "chosen", "rejected", "id")},
+                                    "split": split,
+                                }
+                            )
             rows = [row for row in rows if _share(row["id"]) < REAL_SOURCES[row["source"]]]
             found += [rows[place] for place in np.random.default_rng(1).permutation(len(rows))[:count]]
         return found
@@ -141,8 +161,11 @@ def make_chunk(reader: LlamaWithStates, texts: Texts, part: str, number: int) ->
     sizes = texts.sizes
     if part == "real":
         pairs = texts.real_pairs()[16 * number : 16 * (number + 1)]
-        lines = [{**{key: pair[key] for key in ("prompt", "source", "split")}, "response": pair[side], "chosen": side == "chosen"}
-                 for pair in pairs for side in ("chosen", "rejected")]  # fmt: skip
+        lines = [
+            {"prompt": pair["prompt"], "source": pair["source"], "split": pair["split"], "response": pair[side],
+             "chosen": side == "chosen"}
+            for pair in pairs for side in ("chosen", "rejected")
+        ]  # fmt: skip
         prompts = [texts.prompt_ids(line["prompt"]) for line in lines]
         return read_rows(reader, prompts, [texts.response_ids(line["response"]) for line in lines]), lines
     asked = texts.prompts(part)
@@ -153,7 +176,9 @@ def make_chunk(reader: LlamaWithStates, texts: Texts, part: str, number: int) ->
         wave, place = divmod(number, len(asked))
         places, per_prompt = [place], min(sizes.rows, sizes.candidates - wave * sizes.rows)
     seed = int.from_bytes(hashlib.sha256(f"{part}/{number}".encode()).digest()[:7], "big")
-    rows = write_rows(reader, [texts.prompt_ids(asked[place]) for place in places], per_prompt, sizes.new_tokens, texts.end, seed)
+    rows = write_rows(
+        reader, [texts.prompt_ids(asked[place]) for place in places], per_prompt, sizes.new_tokens, texts.end, seed
+    )
     return rows, lines_of(texts, rows, part, asked, [place for place in places for _ in range(per_prompt)])
 
 
@@ -161,8 +186,9 @@ def lines_of(texts: Texts, rows: Rows, part: str, asked: list[str], places: list
     lines = []
     for row, place in enumerate(places):
         ids = rows.ids[row, rows.prompt_lengths[row] : rows.lengths[row] - 1].tolist()
-        lines.append({"prompt": asked[place], "prompt_number": place, "split": SPLITS[place % 10] if part == "pairs" else part,
-                      "response": texts.tokenizer.decode(ids), "tokens": len(ids), "cut": len(ids) == texts.sizes.new_tokens})  # fmt: skip
+        split = SPLITS[place % 10] if part == "pairs" else part
+        lines.append({"prompt": asked[place], "prompt_number": place, "split": split, "tokens": len(ids),
+                      "response": texts.tokenizer.decode(ids), "cut": len(ids) == texts.sizes.new_tokens})  # fmt: skip
     return lines
 
 
@@ -176,9 +202,14 @@ def swapped_rows(reader: LlamaWithStates, folder: Path) -> tuple[Rows, list[dict
     own = [prompt_of[following[lines[place]["prompt_number"]]] for place in test]
     prompts = [rows.ids[place, : rows.prompt_lengths[place]].tolist() for place in own]
     responses = [rows.ids[place, rows.prompt_lengths[place] : rows.lengths[place]].tolist() for place in test]
-    parts = [read_rows(reader, prompts[start : start + 64], responses[start : start + 64]) for start in range(0, len(test), 64)]
-    kept = [{**lines[place], "prompt": lines[other]["prompt"], "prompt_number": lines[other]["prompt_number"], "of_row": place}
-            for place, other in zip(test, own, strict=True)]  # fmt: skip
+    parts = [
+        read_rows(reader, prompts[start : start + 64], responses[start : start + 64])
+        for start in range(0, len(test), 64)
+    ]
+    kept = []
+    for place, other in zip(test, own, strict=True):
+        under = {name: lines[other][name] for name in ("prompt", "prompt_number")}
+        kept.append({**lines[place], **under, "of_row": place})
     return concatenated(parts), kept
 
 
@@ -209,7 +240,11 @@ def save_chunk(folder: Path, part: str, number: int, rows: Rows, lines: list[dic
     temporary = target.with_suffix(".part")
     temporary.write_text(text, encoding="utf-8")
     temporary.rename(target.with_suffix(".jsonl"))
-    save_file({name: value.contiguous() for name, value in rows.tensors().items()}, temporary, {"cpu_seconds": f"{seconds:.1f}"})
+    save_file(
+        {name: value.contiguous() for name, value in rows.tensors().items()},
+        temporary,
+        {"cpu_seconds": f"{seconds:.1f}"},
+    )
     temporary.rename(target)
 
 
@@ -226,7 +261,9 @@ def read_part(folder: Path, part: str, depths: tuple[int, ...]) -> tuple[Rows, l
     return concatenated(found), lines
 
 
-def sample(folder: Path, data: Path, model_folder: Path, sizes: Sizes, parts: tuple[str, ...], worker: tuple[int, int]) -> None:
+def sample(
+    folder: Path, data: Path, model_folder: Path, sizes: Sizes, parts: tuple[str, ...], worker: tuple[int, int]
+) -> None:
     """Make what is missing of these parts; worker (i, n) makes every n-th chunk from the i-th on."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -239,7 +276,9 @@ def sample(folder: Path, data: Path, model_folder: Path, sizes: Sizes, parts: tu
         rows, lines = swapped_rows(reader, folder) if part == "swapped" else make_chunk(reader, texts, part, number)
         seconds = time.process_time() - start
         save_chunk(folder, part, number, rows, lines, seconds)
-        print(f"{part} {number}: {len(lines)} rows, {int(rows.lengths.sum())} tokens, {seconds:.0f} s of CPU", flush=True)
+        print(
+            f"{part} {number}: {len(lines)} rows, {int(rows.lengths.sum())} tokens, {seconds:.0f} s of CPU", flush=True
+        )
 
 
 def depths_of(layers: int) -> tuple[int, int]:
@@ -247,7 +286,9 @@ def depths_of(layers: int) -> tuple[int, int]:
     return (PROXY_DEPTH, GOLD_DEPTH) if layers > GOLD_DEPTH else (layers - 2, layers - 1)
 
 
-def _missing(folder: Path, texts: Texts, parts: tuple[str, ...], index: int, workers: int) -> Iterator[tuple[str, int]]:
+def _missing(
+    folder: Path, texts: Texts, parts: tuple[str, ...], index: int, workers: int
+) -> Iterator[tuple[str, int]]:
     for part in parts:
         chunks = 1 if part == "swapped" else texts.num_chunks(part)
         for number in range(index, chunks, workers):

@@ -94,7 +94,9 @@ def test_average_of_weights_is_their_mean():
 
 
 def lines_of(prompts, responses):
-    return [{"prompt_number": prompt, "split": "train", "tokens": 3} for prompt in range(prompts) for _ in range(responses)]
+    return [
+        {"prompt_number": prompt, "split": "train", "tokens": 3} for prompt in range(prompts) for _ in range(responses)
+    ]
 
 
 def test_pairs_follow_gold_and_flips_are_as_many_as_asked():
@@ -133,7 +135,9 @@ def data(tmp_path):
             path = tmp_path / "data" / name / f"{split}.jsonl.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
             with gzip.open(path, "wt") as file:
-                file.writelines(json.dumps({**row, "prompt": row["prompt"].replace("X", split)}) + "\n" for row in rows)
+                file.writelines(
+                    json.dumps({**row, "prompt": row["prompt"].replace("X", split)}) + "\n" for row in rows
+                )
 
     single = [{"prompt": f"X {a} {b}", "chosen": f"{a} {b}", "rejected": b, "subset": "helpful-base", "id": f"{a}{b}"}
               for a in words[:6] for b in words]  # fmt: skip
@@ -145,7 +149,9 @@ def data(tmp_path):
 
 
 @pytest.mark.slow
-def test_all_stages_run_on_a_tiny_model_resume_and_gold_is_that_of_the_text(tmp_path, data, causal_lm_dir, tokenizer, monkeypatch):
+def test_all_stages_run_on_a_tiny_model_resume_and_gold_is_that_of_the_text(
+    tmp_path, data, causal_lm_dir, tokenizer, monkeypatch
+):
     import real_text
     import real_text_check
 
@@ -160,7 +166,9 @@ def test_all_stages_run_on_a_tiny_model_resume_and_gold_is_that_of_the_text(tmp_
     )  # fmt: skip
     monkeypatch.setattr(proxies, "GATE", {0.0: 0.0, 0.25: 0.0})
     monkeypatch.setattr(real_text, "in_processes", lambda jobs, processes: [real_text._one(job) for job in jobs])
-    asked = argparse.Namespace(data=data, model=model, output=output, stages=real_text.STAGES, parts=samples.PARTS, processes=2)
+    asked = argparse.Namespace(
+        data=data, model=model, output=output, stages=real_text.STAGES, parts=samples.PARTS, processes=2
+    )
     real_text.run_stages(asked, sizes)
     report = (output / "report.md").read_text()
     assert "InfoRM, chosen, WARM" in report
