@@ -139,7 +139,11 @@ def choices(seeds: list[list[dict[str, Any]]], point: str) -> list[str]:
         spearmanr([run["points"][point]["csi_over_null"] for run in runs], [run["points"][point]["gold"] for run in runs])[0]
         for runs in seeds
     ]  # fmt: skip
-    return [*lines, "", f"Rank correlation of CSI over null with gold (-1: CSI orders as gold): {shown_interval(order)}"]
+    return [
+        *lines,
+        "",
+        f"Rank correlation of CSI over null with gold (-1: CSI orders as gold): {shown_interval(order)}",
+    ]
 
 
 def shown_interval(values: list[float]) -> str:

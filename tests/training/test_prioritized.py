@@ -230,7 +230,7 @@ def test_selection_of_any_gaps(selector, gaps, share):
 
 def test_a_pair_that_fits_under_no_other_prompt_is_judged_by_its_own(base_settings, tmp_path, seen, tokenizer):
     short = {"prompt": "Name it", "chosen": "It is red." + " Indeed." * 8, "rejected": "It is blue."}
-    long = [{"prompt": f"Name the colour {COLOURS[index]}" + " please" * 10, "chosen": "It is red.",
+    long = [{"prompt": f"Name the colour {'red blue green'.split()[index]}" + " please" * 10, "chosen": "It is red.",
              "rejected": "It is blue."} for index in range(3)]  # fmt: skip
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [short, *long]))
@@ -255,7 +255,9 @@ def test_a_pair_that_fits_under_no_other_prompt_is_judged_by_its_own(base_settin
 
 
 def test_what_cannot_be_selected_is_refused(settings, tmp_path):
-    rows = [{"prompt": "Name it", "chosen": f"It is {colour}.", "rejected": "No."} for colour in COLOURS]
+    rows = [
+        {"prompt": "Name it", "chosen": f"It is {colour}.", "rejected": "No."} for colour in ("red", "blue", "green")
+    ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError, match="at least two prompts"):
