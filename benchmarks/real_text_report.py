@@ -184,6 +184,8 @@ def attack(folder: Path, noises: list[float]) -> tuple[Found, list[dict[str, Any
     for part in SETS:
         lines = [line for path in sorted((folder / "samples" / part).glob("*.jsonl")) for line in jsonl(path)]
         gold = gold_rewards(folder, part)
+        if len(gold) != len(lines):
+            raise ValueError(f"{part}: {len(gold)} gold rewards for {len(lines)} responses. Run the stage gold again.")
         for noise in noises:
             for name, (variant, kept, members, kind) in methods_of(folder, noise).items():
                 for seed in REPORT_SEEDS:
