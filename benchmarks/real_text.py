@@ -48,6 +48,8 @@ def run_stages(arguments: argparse.Namespace, sizes: Sizes) -> None:
     if "sample" in arguments.stages:
         for parts in (("pairs", "real"), ("swapped",), ("attack", "other")):
             own = tuple(part for part in parts if part in arguments.parts)
+            if not own:
+                continue
             workers = 1 if parts == ("swapped",) else arguments.processes
             jobs = [
                 (sample_parts, folder, arguments.data, model, sizes, own, (place, workers)) for place in range(workers)
