@@ -5,23 +5,17 @@ import dataclasses
 import importlib.util
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from inform_rm.cli.dispatch import main, make_parser, parse
-from inform_rm.cli.plan import _read as read_own_flags
-from inform_rm.cli.train import read_flags
-from inform_rm.training.reward_arguments import arguments_from_mapping, field_types, with_our_names
+from inform_rm.cli.dispatch import main, make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "mkdocs.yml").is_file():
@@ -33,7 +27,6 @@ PAGES = [
 ]
 # Names of papers that only those who wrote this had.
 INTERNAL = re.compile(r"\bDESIGN\b|\bPLATFORM\b|\bPAPERS\.md|\bSTYLE\.md|\.\./shared|/work/")
-BACKBONE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def tokens(page: Path) -> list[Token]:
@@ -43,10 +36,6 @@ def tokens(page: Path) -> list[Token]:
 def inline(page: Path) -> Iterator[Token]:
     for token in tokens(page):
         yield from token.children or ()
-
-
-def fences(page: Path, *languages: str) -> list[str]:
-    return [token.content for token in tokens(page) if token.type == "fence" and token.info.strip() in languages]
 
 
 def page_id(page: Path) -> str:
@@ -136,35 +125,6 @@ def test_figures_take_their_colours_from_one_place():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_python_compiles(page):
-    for number, code in enumerate(fences(page, "python")):
-        compile(code, f"{page_id(page)}, block {number}", "exec")
-
-
-def commands_in_blocks(page: Path) -> list[str]:
-    """What follows ``inform-rm`` on each line of a block that begins with it, or that accelerate launches."""
-    lines = [line for code in fences(page, "", "bash", "sh") for line in code.replace("\\\n", " ").splitlines()]
-    found = [re.match(r"\s*(?:inform-rm|accelerate launch .* -m inform_rm\.cli) (.+)", line) for line in lines]
-    return [match[1] for match in found if match]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_commands_in_blocks_parse(page, capsys):
-    for line in commands_in_blocks(page):
-        words = shlex.split(re.sub(r"\$\w+", "0.1", line), comments=True)
-        if words == ["--help"]:
-            continue
-        try:
-            found = parse(words)
-        except SystemExit:
-            pytest.fail(f"inform-rm {line}\n{capsys.readouterr().err}")
-        if words[0] == "train":
-            check_settings(read_flags(found.settings)[1], line)
-        if words[0] == "plan":
-            check_settings(read_own_flags(found.settings)[2], line)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_flags_that_are_named_exist(page, capsys):
     """In the text a command stands with some of its flags, and needs no more."""
     (of_name,) = (action.choices for action in make_parser()._actions if action.choices)
@@ -177,23 +137,6 @@ def test_flags_that_are_named_exist(page, capsys):
             of_name[name].canonical(flags) if name in of_name else None
         except SystemExit:
             pytest.fail(f"{token.content}\n{capsys.readouterr().err}")
-
-
-def check_settings(given: dict[str, Any], where: str) -> None:
-    faults: list[str] = []
-    named = with_our_names(given, {}, faults)
-    unknown = set(named) - set(field_types())
-    assert not unknown and not faults, f"{where}: {unknown} {faults}"
-    needed = {"model": "m", "data": "d", "output_dir": "o", "use_cpu": True}
-    # What needs a GPU, another package or a whole configuration to be accepted is looked up by its name alone.
-    elsewhere = {"bf16", "load_in_4bit", "load_in_8bit", "streaming", "push_to_hub", "report_to", "optim", "objective"}
-    arguments_from_mapping({**needed, **{key: value for key, value in named.items() if key not in elsewhere}}, where)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_settings_in_yaml_are_settings(page):
-    for code in fences(page, "yaml"):
-        check_settings(yaml.safe_load(code), page_id(page))
 
 
 def test_readme_is_short_and_its_sentences_too():
@@ -243,62 +186,6 @@ def test_equations_become_mathml(hooks):
         '<p><span class="arithmatex">\\(a &lt; b\\)</span></p><div class="arithmatex">\\[\nx^2\n\\]</div>'
     )
     assert page.count("<math") == 2 and "arithmatex" not in page and "<msup>" in page and "<mo>&#x0003C;</mo>" in page
-
-
-def run_in_order(blocks: list[str], folder: Path, backbone: Path, names: dict[str, Any]) -> dict[str, Any]:
-    """The blocks of a page, one after the other in one namespace, within a folder and on a small backbone."""
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        for number, code in enumerate(blocks):
-            exec(compile(code.replace(BACKBONE, str(backbone)), f"block {number}", "exec"), names)
-    finally:
-        os.chdir(before)
-    return names
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> Path:
-    from inform_rm.world.backbone import write_backbone
-
-    folder = tmp_path_factory.mktemp("backbone")
-    write_backbone(folder)
-    return folder
-
-
-PAIRS = [{"prompt": f"Name fruit {n}.", "chosen": f"An apple, the {n}th.", "rejected": "A chair."} for n in range(12)]
-
-
-@pytest.mark.slow
-def test_python_of_the_readme_runs(backbone, tmp_path):
-    code = fences(ROOT / "README.md", "python")
-    without_rl = [block for block in code if "trl" not in block]
-    assert len(without_rl) == 2
-    names = run_in_order(without_rl, tmp_path, backbone, {"pairs": PAIRS, "held_out": PAIRS[:4]})
-    assert names["output"].kl.shape == (1,) and names["output"].reward_std.shape == (1, 1)
-
-    pytest.importorskip("trl")
-    from datasets import Dataset
-
-    (rl,) = (block for block in code if "trl" in block)
-    short = "max_steps=2, max_completion_length=8, per_device_train_batch_size=4, num_generations=4, use_cpu=True"
-    rl = rl.replace('GRPOConfig("runs/grpo")', f'GRPOConfig("runs/grpo", {short})').replace("every=50", "every=1")
-    prompts = [pair["prompt"] for pair in PAIRS] * 10  # an alpha of 0.01 needs more than 100
-    given = {
-        "prompts": prompts, "responses": [f"An apple, {n}." for n in range(120)], "policy": str(backbone),
-        "tasks": Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-    }  # fmt: skip
-    trainer = run_in_order([rl], tmp_path, backbone, given)["trainer"]
-    assert any("csi_normalized" in line for line in trainer.state.log_history)
-
-
-@pytest.mark.slow
-def test_python_of_the_start_page_runs(backbone, tmp_path):
-    rows = "".join(f'{pair["prompt"]},"{pair["chosen"]}",{pair["rejected"]}\n' for pair in PAIRS)
-    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\n" + rows)
-    names = run_in_order(fences(ROOT / "docs/start/ten-minutes.md", "python"), tmp_path, backbone, {})
-    assert (tmp_path / "train.csv").exists() and (tmp_path / "runs/python/model.safetensors").exists()
-    assert names["scorer"].score(["Name a fruit."], ["An apple."]).isfinite().all()
 
 
 @pytest.mark.slow

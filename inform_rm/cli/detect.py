@@ -42,7 +42,10 @@ def run(arguments: argparse.Namespace) -> None:
         found = [
             f"{each.title} {part[each.name]:.3f} (chance {part[f'{each.name}_null_rank']:.2f})" for each in STATISTICS
         ]
-        print(f"{part['name']}: {', '.join(found)}{', stopping rule fires' * part['stop']}")
+        print(
+            f"{part['name']}: {', '.join(found)}{', stopping rule fires' * part['stop']}"
+            f"{', the reward fell' * part['reward_fell']}"
+        )
         if "labels" in part:
             agreed = part["labels"]["statistics"]
             shown = [f"{name} {counts['both']} of {counts['outliers']}" for name, counts in agreed.items()]

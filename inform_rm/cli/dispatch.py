@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 128 + error.number
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last complete state", file=sys.stderr)
+        print("interrupted; the same command goes on from what it has saved, or begins again", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1

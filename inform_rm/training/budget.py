@@ -121,8 +121,8 @@ def budget_lines(settings: dict[str, Any], budget: dict[str, float], kl_nats: fl
         lines.append(
             f"labels: at most {100 * budget['flip_rate_at_most']:.0f} % can be wrong at random (a bound: "
             f"1 - accuracy; 95 % limit {100 * budget['flip_rate_limit']:.0f} %); if so many are, beta pays for "
-            f"{budget['nats_per_response_at_that']:.3g} nats"
-            + ("" if kl_nats is None else f"; measured: {kl_nats:.3g}")
+            f"{budget['nats_per_response_at_that']:.3g} nats a response"
+            + ("" if kl_nats is None else f", and this model uses {kl_nats:.3g}")
         )
     return lines
 

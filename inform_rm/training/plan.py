@@ -235,10 +235,11 @@ def _seconds_per_step(
     if args.objective == "prioritized":  # every pair of the pool under several prompts, without gradient
         tokens = lengths.of_pair if args.batching == "packed" else 2 * (lengths.prompt + lengths.response)
         of_token = counts.forward_flops / in_pass / tokens
-        pool = args.pool_factor * args.division[0]
-        shared_prompts = (args.num_prompts - 1) * lengths.prompt / pool
-        of_gap = of_token * (lengths.prompt + shared_prompts + 2 * args.num_prompts * lengths.response)
-        of_pair += args.pool_factor * of_gap * (1 - args.warmup_fraction) / args.refresh
+        pool = args.drawn_per_pair * args.division[0]
+        own = args.weights == "behavior"  # whose own prompt is nobody else's
+        prompts = own * lengths.prompt + (args.num_prompts - own) * lengths.prompt / pool
+        of_gap = of_token * (prompts + 2 * args.num_prompts * lengths.response)
+        of_pair += args.drawn_per_pair * of_gap * (1 - args.warmup_fraction)
     return math.prod(args.division) * of_pair / (machine.tflops * 1e12 * machine.utilisation)
 
 
@@ -246,7 +247,7 @@ def _steps(args: RewardTrainingArguments, machine: Machine, pairs: int | None) -
     if args.max_steps > 0:
         return args.max_steps
     drawn = math.prod(args.division) * machine.gpus
-    drawn *= args.pool_factor if args.objective == "prioritized" else 1
+    drawn *= args.drawn_per_pair
     return None if pairs is None else math.ceil(math.ceil(pairs / drawn) * args.num_train_epochs)
 
 

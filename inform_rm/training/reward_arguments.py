@@ -121,7 +121,7 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
     @property
     def train_batch_size(self) -> int:
         """Rows that a process draws for one forward pass: with prioritized training a pool."""
-        return super().train_batch_size * (self.pool_factor if self.objective == "prioritized" else 1)
+        return super().train_batch_size * self.drawn_per_pair
 
 
 def settings_of(args: RewardTrainingArguments) -> dict[str, Any]:

@@ -228,9 +228,8 @@ class RewardTrainer(RewardLoop):
         )  # fmt: skip
         self._kl_share = getattr(config, "kl_share", 1.0)
         self.resumed_from, self.evaluation = checkpoint, None
-        for part in (self.stream, self._selector):
-            if checkpoint is not None and part is not None:
-                part.load(checkpoint)
+        if checkpoint is not None and self.stream is not None:
+            self.stream.load(checkpoint)
         self.find_tokens_per_batch()
         # Trainer seeds all processes alike: without this, every process would draw the same noise.
         set_seed(self.args.seed, device_specific=True)

@@ -76,7 +76,7 @@ def test_what_a_run_records_and_says():
     assert first == (
         "beta 0.1 pays for at most 3.47 nats a response (ln 2 / 2 beta), or 0.654 if a quarter of the labels is wrong"
     )
-    assert second.startswith("labels: at most 25 % can be wrong at random") and second.endswith("measured: 2")
+    assert second.startswith("labels: at most 25 % can be wrong at random") and second.endswith("this model uses 2")
     ranked = {"accuracy": 0.75, "num_pairs": 400, "num_prompts": 9}
     assert "flip_rate_at_most" not in budget_of_run(SETTINGS, 1.0, ranked)
 

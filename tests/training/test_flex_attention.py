@@ -6,7 +6,7 @@ from torch.nn.attention import flex_attention
 
 from inform_rm.scoring.packed_flex import flex_inputs
 from inform_rm.scoring.packing import use_packed_attention
-from inform_rm.training import loop, trainer
+from inform_rm.training import passes, trainer
 from inform_rm.training.trainer import RewardTrainer
 
 pytestmark = pytest.mark.slow
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 def as_on_a_gpu(monkeypatch):
     """Packed rows go through FlexAttention, for which PyTorch refuses gradients on a CPU, having them all the same."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(loop, "for_device", flex_inputs)
+    monkeypatch.setattr(passes, "for_device", flex_inputs)
 
     def packed(model, args):
         use_packed_attention(model)
