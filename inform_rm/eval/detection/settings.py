@@ -26,8 +26,8 @@ class DetectionSettings:
         tail: see `inform_rm.eval.detection.outliers.MahalanobisReference.tail_probabilities`.
         max_change_ratio: of `inform_rm.eval.detection.early_stopping.CSIEarlyStopping`, applied to the normalized CSI
             over the candidates in order.
-        max_reward_fall: of `inform_rm.eval.detection.early_stopping.RewardFallStopping`, applied to the mean reward of the
-            reference and the candidates in order.
+        max_reward_fall: of `inform_rm.eval.detection.early_stopping.RewardFallStopping`, applied to the mean reward of
+            the reference and the candidates in order.
         max_responses: use a random subset of this many responses of each set.
         on_bad_row: ``"error"`` or ``"skip"``. All rows in use are checked before the first is scored.
         num_outliers: outliers of each candidate that the result names, the farthest first.

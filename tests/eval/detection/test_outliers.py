@@ -409,7 +409,10 @@ def test_bad_latents_are_named(call, candidate, reference, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     (
-        (lambda: cluster_separation_index(GOOD, GOOD, noise="keep"), "noise: got 'keep'; expected one of cluster, single"),
+        (
+            lambda: cluster_separation_index(GOOD, GOOD, noise="keep"),
+            "noise: got 'keep'; expected one of cluster",
+        ),
         (lambda: cluster_separation_index(GOOD, GOOD[:3], eps="auto"), "3 points have no distance to the 5-th"),
         (lambda: auto_eps(np.ones((20, 2))), "eps: 'auto' would be 0"),
         (lambda: auto_eps(NAN_ROW), "^reference: row 4"),
