@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from inform_rm.errors import check_choice
 from inform_rm.modeling_inform import bradley_terry_loss, kl_to_standard_normal, pair_gaps
 
 __all__ = [
@@ -239,7 +240,11 @@ def group_loss(
 
     Returns:
         Scalar float32.
+
+    Raises:
+        InputError: another ranking loss, of which larger groups would have no loss at all.
     """
+    check_choice("ranking_loss", ranking_loss, RANKING_LOSSES)
     sizes = groups.bincount()
     total = rewards.new_zeros((), dtype=torch.float32)
     scored = sizes[groups] == 1

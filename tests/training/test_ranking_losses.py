@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from inform_rm.errors import InputError
 from inform_rm.training.losses import (
     MOST_TIED,
     PAIR_LOSSES,
@@ -149,6 +150,10 @@ def test_half_precision_rewards_lose_nothing_more():
 def test_by_default_a_score_weighs_as_much_as_a_pair_and_a_nat_a_tenth():
     one = torch.zeros(1, dtype=torch.long)
     assert group_loss(torch.tensor([2.0]), torch.tensor([0.0]), one, torch.tensor([3.0])).item() == pytest.approx(4.3)
+    three = torch.zeros(3, dtype=torch.long)
+    assert group_loss(torch.zeros(3), torch.tensor([2.0, 1.0, 0.0]), three).item() == pytest.approx(math.log(2))
+    with pytest.raises(InputError, match="ranking_loss: got 'listwise'; expected one of all_pairs, plackett_luce"):
+        group_loss(torch.zeros(3), torch.tensor([2.0, 1.0, 0.0]), three, ranking_loss="listwise")
 
 
 def test_score_loss_is_the_squared_error():

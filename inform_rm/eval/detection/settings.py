@@ -2,19 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
 
 from inform_rm.errors import InputError
 from inform_rm.eval.detection.early_stopping import CSIEarlyStopping, RewardFallStopping
+from inform_rm.util.settings import check_settings, setting
 
 NOISE_POLICIES = ("cluster", "singletons", "drop")
 TAILS = ("reference", "chi2")
-
-
-def _setting(default: Any, help: str = "", least: int | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A field; with ``help`` it is a flag, too. ``least`` is the smallest whole number that it takes."""
-    return field(default=default, metadata={"help": help, "least": least, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -31,8 +26,8 @@ class DetectionSettings:
         tail: see `inform_rm.eval.detection.outliers.MahalanobisReference.tail_probabilities`.
         max_change_ratio: of `inform_rm.eval.detection.early_stopping.CSIEarlyStopping`, applied to the normalized CSI
             over the candidates in order.
-        max_reward_fall: of `inform_rm.eval.detection.early_stopping.RewardFallStopping`, applied to the mean reward of the
-            reference and the candidates in order.
+        max_reward_fall: of `inform_rm.eval.detection.early_stopping.RewardFallStopping`, applied to the mean reward of
+            the reference and the candidates in order.
         max_responses: use a random subset of this many responses of each set.
         on_bad_row: ``"error"`` or ``"skip"``. All rows in use are checked before the first is scored.
         num_outliers: outliers of each candidate that the result names, the farthest first.
@@ -45,35 +40,28 @@ class DetectionSettings:
         InputError: a value out of range, by name.
     """
 
-    columns: Mapping[str, str] | None = _setting(None)
-    eps: float | str = _setting("auto", "radius of DBSCAN, or 'auto'")
-    min_samples: int = _setting(5, "of DBSCAN", least=1)
-    noise: str = _setting("cluster", "what DBSCAN's noise counts as", choices=NOISE_POLICIES)
-    alpha: float = _setting(0.01, "tail probability below which a response is an outlier")
-    tail: str = _setting(
+    columns: Mapping[str, str] | None = setting(None)
+    eps: float | str = setting("auto", "radius of DBSCAN, or 'auto'")
+    min_samples: int = setting(5, "of DBSCAN", least=1)
+    noise: str = setting("cluster", "what DBSCAN's noise counts as", choices=NOISE_POLICIES)
+    alpha: float = setting(0.01, "tail probability below which a response is an outlier")
+    tail: str = setting(
         "reference", "distribution of distances: the reference's own, or the paper's chi-square", choices=TAILS
     )
-    max_change_ratio: float = _setting(10.0, "of the paper's stopping rule for CSI, for several files")
-    max_reward_fall: float = _setting(0.1, "share of its gain that the mean reward may lose, for several files")
-    max_responses: int | None = _setting(None, "use a seeded random subset of each file", least=1)
-    on_bad_row: str = _setting(
+    max_change_ratio: float = setting(10.0, "of the paper's stopping rule for CSI, for several files")
+    max_reward_fall: float = setting(0.1, "share of its gain that the mean reward may lose, for several files")
+    max_responses: int | None = setting(None, "use a seeded random subset of each file", least=1)
+    on_bad_row: str = setting(
         "error", "stop at a row that cannot be scored, or leave it out, count and list it", choices=("error", "skip")
     )
-    num_outliers: int = _setting(20, least=0)
-    num_splits: int = _setting(100, least=1)
-    num_resamples: int = _setting(100, least=1)
-    map_points: int = _setting(600, least=10)
-    seed: int = _setting(0, "seed of all random choices", least=0)
+    num_outliers: int = setting(20, least=0)
+    num_splits: int = setting(100, least=1)
+    num_resamples: int = setting(100, least=1)
+    map_points: int = setting(600, least=10)
+    seed: int = setting(0, "seed of all random choices", least=0)
 
     def __post_init__(self) -> None:
-        for spec in fields(self):
-            value, least, choices = getattr(self, spec.name), spec.metadata["least"], spec.metadata["choices"]
-            if choices and value not in choices:
-                raise InputError(f"{spec.name}: {value!r}; expected one of {', '.join(choices)}.")
-            if least is None or value is spec.default is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"{spec.name}: {value!r}; expected a whole number, at least {least}.")
+        check_settings(self)
         if self.eps != "auto" and (isinstance(self.eps, bool | str) or not 0 < self.eps < math.inf):
             raise InputError(f"eps: {self.eps!r}; expected a distance above 0, or 'auto'.")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < 1:

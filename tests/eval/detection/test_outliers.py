@@ -409,14 +409,17 @@ def test_bad_latents_are_named(call, candidate, reference, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     (
-        (lambda: cluster_separation_index(GOOD, GOOD, noise="keep"), "noise: 'keep'; expected one of cluster, single"),
+        (
+            lambda: cluster_separation_index(GOOD, GOOD, noise="keep"),
+            "noise: got 'keep'; expected one of cluster",
+        ),
         (lambda: cluster_separation_index(GOOD, GOOD[:3], eps="auto"), "3 points have no distance to the 5-th"),
         (lambda: auto_eps(np.ones((20, 2))), "eps: 'auto' would be 0"),
         (lambda: auto_eps(NAN_ROW), "^reference: row 4"),
         (lambda: fit_mahalanobis(GOOD[:9]), "reference: 9 points; a covariance needs at least 10"),
         (lambda: fit_mahalanobis(np.ones((20, 3))), "covariance cannot be inverted"),
         (lambda: fit_mahalanobis(np.tile([[1.0, 0, 0], [-1, 0, 0]], (9, 1))), "or lie on a line"),
-        (lambda: mahalanobis_outlier_probability(GOOD, GOOD, tail="normal"), "tail: 'normal'; expected"),
+        (lambda: mahalanobis_outlier_probability(GOOD, GOOD, tail="normal"), "tail: got 'normal'; expected"),
         (lambda: mahalanobis_outlier_probability(GOOD, GOOD, alpha=1.0), "alpha: 1.0; it is a probability"),
         (lambda: mahalanobis_outlier_probability(GOOD, GOOD, tail="reference"), "alpha: 0.01; the smallest rank"),
     ),
