@@ -89,7 +89,7 @@ def test_the_smallest_gaps_are_selected_and_only_they_are_learnt(settings, seen,
     for call in seen:
         (gaps,) = call["gaps"]
         assert len(gaps) == 8 and len(call["selected"]) == 4
-        assert call["selected"].tolist() == sorted(gaps.argsort()[:4].tolist())
+        assert call["selected"].tolist() == sorted(gaps.round(decimals=4).argsort(stable=True)[:4].tolist())
         assert (
             not call["selector"]._scorer.model.training or call["selector"]._scorer.model.score.training
         )  # modes are put back
@@ -236,7 +236,8 @@ def test_selection_of_any_gaps(selector, gaps, share):
     wanted = max(1, round(share * len(gaps)))
     places, weights = selector("smallest", gaps, wanted)
     assert places.tolist() == sorted(set(places.tolist())) and len(places) == wanted
-    assert sorted(gaps[place] for place in places.tolist()) == sorted(gaps)[:wanted]
+    smallest = sorted(gaps[place] for place in places.tolist())
+    assert smallest == pytest.approx(sorted(gaps)[:wanted], abs=1.1e-4)  # equal to four decimals counts as equal
     assert weights.tolist() == [1] * wanted
     places, weights = selector("weighted", gaps, len(gaps))
     assert places.tolist() == list(range(len(gaps)))
