@@ -81,10 +81,7 @@ def policies(runs: Runs, gold: dict[int, np.ndarray]) -> str:
     lines = _head("method", *(f"best of {n}" for n in BEST_OF), f"win rate against bt, best of {WIN_BEST_OF}")
     base = {run["seed"]: np.array(run["policy"]) for run in runs["bt"]}
     for method, own in runs.items():
-        curves = []
-        for run in own:
-            rows = zip(run["policy"], gold[run["seed"]], strict=True)
-            curves.append(np.mean([best_of_n_expectation(rewards, right, BEST_OF) for rewards, right in rows], axis=0))
+        curves = [best_of_n_expectation(run["policy"], gold[run["seed"]], BEST_OF).mean(axis=0) for run in own]
         cells = [_interval([curve[place] for curve in curves]) for place in range(len(BEST_OF))]
         wins = [win_rate(np.array(run["policy"]), base[run["seed"]], gold[run["seed"]], WIN_BEST_OF) for run in own]
         lines.append(_row(method, *cells, "" if method == "bt" else _interval(wins)))

@@ -111,7 +111,8 @@ class PoolSelector:
             selected = torch.arange(wanted)
             weights = torch.nn.functional.logsigmoid(-gaps).softmax(dim=0) * wanted  # gaps of any size
         else:
-            selected = gaps.argsort(stable=True)[:wanted].sort().values
+            # Two pairs of the same responses have one gap: rounding must not decide which of them comes first.
+            selected = gaps.round(decimals=4).argsort(stable=True)[:wanted].sort().values
         is_selected = torch.zeros(len(gaps), dtype=torch.bool)
         is_selected[selected] = True
         for at, part in ((0, gaps[is_selected]), (2, gaps[~is_selected])):
