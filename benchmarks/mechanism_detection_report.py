@@ -44,6 +44,11 @@ def of(rows: Iterable[Row], attacked: str, seeds: Iterable[int]) -> list[Row]:
     return [row for row in rows if row["attacked"] == attacked and row["seed"] in seeds]
 
 
+def watched(rows: list[Row]) -> list[str]:
+    """Attacked models that both kinds of seeds have."""
+    return [name for name in kept_variants() if of(rows, name, SELECTION_SEEDS) and of(rows, name, REPORT_SEEDS)]
+
+
 def policy_values(run: Row, statistic: str) -> NDArray:
     return np.array(run["values"][statistic][NULL_SETS:])
 
@@ -127,7 +132,7 @@ def falls_of(run: Row, share: float) -> NDArray:
 
 def stop_table(rows: list[Row]) -> list[str]:
     """Share of the peak's gold that a stop keeps at the level that kept most on the selection seeds."""
-    names = list(kept_variants())
+    names = watched(rows)
     lines = ["| stop when this is above a level of its own | " + " | ".join(names) + " | all, one level |",
              "|" + "---|" * (len(names) + 2)]  # fmt: skip
     groups = [*([name] for name in names), names]
@@ -172,7 +177,7 @@ def rule_table(rows: list[Row]) -> list[str]:
 
     lines = ["| attacked | rule for CSI | stops | lead, nats | share of the peak's gold |", "|" + "---|" * 5]
     statistic = "CSI, latents of InfoRM"
-    for name in kept_variants():
+    for name in watched(rows):
         selection = of(rows, name, SELECTION_SEEDS)
 
         def shares(runs: list[Row], ratio: float | None) -> tuple[list[float], list[float]]:
@@ -198,7 +203,7 @@ def detection_png(rows: list[Row]) -> bytes:
 
     from inform_rm.util.page import figure_png
 
-    names = list(kept_variants())
+    names = watched(rows)
     figure = Figure(figsize=(12.0, 3.6), layout="constrained")
     shown = {"CSI, latents of InfoRM": "#D55E00", "MOP, latents of InfoRM": "#CC79A7",
              "kNN distance, latents of InfoRM": "#0072B2", "kNN distance, states of the standard model": "#56B4E9",

@@ -31,8 +31,8 @@ class DetectionSettings:
         tail: see `inform_rm.eval.detection.outliers.MahalanobisReference.tail_probabilities`.
         max_change_ratio: of `inform_rm.eval.detection.early_stopping.CSIEarlyStopping`, applied to the normalized CSI
             over the candidates in order.
-        max_reward_fall: of `inform_rm.eval.detection.early_stopping.RewardFallStopping`, applied to the mean reward of the
-            reference and the candidates in order.
+        max_reward_fall: of `inform_rm.eval.detection.early_stopping.RewardFallStopping`, applied to the mean reward of
+            the reference and the candidates in order.
         max_responses: use a random subset of this many responses of each set.
         on_bad_row: ``"error"`` or ``"skip"``. All rows in use are checked before the first is scored.
         num_outliers: outliers of each candidate that the result names, the farthest first.
@@ -54,7 +54,7 @@ class DetectionSettings:
         "reference", "distribution of distances: the reference's own, or the paper's chi-square", choices=TAILS
     )
     max_change_ratio: float = _setting(10.0, "of the paper's stopping rule for CSI, for several files")
-    max_reward_fall: float = _setting(0.1, "share of its gain that the mean reward may lose, for several files")
+    max_reward_fall: float = _setting(0.05, "share of its gain that the mean reward may lose, for several files")
     max_responses: int | None = _setting(None, "use a seeded random subset of each file", least=1)
     on_bad_row: str = _setting(
         "error", "stop at a row that cannot be scored, or leave it out, count and list it", choices=("error", "skip")
