@@ -8,8 +8,7 @@ The world is that of `mechanism_world.py`, models and training are in `mechanism
 makes tables and figures of the results. Each part is a list of runs (variant, seed, dials), trained many at once.
 ``--keep`` writes weights and policies to ``kept/``, which `mechanism_detection.py` and `mechanism_penalty.py` read.
 ``table`` is a search for settings at the default dials; ``cells`` carries settings over to other dials (`carried`).
-Results are lines of ``results/*.jsonl`` in the output folder, one a run; started again, it does what is
-missing.
+Results are lines of ``results/*.jsonl`` in the output folder, one a run; started again, it does what is missing.
 """
 
 import argparse
@@ -138,20 +137,22 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing after so long")
     parser.add_argument("--judge-only", action="store_true", help="train and judge, optimise nothing against them")
     parser.add_argument("--seeds", type=int, nargs="+", help="these seeds only")
+    parser.add_argument("--cells", type=int, nargs="+", help="of the part cells those with these numbers only")
     parser.add_argument("--keep", action="store_true", help="keep weights and policies")
     arguments = parser.parse_args()
     start = time.time()
     folder = arguments.output / "results"
     folder.mkdir(parents=True, exist_ok=True)
     attack, results = not arguments.judge_only, read_results(arguments.output)
+    wanted = None if arguments.cells is None else [cells()[number] for number in arguments.cells]
     groups: list[tuple[list[Run], tuple[str, ...]]] = []
     asked: set[tuple[str, str]] = set()
     for part in arguments.parts:
         for states, runs in runs_by_states(part).items():
             left = [
                 run for run in dict.fromkeys(runs)
-                if (not arguments.seeds or run[1] in arguments.seeds) and (key_of(*run), states) not in asked
-                and not is_done(results, run, states, attack)
+                if (not arguments.seeds or run[1] in arguments.seeds) and (wanted is None or run[2] in wanted)
+                and (key_of(*run), states) not in asked and not is_done(results, run, states, attack)
             ]  # fmt: skip
             asked |= {(key_of(*run), states) for run in left}
             groups += [(group, states) for group in grouped(left, arguments.models)]

@@ -44,6 +44,11 @@ def of(rows: Iterable[Row], attacked: str, seeds: Iterable[int]) -> list[Row]:
     return [row for row in rows if row["attacked"] == attacked and row["seed"] in seeds]
 
 
+def watched(rows: list[Row]) -> list[str]:
+    """Attacked models that both kinds of seeds have."""
+    return [name for name in kept_variants() if of(rows, name, SELECTION_SEEDS) and of(rows, name, REPORT_SEEDS)]
+
+
 def policy_values(run: Row, statistic: str) -> NDArray:
     return np.array(run["values"][statistic][NULL_SETS:])
 
@@ -127,7 +132,7 @@ def falls_of(run: Row, share: float) -> NDArray:
 
 def stop_table(rows: list[Row]) -> list[str]:
     """Share of the peak's gold that a stop keeps at the level that kept most on the selection seeds."""
-    names = list(kept_variants())
+    names = watched(rows)
     lines = ["| stop when this is above a level of its own | " + " | ".join(names) + " | all, one level |",
              "|" + "---|" * (len(names) + 2)]  # fmt: skip
     groups = [*([name] for name in names), names]
@@ -172,7 +177,7 @@ def rule_table(rows: list[Row]) -> list[str]:
 
     lines = ["| attacked | rule for CSI | stops | lead, nats | share of the peak's gold |", "|" + "---|" * 5]
     statistic = "CSI, latents of InfoRM"
-    for name in kept_variants():
+    for name in watched(rows):
         selection = of(rows, name, SELECTION_SEEDS)
 
         def shares(runs: list[Row], ratio: float | None) -> tuple[list[float], list[float]]:
@@ -193,26 +198,30 @@ def rule_table(rows: list[Row]) -> list[str]:
 
 
 def detection_png(rows: list[Row]) -> bytes:
-    """Gold and statistics over KL for one seed of each attacked model, each as a share of its largest value."""
+    """Gold, the other model's reward and statistics by step, as shares of a run's largest, mean over seeds."""
     from matplotlib.figure import Figure
 
     from inform_rm.util.page import figure_png
 
-    names = list(kept_variants())
-    figure = Figure(figsize=(12.0, 3.6), layout="constrained")
-    shown = {"CSI, latents of InfoRM": "#D55E00", "MOP, latents of InfoRM": "#CC79A7",
-             "kNN distance, latents of InfoRM": "#0072B2", "kNN distance, states of the standard model": "#56B4E9",
-             "repetition": "#999999"}  # fmt: skip
+    names = [name for name in kept_variants() if of(rows, name, REPORT_SEEDS)]
+    figure = Figure(figsize=(4.0 * len(names), 3.6), layout="constrained")
+    shown: dict[str, tuple[str, Callable[[Row], Any]]] = {
+        "gold": ("black", lambda run: run["gold"]),
+        "reward of the other model": ("#009E73", lambda run: run["other_reward"]),
+        "CSI, latents of InfoRM": ("#D55E00", lambda run: policy_values(run, "CSI, latents of InfoRM")),
+        "kNN distance, states of the standard model": (
+            "#56B4E9", lambda run: policy_values(run, "kNN distance, states of the standard model")),
+        "repetition": ("#999999", lambda run: policy_values(run, "repetition")),
+    }  # fmt: skip
     for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
-        for number, run in enumerate(of(rows, name, REPORT_SEEDS)):
-            label = {"label": "gold"} if not number else {}
-            axes.plot(run["kl"], np.array(run["gold"]) / max(run["gold"]), color="black", linewidth=1.2, **label)
-            for statistic, colour in shown.items():
-                values = policy_values(run, statistic)
-                label = {"label": statistic} if not number else {}
-                axes.plot(run["kl"], values / values.max(), color=colour, linewidth=0.7, **label)
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel("KL, nats")
+        runs = of(rows, name, REPORT_SEEDS)
+        for label, (colour, values) in shown.items():
+            shares = np.mean([np.array(values(run)) / max(values(run)) for run in runs], axis=0)
+            axes.plot(MEASURE_EVERY * np.arange(len(shares)), shares, color=colour, label=label,
+                      linewidth=2.2 if label == "gold" else 1.3)  # fmt: skip
+        kl = np.mean([run["kl"][-1] for run in runs])
+        axes.set_title(f"policy against {name}", fontsize=9)
+        axes.set_xlabel(f"step ({len(runs)} seeds; {kl:.0f} nats at the end)")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     figure.axes[0].set_ylabel("share of the run's largest")
     return figure_png(figure)

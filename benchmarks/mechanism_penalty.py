@@ -25,8 +25,8 @@ from mechanism_models import Proxies, policy_slope
 from mechanism_world import CONTENT, LENGTH, Dials, draw, draw_responses, expected_gold, make_world, policy_kl
 from prioritized import mean_and_interval
 
-PENALTIES = (0.0, 0.02, 0.05, 0.1, 0.2)  # reward in standard deviations a nat
-STEPS, RESPONSES, RATE = 100, 64, 0.05
+PENALTIES = (0.0, 0.005, 0.01, 0.02, 0.05)  # reward in standard deviations a nat
+STEPS, RESPONSES, RATE = 200, 64, 0.05
 MODELS = [name for name in kept_variants() if "0.01" not in name]  # a beta of 0.01 binds nothing: as standard
 COLOURS = ("#D55E00", "#E69F00", "#0072B2")
 
@@ -39,17 +39,13 @@ def main() -> None:
     path = output / "penalty.json"
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     done = {(row["model"], row["seed"]) for row in rows}
-    for seed in [*SELECTION_SEEDS, *REPORT_SEEDS]:
+    for seed in [*REPORT_SEEDS, *SELECTION_SEEDS]:
         for name in MODELS:
             variant, state = kept_variants()[name]
             file = kept_file(output, (variant, seed, Dials()), state)
             if (name, seed) not in done and file.exists():
                 rows += penalized(name, variant, seed, file)
                 path.write_text(json.dumps(rows), encoding="utf-8")
-    missing = [name for name in MODELS if name not in {row["model"] for row in rows}]
-    if missing:
-        print(f"not kept yet: {', '.join(missing)}")
-        return
     lines = report(rows)
     (output / "penalty.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (output / "penalty.png").write_bytes(penalty_png(rows))
@@ -116,13 +112,19 @@ def values_of(rows: list[dict[str, Any]], name: str, penalty: float, seeds: Iter
     return [found[seed] for seed in seeds if seed in found]
 
 
+def models_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Models that both kinds of seeds have."""
+    seeds = {name: {row["seed"] for row in rows if row["model"] == name} for name in MODELS}
+    return [name for name in MODELS if all(seeds[name] & set(each) for each in (SELECTION_SEEDS, REPORT_SEEDS))]
+
+
 def best_penalty(rows: list[dict[str, Any]], name: str) -> float:
     return max(PENALTIES, key=lambda each: np.mean(values_of(rows, name, each, SELECTION_SEEDS, "gold")))
 
 
 def report(rows: list[dict[str, Any]]) -> list[str]:
     """Gold by coefficient on the reported seeds; then differences to the standard models at their best."""
-    names = MODELS
+    names = models_of(rows)
     lines = [
         "| model | " + " | ".join(f"{penalty:g}" for penalty in PENALTIES) + " | KL at these |",
         "|---" * (len(PENALTIES) + 2) + "|",
@@ -140,8 +142,8 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
         "| InfoRM less standard | no penalty | each at its best | InfoRM without, standard at its best |",
         "|---|---|---|---|",
     ]
-    for name in names[2:]:
-        for other in names[:2]:
+    for name in [each for each in names if each.startswith("InfoRM")]:
+        for other in [each for each in names if not each.startswith("InfoRM")]:
             best, rival = best_penalty(rows, name), best_penalty(rows, other)
             pairs = ((0.0, 0.0), (best, rival), (0.0, rival))
             cells = " | ".join(difference(rows, (name, own), (other, its)) for own, its in pairs)
@@ -164,7 +166,8 @@ def penalty_png(rows: list[dict[str, Any]]) -> bytes:
 
     figure = Figure(figsize=(9.0, 3.6), layout="constrained")
     by_penalty, by_kl = figure.subplots(1, 2, sharey=True)
-    for name, colour in zip(MODELS, COLOURS, strict=True):
+    for name in models_of(rows):
+        colour = COLOURS[MODELS.index(name)]
         gold = [mean_and_interval(values_of(rows, name, penalty, REPORT_SEEDS, "gold")) for penalty in PENALTIES]
         means, bars = [each[0] for each in gold], [each[0] - each[1] for each in gold]
         nats = [np.mean(values_of(rows, name, penalty, REPORT_SEEDS, "kl")) for penalty in PENALTIES]

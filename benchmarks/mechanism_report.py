@@ -194,13 +194,11 @@ def bias_table(results: Results) -> list[str]:
     """What a word that only biased labels like is worth to each model, where a content word's worth of 1 is 1."""
     dials, lines = Dials(bias=0.7), []
     for choice in carried(dials).values():
-        rows = rows_of(results, choice, dials, seeds_of(results, choice, dials))
+        rows = [row for seed in REPORT_SEEDS for row in rows_of(results, choice, dials, [seed])]
         if rows:
             values = [[row[key] for row in rows] for key in ("accuracy", "neutral_effect", "bias_effect")]
-            values += [[row["policy"][key][-1] for row in rows] for key in ("biased", "gold")]
             lines.append([name_of(choice), str(len(rows)), *map(shown, values)])
-    header = ["model", "seeds", "accuracy", "neutral words, spread", "liked words (0.7 in the labels, gold 0)",
-              "share of liked words in the policy's end", "gold there"]  # fmt: skip
+    header = ["model", "seeds", "accuracy", "neutral words, spread", "liked words (0.7 in the labels, gold 0)"]
     return ["## Biased labels", "", *table(header, lines)] if lines else []
 
 

@@ -109,9 +109,9 @@ class RewardFallStopping:
         [False, False, False, False, True]
     """
 
-    def __init__(self, max_fall: float = 0.1):
+    def __init__(self, max_fall: float = 0.05):
         if isinstance(max_fall, bool) or not isinstance(max_fall, int | float) or not 0 < max_fall < 1:
-            raise InputError(f"max_reward_fall: {max_fall!r}; it is a share, above 0 and below 1 (default 0.1).")
+            raise InputError(f"max_reward_fall: {max_fall!r}; it is a share, above 0 and below 1 (default 0.05).")
         self.max_fall = float(max_fall)
         self._start: float | None = None
         self._largest, self._largest_error = -math.inf, 0.0

@@ -49,7 +49,7 @@ class DetectionSettings:
         "reference", "distribution of distances: the reference's own, or the paper's chi-square", choices=TAILS
     )
     max_change_ratio: float = setting(10.0, "of the paper's stopping rule for CSI, for several files")
-    max_reward_fall: float = setting(0.1, "share of its gain that the mean reward may lose, for several files")
+    max_reward_fall: float = setting(0.05, "share of its gain that the mean reward may lose, for several files")
     max_responses: int | None = setting(None, "use a seeded random subset of each file", least=1)
     on_bad_row: str = setting(
         "error", "stop at a row that cannot be scored, or leave it out, count and list it", choices=("error", "skip")

@@ -87,7 +87,7 @@ def test_figures_are_those_of_the_functions_behind(scorer, files, made):
         means.append((own.rewards.mean(), own.rewards.std(ddof=1) / len(own.rewards) ** 0.5))
         start, best, (last, error) = means[0][0], max(means), means[-1]
         is_lower = best[0] - last > 2 * math.hypot(best[1], error)
-        assert part["reward_fell"] == (is_lower and best[0] - last > 0.1 * (best[0] - start))
+        assert part["reward_fell"] == (is_lower and best[0] - last > 0.05 * (best[0] - start))
         for statistic in STATISTICS:
             low, high = part[f"{statistic.name}_interval"]
             assert low <= part[statistic.name] <= high and 0 < part[f"{statistic.name}_null_rank"] <= 1
