@@ -40,12 +40,13 @@ def test_a_request_says_what_was_asked_and_the_reply_is_read(chat_server, monkey
 def test_what_may_pass_is_tried_again(chat_server, failure):
     replies = iter([failure, failure, "At last."])
     server = chat_server(lambda fields: next(replies))
-    # A body that never comes whole is a timeout.
-    assert ChatEndpoint(server.url, "small", timeout=0.3).ask(**HELLO).text == "At last."
+    # A body that never comes whole is a timeout; on a busy machine other answers are not to be one.
+    timeout = 0.3 if "Content-Length" in failure[2] else 60
+    assert ChatEndpoint(server.url, "small", timeout=timeout).ask(**HELLO).text == "At last."
     assert len(server.requests) == 3
     server.script = lambda fields: failure
     with pytest.raises(EndpointError, match="no usable reply in 2 tries"):
-        ChatEndpoint(server.url, "small", tries=2, timeout=0.3).ask(**HELLO)
+        ChatEndpoint(server.url, "small", tries=2, timeout=timeout).ask(**HELLO)
     assert len(server.requests) == 5
 
 
