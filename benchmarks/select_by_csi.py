@@ -6,7 +6,7 @@ For each seed InfoRM is trained with K in {32, 128} and beta in {0.01, 0.03, 0.1
 labels flipped, and a policy is optimised against each. Then as `inform-rm select` does (arXiv:2402.09345, App. E.2):
 CSI of 256 responses of each policy in the latents of its own model, as a rank among halves of 512 responses of the
 base policy, then over the mean of these halves. Gold and KL of a policy are exact. The policies are read off at the
-end of the optimisation, and at the measured step whose KL is nearest to 16 nats. A JSON file a seed and K; then tables.
+end of the optimisation, and at the measured step whose KL is nearest to 16 nats. A JSON file a seed and K; tables.
 """
 
 import argparse
