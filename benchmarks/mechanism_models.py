@@ -1,4 +1,4 @@
-"""Many small reward models of the package trained and attacked at once, each as if it were alone (`torch.vmap`).
+"""Many small reward models of the package trained and attacked at once, each as if it were alone.
 
 A model's data, latent noise and the policy's draws come from its world's seed, on the CPU, so that its figures do not
 depend on which models are trained beside it, and all models of a seed see the same chance. Shapes: M models.
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, vmap
 from transformers import LlamaConfig
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
-from inform_rm.training.losses import kl_weight, reward_model_loss
+from inform_rm.training.losses import kl_to_standard_normal, kl_weight, reward_model_loss
+from mechanism_forward import last_states
 from mechanism_world import (
     BIASED,
     CONTENT,
@@ -41,7 +42,8 @@ VALIDATION_PAIRS, TEST_PAIRS = 200, 2000
 BEST_OF, PROMPTS = (1, 16, 256, 1024), 16
 POLICY_STEPS, POLICY_RESPONSES, POLICY_RATE, MEASURE_EVERY = 100, 128, 0.05, 5
 KL_GRID = (2, 4, 8, 16, 24, 32, 40)  # nats at which gold is read off
-TENSORS_AT_ONCE = 2**19  # sequences of one forward pass without gradient, all models together
+# Of one forward pass without gradient, all models together; few on a CPU, so that they stay in its caches.
+SEQUENCES_AT_ONCE = {"cpu": 512, "cuda": 2**15}
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,13 @@ Parameters = dict[str, Tensor]  # by name, with M in front
 
 
 @functools.lru_cache(maxsize=512)
-def fresh_model(variant: Variant, seed: int, attention: str) -> InfoRMForSequenceClassification:
+def fresh_model(variant: Variant, seed: int) -> InfoRMForSequenceClassification:
     """A small Llama with the package's head; the same for all variants of one shape and seed."""
     torch.manual_seed(seed + 77)
     backbone = LlamaConfig(
         vocab_size=VOCABULARY + 2, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=32, pad_token_id=VOCABULARY, bos_token_id=VOCABULARY + 1,
-        eos_token_id=None, initializer_range=0.05, attention_dropout=variant.dropout, attn_implementation=attention,
+        eos_token_id=None, initializer_range=0.05, attention_dropout=variant.dropout,
     )  # fmt: skip
     model = InfoRMForSequenceClassification(
         InfoRMConfig(backbone, variant.latent_dim, decoder=variant.decoder, architecture=variant.architecture)
@@ -130,10 +132,8 @@ class Proxies:
     """M reward models of one shape: their weights, and how they are called."""
 
     def __init__(self, variants: list[Variant], seeds: list[int], device: torch.device):
-        # The kernels behind "sdpa" know no vmap on a GPU; on a CPU they are quicker all the same.
-        attention = "eager" if device.type == "cuda" else "sdpa"
         models = [
-            fresh_model(replace(each.shape(), start=each.start), seed, attention)
+            fresh_model(replace(each.shape(), start=each.start), seed)
             for each, seed in zip(variants, seeds, strict=True)
         ]
         self.model, self.device = copy.deepcopy(models[0]).to(device), device
@@ -141,27 +141,41 @@ class Proxies:
             name: torch.stack([dict(model.named_parameters())[name].detach() for model in models]).to(device)
             for name, _ in self.model.named_parameters()
         }
-        self.is_inform = variants[0].architecture == "inform"
+        self.is_inform, self.dropout = variants[0].architecture == "inform", variants[0].dropout
 
-    def call(self, weights: Parameters, words: Tensor, **keywords: Any) -> Any:
-        """Output of one model for words ``(N, L)``: an end token follows, whose state is read."""
-        end = words.new_full((len(words), 1), VOCABULARY + 1)
-        return functional_call(self.model, weights, (), {"input_ids": torch.cat([words, end], 1), **keywords})
+    def states(self, weights: Parameters, words: Tensor) -> Tensor:
+        """Last hidden states ``(M, N, H)`` of words ``(M, N, L)``: an end token follows, whose state is read."""
+        end = words.new_full((*words.shape[:2], 1), VOCABULARY + 1)
+        dropout = self.dropout if self.model.training else 0.0
+        return last_states(weights, torch.cat([words, end], dim=2), self.model.config.text_config, dropout)
+
+    def rewards(self, weights: Parameters, words: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rewards and KL of the posteriors, ``(M, N)`` each, by the package's head; KL 0 of a standard model.
+
+        Args:
+            weights: of the models, with M in front.
+            words: ``(M, N, L)``.
+            noise: ``(M, N, K)`` latent noise while training.
+        """
+        head = {name.removeprefix("score."): value for name, value in weights.items() if name.startswith("score.")}
+
+        def one(own: Parameters, states: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            if not self.is_inform:
+                rewards = functional_call(self.model.score, own, (states,))
+                return rewards[:, 0], torch.zeros_like(rewards[:, 0])
+            asked = {"return_latents": True} | ({"latent_noise": noise} if self.model.training else {})
+            rewards, mean, log_variance, _ = functional_call(self.model.score, own, (states,), asked)
+            return rewards[:, 0], kl_to_standard_normal(mean, log_variance)
+
+        states = self.states(weights, words)
+        return vmap(one)(head, states, states[..., :0] if noise is None else noise)
 
     @torch.no_grad()
-    def score(self, words: Tensor, weights: Parameters | None = None) -> Tensor:
-        """Rewards ``(M, N)`` of words ``(M, N, L)``."""
+    def score(self, words: Tensor, kl: bool = False) -> Tensor:
+        """Rewards ``(M, N)`` of words ``(M, N, L)``, or KL in nats of their posteriors."""
         self.model.eval()
-        one = vmap(lambda part, x: self.call(part, x).logits[:, 0])
-        weights = self.weights if weights is None else weights
-        step = max(1, TENSORS_AT_ONCE // len(words) // LENGTH)
-        return torch.cat([one(weights, part.to(self.device)) for part in words.split(step, dim=1)], dim=1)
-
-    @torch.no_grad()
-    def kl(self, words: Tensor) -> Tensor:
-        """Mean KL of the posteriors ``(M,)`` in nats of words ``(M, N, L)``."""
-        self.model.eval()
-        return vmap(lambda part, x: self.call(part, x).kl)(self.weights, words.to(self.device)).mean(dim=1)
+        step = max(1, SEQUENCES_AT_ONCE[self.device.type] // len(words))
+        return torch.cat([self.rewards(self.weights, part.to(self.device))[kl] for part in words.split(step, 1)], 1)
 
 
 @dataclass
@@ -220,28 +234,33 @@ def train(proxies: Proxies, variants: list[Variant], seeds: list[int], sets: lis
         for name in ("weight_decay", "label_smoothing")
     )
 
-    def loss(weights: Parameters, words: Tensor, noise: Tensor, beta: Tensor, smoothing: Tensor) -> Any:
-        out = proxies.call(weights, words, **({"latent_noise": noise} if proxies.is_inform else {}))
-        chosen, rejected = out.logits[:, 0].chunk(2)
+    def loss(rewards: Tensor, kl: Tensor, beta: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, rejected = rewards.chunk(2)
         pair = reward_model_loss(chosen, rejected)
         whole = (1 - smoothing) * pair + smoothing * reward_model_loss(rejected, chosen)
-        if out.kl is not None:
-            whole = whole + reward_model_loss(chosen, rejected, *out.kl.chunk(2), beta=beta) - pair
-        return whole, pair.detach()
+        if proxies.is_inform:
+            whole = whole + reward_model_loss(chosen, rejected, *kl.chunk(2), beta=beta) - pair
+        return whole, pair
 
-    gradient = vmap(grad(loss, has_aux=True), randomness="different")
-    moments = [{name: torch.zeros_like(value) for name, value in proxies.weights.items()} for _ in range(2)]
-    best = dict(proxies.weights)
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in proxies.weights.items()}
+    proxies.weights = {name: value.detach() for name, value in leaves.items()}  # the same memory
+    optimizer = torch.optim.AdamW(leaves.values(), weight_decay=0.0, fused=True)
+    best = {name: value.clone() for name, value in proxies.weights.items()}
     best_accuracy, epochs = (torch.full((len(variants),), start, device=device) for start in (-1.0, 0.0))
     losses, latent_dim = [], variants[0].latent_dim if proxies.is_inform else 0
     validation = [torch.stack([each.validation[side] for each in sets]) for side in (0, 1)]
     for step, (words, noise) in enumerate(batches(sets, seeds, latent_dim, device)):
         proxies.model.train()
         beta = torch.tensor([kl_weight(step, total, each.beta, each.kl_warmup_steps) for each in variants])
-        slopes, pair = gradient(proxies.weights, words, noise, beta.to(device), smoothing)
-        losses.append(pair)
+        whole, pair = vmap(loss)(*proxies.rewards(leaves, words, noise), beta.to(device), smoothing)
+        # No model's loss depends on another's weights: the gradient of the sum is that of each.
+        optimizer.zero_grad()
+        whole.sum().backward()
+        losses.append(pair.detach())
         rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / total))
-        adamw(proxies.weights, slopes, moments, step + 1, rate, decay)
+        prepare(leaves, rate * decay)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
         if (step + 1) % steps_an_epoch == 0:
             accuracy = (proxies.score(validation[0]) > proxies.score(validation[1])).float().mean(dim=1)
             is_better = accuracy > best_accuracy
@@ -255,19 +274,16 @@ def train(proxies: Proxies, variants: list[Variant], seeds: list[int], sets: lis
 
 
 @torch.no_grad()
-def adamw(
-    weights: Parameters, slopes: Parameters, moments: list[Parameters], step: int, rate: float, decay: Tensor
-) -> None:
-    """One step of AdamW (0.9, 0.999, 1e-8) for every model, in ``weights``; gradients are cut to norm 1 a model."""
-    norm = torch.stack([slope.flatten(1).square().sum(dim=1) for slope in slopes.values()]).sum(dim=0).sqrt()
+def prepare(leaves: Parameters, shrink: Tensor) -> None:
+    """Cut each model's gradient to norm 1, and shrink its weights by ``shrink (M,)``, AdamW's decay of a model."""
+    slopes = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+    norm = torch.stack([slope.flatten(1).square().sum(dim=1) for slope in slopes]).sum(dim=0).sqrt()
     cut = (1.0 / (norm + 1e-6)).clamp(max=1.0)
-    for name, slope in slopes.items():
-        slope = slope * _wide(cut, slope)
-        first, second = moments[0][name], moments[1][name]
-        first.mul_(0.9).add_(slope, alpha=0.1)
-        second.mul_(0.999).addcmul_(slope, slope, value=0.001)
-        size = (second / (1 - 0.999**step)).sqrt_().add_(1e-8)
-        weights[name] = weights[name] * (1 - rate * _wide(decay, slope)) - rate / (1 - 0.9**step) * first / size
+    for slope in slopes:
+        slope *= _wide(cut, slope)
+    if shrink.any():
+        for leaf in leaves.values():
+            leaf *= _wide(1 - shrink, leaf)
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:
@@ -283,7 +299,11 @@ def judge(proxies: Proxies, seeds: list[int], sets: list[TrainingSet]) -> list[d
         return (proxies.score(chosen) > proxies.score(rejected)).float().cpu()
 
     test, validation, fit = right("test"), right("validation"), right("train")
-    nats = proxies.kl(torch.stack([each.test.chosen[:512] for each in sets])).tolist() if proxies.is_inform else None
+    nats = (
+        proxies.score(torch.stack([each.test.chosen[:512] for each in sets]), kl=True).mean(dim=1).tolist()
+        if proxies.is_inform
+        else None
+    )
     effects = word_effects(proxies, seeds, sets)
     found = []
     for place, each in enumerate(sets):
@@ -413,35 +433,39 @@ def curve_of(
 
 
 def run_group(
-    runs: list[tuple[Variant, int, Dials]], device: torch.device, attack: bool = True
+    runs: list[tuple[Variant, int, Dials]],
+    device: torch.device,
+    states: tuple[str, ...] = ("end", "best"),
+    attack: bool = True,
 ) -> Iterator[tuple[str, list[dict[str, Any]], Parameters, Tensor | None]]:
     """Train the models of one shape and number of pairs, and judge them as they are at the end and at the best epoch.
 
     Args:
         runs: the models: variant, seed, dials.
         device: where.
+        states: which of the two.
         attack: also choose the best of n by them and optimise a policy against them.
 
     Yields:
-        ``"end"``, then ``"best"``; a row of figures each model; their weights; log probabilities of the policies.
+        The state; a row of figures each model; their weights; log probabilities of the policies.
     """
     variants, seeds, dials = (list(part) for part in zip(*runs, strict=True))
     sets = [training_set(seed, each) for seed, each in zip(seeds, dials, strict=True)]
     proxies = Proxies(variants, seeds, device)
     trained = train(proxies, variants, seeds, sets)
-    for kept in ("end", "best"):
-        if kept == "best":
-            proxies.weights = trained["best"]
+    weights = {"end": proxies.weights, "best": trained["best"]}
+    for state in states:
+        proxies.weights = weights[state]
         rows, policies = judge(proxies, seeds, sets), None
         if attack:
             curves, policies = optimize(proxies, seeds, sets)
             for row, chosen, curve in zip(rows, best_of_n(proxies, seeds, sets), curves, strict=True):
                 row |= chosen | {"policy": curve}
         for place, row in enumerate(rows):
-            row["epoch"] = trained["epochs"][place] if kept == "best" else dials[place].epochs
-            if kept == "end":  # means of ten steps
+            row["epoch"] = trained["epochs"][place] if state == "best" else dials[place].epochs
+            if state == "end":  # means of ten steps
                 row["losses"] = [float(part.mean()) for part in trained["losses"][:, place].split(10)]
-        yield kept, rows, proxies.weights, policies
+        yield state, rows, proxies.weights, policies
 
 
 def _again(world: World, seed: int, number: int) -> World:

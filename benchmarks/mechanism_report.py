@@ -22,9 +22,15 @@ from mechanism import (
     NEW_START,
     REPORT_SEEDS,
     SELECTION_SEEDS,
+    Choice,
+    Results,
+    carried,
+    cells,
+    chosen,
     inform_candidates,
     key_of,
     read_results,
+    rows_of,
     runs_of,
     standard_candidates,
 )
@@ -32,13 +38,9 @@ from mechanism_models import KL_GRID, Variant
 from mechanism_world import Dials
 from prioritized import mean_and_interval
 
-Choice = tuple[Variant, str]  # a variant, at the "end" or at the "best" epoch
-Results = dict[str, dict[str, Any]]
 DEFAULT = Variant(kl_warmup_steps=0.1)  # the package's: beta 0.1, K 128
-FORMER = Variant(kl_warmup_steps=0.1, start=HEAD_STARTS[0])
-LABELS = {"default": "InfoRM, beta 0.1, warm-up 0.1, as it comes", "former": "beta 0.1, warm-up 0.1, former head",
-          "chosen": "InfoRM, chosen on validation pairs"}  # fmt: skip
-STYLES = {"default": ("o", "#0072B2"), "former": ("^", "#009E73"), "chosen": ("s", "#E69F00")}
+LABELS = {"default": "InfoRM as it comes: beta 0.1, warm-up 0.1", "rule": "InfoRM, beta 0.01 by the rule for flips"}
+STYLES = {"default": ("o", "#0072B2"), "rule": ("s", "#E69F00")}
 COLLAPSED = 0.6  # accuracy of a model whose latents are all but empty, where a standard model has 0.65 and more
 MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {
     "accuracy": lambda row: row["accuracy"],
@@ -63,41 +65,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/mechanism"))
     output = parser.parse_args().output
-    results = {row["key"]: row for row in read_results(output)}
-    cells = dict.fromkeys(run[2] for part in ("table", "map", "new head") for run in runs_of(part))
-    complete = [cell for cell in cells if chosen(results, standard_candidates(), cell) and rivals(results, cell)[1]]
+    results = read_results(output)
     lines = [
         f"{len(results)} runs; selection seeds {list(SELECTION_SEEDS)}, reported seeds {list(REPORT_SEEDS)}.", "",
-        *main_table(results), *map_table(results, complete), *bias_table(results), *rule_table(results, complete),
-        *head_table(results),
+        *map_table(results), *bias_table(results), *main_table(results), *rule_table(results), *head_table(results),
     ]  # fmt: skip
     (output / "report.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
-    if complete:
-        (output / "map.png").write_bytes(map_png(results, complete))
-
-
-def rows_of(results: Results, choice: Choice, dials: Dials, seeds: Iterable[int]) -> list[dict[str, Any]]:
-    """Figures of one choice, one row a seed; empty if a seed is missing."""
-    found = [results.get(key_of(choice[0], seed, dials)) for seed in seeds]
-    return [] if None in found else [row[choice[1]] for row in found if row is not None]
-
-
-def chosen(results: Results, candidates: list[Variant], dials: Dials) -> Choice | None:
-    """What is right about most validation pairs of the selection seeds, of what was run; both epochs are tried."""
-    choices = [(variant, kept) for variant in candidates for kept in ("end", "best")]
-    ran = [each for each in choices if rows_of(results, each, dials, [*SELECTION_SEEDS, *REPORT_SEEDS])]
-
-    def accuracy(choice: Choice) -> float:
-        rows = rows_of(results, choice, dials, SELECTION_SEEDS)
-        return statistics.mean(row["validation_accuracy"] for row in rows)
-
-    return max(ran, key=accuracy, default=None)
+    if compared(results):
+        (output / "map.png").write_bytes(map_png(results))
 
 
 def seeds_of(results: Results, choice: Choice, dials: Dials) -> list[int]:
-    """Reported seeds with this choice."""
-    return [seed for seed in REPORT_SEEDS if key_of(choice[0], seed, dials) in results]
+    """Reported seeds with this choice, attacked."""
+    rows = {seed: results.get(key_of(choice[0], seed, dials), {}).get(choice[1], {}) for seed in REPORT_SEEDS}
+    return [seed for seed, row in rows.items() if "policy" in row]
 
 
 def name_of(choice: Choice) -> str:
@@ -138,8 +120,7 @@ def main_table(results: Results) -> list[str]:
     standard, inform = (chosen(results, each, dials) for each in (standard_candidates(), inform_candidates()))
     if standard is None:
         return []
-    variants = [*standard_candidates(), *inform_candidates(),
-                Variant(beta=0.01, latent_dim=32, start=HEAD_STARTS[0]), DEFAULT]  # fmt: skip
+    variants = [*standard_candidates(), *inform_candidates()]
     lines, differences = [], []
     for choice in [(variant, kept) for variant in variants for kept in ("end", "best")]:
         rows = rows_of(results, choice, dials, REPORT_SEEDS)
@@ -169,64 +150,71 @@ def differences_of(results: Results, one: Choice, other: Choice, dials: Dials, m
 
 
 def cell_name(dials: Dials) -> str:
-    return f"{dials.pairs:,} pairs, {dials.noise:.0%} flipped, {dials.neutral} neutral words"
+    biased = f", labels like four words by {dials.bias:g}" if dials.bias else ""
+    return f"{dials.pairs:,} pairs, {dials.noise:.0%} flipped, {dials.neutral} neutral words{biased}"
 
 
-def rivals(results: Results, dials: Dials) -> tuple[Choice, dict[str, Choice]]:
-    """The best standard model, and what is compared with it."""
-    standard = chosen(results, standard_candidates(), dials)
-    inform = chosen(results, inform_candidates(), dials)
-    others = {"default": (DEFAULT, "end"), "former": (FORMER, "end")} | ({} if inform is None else {"chosen": inform})
-    ran = {name: each for name, each in others.items() if len(seeds_of(results, each, dials)) > 1}
-    return standard or (Variant("standard"), "end"), ran
+def compared(results: Results) -> list[tuple[Dials, str]]:
+    """Cells and names of `carried` settings of InfoRM that at least two seeds compare with the standard model."""
+    return [
+        (dials, name) for dials in cells() for name in carried(dials)
+        if name != "standard" and len(common_seeds(results, dials, name)) > 1
+    ]  # fmt: skip
 
 
-def map_table(results: Results, cells: list[Dials]) -> list[str]:
-    """Where InfoRM is ahead of the best standard model: by its intervals."""
+def common_seeds(results: Results, dials: Dials, name: str) -> list[int]:
+    """Reported seeds that both the standard model and the named one have."""
+    own, standard = (carried(dials)[each] for each in (name, "standard"))
+    return [seed for seed in seeds_of(results, own, dials) if seed in seeds_of(results, standard, dials)]
+
+
+def map_table(results: Results) -> list[str]:
+    """Where InfoRM is ahead of the regularised standard model: by its intervals."""
     lines = []
-    for dials in sorted(cells, key=lambda each: (each.neutral, each.pairs, each.noise)):
-        standard, others = rivals(results, dials)
-        for name, choice in others.items():
-            seeds = seeds_of(results, choice, dials)
-            accuracies = [
-                shown([row["accuracy"] for row in rows_of(results, each, dials, seeds)]) for each in (standard, choice)
-            ]
-            cells_of = []
-            for measure in ("accuracy", "best of 1,024", "16", "32", "peak", "end"):
-                values = differences_of(results, choice, standard, dials, measure)
-                _, low, high = mean_and_interval(values)
-                verdict = "ahead" if low > 0 else "behind" if high < 0 else "equal"
-                cells_of.append(f"{shown(values, '+')} {verdict}")
-            words = name_of(choice) + (" (chosen)" if name == "chosen" else "")
-            lines.append([cell_name(dials), str(len(seeds)), f"{name_of(standard)}: {accuracies[0]}",
-                          f"{words}: {accuracies[1]}", *cells_of])  # fmt: skip
-    header = ["dials", "seeds", "best standard: accuracy", "InfoRM: accuracy", "accuracy", "best of 1,024",
-              "gold at 16 nats", "at 32", "peak", "end"]  # fmt: skip
-    return ["## Map", "", "Differences to the best standard model.", "", *table(header, lines)]
+    for dials, name in compared(results):
+        choice, standard = carried(dials)[name], carried(dials)["standard"]
+        seeds = common_seeds(results, dials, name)
+        accuracies = [
+            shown([row["accuracy"] for row in rows_of(results, each, dials, seeds)]) for each in (standard, choice)
+        ]
+        peak = shown([row["policy"]["peak"] for row in rows_of(results, standard, dials, seeds)])
+        differences = []
+        for measure in ("best of 1,024", "16", "32", "peak", "end"):
+            values = differences_of(results, choice, standard, dials, measure)
+            _, low, high = mean_and_interval(values)
+            verdict = "ahead" if low > 0 else "behind" if high < 0 else "equal"
+            differences.append(f"{shown(values, '+')} {verdict}")
+        lines.append([cell_name(dials), str(len(seeds)), *accuracies, peak, name_of(choice), *differences])
+    header = ["dials", "seeds", "accuracy: standard", "InfoRM", "standard: gold at the peak", "InfoRM less standard",
+              "best of 1,024", "gold at 16 nats", "at 32", "peak", "end"]  # fmt: skip
+    return ["## Map", "", *table(header, lines)]
 
 
 def bias_table(results: Results) -> list[str]:
     """What a word that only biased labels like is worth to each model, where a content word's worth of 1 is 1."""
     dials, lines = Dials(bias=0.7), []
-    for variant in (*standard_candidates(), DEFAULT):
-        for kept in ("end", "best"):
-            rows = rows_of(results, (variant, kept), dials, seeds_of(results, (variant, kept), dials))
-            if rows:
-                values = [[row[key] for row in rows] for key in ("accuracy", "neutral_effect", "bias_effect")]
-                lines.append([name_of((variant, kept)), str(len(rows)), *map(shown, values)])
-    header = ["model", "seeds", "accuracy", "neutral words, spread", "liked words (0.7 in the labels, gold 0)"]
+    for choice in carried(dials).values():
+        rows = rows_of(results, choice, dials, seeds_of(results, choice, dials))
+        if rows:
+            values = [[row[key] for row in rows] for key in ("accuracy", "neutral_effect", "bias_effect")]
+            values += [[row["policy"][key][-1] for row in rows] for key in ("biased", "gold")]
+            lines.append([name_of(choice), str(len(rows)), *map(shown, values)])
+    header = ["model", "seeds", "accuracy", "neutral words, spread", "liked words (0.7 in the labels, gold 0)",
+              "share of liked words in the policy's end", "gold there"]  # fmt: skip
     return ["## Biased labels", "", *table(header, lines)] if lines else []
 
 
-def rule_table(results: Results, cells: list[Dials]) -> list[str]:
+def rule_table(results: Results) -> list[str]:
     """Every InfoRM setting in every cell, selection seeds beside reported ones, and what it carries in nats."""
     lines = []
-    for dials in [*cells, Dials(epochs=2), Dials(epochs=12)]:
+    for dials in [*cells(), Dials(epochs=2), Dials(epochs=12)]:
         variants = dict.fromkeys([
-            *inform_candidates(), DEFAULT, *(run[0] for run in runs_of("rule") if run[2] == dials)
+            *inform_candidates(), *(run[0] for run in runs_of("rule") if run[2] == dials)
         ])  # fmt: skip
         for variant in variants:
-            parts = [rows_of(results, (variant, "end"), dials, seeds) for seeds in (SELECTION_SEEDS, REPORT_SEEDS)]
+            choice = variant, "end"
+            reported = seeds_of(results, choice, dials)
+            parts = [rows_of(results, choice, dials, seeds) for seeds in (SELECTION_SEEDS, reported)]
             if not any(parts):
                 continue
             cell = [f"{cell_name(dials)}, {dials.epochs} passes", name_of((variant, "end"))]
@@ -282,32 +270,33 @@ def head_table(results: Results) -> list[str]:
     return ["## Heads", "", words, "", *table(header, lines)]
 
 
-def map_png(results: Results, cells: list[Dials]) -> bytes:
-    """Differences to the best standard model by cell: gold of the optimised policy at its peak, and accuracy."""
+def map_png(results: Results) -> bytes:
+    """InfoRM less standard by cell: gold of the optimised policy at its peak, at its end, and accuracy."""
     from matplotlib.figure import Figure
 
     from inform_rm.util.page import figure_png
 
-    cells = sorted(cells, key=lambda each: (each.neutral != 232, each.neutral, each.pairs, each.noise), reverse=True)
-    figure = Figure(figsize=(11.0, 1.6 + 0.42 * len(cells)), layout="constrained")
-    axes_row = figure.subplots(1, 2, sharey=True)
-    for axes, measure, title in zip(axes_row, ("peak", "accuracy"), ("gold at the peak", "accuracy"), strict=True):
-        for offset, (name, (marker, colour)) in enumerate(STYLES.items()):
-            label: str | None = LABELS[name]
-            for place, dials in enumerate(cells):
-                standard, others = rivals(results, dials)
-                if name not in others:
-                    continue
-                mean, low, high = mean_and_interval(differences_of(results, others[name], standard, dials, measure))
-                axes.errorbar(mean, place + 0.22 * (1 - offset), xerr=[[mean - low], [high - mean]], fmt=marker, ms=5,
-                              color=colour, capsize=2, label=label)  # fmt: skip
-                label = None
+    places = compared(results)[::-1]
+    figure = Figure(figsize=(11.0, 1.6 + 0.42 * len(places)), layout="constrained")
+    axes_row = figure.subplots(1, 3, sharey=True)
+    titles = {"peak": "gold at the peak", "end": "gold at the end", "accuracy": "accuracy"}
+    for axes, (measure, title) in zip(axes_row, titles.items(), strict=True):
+        seen = set()
+        for place, (dials, name) in enumerate(places):
+            marker, colour = STYLES[name]
+            values = differences_of(results, carried(dials)[name], carried(dials)["standard"], dials, measure)
+            mean, low, high = mean_and_interval(values)
+            label = {} if name in seen else {"label": LABELS[name]}
+            seen.add(name)
+            axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt=marker, ms=5, color=colour, capsize=2,
+                          **label)  # fmt: skip
         axes.axvline(0, color="0.4", linewidth=0.8)
-        axes.set_xlabel(f"{title}: InfoRM minus the best standard model")
+        axes.set_xlabel(title)
         axes.locator_params(axis="x", nbins=6)
-        axes.set_ylim(-0.6, len(cells) - 0.4)
-    axes_row[0].set_yticks(range(len(cells)), [cell_name(each) for each in cells])
-    figure.legend(*axes_row[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
+        axes.set_ylim(-0.6, len(places) - 0.4)
+    axes_row[0].set_yticks(range(len(places)), [cell_name(dials) for dials, _ in places])
+    figure.supxlabel("InfoRM minus the regularised standard model", fontsize=10)
+    figure.legend(*axes_row[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
     return figure_png(figure)
 
 

@@ -1,12 +1,13 @@
-"""Bradley-Terry, RRM, InfoRM and prioritized training on the generated world, over seeds: who heeds the prompt?
+"""Bradley-Terry, RRM and prioritized training on the generated world, over seeds, at equal updates and equal compute.
 
     python benchmarks/prioritized.py --output runs/prioritized
 
-Every seed is a world of its own, with a small language model trained on it from which all reward models start. Two
-training sets: ``length`` (the right response is the longer one in 90 % of the pairs) and ``adversarial`` (80 %, and a
-fifth of the pairs come as twins whose preference the prompt reverses). Two runs at a time, one thread each. Started
-again, it goes on where it was stopped. Writes ``table.md``, ``table.json``, ``planes.png`` and the README's picture
-``looks.png`` into the output folder; ``docs/results/prioritized.md`` shows and discusses them.
+All reward models start from one small language model that was trained on right responses of the world of `START_SEED`.
+Every seed is a world of its own: in 90 % of its training pairs the right response is the longer one, and no label is
+wrong, so that an accuracy reads as a share of what can be learnt. `COSTS` was measured on the world of `START_SEED`;
+every method gets the time of `BUDGET` updates of Bradley-Terry, and at least `UPDATES` of its own. CPU time counts, of
+one thread: other work on the machine does not. Started again, the program goes on after the last finished run. Writes
+``runs.jsonl``, a line for each run; ``benchmarks/prioritized_report.py`` makes the tables of it.
 """
 
 import argparse
@@ -18,84 +19,57 @@ import time
 from pathlib import Path
 from typing import Any
 
-from two_at_a_time import run_all
+import numpy as np
 
-SEEDS = (0, 1, 2, 3, 4)
-UPDATES = 300
-# An update of prioritized training takes about as long as three others; the table gives the measured ratio.
-COMPUTE_FACTOR = 3
+SEEDS = (0, 1, 2)
+START_SEED, LANGUAGE_MODEL_STEPS = 100, 800
+UPDATES, BUDGET = 300, 500
 PAIRS_PER_UPDATE = 16
-TRAIN_PAIRS, TEST_PAIRS, AUDITED_PAIRS = 9600, 1000, 400
-LANGUAGE_MODEL_STEPS = 800
-WORLDS: dict[str, dict[str, Any]] = {
-    "length": {"style_bias": 0.8, "adversarial_share": 0.0},
-    "adversarial": {"style_bias": 0.6, "adversarial_share": 0.2},
+TRAIN_PAIRS, AUDITED_PAIRS = 9600, 150
+TEST_PAIRS = {"in_distribution": 200, "bias_reversed": 300, "adversarial_prompt": 400, "unseen_family": 300}
+WORLD: dict[str, Any] = {"style_bias": 0.8, "adversarial_share": 0.0}
+# Best of n: so many responses to each of so many prompts, the same for all models of a seed.
+POLICY_PROMPTS, POLICY_RESPONSES = 64, 64
+WARM_UP = {"warmup_fraction": 0.05}
+METHODS: dict[str, dict[str, Any]] = {
+    "bt": {},
+    "smallest": {"objective": "prioritized", **WARM_UP},
+    "weighted": {"objective": "prioritized", "selection": "weighted", **WARM_UP},
+    "rrm": {"augmentation": "rrm"},
+    "smallest-3": {"objective": "prioritized", "num_prompts": 3, **WARM_UP},
 }
-TEST_SETS = ("in_distribution", "bias_reversed", "adversarial_prompt", "unseen_family")
-PRIORITIZED = {"objective": "prioritized", "num_prompts": 4}
-# Settings, and how many times UPDATES a method is trained; what is longer is also looked at after UPDATES.
-METHODS: dict[str, tuple[dict[str, Any], int]] = {
-    "bt": ({"architecture": "standard"}, COMPUTE_FACTOR),
-    "rrm": ({"architecture": "standard", "augmentation": "rrm"}, COMPUTE_FACTOR),
-    "inform": ({"architecture": "inform"}, COMPUTE_FACTOR),
-    "prioritized": ({"architecture": "standard", **PRIORITIZED}, 1),
-    "inform-prioritized": ({"architecture": "inform", **PRIORITIZED}, 1),
-}
-RUNS = [("length", method) for method in METHODS] + [("adversarial", "bt"), ("adversarial", "prioritized")]
+# CPU time of an update in units of one of Bradley-Terry.
+COSTS = {"bt": 1.0, "rrm": 1.0, "weighted": 4 / 3, "smallest": 5 / 3, "smallest-3": 8 / 3}
 SETTINGS: dict[str, Any] = {
-    "learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 30, "latent_dim": 32,
-    "beta": 0.01, "per_device_train_batch_size": PAIRS_PER_UPDATE, "gradient_accumulation_steps": 1,
-    "logging_steps": 50, "save_steps": UPDATES, "save_total_limit": None, "use_cpu": True,
+    "architecture": "standard", "learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 15,
+    "per_device_train_batch_size": PAIRS_PER_UPDATE, "gradient_accumulation_steps": 1, "logging_steps": 50,
+    "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/prioritized"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 1 2 3 4")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # one run of the table, in a process of its own
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 1 2")
+    parser.add_argument("--methods", nargs="+", default=tuple(METHODS), choices=METHODS, help="default: all")
+    parser.add_argument("--label-noise", type=float, default=0.0, help="share of flipped training labels; default: 0")
     arguments = parser.parse_args()
-    if arguments.one is not None:
-        seed, name, method = arguments.one.split(":")
-        if method == "start":
-            write_start(arguments.output / seed, int(seed))
-        else:
-            one_run(arguments.output / seed, int(seed), name, method)
-        return
-    start = time.monotonic()
-    command = [__file__, "--output", str(arguments.output)]
-    run_all(command, [f"{seed}:world:start" for seed in arguments.seeds], arguments.output / "logs")
-    runs = [f"{seed}:{name}:{method}" for seed in arguments.seeds for name, method in RUNS]
-    run_all(command, runs, arguments.output / "logs")
-    minutes = (time.monotonic() - start) / 60
-    write_table(arguments.output, arguments.seeds, minutes)
-    first = arguments.output / str(arguments.seeds[0])
-    pairs = [(name, method) for method in ("bt", "prioritized") for name in WORLDS]
-    titles = {(name, method): f"{method}, trained on {name}: {{:.0%}} ranked right" for name, method in pairs}
-    write_planes(first, arguments.output / "planes.png", titles, columns=2)
-    readme = {("length", "bt"): "ordinary training", ("length", "prioritized"): "prioritized training"}
-    write_planes(first, arguments.output / "looks.png", readme, columns=2)
-
-
-def write_start(folder: Path, seed: int) -> None:
-    """The pairs of both training sets and of the test sets, and a language model trained on right responses."""
-    from inform_rm.util.files import atomic_write_text
-    from inform_rm.world.worlds import WorldConfig, make_pairs
-
-    if (folder / "backbone").exists():
-        return
-    worlds = {name: WorldConfig(seed=seed, **changes) for name, changes in WORLDS.items()}
-    sizes = {"train": TRAIN_PAIRS, **dict.fromkeys(TEST_SETS, TEST_PAIRS)}
-    for name, world in worlds.items():
-        for split, size in sizes.items():
-            lines = [json.dumps(row) + "\n" for row in make_pairs(world, split, size)]
-            atomic_write_text(folder / name / f"{split}.jsonl", "".join(lines))
-    # Audited where length says nothing about what is right.
-    unbiased = WorldConfig(seed=seed, style_bias=0.0, adversarial_share=0.0)
-    lines = [json.dumps(row) + "\n" for row in make_pairs(unbiased, "in_distribution", AUDITED_PAIRS)]
-    atomic_write_text(folder / "unbiased.jsonl", "".join(lines))
-
-    train_language_model(folder, seed)
+    output: Path = arguments.output
+    train_language_model(output, START_SEED)
+    path = output / "runs.jsonl"
+    for seed in arguments.seeds:
+        pairs: dict[bool, Any] = {}
+        for method in arguments.methods:
+            lines = path.read_text().splitlines() if path.exists() else []
+            done = {(run["seed"], run["method"], run["label_noise"]) for run in map(json.loads, lines)}
+            if (seed, method, arguments.label_noise) in done:
+                continue
+            is_rrm = "augmentation" in METHODS[method]  # which makes pairs of texts
+            if is_rrm not in pairs:
+                pairs[is_rrm] = train_pairs(output, seed, arguments.label_noise, encoded=not is_rrm)
+            run = one_run(output, seed, method, pairs[is_rrm]) | {"label_noise": arguments.label_noise}
+            with path.open("a") as file:
+                file.write(json.dumps(run) + "\n")
 
 
 def train_language_model(folder: Path, seed: int) -> None:
@@ -130,55 +104,89 @@ def train_language_model(folder: Path, seed: int) -> None:
     os.replace(folder / "unfinished", folder / "backbone")
 
 
-def one_run(folder: Path, seed: int, name: str, method: str) -> None:
-    """Train one model; accuracy after UPDATES and at the end, and the audit of the model after UPDATES."""
-    from inform_rm import decompose, evaluate, train
-    from inform_rm.scoring.scorer import RewardScorer
-    from inform_rm.training.reward_arguments import arguments_from_mapping
-    from inform_rm.util.files import write_json
+def train_pairs(output: Path, seed: int, label_noise: float, encoded: bool) -> Any:
+    """The training pairs of a world."""
+    from inform_rm.data.encoding import encode_pairs
+    from inform_rm.data.preferences import load_preferences
+    from inform_rm.data.tokenizer import load_tokenizer
+    from inform_rm.world.worlds import WorldConfig, make_pairs
 
-    run = folder / name / method
-    if (run / "measured.json").exists():
-        return
-    changes, times = METHODS[method]
-    shutil.rmtree(run / "audit", ignore_errors=True)
-    settings = {
-        **SETTINGS, **changes, "model": str(folder / "backbone"), "data": [str(folder / name / "train.jsonl")],
-        "max_steps": times * UPDATES, "seed": seed, "output": str(run), "overwrite": True,
-    }  # fmt: skip
-    trained = train(arguments_from_mapping(settings, "prioritized.py"))
-    measured: dict[str, Any] = {
-        "seconds": trained["train_runtime_seconds"],
-        "log": [line for line in trained["log_history"] if "loss" in line],
-    }
-    for updates in range(UPDATES, times * UPDATES + 1, max(UPDATES, (times - 1) * UPDATES)):
-        scorer = RewardScorer(run / "checkpoints" / f"checkpoint-{updates}")
-        result = evaluate(scorer, [folder / name / f"{split}.jsonl" for split in TEST_SETS], progress=False)
-        measured[str(updates)] = {split: part["accuracy"] for split, part in (result.subsets or {}).items()}
-        if updates == UPDATES:
-            audit = decompose(scorer, folder / "unbiased.jsonl", run / "audit", progress=False, seed=seed)
-            measured["audit"] = {
-                key: getattr(audit, key) for key in ("accuracy", "response_decides", "prompt_sensitivity")
-            }
-            measured["audit"] |= rank_correlations(folder / "unbiased.jsonl", run / "audit" / "pairs.parquet")
-    shutil.rmtree(run / "checkpoints")
-    write_json(run / "measured.json", measured)
+    rows = _columns(make_pairs(WorldConfig(seed=seed, **WORLD, label_noise=label_noise), "train", TRAIN_PAIRS))
+    if not encoded:
+        return rows
+    tokenizer = load_tokenizer(output / "backbone")
+    return encode_pairs(load_preferences(rows).dataset, tokenizer, max_length=None, keep_text=True).dataset
 
 
-def rank_correlations(pairs: Path, table: Path) -> dict[str, float]:
-    """Spearman correlation of both gaps with the difference in length and with what is right, the gold r1 gap."""
+def one_run(output: Path, seed: int, method: str, pairs: Any) -> dict[str, Any]:
+    """Train one model; accuracies on the way, its choices among the policy's responses, its audit."""
     import pyarrow.parquet as pq
-    from scipy.stats import spearmanr
+    from transformers import TrainerCallback
 
-    gold = {row["id"]: row for row in map(json.loads, pairs.read_text().splitlines())}
-    columns = pq.read_table(table).to_pydict()
-    right = [gold[name]["gold_r1_chosen"] - gold[name]["gold_r1_rejected"] for name in columns["id"]]
-    length = columns["words_difference"]
+    from inform_rm import RewardTrainer, RewardTrainingArguments, decompose, evaluate
+    from inform_rm.scoring.scorer import RewardScorer
+    from inform_rm.world.worlds import WorldConfig, make_pairs
+
+    world = WorldConfig(seed=seed, **WORLD)
+    tests = {split: _columns(make_pairs(world, split, size)) for split, size in TEST_PAIRS.items()}
+    run_folder = output / f"run-{seed}-{method}"
+    steps = max(UPDATES, round(BUDGET / COSTS[method]))
+    marks_at = {UPDATES} | {round(BUDGET * share / COSTS[method]) for share in (0.5, 1.0)}
+    args = RewardTrainingArguments(
+        str(run_folder), model=str(output / "backbone"), max_steps=steps, seed=seed, overwrite=True,
+        **SETTINGS | METHODS[method],
+    )  # fmt: skip
+    marks: list[dict[str, Any]] = []
+
+    class Watch(TrainerCallback):
+        """Counts the CPU time of the steps alone, and evaluates between them."""
+
+        def __init__(self) -> None:
+            self.seconds, self.since = 0.0, 0.0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.since = time.process_time()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seconds += time.process_time() - self.since
+            if state.global_step in marks_at:
+                accuracies = {name: evaluate(scorer, rows, progress=False).accuracy for name, rows in tests.items()}
+                marks.append({"updates": state.global_step, "cpu_seconds": self.seconds, **accuracies})
+                print(f"{seed} {method}: {json.dumps(marks[-1])}", flush=True)
+
+    trainer = RewardTrainer(args=args, train_dataset=pairs, callbacks=[Watch()])
+    scorer = RewardScorer(trainer.model, trainer.processing_class)
+    trainer.train()
+    unbiased = WorldConfig(seed=seed, style_bias=0.0, adversarial_share=0.0)
+    audited = _columns(make_pairs(unbiased, "in_distribution", AUDITED_PAIRS))
+    audit = decompose(scorer, audited, run_folder / "audit", num_prompts=8, progress=False, seed=seed)
+    columns = ("prompt_free_gap", "prompt_related_gap", "words_difference")
+    table = pq.read_table(run_folder / "audit" / "pairs.parquet").to_pydict()
+    shutil.rmtree(run_folder)
+    shares = {name: getattr(audit, name) for name in ("accuracy", "response_decides", "prompt_sensitivity")}
     return {
-        f"{gap} ~ {name}": float(spearmanr(columns[column], values).statistic)
-        for gap, column in (("D2", "prompt_free_gap"), ("D1", "prompt_related_gap"))
-        for name, values in (("length", length), ("right", right))
-    }
+        "seed": seed, "method": method, "marks": marks, "audit": shares,
+        "gaps": {name: [round(value, 3) for value in table[name]] for name in columns},
+        "policy": policy_rewards(scorer, seed),
+        "log": [line for line in trainer.state.log_history if "loss" in line],
+    }  # fmt: skip
+
+
+def policy_rewards(scorer: Any, seed: int) -> list[list[float]]:
+    """Rewards of the responses of `policy_responses`, the same for every model of a seed."""
+    prompts, responses, _ = policy_responses(seed)
+    rewards = [scorer.score([prompt] * len(row), row) for prompt, row in zip(prompts, responses, strict=True)]
+    return [[round(value, 5) for value in row.tolist()] for row in rewards]
+
+
+def policy_responses(seed: int) -> tuple[list[str], list[list[str]], np.ndarray]:
+    """Prompts, the policy's responses to each, and their gold rewards ``(prompts, responses)``."""
+    from inform_rm.world.policy import WorldGold, WorldPolicy, world_prompts
+
+    prompts = world_prompts(POLICY_PROMPTS, seed)
+    responses = [WorldPolicy().sample(prompt, POLICY_RESPONSES, seed) for prompt in prompts]
+    gold = [WorldGold().score([prompt] * len(row), row) for prompt, row in zip(prompts, responses, strict=True)]
+    return prompts, responses, np.array(gold)
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float, float]:
@@ -193,104 +201,8 @@ def mean_and_interval(values: list[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def write_table(output: Path, seeds: list[int], minutes: float) -> None:
-    """Accuracy at equal updates and at equal compute, differences to BT, and the audits."""
-    from inform_rm.util.files import atomic_write_text, versions, write_json
-
-    measured = {
-        (name, method): [json.loads((output / str(seed) / name / method / "measured.json").read_text())
-                         for seed in seeds]
-        for name, method in RUNS
-    }  # fmt: skip
-    results: list[dict[str, Any]] = []
-    lines = [
-        "| trained on | method | updates | time | " + " | ".join(TEST_SETS) + " |",
-        "|" + "---|" * (4 + len(TEST_SETS)),
-    ]
-    for (name, method), runs in measured.items():
-        for updates in sorted(int(key) for key in runs[0] if key.isdigit()):
-            accuracy = {split: [run[str(updates)][split] for run in runs] for split in TEST_SETS}
-            plain = measured[name, "bt"]
-            # Of the same length in time: what costs more per update is set against BT of more updates.
-            same = str(METHODS["bt"][1] * UPDATES if METHODS[method][1] == 1 or updates > UPDATES else updates)
-            ratio = [
-                run["seconds"] / METHODS[method][1] / (bt["seconds"] / METHODS["bt"][1]) * updates / UPDATES
-                for run, bt in zip(runs, plain, strict=True)
-            ]
-            row: dict[str, Any] = {
-                "trained_on": name,
-                "method": method,
-                "updates": updates,
-                "time": mean_and_interval(ratio),
-            }
-            cells = [name, method, str(updates), f"{row['time'][0]:.1f}"]
-            for split in TEST_SETS:
-                against = {
-                    kind: [own - bt[key][split] for own, bt in zip(accuracy[split], plain, strict=True)]
-                    for kind, key in (("equal_updates", str(updates)), ("equal_compute", same))
-                }
-                row[split] = {
-                    "accuracies": accuracy[split], "mean": mean_and_interval(accuracy[split]),
-                    **{f"minus_bt_{kind}": mean_and_interval(values) for kind, values in against.items()},
-                }  # fmt: skip
-                mean, low, high = row[split]["mean"]
-                cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
-            results.append(row)
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| trained on | method, minus bt | at equal | " + " | ".join(TEST_SETS) + " |", "|" + "---|" * 7]
-    for row in results:
-        if row["method"] == "bt":
-            continue
-        for kind in ("updates", "compute") if METHODS[row["method"]][1] == 1 else ("updates",):
-            cells = [row["trained_on"], f"{row['method']}, {row['updates']} updates", kind]
-            for split in TEST_SETS:
-                mean, low, high = row[split][f"minus_bt_equal_{kind}"]
-                cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-            lines.append("| " + " | ".join(cells) + " |")
-    names = [key for key in next(iter(measured.values()))[0]["audit"]]
-    lines += [
-        "",
-        f"| audit after {UPDATES} updates | method | " + " | ".join(names) + " |",
-        "|" + "---|" * (2 + len(names)),
-    ]
-    audits = []
-    for (name, method), runs in measured.items():
-        audit = {key: mean_and_interval([run["audit"][key] for run in runs]) for key in names}
-        audits.append({"trained_on": name, "method": method, **audit})
-        cells = [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in audit.values()]
-        lines.append("| " + " | ".join([name, method, *cells]) + " |")
-    note = f"{len(seeds)} seeds; means with 95 % intervals (Student's t). This call took {minutes:.0f} minutes."
-    lines += ["", note, ""]
-    settings = {"settings": SETTINGS, "worlds": WORLDS, "methods": METHODS, "train_pairs": TRAIN_PAIRS,
-                "test_pairs": TEST_PAIRS, "audited_pairs": AUDITED_PAIRS}  # fmt: skip
-    write_json(output / "table.json", {"accuracy": results, "audits": audits, "seeds": list(seeds), **settings,
-                                       "minutes": minutes, "versions": versions()})  # fmt: skip
-    atomic_write_text(output / "table.md", "\n".join(lines))
-    print("\n".join(lines))
-
-
-def write_planes(folder: Path, path: Path, runs: dict[tuple[str, str], str], columns: int) -> None:
-    """D1 against D2 as in arXiv:2504.06020, Fig. 4: a panel for each training set and method, by its title."""
-    import numpy as np
-    import pyarrow.parquet as pq
-    from matplotlib.figure import Figure
-
-    from inform_rm.eval.decompose_report import draw_plane
-    from inform_rm.util.files import atomic_write_bytes
-    from inform_rm.util.page import figure_png
-
-    rows = len(runs) // columns
-    figure = Figure(figsize=(5.25 * columns, 4.75 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns)
-    for axes, ((name, method), title) in zip(panels.flat, runs.items(), strict=True):
-        table = pq.read_table(folder / name / method / "audit" / "pairs.parquet").to_pydict()
-        free, related = np.array(table["prompt_free_gap"]), np.array(table["prompt_related_gap"])
-        draw_plane(axes, 1.05 * max(np.abs(free).max(), np.abs(related).max()))
-        points = axes.scatter(free, related, c=table["words_difference"], cmap="coolwarm", s=10, vmin=-30, vmax=30)
-        axes.set_title(title.format(np.mean(free + related > 0)))
-    shrink = 0.9 if rows == 1 else 0.5
-    figure.colorbar(points, ax=figure.axes, label="words, chosen - rejected", shrink=shrink, extend="both")
-    atomic_write_bytes(path, figure_png(figure))
+def _columns(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    return [{name: row[name] for name in ("prompt", "chosen", "rejected", "id")} for row in rows]
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ args = RewardTrainingArguments(
     str(folder / "run"),
     objective="prioritized",
     pool_factor=2,  # of 16 pairs the 8 with the smallest gap
-    num_prompts=4,  # the pair's own and three others
+    num_prompts=2,  # other prompts behind each gap
     warmup_fraction=0.25,  # before the head has learnt anything, its gaps are noise
     latent_dim=16,
     learning_rate=1e-3,

@@ -2,12 +2,14 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from inform_rm.cli.parsing import SPLITS
 from inform_rm.errors import InputError
 from inform_rm.training.arguments import read_columns, read_weights
 
+ENDPOINT = "OpenAI-compatible server, such as http://localhost:8000/v1"
 SOURCES = "files, folders or Hub ids, NAME[SPLIT] for one split"
 PAIR_FIELDS = "prompt, chosen, rejected, system, history, margin, subset, id"
 GROUP_FIELDS = "; of rankings responses, ranks, scores; of scored responses response, score"
@@ -23,10 +25,27 @@ def add_command(
     return command
 
 
+def add_command_of_settings(
+    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int | None]
+) -> None:
+    """A command that reads its flags itself: what they are is known once transformers has been imported."""
+    command = commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
+    command.add_argument("settings", nargs="*")
+    command.set_defaults(command=name, run=run)
+
+
 def add_model(command: argparse.ArgumentParser) -> None:
     """``--model`` and how it scores."""
     command.add_argument("--model", required=True, help="any sequence-classification reward model: folder or Hub id")
     add_scoring(command)
+
+
+def add_loading(command: argparse.ArgumentParser) -> None:
+    """How a model and its tokenizer are loaded."""
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if there is one)")
+    command.add_argument("--chat-template", help="template file, or 'plain', for a tokenizer without one")
+    command.add_argument("--revision", help="revision of the model on the Hub")
+    add_switch(command, "--trust-remote-code", "run code from the model's repository")
 
 
 def add_scoring(command: argparse.ArgumentParser) -> None:
@@ -35,12 +54,9 @@ def add_scoring(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tokens-per-batch", type=int, help="tokens computed at once (default: 2048 on a CPU, else 8192)"
     )
-    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if there is one)")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "auto"),
                          help="default: float32 on a CPU, else the checkpoint's own")  # fmt: skip
-    command.add_argument("--chat-template", help="template file, or 'plain', for a tokenizer without one")
-    command.add_argument("--revision", help="revision of the model on the Hub")
-    add_switch(command, "--trust-remote-code", "run code from the model's repository")
+    add_loading(command)
 
 
 def add_data(command: argparse.ArgumentParser, flag: str = "--data", **settings: Any) -> None:
@@ -50,21 +66,24 @@ def add_data(command: argparse.ArgumentParser, flag: str = "--data", **settings:
         command.add_argument(split, help=argparse.SUPPRESS)
 
 
-def add_endpoint(command: argparse.ArgumentParser, required: bool = False) -> None:
-    """``--endpoint`` and how it is asked; `endpoint_options` reads these."""
-    command.add_argument("--endpoint", required=required, metavar="URL",
-                         help="OpenAI-compatible server, such as http://localhost:8000/v1")  # fmt: skip
-    command.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the key (default: "
-                         "none is sent)")  # fmt: skip
-    command.add_argument("--timeout", type=float, help="seconds that a reply may take (default: 300)")
-    command.add_argument("--tries", type=int, help="how often a request is sent at most (default: 6)")
-    command.add_argument("--concurrency", type=int, help="requests under way at once (default: 8)")
+def add_settings(command: argparse.ArgumentParser, kind: Any) -> None:
+    """The flags of a dataclass of settings, whose fields say them (`inform_rm.util.settings`)."""
+    for spec in fields(kind):
+        if text := spec.metadata.get("help"):
+            command.add_argument(
+                f"--{spec.name.replace('_', '-')}",
+                type=_TYPES[spec.type],
+                choices=spec.metadata["choices"] or None,
+                default=spec.default,
+                help=text + ("" if spec.default is None else " (default: %(default)s)"),
+            )
 
 
-def endpoint_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `add_endpoint` adds, as arguments of the functions, which have the defaults."""
-    names = ("endpoint", "api_key_env", "timeout", "tries", "concurrency")
-    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+def given_settings(arguments: argparse.Namespace, *kinds: Any) -> dict[str, Any]:
+    """What `add_settings` adds and is not as by default, as arguments of the functions."""
+    found = [(spec, getattr(arguments, spec.name)) for kind in kinds for spec in fields(kind)
+             if spec.metadata.get("help")]  # fmt: skip
+    return {spec.name: value for spec, value in found if value != spec.default}
 
 
 def add_switch(command: argparse.ArgumentParser, flag: str, text: str) -> None:
@@ -72,9 +91,9 @@ def add_switch(command: argparse.ArgumentParser, flag: str, text: str) -> None:
     command.add_argument(flag, nargs="?", type=_boolean, const=True, default=False, metavar="true|false", help=text)
 
 
-def add_columns(command: argparse.ArgumentParser, fields: str) -> None:
+def add_columns(command: argparse.ArgumentParser, names: str) -> None:
     """``--columns``; `columns` reads it."""
-    command.add_argument("--columns", nargs="+", metavar="FIELD=COLUMN", help=f"which columns are {fields}; "
+    command.add_argument("--columns", nargs="+", metavar="FIELD=COLUMN", help=f"which columns are {names}; "
                          "ignore=COLUMN leaves one out knowingly (default: columns of these names)")  # fmt: skip
 
 
@@ -85,20 +104,25 @@ def add_score_weights(command: argparse.ArgumentParser) -> None:
 
 
 def score_weights(arguments: argparse.Namespace) -> dict[str, float] | None:
-    """Column to weight.
+    """Column to weight."""
+    return _mapping("score_weights", arguments.score_weights, read_weights)
 
-    Raises:
-        InputError: ``--score-weights`` holds something else.
-    """
+
+def columns(arguments: argparse.Namespace) -> dict[str, str] | None:
+    """Field to column."""
+    return _mapping("columns", arguments.columns, read_columns)
+
+
+def _mapping(name: str, given: Any, read: Callable[[Any], Any]) -> Any:
     try:
-        return None if arguments.score_weights is None else read_weights(arguments.score_weights)
+        return None if given is None else read(given)
     except ValueError as error:
-        raise InputError(f"score_weights: {error}.") from None
+        raise InputError(f"{name}: {error}.") from None
 
 
-def add_pairs(command: argparse.ArgumentParser, fields: str = PAIR_FIELDS) -> None:
+def add_pairs(command: argparse.ArgumentParser, names: str = PAIR_FIELDS) -> None:
     """How pairs are read; `pairs_options` reads these."""
-    add_columns(command, fields)
+    add_columns(command, names)
     command.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="default: %(default)s")
     command.add_argument("--overlong", choices=("error", "drop", "truncate_prompt"), default="error",
                          help="pairs over --max-length (default: %(default)s)")  # fmt: skip
@@ -110,18 +134,6 @@ def named(text: str) -> tuple[str, str]:
     """``NAME=MODEL``, or a model named by the last part of its path or id."""
     name, separator, model = text.partition("=")
     return (name, model) if separator else (text.rstrip("/").rpartition("/")[2], text)
-
-
-def columns(arguments: argparse.Namespace) -> dict[str, str] | None:
-    """Field to column.
-
-    Raises:
-        InputError: ``--columns`` holds something else.
-    """
-    try:
-        return None if arguments.columns is None else read_columns(arguments.columns)
-    except ValueError as error:
-        raise InputError(f"columns: {error}.") from None
 
 
 def pairs_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -148,6 +160,20 @@ def print_once(*lines: str, see: object = None) -> None:
 
     if is_main_process():
         print("\n".join(lines) + ("" if see is None else f"; see {see}"), flush=True)
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+# How a flag is read, by the type of its setting.
+_TYPES: dict[Any, Any] = {
+    str: str, int: int, float: float, str | None: str, int | None: int, float | None: float,
+    float | str: _number_or_text,
+}  # fmt: skip
 
 
 def _boolean(text: str) -> bool:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from inform_rm.cli.flags import add_command_of_settings
 from inform_rm.errors import InputError, check_whole_number
 
 _USAGE = """usage: inform-rm plan [RECIPE.yaml] [--gpus N] [--memory GIB] [--SETTING VALUE ...]
@@ -35,11 +36,8 @@ _FLAGS: dict[str, tuple[type, Any, str]] = {
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command. It takes the flags of `inform-rm train`, too, which are known once transformers is imported."""
-    text = "memory and time of a training run, before it is started"
-    command = commands.add_parser("plan", help=text, add_help=False, prefix_chars="\0")
-    command.add_argument("settings", nargs="*")
-    command.set_defaults(command="plan", run=run)
+    """Add the command, which takes the flags of `inform-rm train`, too."""
+    add_command_of_settings(commands, "plan", "memory and time of a training run, before it is started", run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -73,13 +71,18 @@ def _read(words: Sequence[str]) -> tuple[str | None, dict[str, Any], dict[str, A
     from inform_rm.cli.train import read_flags
 
     recipe, flags = read_flags(words)
-    own: dict[str, Any] = {"json": bool(flags.pop("json", False))}
+    as_json = flags.pop("json", False)
+    if not isinstance(as_json, bool) and as_json not in ("true", "false"):
+        raise InputError(f"--json: {as_json!r}; expected the bare flag, or true or false.")
+    own: dict[str, Any] = {"json": as_json in (True, "true")}
     for name, (kind, default, _) in _FLAGS.items():
         given = flags.pop(name, default)
         try:
+            if given is True:  # the bare flag, which as a number would be 1
+                raise ValueError
             own[name] = given if given is None else kind(given)
         except (TypeError, ValueError):
-            raise InputError(f"--{name}: {given!r}; expected a number.") from None
+            raise InputError(f"--{name}: {given!r}; expected a {'value' if kind is str else 'number'}.") from None
         if kind is int and own[name] is not None:
             check_whole_number(f"--{name}", own[name])
     return recipe, own, flags

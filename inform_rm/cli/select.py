@@ -4,8 +4,8 @@ import argparse
 from typing import Any
 
 from inform_rm.cli import flags
-from inform_rm.cli.detect import add_settings, chosen_settings
 from inform_rm.errors import InputError
+from inform_rm.eval.detection.settings import DetectionSettings
 
 
 def add_parser(commands: Any) -> None:
@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--gold", metavar="COLUMN", help="column of the candidates with their gold reward, if known")
     command.add_argument("--output", required=True, help="folder for result.json, plot and page")
     flags.add_columns(command, flags.ROW_FIELDS)
-    add_settings(command)
+    flags.add_settings(command, DetectionSettings)
     flags.add_scoring(command)
 
 
@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
         ((_, given),) = arguments.candidate
     result = select(
         named, arguments.reference, given, arguments.output, gold=arguments.gold,
-        columns=flags.columns(arguments), **chosen_settings(arguments), **flags.scoring_options(arguments),
+        columns=flags.columns(arguments), **flags.given_settings(arguments, DetectionSettings),
+        **flags.scoring_options(arguments),
     )  # fmt: skip
     for place, entry in enumerate(result.models, start=1):
         gold = f", gold {entry['gold']:.3f} (place {entry['gold_place']})" if "gold" in entry else ""

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from inform_rm.cli.flags import accuracy_line, print_once
+from inform_rm.cli.flags import accuracy_line, add_command_of_settings, print_once
 from inform_rm.errors import InputError
 from inform_rm.training.arguments import GROUPS, OFTEN_USED, OUR_SETTINGS
 
@@ -20,11 +20,8 @@ dataset_train_split, dataset_test_split, ...
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command. It reads its own flags: what they are is known once transformers has been imported."""
-    text = "train a reward model; writes a Hub-ready folder"
-    command = commands.add_parser("train", help=text, add_help=False, prefix_chars="\0")
-    command.add_argument("settings", nargs="*")
-    command.set_defaults(command="train", run=run)
+    """Add the command."""
+    add_command_of_settings(commands, "train", "train a reward model; writes a Hub-ready folder", run)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -9,9 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from inform_rm.data.check_figures import BATCH_ROWS, SHOWN_EXAMPLES, content_hash, how_it_was_read, quantiles
+from inform_rm.data.check_figures import (
+    BATCH_ROWS,
+    SHOWN_EXAMPLES,
+    content_hash,
+    counted_rows,
+    how_it_was_read,
+    quantiles,
+    repeated_and_conflicting,
+)
 from inform_rm.data.check_groups import pairs_and_counts, scored_report, scored_warnings
-from inform_rm.data.encoding import TokenPair, check_max_length, encode_each, removable_prompt_tokens
+from inform_rm.data.encoding import TokenGroup, check_max_length, encode_each, removable_prompt_tokens
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import PreferenceData, load_preferences
 from inform_rm.data.rendered_text import partly_rendered
@@ -150,20 +158,17 @@ def _content_report(data: PreferenceData) -> tuple[dict[str, Any], np.ndarray]:
         subsets.update(batch["subset"])
         num_margins += sum(margin is not None for margin in batch["margin"])
     digest = np.frombuffer(hashes, dtype=np.uint64).reshape(-1, 3)
-    prompts, pairs, unordered = digest.T
+    is_repeated, is_conflicting = repeated_and_conflicting(digest)
     lengths = np.frombuffer(characters, dtype=np.int64).reshape(-1, 3).T
-    _, first, number = np.unique(pairs, return_index=True, return_inverse=True)
-    _, first_of_group, group = np.unique(unordered, return_index=True, return_inverse=True)
-    has_other_order = pairs != pairs[first_of_group][group]
     read = how_it_was_read(data)
     report = {
         "rows": len(digest) + len(data.bad_rows),
         "pairs": len(digest),
         **read,
         "identical_sides": read["bad_rows"]["by_kind"].get("identical sides", 0),
-        "duplicates": _counted_rows(data, first[number] != np.arange(len(digest))),
-        "conflicting_labels": _counted_rows(data, np.isin(group, group[has_other_order])),
-        "prompts": len(np.unique(prompts)),
+        "duplicates": counted_rows(data, is_repeated),
+        "conflicting_labels": counted_rows(data, is_conflicting),
+        "prompts": len(np.unique(digest[:, 0])),
         "multi_turn_prompts": num_multi_turn,
         "margins": num_margins,
         "subsets": dict(sorted(subsets.items())),
@@ -171,11 +176,6 @@ def _content_report(data: PreferenceData) -> tuple[dict[str, Any], np.ndarray]:
         "chosen_longer_characters": _longer(lengths[1], lengths[2]),
     }
     return report, digest
-
-
-def _counted_rows(data: PreferenceData, is_meant: np.ndarray) -> dict[str, Any]:
-    indices = np.flatnonzero(is_meant)
-    return {"n": len(indices), "examples": data.dataset.select(indices[:SHOWN_EXAMPLES])["row"][:]}
 
 
 def _longer(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
@@ -193,23 +193,30 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
     refused: list[dict[str, Any]] = []
     losses: list[str | None] = []
     endings: Counter[tuple[int, ...]] = Counter()
-    example: TokenPair | None = None
+    example: TokenGroup | None = None
+    # A ranking, of which training takes all pairs or none, counts once: its pairs, side by side, have one number.
+    numbers, number, last = array("q"), -1, None
+    unusable: set[int] = set()
     for batch in data.dataset.iter(BATCH_ROWS):
         for index, pair in enumerate(encode_each(tokenizer, batch)):
+            place = batch["file"][index], batch["row"][index]
+            number, last = number + (place != last), place
             if isinstance(pair, BadRow):
+                unusable.add(number)
                 refused.append({"row": pair.row, "reason": str(pair)})
                 continue
             example = example or pair
-            row, sides = batch["row"][index], (pair.chosen_ids, pair.rejected_ids)
+            row = batch["row"][index]
             texts = (*(turn["content"] for turn in batch["prompt"][index]), batch["chosen"][index],
                      batch["rejected"][index])  # fmt: skip
             holds_special = any(token in text for text in texts for token in special)
+            numbers.append(number)
             measured.extend((row, holds_special, *_measured(pair, tokenizer)))
-            endings.update(_ending(ids[pair.prompt_length :], tokenizer.eos_token_id) for ids in sides)
+            endings.update(_ending(ids[pair.prompt_length :], tokenizer.eos_token_id) for ids in pair.ids)
             losses.append(pair.lost and f"row {row}: {pair.lost}")
     tokens: dict[str, Any] = {
         "pairs": len(losses), "not_encodable": len(refused), "not_encodable_examples": refused[:SHOWN_EXAMPLES],
-        "unusable": len(refused),
+        "unusable": len(unusable),
     }  # fmt: skip
     if example is None:
         return {"tokens": tokens}
@@ -217,7 +224,7 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
     rows, has_special, prompt, chosen, rejected, removable, *faults = columns
     longest = np.maximum(chosen, rejected)
     is_unusable = (faults[0] > 0) | (longest > (longest.max() if max_length is None else max_length))
-    tokens["unusable"] += int(is_unusable.sum())
+    tokens["unusable"] = len(unusable.union(np.frombuffer(numbers, dtype=np.int64)[is_unusable].tolist()))
     lengths = {"prompt": prompt, "chosen": chosen - prompt, "rejected": rejected - prompt, "total": longest}
     report: dict[str, Any] = {
         "tokens": tokens | {name: quantiles(values) for name, values in lengths.items()},
@@ -232,9 +239,9 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
                 {"ending": tokenizer.decode(ending), "ids": list(ending), "n": count}
                 for ending, count in endings.most_common(SHOWN_EXAMPLES)
             ],
-            "example_chosen": tokenizer.decode(example.chosen_ids),
-            "example_rejected_response": tokenizer.decode(example.rejected_ids[example.prompt_length :]),
-            "example_last_ids": example.chosen_ids[-5:],
+            "example_chosen": tokenizer.decode(example.ids[0]),
+            "example_rejected_response": tokenizer.decode(example.ids[1][example.prompt_length :]),
+            "example_last_ids": example.ids[0][-5:],
         },
     }
     if max_length is not None:
@@ -242,9 +249,9 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
     return report
 
 
-def _measured(pair: TokenPair, tokenizer: Any) -> list[int]:
+def _measured(pair: TokenGroup, tokenizer: Any) -> list[int]:
     """Tokens of prompt and sides, prompt tokens that may go, and `TOKEN_FAULTS`; the last only if there is <unk>."""
-    both = (pair.chosen_ids, pair.rejected_ids)
+    both = pair.ids
     bos, eos, unknown = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
     numbers = [pair.prompt_length, *map(len, both), removable_prompt_tokens(pair, bos)[1], both[0] == both[1]]
     numbers.append(bos is not None and all(ids[0] == bos for ids in both))

@@ -21,6 +21,25 @@ def content_hash(content: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def repeated_and_conflicting(digest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each row repeats an earlier one, and whether it has a twin with another label, ``(N,)`` of bool.
+
+    Args:
+        digest: ``(N, 3)`` hashes; the second column is of all that counts of a row, the third without its label.
+    """
+    _, whole, unlabelled = digest.T
+    _, first, number = np.unique(whole, return_index=True, return_inverse=True)
+    _, first_of_group, group = np.unique(unlabelled, return_index=True, return_inverse=True)
+    is_other = whole != whole[first_of_group][group]
+    return first[number] != np.arange(len(digest)), np.isin(group, group[is_other])
+
+
+def counted_rows(data: PreferenceData, is_meant: np.ndarray) -> dict[str, Any]:
+    """How many rows are meant, and the numbers of the first ones."""
+    indices = np.flatnonzero(is_meant)
+    return {"n": len(indices), "examples": data.dataset.select(indices[:SHOWN_EXAMPLES])["row"][:]}
+
+
 def quantiles(values: np.ndarray) -> dict[str, float]:
     """Mean and `QUANTILES`, to one decimal."""
     found = zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)

@@ -7,8 +7,16 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from inform_rm.data.check_figures import BATCH_ROWS, SHOWN_EXAMPLES, content_hash, how_it_was_read, quantiles
-from inform_rm.data.encoding import TokenPair, encode_groups, removable_prompt_tokens
+from inform_rm.data.check_figures import (
+    BATCH_ROWS,
+    SHOWN_EXAMPLES,
+    content_hash,
+    counted_rows,
+    how_it_was_read,
+    quantiles,
+    repeated_and_conflicting,
+)
+from inform_rm.data.encoding import TokenGroup, encode_groups, removable_prompt_tokens
 from inform_rm.data.groups import pairs_of_rankings
 from inform_rm.data.preferences import FEATURES, PreferenceData
 from inform_rm.errors import InputError
@@ -36,7 +44,7 @@ def pairs_and_counts(data: PreferenceData) -> tuple[PreferenceData, dict[str, An
 
 def scored_report(data: PreferenceData, tokenizer: Any, max_length: int | None) -> tuple[dict[str, Any], np.ndarray]:
     """The report of a source of scored responses, and three hashes a row as of pairs; with tokens if asked."""
-    hashes, lengths, scores, rows = [], [], [], []
+    hashes, lengths, scores = [], [], []
     subsets: Counter[str] = Counter()
     for batch in data.dataset.iter(BATCH_ROWS):
         for prompt, (response,), (score,) in zip(batch["prompt"], batch["responses"], batch["labels"], strict=True):
@@ -46,23 +54,16 @@ def scored_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
             lengths.append((sum(len(turn["content"]) for turn in prompt), len(response)))
             scores.append(score)
         subsets.update(batch["subset"])
-        rows += batch["row"]
     digest, values = np.array(hashes, dtype=np.uint64), np.array(scores)
-    scores_of: dict[int, set[float]] = {}
-    duplicates = []
-    for row, text, score in zip(rows, digest[:, 2].tolist(), scores, strict=True):
-        known = scores_of.setdefault(text, set())
-        duplicates += [row] if score in known else []
-        known.add(score)
-    conflicts = [row for row, text in zip(rows, digest[:, 2].tolist(), strict=True) if len(scores_of[text]) > 1]
+    is_repeated, is_conflicting = repeated_and_conflicting(digest)
     prompts, responses = np.array(lengths).T
     report: dict[str, Any] = {
         "layout": "scored",
         "rows": len(values) + len(data.bad_rows),
         "scored": len(values),
         **how_it_was_read(data),
-        "duplicates": {"n": len(duplicates), "examples": duplicates[:SHOWN_EXAMPLES]},
-        "conflicting_labels": {"n": len(conflicts), "examples": conflicts[:SHOWN_EXAMPLES]},
+        "duplicates": counted_rows(data, is_repeated),
+        "conflicting_labels": counted_rows(data, is_conflicting),
         "prompts": len(np.unique(digest[:, 0])),
         "subsets": dict(sorted(subsets.items())),
         "scores": quantiles(values),
@@ -84,8 +85,8 @@ def _tokens(data: PreferenceData, tokenizer: Any, max_length: int | None) -> dic
             if isinstance(encoded, InputError):
                 refused.append({"row": row, "reason": str(encoded)})
                 continue
-            pair = TokenPair(encoded[0].input_ids, encoded[0].input_ids, len(encoded[0].prompt_ids))
-            removable = removable_prompt_tokens(pair, tokenizer.bos_token_id)[1]
+            group = TokenGroup([encoded[0].input_ids], len(encoded[0].prompt_ids))
+            removable = removable_prompt_tokens(group, tokenizer.bos_token_id)[1]
             measured.append((len(encoded[0].prompt_ids), len(encoded[0].response_ids), removable))
     tokens: dict[str, Any] = {
         "scored": len(measured), "not_encodable": len(refused), "not_encodable_examples": refused[:SHOWN_EXAMPLES],

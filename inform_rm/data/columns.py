@@ -45,6 +45,7 @@ _LIKE_SIDES = (
     ("positive", "negative"), ("pos", "neg"), ("winner", "loser"), ("win", "lose"), ("better", "worse"),
     ("good", "bad"), ("chosen_messages", "rejected_messages"),
 )  # fmt: skip
+_NUMBERED = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"))  # ends of the names of two responses
 _LIKE_RESPONSE = ("completion", "answer", "output", "reply", "chosen", "generation", "model_output", "text")
 
 
@@ -263,7 +264,34 @@ def no_side(record: Mapping[str, Any], name: str) -> Fault:
             ". Rankings and scored responses have a file of their own, which train (without streaming), evaluate and "
             "check-data read"
         )
+    elif (several := _several_responses(record)) is not None:
+        text += f". {several}"
     return Fault("missing field", text + ".")
+
+
+def _several_responses(record: Mapping[str, Any]) -> str | None:
+    """Which columns of a row look like responses of which another column says the better one, and what to do."""
+    rows = "(docs/how-to/data.md, 'Two responses and a verdict')"
+    sides = [
+        (column, other)
+        for column in map(str, record)
+        for last, next_one in _NUMBERED
+        if column.endswith(last) and (other := column.removesuffix(last) + next_one) in record
+        and all(isinstance(record[name], str | list | tuple) for name in (column, other))
+    ]  # fmt: skip
+    if sides:
+        # Names of models and ids stand in twos as well, but are shorter.
+        first, second = max(sides, key=lambda pair: len(str(record[pair[0]])) + len(str(record[pair[1]])))
+        return (
+            f"{first!r} and {second!r} look like two responses of which another column says the better one: that "
+            f"column can be read both ways, so make 'chosen' and 'rejected' of them {rows}"
+        )
+    for column, value in record.items():
+        if isinstance(value, list) and len(value) > 1 and all(
+            isinstance(each, Mapping) and not {"role", "from"} & set(each) for each in value
+        ):  # fmt: skip
+            return f"{str(column)!r} looks like a list of responses: make a ranking or pairs of it {rows}"
+    return None
 
 
 def no_response(record: Mapping[str, Any]) -> Fault:

@@ -159,47 +159,54 @@ def encode_groups(
 
 
 @dataclass(frozen=True)
-class TokenPair:
-    """Token ids of both sides, how many at the start are prompt tokens that they share, and what the template lost."""
+class TokenGroup:
+    """Token ids of the responses to a prompt, each with it, how many at the start all share, and what was lost.
 
-    chosen_ids: list[int]
-    rejected_ids: list[int]
+    Of a pair the chosen side comes first. ``lost`` is text that the chat template deleted, and of which response.
+    """
+
+    ids: list[list[int]]
     prompt_length: int
     lost: str | None = None
 
     @property
     def longest(self) -> int:
-        """Tokens of the longer side, prompt included."""
-        return max(len(self.chosen_ids), len(self.rejected_ids))
+        """Tokens of the longest response, prompt included."""
+        return max(map(len, self.ids))
 
 
-def encode_each(tokenizer: Any, batch: dict[str, list]) -> list[TokenPair | BadRow]:
-    """Encode a batch of preference pairs (columns as in `preferences.FEATURES`); in place of a bad one, its fault."""
-    sides = list(zip(batch["chosen"], batch["rejected"], strict=True))
-    groups = encode_groups(tokenizer, batch["prompt"], sides)
+def encode_each(tokenizer: Any, batch: dict[str, list]) -> list[TokenGroup | BadRow]:
+    """Encode a batch of pairs or groups; in place of a bad one, its fault.
+
+    Columns are those of `inform_rm.data.preferences.FEATURES` or `inform_rm.data.groups.GROUP_FEATURES`.
+    """
+    is_pair = "responses" not in batch
+    texts = list(zip(batch["chosen"], batch["rejected"], strict=True)) if is_pair else batch["responses"]
+    groups = encode_groups(tokenizer, batch["prompt"], texts)
     return [
-        _token_pair(both, texts, file, row)
-        for both, texts, file, row in zip(groups, sides, batch["file"], batch["row"], strict=True)
+        _token_group(group, of_row, is_pair, file, row)
+        for group, of_row, file, row in zip(groups, texts, batch["file"], batch["row"], strict=True)
     ]
 
 
-def _token_pair(both: list[Encoded] | InputError, texts: tuple[str, str], file: str, row: int) -> TokenPair | BadRow:
-    if isinstance(both, InputError):
-        return not_encodable(file, row, both)
-    for encoded, text in zip(both, texts, strict=True):
-        if encoded.lost is not None and is_reasoning_alone(text):
+def _token_group(
+    group: list[Encoded] | InputError, texts: Sequence[str], is_pair: bool, file: str, row: int
+) -> TokenGroup | BadRow:
+    if isinstance(group, InputError):
+        return not_encodable(file, row, group)
+    losses = [encoded.lost for encoded in group]
+    for number, (lost, text) in enumerate(zip(losses, texts, strict=True), start=1):
+        if lost is not None and is_reasoning_alone(text):
             error = NotRenderedError(
-                f"the chat template leaves nothing of a side: {encoded.lost}. Remove the row, or pass another "
-                "chat_template (a file, or 'plain')."
+                f"the chat template leaves nothing of {'a side' if is_pair else f'response {number}'}: {lost}. Remove "
+                "the row, or pass another chat_template (a file, or 'plain')."
             )
             return not_encodable(file, row, error)
-    chosen, rejected = both
-    lost = chosen.lost
-    if chosen.lost != rejected.lost:
-        sides = (("chosen", chosen.lost), ("rejected", rejected.lost))
-        lost = "; ".join(f"{side}: {lost}" for side, lost in sides if lost is not None)
-    length = min(len(chosen.prompt_ids), len(rejected.prompt_ids))
-    return TokenPair(chosen.input_ids, rejected.input_ids, length, lost)
+    what = losses[0]
+    if len(set(losses)) > 1:
+        names = ("chosen", "rejected") if is_pair else [f"response {number}" for number in range(1, len(group) + 1)]
+        what = "; ".join(f"{name}: {lost}" for name, lost in zip(names, losses, strict=True) if lost is not None)
+    return TokenGroup([encoded.input_ids for encoded in group], min(len(each.prompt_ids) for each in group), what)
 
 
 def not_encodable(file: str, row: int, error: InputError) -> BadRow:
@@ -208,42 +215,42 @@ def not_encodable(file: str, row: int, error: InputError) -> BadRow:
     return BadRow(file, row, str(error), kind)
 
 
-def removable_prompt_tokens(pair: TokenPair, bos_token_id: int | None) -> tuple[int, int]:
+def removable_prompt_tokens(group: TokenGroup, bos_token_id: int | None) -> tuple[int, int]:
     """Leading tokens that truncation keeps (1 for a BOS token, else 0), and prompt tokens that it may remove."""
-    keep = int(pair.prompt_length > 0 and bos_token_id is not None and pair.chosen_ids[0] == bos_token_id)
-    return keep, pair.prompt_length - keep
+    keep = int(group.prompt_length > 0 and bos_token_id is not None and group.ids[0][0] == bos_token_id)
+    return keep, group.prompt_length - keep
 
 
-def fit_pair(
-    pair: TokenPair, max_length: int, overlong: str, bos_token_id: int | None, file: str, row: int
-) -> TokenPair:
-    """The pair within `max_length` under a policy of `encode_pairs` other than ``"drop"``.
+def fit_group(
+    group: TokenGroup, max_length: int, overlong: str, bos_token_id: int | None, file: str, row: int
+) -> TokenGroup:
+    """The group within `max_length` under a policy of `encode_pairs` other than ``"drop"``.
 
-    As few prompt tokens as needed are removed, the same ones on both sides: from the left, after a BOS token.
+    As few prompt tokens as needed are removed, the same ones for all responses: from the left, after a BOS token.
 
     Raises:
         BadRow: It is too long under ``"error"``, or even without its prompt.
 
     Example:
-        >>> pair = TokenPair([1, 5, 6, 7], [1, 5, 6, 8, 9], prompt_length=3)
-        >>> fit_pair(pair, 4, "truncate_prompt", 1, "pairs.jsonl", 1)
-        TokenPair(chosen_ids=[1, 6, 7], rejected_ids=[1, 6, 8, 9], prompt_length=2, lost=None)
+        >>> group = TokenGroup([[1, 5, 6, 7], [1, 5, 6, 8, 9]], prompt_length=3)
+        >>> fit_group(group, 4, "truncate_prompt", 1, "pairs.jsonl", 1)
+        TokenGroup(ids=[[1, 6, 7], [1, 6, 8, 9]], prompt_length=2, lost=None)
     """
-    excess = max(0, pair.longest - max_length)
+    excess = max(0, group.longest - max_length)
     if excess and overlong == "error":
         raise BadRow(
-            file, row, f"{pair.longest} tokens, over max_length {max_length}. Raise max_length, or choose "
+            file, row, f"{group.longest} tokens, over max_length {max_length}. Raise max_length, or choose "
             "overlong='drop' or 'truncate_prompt'.", "overlong",
         )  # fmt: skip
-    keep, removable = removable_prompt_tokens(pair, bos_token_id)
+    keep, removable = removable_prompt_tokens(group, bos_token_id)
     if excess > removable:
         raise BadRow(
-            file, row, f"its longer response alone takes {pair.longest - removable} of max_length {max_length} "
+            file, row, f"its longer response alone takes {group.longest - removable} of max_length {max_length} "
             "tokens, and responses are never cut. Raise max_length, choose overlong='drop', or remove the row.",
             "overlong",
         )  # fmt: skip
-    chosen, rejected = (ids[:keep] + ids[keep + excess :] for ids in (pair.chosen_ids, pair.rejected_ids))
-    return TokenPair(chosen, rejected, pair.prompt_length - excess, pair.lost)
+    ids = [each[:keep] + each[keep + excess :] for each in group.ids]
+    return TokenGroup(ids, group.prompt_length - excess, group.lost)
 
 
 def none_usable(number: int, bad_rows: Sequence[BadRow | str], max_length: int | None = None) -> InputError:
@@ -254,50 +261,77 @@ def none_usable(number: int, bad_rows: Sequence[BadRow | str], max_length: int |
     return InputError(f"data: none of the {number} pairs can be used, {len(bad_rows)} are bad rows. {shown}")
 
 
-def encode_columns(
-    batch: dict[str, list],
-    tokenizer: Any,
-    *,
-    max_length: int | None,
-    overlong: str,
-    on_bad_row: str = "error",
-    kept: Sequence[str] = (),
-) -> tuple[dict[str, list], list[BadRow]]:
-    """Encode a batch of pairs; the arguments, the rules for them and the errors are those of `encode_pairs`.
+def fitting_groups(
+    batch: dict[str, list], tokenizer: Any, *, max_length: int | None, overlong: str, on_bad_row: str = "error"
+) -> tuple[list[int], list[TokenGroup], dict[str, list], list[BadRow]]:
+    """Encode a batch of pairs or groups; the arguments, the rules for them and the errors are those of `encode_pairs`.
 
     Returns:
-        Its columns, ``truncated`` (whether the prompt was cut), ``lost`` (place and text that the chat template
-        deleted, or None) and those in ``kept``, without the pairs that were dropped or are bad; and the bad rows.
+        Places in the batch of those that are kept, their token ids, the columns that pairs and groups share, and the
+        bad rows. Of the columns, ``truncated`` says whether the prompt was cut, ``lost`` (place and text, or None)
+        what the chat template deleted.
     """
-    columns: dict[str, list] = {name: [] for name in (*_ENCODED_FEATURES, *kept)}
+    places: list[int] = []
+    groups: list[TokenGroup] = []
+    truncated: list[bool] = []
     bad_rows: list[BadRow] = []
-    for index, pair in enumerate(encode_each(tokenizer, batch)):
-        file, row = batch["file"][index], batch["row"][index]
-        is_overlong = isinstance(pair, TokenPair) and max_length is not None and pair.longest > max_length
+    for place, group in enumerate(encode_each(tokenizer, batch)):
+        file, row = batch["file"][place], batch["row"][place]
+        is_overlong = isinstance(group, TokenGroup) and max_length is not None and group.longest > max_length
         try:
-            if isinstance(pair, BadRow):
-                raise pair
-            if pair.chosen_ids == pair.rejected_ids:
-                raise BadRow(
-                    file, row, "both sides become the same tokens (trimmed by the template, or unknown to the "
-                    "tokenizer). Remove the row or use another tokenizer.", "identical tokens",
-                )  # fmt: skip
+            if isinstance(group, BadRow):
+                raise group
+            _check_distinct(group, batch["labels"][place] if "labels" in batch else None, file, row)
             if is_overlong and overlong == "drop":
                 continue
-            if max_length is not None:
-                pair = fit_pair(pair, max_length, overlong, tokenizer.bos_token_id, file, row)
+            if max_length is not None and is_overlong:
+                group = fit_group(group, max_length, overlong, tokenizer.bos_token_id, file, row)
         except BadRow as bad:
             if on_bad_row == "error":
                 raise skippable(bad) from None
             bad_rows.append(bad)
             continue
-        values: tuple[Any, ...] = (
-            pair.chosen_ids, pair.rejected_ids, pair.prompt_length, pair.longest, batch["margin"][index],
-            batch["subset"][index], batch["id"][index], len(batch["chosen"][index]),
-            len(batch["rejected"][index]), is_overlong, pair.lost and f"{file}, row {row}: {pair.lost}",
-        )  # fmt: skip
-        for name, value in zip(columns, (*values, *(batch[name][index] for name in kept)), strict=True):
-            columns[name].append(value)
+        places.append(place)
+        groups.append(group)
+        truncated.append(is_overlong)
+    both = list(zip(places, groups, strict=True))
+    shared = {
+        "prompt_length": [group.prompt_length for group in groups],
+        "length": [group.longest for group in groups],
+        "subset": [batch["subset"][place] for place in places],
+        "id": [batch["id"][place] for place in places],
+        "truncated": truncated,
+        "lost": [group.lost and f"{batch['file'][at]}, row {batch['row'][at]}: {group.lost}" for at, group in both],
+    }
+    return places, groups, shared, bad_rows
+
+
+def _check_distinct(group: TokenGroup, labels: Sequence[float] | None, file: str, row: int) -> None:
+    """Raise `BadRow` where responses with different labels, such as both sides of a pair, become the same tokens."""
+    label_of: dict[tuple[int, ...], float] = {}
+    both = zip(group.ids, (1.0, 0.0) if labels is None else labels, strict=True)
+    if all(label_of.setdefault(tuple(ids), label) == label for ids, label in both):
+        return
+    what, remove = ("both sides", "the row") if labels is None else ("two responses with different labels", "one")
+    raise BadRow(
+        file, row, f"{what} become the same tokens (trimmed by the template, or unknown to the tokenizer). Remove "
+        f"{remove}, or use another tokenizer.", "identical tokens",
+    )  # fmt: skip
+
+
+def encode_columns(
+    batch: dict[str, list], tokenizer: Any, *, kept: Sequence[str] = (), **rules: Any
+) -> tuple[dict[str, list], list[BadRow]]:
+    """A batch of pairs encoded, with the columns in ``kept``, and the bad rows; see `fitting_groups`."""
+    places, groups, shared, bad_rows = fitting_groups(batch, tokenizer, **rules)
+    columns = {
+        "chosen_input_ids": [group.ids[0] for group in groups],
+        "rejected_input_ids": [group.ids[1] for group in groups],
+        **shared,
+        "margin": [batch["margin"][place] for place in places],
+        **{f"{side}_characters": [len(batch[side][place]) for place in places] for side in ("chosen", "rejected")},
+        **{name: [batch[name][place] for place in places] for name in kept},
+    }
     return columns, bad_rows
 
 
@@ -306,13 +340,8 @@ def _columns_with_faults(batch: dict[str, list], encode_batch: Any, **options: A
     columns, bad_rows = encode_batch(batch, **options)
     columns[_FAULT] = [None] * len(columns["id"])
     for name, values in columns.items():
-        empty: Any = (
-            []
-            if name.endswith("_input_ids") or name in ("labels", "characters")
-            else False
-            if name == "truncated"
-            else None
-        )
+        is_list = name.endswith("_input_ids") or name in ("labels", "characters")
+        empty: Any = [] if is_list else False if name == "truncated" else None
         values += [json.dumps(bad.args) if name == _FAULT else empty for bad in bad_rows]
     return columns
 

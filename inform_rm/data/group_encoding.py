@@ -5,20 +5,9 @@ from typing import Any
 
 from datasets import Dataset, Features, Value, concatenate_datasets
 
-from inform_rm.data.encoding import (
-    Encoded,
-    EncodedPairs,
-    TokenPair,
-    encode_groups,
-    encode_pairs,
-    encode_rows,
-    fit_pair,
-    not_encodable,
-    removable_prompt_tokens,
-)
-from inform_rm.data.pairs import BadRow, skippable
-from inform_rm.data.rendered_text import NotRenderedError, add_partly_rendered, is_reasoning_alone
-from inform_rm.errors import InputError
+from inform_rm.data.encoding import EncodedPairs, encode_pairs, encode_rows, fitting_groups
+from inform_rm.data.pairs import BadRow
+from inform_rm.data.rendered_text import add_partly_rendered
 
 ENCODED_GROUPS = Features(
     {
@@ -100,60 +89,14 @@ def as_groups(pairs: Dataset) -> Dataset:
     )  # fmt: skip
 
 
-def _encode_columns(
-    batch: dict[str, list], tokenizer: Any, *, max_length: int | None, overlong: str, on_bad_row: str
-) -> tuple[dict[str, list], list[BadRow]]:
+def _encode_columns(batch: dict[str, list], tokenizer: Any, **rules: Any) -> tuple[dict[str, list], list[BadRow]]:
     """See `inform_rm.data.encoding.encode_columns`."""
-    columns: dict[str, list] = {name: [] for name in ENCODED_GROUPS}
-    bad_rows: list[BadRow] = []
-    for index, group in enumerate(encode_groups(tokenizer, batch["prompt"], batch["responses"])):
-        file, row, texts = batch["file"][index], batch["row"][index], batch["responses"][index]
-        try:
-            ids, prompt_length, lost = _checked(group, texts, batch["labels"][index], file, row)
-            longest = max(map(len, ids))
-            is_overlong = max_length is not None and longest > max_length
-            if is_overlong and overlong == "drop":
-                continue
-            if max_length is not None and is_overlong:
-                pair = TokenPair(max(ids, key=len), ids[0], prompt_length)
-                fitted = fit_pair(pair, max_length, overlong, tokenizer.bos_token_id, file, row)
-                keep, cut = removable_prompt_tokens(pair, tokenizer.bos_token_id)[0], longest - fitted.longest
-                ids = [each[:keep] + each[keep + cut :] for each in ids]
-                prompt_length, longest = fitted.prompt_length, fitted.longest
-        except BadRow as bad:
-            if on_bad_row == "error":
-                raise skippable(bad) from None
-            bad_rows.append(bad)
-            continue
-        values = (
-            ids, batch["labels"][index], prompt_length, longest, None, batch["subset"][index], batch["id"][index],
-            list(map(len, texts)), is_overlong, lost and f"{file}, row {row}: {lost}",
-        )  # fmt: skip
-        for name, value in zip(columns, values, strict=True):
-            columns[name].append(value)
+    places, groups, shared, bad_rows = fitting_groups(batch, tokenizer, **rules)
+    columns = {
+        "responses_input_ids": [group.ids for group in groups],
+        "labels": [batch["labels"][place] for place in places],
+        **shared,
+        "margin": [None] * len(places),
+        "characters": [list(map(len, batch["responses"][place])) for place in places],
+    }
     return columns, bad_rows
-
-
-def _checked(
-    group: list[Encoded] | InputError, texts: list[str], labels: list[float], file: str, row: int
-) -> tuple[list[list[int]], int, str | None]:
-    """Token ids of the responses, the length of the prompt that all share, and what the chat template deleted."""
-    if isinstance(group, InputError):
-        raise not_encodable(file, row, group)
-    lost = {number: each.lost for number, each in enumerate(group, start=1) if each.lost is not None}
-    for number, place in lost.items():
-        if is_reasoning_alone(texts[number - 1]):
-            error = NotRenderedError(
-                f"the chat template leaves nothing of response {number}: {place}. Remove the row, or pass another "
-                "chat_template (a file, or 'plain')."
-            )
-            raise not_encodable(file, row, error)
-    ids = [each.input_ids for each in group]
-    label_of: dict[tuple[int, ...], float] = {}
-    if any(label_of.setdefault(tuple(one), label) != label for one, label in zip(ids, labels, strict=True)):
-        raise BadRow(
-            file, row, "two responses with different labels become the same tokens (trimmed by the template, or "
-            "unknown to the tokenizer). Remove one, or use another tokenizer.", "identical tokens",
-        )  # fmt: skip
-    what = "; ".join(dict.fromkeys(f"response {number}: {text}" for number, text in lost.items()))
-    return ids, min(len(each.prompt_ids) for each in group), what or None

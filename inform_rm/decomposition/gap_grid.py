@@ -11,9 +11,8 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
-from inform_rm.data.encoding import TokenPair, encode_each, fit_pair
+from inform_rm.data.encoding import TokenGroup, encode_each, fit_group
 from inform_rm.data.pairs import BadRow
-from inform_rm.decomposition.likelihoods import ResponseLikelihood
 from inform_rm.errors import InputError
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import RewardJournal
@@ -46,7 +45,7 @@ class GapGrid:
 
     @property
     def pair_log_likelihoods(self) -> Tensor:
-        """``(P, M)`` float64: of a `ResponseLikelihood`, both responses together; -inf where the cell is not used."""
+        """``(P, M)`` float64: of log-likelihoods, both responses together; -inf where the cell is not used."""
         return self.rewards.double().sum(dim=2).masked_fill(~self.used, -torch.inf)
 
 
@@ -69,7 +68,7 @@ def distinct_prompts(pairs: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def gap_grid(
-    scorer: RewardScorer | ResponseLikelihood,
+    scorer: RewardScorer,
     pairs: Dataset,
     choice: Tensor,
     prompt_rows: Tensor,
@@ -88,7 +87,7 @@ def gap_grid(
     pairs they belong to. Memory holds a thousand cells at a time.
 
     Args:
-        scorer: the model; with a `ResponseLikelihood`, log-likelihoods take the place of rewards.
+        scorer: the model; a `ResponseLikelihood` gives log-likelihoods in place of rewards.
         pairs: columns as in `inform_rm.data.preferences.FEATURES`.
         choice: ``(P, M)`` number of each prompt, the pair's own one in column 0, -1 for none (see
             `inform_rm.decomposition.prompt_free_gap.sample_prompts`).
@@ -133,7 +132,7 @@ def gap_grid(
                     used[pair, column] = False
                     bar.update(2)
                     continue
-                for side, ids in enumerate((both.chosen_ids, both.rejected_ids)):
+                for side, ids in enumerate(both.ids):
                     tokens_plain += len(ids)
                     entry = 2 * (pair * choice.shape[1] + column) + side
                     if entry not in known:
@@ -159,13 +158,13 @@ def _chunks_by_prompt(choice: Tensor) -> Iterator[list[tuple[int, int]]]:
 
 
 def _encoded_cells(
-    scorer: RewardScorer | ResponseLikelihood,
+    scorer: RewardScorer,
     pairs: Dataset,
     wanted: Tensor,
     prompts_at: Tensor,
     are_encoded: list[bool],
     overlong: str,
-) -> Iterator[TokenPair | BadRow | None]:
+) -> Iterator[TokenGroup | BadRow | None]:
     """Each cell within the model's length, or why it is not; ``None`` where it is too long and to be dropped.
 
     ``wanted`` and ``prompts_at`` are the rows of a cell's responses, with ids where it is encoded, and of its prompt.
@@ -178,8 +177,9 @@ def _encoded_cells(
     columns["prompt"] = [batch["prompt"][of_prompt[at]] for at in others]
     encoded = iter(encode_each(scorer.tokenizer, columns))
     for at, known in zip(of_pair, are_encoded, strict=True):
-        ids = ("chosen_input_ids", "rejected_input_ids", "prompt_length")
-        both = TokenPair(*(batch[name][at] for name in ids)) if known else next(encoded)
+        both = next(encoded) if not known else TokenGroup(
+            [batch["chosen_input_ids"][at], batch["rejected_input_ids"][at]], batch["prompt_length"][at]
+        )  # fmt: skip
         if isinstance(both, BadRow) or scorer.max_length is None or both.longest <= scorer.max_length:
             yield both
         elif overlong == "drop":
@@ -187,6 +187,6 @@ def _encoded_cells(
         else:
             place = batch["file"][at], batch["row"][at]
             try:
-                yield fit_pair(both, scorer.max_length, overlong, scorer.tokenizer.bos_token_id, *place)
+                yield fit_group(both, scorer.max_length, overlong, scorer.tokenizer.bos_token_id, *place)
             except BadRow as bad:
                 yield bad

@@ -1,7 +1,7 @@
 """How likely a language model finds responses under prompts: the weights of ``weights="behavior"`` come from here."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +9,22 @@ import torch
 from torch import Tensor
 
 from inform_rm.data.tokenizer import fix_date, load_tokenizer, warn_of_no_template
-from inform_rm.errors import InputError
 from inform_rm.scoring import packing, reward_models
 from inform_rm.scoring.packing import PackedRow
-from inform_rm.util.processes import computed_in_turn
+from inform_rm.scoring.scorer import RewardScorer, Scores
 
 logger = logging.getLogger(__name__)
 
 _LOGITS_IN_MEMORY = 1 << 26  # numbers; 256 MiB in float32
 
 
-class ResponseLikelihood:
-    """Log-likelihoods of responses under a causal language model, with the interface that `gap_grid` asks of a scorer.
+class ResponseLikelihood(RewardScorer):
+    """Log-likelihoods of responses under a causal language model, in place of rewards.
 
     The "reward" of a row is ``log p(response tokens | prompt tokens)`` in nats, or with ``length_normalized`` its mean
     over the response tokens. A prompt is computed once for its responses, as in `inform_rm.scoring.packing`; where
     that gives other likelihoods, found out on a few random tokens, rows are computed one at a time, and a log line
-    says so. For the other arguments see `inform_rm.scoring.scorer.RewardScorer`.
+    says so. For the other arguments see `RewardScorer`.
     """
 
     def __init__(
@@ -36,52 +35,32 @@ class ResponseLikelihood:
         tokens_per_batch: int | None = None,
         split_over_processes: bool = False,
     ):
+        # Not the initialiser of the base class, which takes reward models: this sets the same attributes.
+        self.name, self.model, self.length_normalized = "likelihood model", model, length_normalized
+        self.tokenizer = fix_date(tokenizer, self.name)
+        warn_of_no_template(self.tokenizer, self.name)
         self.split_over_processes = split_over_processes
-        self.model, self.length_normalized = model, length_normalized
-        self.tokenizer = fix_date(tokenizer, "likelihood model")
-        warn_of_no_template(self.tokenizer, "likelihood model")
         self.max_length = reward_models.checked_max_length(model, None)
         self.tokens_per_batch = tokens_per_batch or packing.default_tokens_per_batch(model)
         self.tokens_computed = 0
+        self._vocabulary_size = model.get_input_embeddings().weight.shape[0]
+        self._can_pad = False
         reason = self._why_not_packed()
-        self.is_packed = reason is None
+        self.batching = "packed" if reason is None else "padded"
         if reason is not None:
             logger.warning("Likelihoods are computed one response at a time: %s.", reason)
 
     def identity(self) -> dict[str, Any]:
         """What decides a likelihood; equal on every machine."""
-        return {
-            "model": reward_models.fingerprint_model(self.model),
-            "tokenizer": reward_models.fingerprint_tokenizer(self.tokenizer),
-            "length_normalized": self.length_normalized,
-        }
+        return {**super().identity(), "length_normalized": self.length_normalized}
 
-    def iter_scores(
-        self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], *, check_finite: bool = True
-    ) -> Iterator[tuple[list[int], Tensor, None]]:
-        """Yield ``(rows, log_likelihoods, None)`` by batches, as `RewardScorer.iter_scores` does."""
-        largest = self.model.get_input_embeddings().weight.shape[0]
-        for ids in sequences:
-            if max(ids) >= largest:
-                raise InputError(
-                    f"likelihood model: no token id {max(ids)} among its {largest}. Use its own tokenizer."
-                )
-        batches = [[row] for row in range(len(sequences))]
-        if self.is_packed:
-            batches = packing.packed_batches(*packing.split_at(sequences, prompt_lengths), self.tokens_per_batch)
+    def _packed_forward(
+        self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], uncertainty: int | None
+    ) -> Scores:
+        values, tokens = self._log_likelihoods(sequences, prompt_lengths)
+        return values, None, tokens
 
-        def compute(rows: list[int]) -> tuple[Tensor, int]:
-            return self._log_likelihoods([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
-
-        with packing.eval_mode_of(self.model):
-            turns = computed_in_turn(batches, compute) if self.split_over_processes else (
-                (rows, compute(rows)) for rows in batches
-            )  # fmt: skip
-            for rows, (values, tokens) in turns:
-                self.tokens_computed += tokens
-                if check_finite and not values.isfinite().all():
-                    raise RuntimeError("The likelihood model gave NaN or infinity; its weights are broken.")
-                yield rows, values, None
+    _padded_forward = _packed_forward  # of one row
 
     @torch.no_grad()
     def _log_likelihoods(
@@ -111,7 +90,7 @@ class ResponseLikelihood:
         """``(N,)`` float32 on the CPU: log-probability of each target after the token at its predictor's place."""
         device = self.model.get_input_embeddings().weight.device
         predictors, targets = predictors.long().to(device), targets.long().to(device)
-        if not self.is_packed:  # one sequence
+        if self.batching == "padded":  # one sequence
             logits = self.model(input_ids=row.input_ids.to(device), use_cache=False).logits[0, predictors]
             return logits.float().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0].cpu()
         with packing.packed_attention_of(self.model):
@@ -132,9 +111,9 @@ class ResponseLikelihood:
         sequences = [drawn[:10], drawn[:7] + drawn[10:]]
         try:
             with packing.eval_mode_of(self.model):
-                self.is_packed = True
+                self.batching = "packed"
                 together, _ = self._log_likelihoods(sequences, [7, 7])
-                self.is_packed = False
+                self.batching = "padded"
                 alone = torch.cat([self._log_likelihoods([ids], [7])[0] for ids in sequences])
             difference = (together - alone).abs().max()
             tolerance = 1e-4 if self.model.dtype == torch.float32 else 0.5
@@ -142,8 +121,6 @@ class ResponseLikelihood:
                 return f"packed likelihoods differ by {difference:.2g}"
         except Exception as error:  # whatever a foreign model raises, it can still be run plainly
             return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        finally:
-            self.is_packed = False
         return None
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from inform_rm.errors import InputError
-from inform_rm.util.intervals import expected_calibration_error, wilson_interval
+from inform_rm.util.intervals import confidence_bins, expected_calibration_error, wilson_interval
 
 
 def pairwise_accuracy(
@@ -92,10 +92,7 @@ def reliability_bins(margins: ArrayLike, num_bins: int = 10) -> list[dict[str, f
         For each bin ``low`` and ``high`` (of confidence), ``num_pairs``, ``mean_confidence``, ``accuracy`` and its
         ``accuracy_interval``.
     """
-    margins = np.asarray(margins, dtype=np.float64)
-    confidence = 1.0 / (1.0 + np.exp(-np.abs(margins)))
-    outcome = 0.5 + 0.5 * np.sign(margins)
-    bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
+    confidence, outcome, bins = confidence_bins(margins, num_bins)
     return [
         {
             "low": 0.5 + 0.5 * index / num_bins,

@@ -18,7 +18,7 @@ from inform_rm.eval.sources import PairSettings, load_sources, warn_of_left_out
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import shortest_float
 
-_CHUNK_PAIRS = 2048
+_CHUNK_ROWS = 2048
 _SIDES = ("chosen", "rejected")
 _COUNTS = ("overlong", "dropped", "truncated")
 _ROW = ("id", "subset", "chosen_characters", "rejected_characters")
@@ -100,11 +100,15 @@ def evaluate(
 
 
 def _chunks(parts: list[Any]) -> Iterator[tuple[list[list[int]], list[int]]]:
+    """Token ids of all responses in order, and the lengths of their prompts."""
     for part in parts:
-        for start in range(0, len(part), _CHUNK_PAIRS):
-            chunk = part[start : start + _CHUNK_PAIRS]
-            sides = zip(chunk["chosen_input_ids"], chunk["rejected_input_ids"], strict=True)
-            yield [ids for pair in sides for ids in pair], [length for length in chunk["prompt_length"] for _ in "cr"]
+        for start in range(0, len(part), _CHUNK_ROWS):
+            chunk = part[start : start + _CHUNK_ROWS]
+            groups = chunk.get("responses_input_ids")
+            if groups is None:
+                groups = list(zip(chunk["chosen_input_ids"], chunk["rejected_input_ids"], strict=True))
+            lengths = zip(chunk["prompt_length"], groups, strict=True)
+            yield [ids for group in groups for ids in group], [length for length, group in lengths for _ in group]
 
 
 def _evaluate_groups(
@@ -122,15 +126,7 @@ def _evaluate_groups(
         row = int(np.searchsorted(first, entry, side="right")) - 1
         return f"response {entry - first[row] + 1} of row {rows[row]['id']}"
 
-    def chunks() -> Iterator[tuple[list[list[int]], list[int]]]:
-        for part in parts:
-            for start in range(0, len(part), _CHUNK_PAIRS):
-                chunk = part[start : start + _CHUNK_PAIRS]
-                ids = chunk["responses_input_ids"]
-                lengths = zip(chunk["prompt_length"], ids, strict=True)
-                yield [each for row in ids for each in row], [length for length, row in lengths for _ in row]
-
-    rewards = np.split(frame.rewards(chunks(), int(first[-1]), run, where), first[1:-1])
+    rewards = np.split(frame.rewards(_chunks(parts), int(first[-1]), run, where), first[1:-1])
     for row, values in zip(rows, rewards, strict=True):
         row["rewards"] = list(map(shortest_float, values))
     labels, subsets = ([row[name] for row in rows] for name in ("labels", "subset"))

@@ -14,6 +14,7 @@ RESULT_FILE = "result.json"
 _KEYS = {
     "suite": ("suite", "complete", "sections", "subsets"),
     "evaluate": ("accuracy", "accuracy_interval", "calibration", "data"),
+    "scores": ("num_scored", "rmse", "data"),
     "decompose": ("response_decides", "quadrants"),
     "detect": ("reference", "candidates", "null"),
 }
@@ -100,4 +101,5 @@ def refuse_other_models(folders: Sequence[ResultFolder], model: str, revision: s
 
 
 def _command(kind: str) -> str:
-    return "inform-rm evaluate --suite" if kind == "suite" else f"inform-rm {kind}"
+    own = {"suite": "evaluate --suite", "scores": "evaluate on scored responses"}
+    return f"inform-rm {own.get(kind, kind)}"

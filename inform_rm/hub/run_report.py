@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from inform_rm.errors import InputError
 from inform_rm.eval import decompose_report
 from inform_rm.eval.detection import report as detect_report
-from inform_rm.eval.report import accuracy_table
+from inform_rm.eval.report import accuracy_table, ranking_table, score_table
 from inform_rm.hub.result_folders import (
     RESULT_FILE,
     ResultFolder,
@@ -96,7 +96,7 @@ def write_report(run: str | Path, output: str | Path, results: Sequence[str | Pa
     absent: list[str] = []
     for kind, (name, make) in _KINDS.items():
         of_kind = [folder for folder in folders if folder.kind == kind]
-        absent += [] if of_kind else [name]
+        absent += [] if of_kind or name is None else [name]
         for folder in of_kind:
             with naming_damage("results", folder.path / RESULT_FILE):
                 shown += make(folder)
@@ -202,14 +202,24 @@ def _summary(record: dict[str, Any], is_finished: bool) -> list[Block]:
 
 
 def _accuracy(folder: ResultFolder) -> list[Block]:
-    result = folder.result
-    names = ", ".join(f"{item['source']} ({item['fingerprint'][:12]})" for item in result["data"])
+    result, is_ranked = folder.result, "kendall_tau" in folder.result
+    intervals = "bootstraps over prompts" if is_ranked else "Wilson intervals"
     return [
         Heading(f"Accuracy: {folder.path.resolve().name}"),
-        Note(f"Data: {names}."),
+        _data(result),
+        *([ranking_table(result)] if is_ranked else []),
         accuracy_table(result),
-        Note("A tie (equal rewards) counts half. Intervals are 95 % Wilson intervals."),
+        Note(f"A tie (equal rewards) counts half. Intervals are 95 % {intervals}."),
     ]
+
+
+def _scores(folder: ResultFolder) -> list[Block]:
+    return [Heading(f"Scores: {folder.path.resolve().name}"), _data(folder.result), score_table(folder.result)]
+
+
+def _data(result: dict[str, Any]) -> Note:
+    names = ", ".join(f"{item['source']} ({item['fingerprint'][:12]})" for item in result["data"])
+    return Note(f"Data: {names}.")
 
 
 def _suite(folder: ResultFolder) -> list[Block]:
@@ -280,9 +290,10 @@ def _count(value: Any) -> Any:
     return len(value) if isinstance(value, list) else value
 
 
-# What the page says of each kind of results, in this order, and its name where none were given.
-_KINDS: dict[str, tuple[str, Callable[[ResultFolder], list[Block]]]] = {
+# What the page says of each kind of results, in this order, and its name where none were given (None: not named).
+_KINDS: dict[str, tuple[str | None, Callable[[ResultFolder], list[Block]]]] = {
     "evaluate": ("accuracy on other data", _accuracy),
+    "scores": (None, _scores),
     "suite": ("benchmark suites", _suite),
     "decompose": ("the plane of prompt-free and prompt-related gaps", _decomposition),
     "detect": ("the map of latents", _detection),

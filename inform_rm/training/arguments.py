@@ -146,8 +146,17 @@ class RewardArguments:
         "gap's equation is derived from the paper's definitions, it is not the authors' text)",
         "plain",
     )
-    pool_factor: int = _setting("prioritized: pairs drawn for each pair that is learnt from", 2)
-    num_prompts: int = _setting("prioritized: prompts behind each prompt-free gap, the pair's own among them", 8)
+    selection: Literal["smallest", "weighted"] = _setting(
+        "prioritized: learn from the smallest gaps of each pool (the paper's), or from all pairs that are drawn, each "
+        "weighted by sigmoid(-gap)",
+        "smallest",
+    )
+    pool_factor: int = _setting("selection 'smallest': pairs drawn for each pair that is learnt from", 2)
+    num_prompts: int = _setting(
+        "prioritized: prompts behind each prompt-free gap; with weights 'uniform' without the pair's own, of which a "
+        "few others would leave too large a part, with 'behavior' it is among them",
+        1,
+    )
     weights: Literal["uniform", "behavior"] = _setting(
         "prioritized: prompts count the same, or as likely as behavior_model finds both responses under them",
         "uniform",
@@ -161,10 +170,6 @@ class RewardArguments:
     ess_target: float = _setting("weights 'behavior': effective sample size to keep, as a share of the prompts", 0.25)
     warmup_fraction: float = _setting(
         "prioritized: share of the steps that start without selection; ours, gaps of a fresh head are noise", 0.1
-    )
-    refresh: int = _setting("prioritized: steps for which an estimated gap may be used again; 1: never", 1)
-    selection: Literal["smallest", "soft"] = _setting(
-        "prioritized: the smallest gaps (the paper's), or a draw with probability sigmoid(-gap)", "smallest"
     )
     augmentation: Literal["none", "rrm"] = _setting(
         "'rrm': two more pairs for each, against responses of other prompts (arXiv:2409.13156)", "none"
@@ -255,7 +260,7 @@ class RewardArguments:
             "kl_warmup_steps": 0, "score_loss_coefficient": 0,
             "center_rewards_coefficient": 0, "dataloader_num_workers": 0, "seed": 0, "max_length": 2,
             "max_pairs_per_source": 1, "max_eval_pairs_per_source": 1, "save_total_limit": 1,
-            "tokens_per_batch": 1, "pool_factor": 1, "num_prompts": 2, "refresh": 1,
+            "tokens_per_batch": 1, "pool_factor": 1, "num_prompts": 1,
             "shuffle_buffer": 1, "pairs_per_step": 1,
         }  # fmt: skip
         for name, least in at_least.items():
@@ -276,6 +281,10 @@ class RewardArguments:
             ((self.weights == "behavior") != (self.behavior_model is not None),
              f"weights {self.weights!r} does not go with behavior_model {self.behavior_model!r}: 'behavior' needs "
              "one, 'uniform' uses none"),
+            (self.weights == "behavior" and self.num_prompts < 2,
+             f"weights 'behavior' needs num_prompts of at least 2, got {self.num_prompts}: the pair's own is one"),
+            (self.objective == "prioritized" and self.selection == "weighted" and self.loss_type != "bradley_terry",
+             f"selection 'weighted' weighs the Bradley-Terry loss; loss_type is {self.loss_type!r}"),
             (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit exclude each other: choose one"),
             (chooses_best and self.data and not self.eval_data, "load_best_model_at_end needs eval_data to choose by"),
             (chooses_best and self.eval_steps != self.save_steps,
@@ -295,6 +304,11 @@ class RewardArguments:
              "hub_strategy: only 'end' is known; checkpoints are not uploaded"),
         )  # fmt: skip
         return faults + (self._against_streaming() if self.streaming else [])
+
+    @property
+    def drawn_per_pair(self) -> int:
+        """Pairs that are drawn for each pair that is learnt from."""
+        return self.pool_factor if self.objective == "prioritized" and self.selection == "smallest" else 1
 
     def divided_pairs(self, devices: int) -> tuple[int, int]:
         """Pairs of a forward pass on each device, and forward passes of an update.

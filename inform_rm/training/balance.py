@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pyarrow import compute
 from torch.utils.data import Sampler
 
-from inform_rm.training.group_batches import RESPONSES
+from inform_rm.training.collators import RESPONSES
 
 # Operations of a decoder layer: about 32 hidden_size^2 a token in its linear layers (4 of attention, 12 of the MLP,
 # multiplied and added) and 4 hidden_size for each pair of tokens of which one sees the other.

@@ -145,6 +145,10 @@ class BudgetWatch(TrainerCallback):
         self._seen = 0
         self._sums = [0.0, 0.0, 0.0]  # pairs, right ones, KL
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The first line of a resumed run is about the steps since its checkpoint."""
+        self._seen = state.global_step
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Judge a line of training metrics."""
         if not logs or "kl_nats" not in logs or "accuracy" not in logs or self.warned:

@@ -14,25 +14,33 @@ import torch
 from accelerate.utils import DynamoBackend, send_to_device
 from torch import Tensor
 from torch.nn import functional
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from inform_rm.hub.export import add_remote_code
 from inform_rm.scoring.adapters import complete_adapter_folder, holds_adapters
-from inform_rm.scoring.packed_flex import for_device
 from inform_rm.training.balance import BalancedSampler, costs_of
 from inform_rm.training.checkpoints import discard, discard_beyond, reading_checkpoint
 from inform_rm.training.collators import EpochSeededLengthSampler, PackedPairCollator, counted_pairs
-from inform_rm.training.group_batches import padded_predictions
-from inform_rm.training.losses import PAIR_LOSSES, group_loss, kl_weight, reward_model_loss
-from inform_rm.training.memory import SMALLEST_ROW, split_in_two, tokens_for_training
-from inform_rm.training.metrics import group_metrics_from_sums, group_sums, metrics_from_sums, pair_sums
+from inform_rm.training.losses import (
+    PAIR_LOSSES,
+    group_loss,
+    kl_weight,
+    reward_model_loss,
+    scaled_bradley_terry_loss,
+)
+from inform_rm.training.metrics import (
+    group_metrics_from_sums,
+    group_sums,
+    metrics_from_sums,
+    padded_predictions,
+    pair_sums,
+)
+from inform_rm.training.passes import PassesThatFit
 from inform_rm.training.prioritized import PoolSelector
 from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.streaming import EncodedStream
 from inform_rm.util.checkpoints import last_complete, mark_complete
 from inform_rm.util.files import write_json
-
-_NOT_FOR_MODEL = ("margin", "share", "counted", "ids", "places", "members", "labels", "groups")
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +57,7 @@ class NonFiniteLossError(FloatingPointError):
     """A loss or a gradient was NaN or infinite; no weight has been changed by it."""
 
 
-class RewardLoop(Trainer):
+class RewardLoop(PassesThatFit):
     """Steps, evaluation and checkpoints of `inform_rm.training.trainer.RewardTrainer`, which puts its parts together.
 
     ``stream``: pairs that are read while training; ``selector``: chooses from each pool what is learnt from.
@@ -64,13 +72,12 @@ class RewardLoop(Trainer):
         self.stream, self._selector = stream, selector
         self.can_return_loss = True
         self.label_names: list[str] = []
-        self._sums: Tensor | None = None
         self._has_kl = self._has_groups = False
         self._kl_share = getattr(self.accelerator.unwrap_model(self.model).config, "kl_share", 1.0)
         self._since_update: list[tuple[list[str], Tensor]] = []  # of the batches since the last update: ids, loss
-        self._passed: list[dict[str, Any]] = []  # inputs of the forward passes since then
+        is_weighted = selector is not None and self.args.selection == "weighted"
         self._loss_settings: dict[str, Any] = {
-            "loss": PAIR_LOSSES[self.args.loss_type],
+            "loss": scaled_bradley_terry_loss if is_weighted else PAIR_LOSSES[self.args.loss_type],
             "label_smoothing": self.args.label_smoothing,
             "center_rewards_coefficient": self.args.center_rewards_coefficient,
         }
@@ -130,13 +137,12 @@ class RewardLoop(Trainer):
         rows = inputs.get("rows")
         parts = [inputs] if rows is None else rows
         num_rows, num_responses = (sum(len(part.get(name, ())) for part in parts) for name in ("margin", "groups"))
-        noise = self._latent_noise(*((num_responses,) if num_responses else (2, num_rows)))
+        noise = self._latent_noise(num_responses or 2 * num_rows)
         if rows is None:
             passes = [inputs | noise(slice(None))]
         else:
             passes = [{**row, **noise(row["places"]), **self._share_of(row, inputs, num_rows)} for row in rows]
-        passes += [{**passes[-1], "share": 0.0, "counted": 0}] * (self._passes_of_all(len(passes)) - len(passes))
-        loss = torch.stack([self._forward_and_backward(model, part, num_items_in_batch) for part in passes]).sum()
+        loss = self.run_passes(model, passes, num_items_in_batch)
         self._since_update.append((ids, loss.detach()))
         if self._selector is not None:
             self._selector.add_seconds(time.perf_counter() - start)
@@ -149,81 +155,16 @@ class RewardLoop(Trainer):
         counted = int((row["members"] < inputs["counted"]).sum())
         return {"counted": counted, "share": inputs["share"] * counted / max(inputs["counted"], 1)}
 
-    def _passes_of_all(self, own: int) -> int:
-        """Most forward passes that a process makes of its batch; FSDP asks all for equally many."""
-        if self.accelerator.num_processes == 1 or self._packing is None or self._packing.tokens_per_batch is None:
-            return own
-        return int(self.accelerator.gather(torch.tensor([own], device=self.args.device)).max())
-
-    def _forward_and_backward(self, model: Any, part: dict[str, Any], num_items_in_batch: Any) -> Tensor:
-        """The loss of a forward pass whose gradients have been added; in two, once, if one is too much for the GPU."""
-        sums = self._sums
-        try:
-            loss = super().training_step(model, part, num_items_in_batch)
-        except torch.OutOfMemoryError:
-            halves = split_in_two(part)
-            if halves is None or self.accelerator.num_processes > 1:
-                raise  # the other processes wait in this pass
-        else:
-            self._passed.append(part)
-            return loss
-        # Gradients of the pass that broke off may have been added to those of this update: all are computed again.
-        logger.warning(
-            "%d tokens in a forward pass are too many for the memory of %s: from here on at most %d. Set "
-            "tokens_per_batch to that.", part["input_ids"].numel(), self.args.device, self._lower_tokens(part),
-        )  # fmt: skip
-        model.zero_grad()
-        if self.args.device.type == "cuda":
-            torch.cuda.empty_cache()
-        for done in self._passed:
-            super().training_step(model, done, num_items_in_batch)
-        self._sums = sums
-        losses = [super(RewardLoop, self).training_step(model, half, num_items_in_batch) for half in halves]
-        self._passed += halves
-        return torch.stack(losses).sum()
-
-    def find_tokens_per_batch(self) -> None:
-        """Measure how many tokens of a row fit into the GPU's memory, where nobody has said it; the least of all."""
-        packing = self._packing
-        if packing is None or packing.tokens_per_batch is not None or self.args.device.type != "cuda":
-            return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            logger.info("tokens_per_batch: no limit; with sharded weights the memory is not measured.")
-            return
-        model: Any = self.model
-        if self.args.gradient_checkpointing:  # as the Trainer is about to do
-            model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
-
-        def run(row: dict[str, Any]) -> None:
-            model.train()
-            with self.compute_loss_context_manager():
-                rewards, _, _ = self._rewards(model, send_to_device(row, self.args.device))
-            rewards.sum().backward()
-
-        try:
-            found = tokens_for_training(model, run, self.args.device)
-        except torch.OutOfMemoryError:
-            found = SMALLEST_ROW
-        packing.tokens_per_batch = int(self.accelerator.gather(torch.tensor([found], device=self.args.device)).min())
-        logger.info("tokens_per_batch: %d, by what a row takes of the free memory.", packing.tokens_per_batch)
-
-    def _lower_tokens(self, part: dict[str, Any]) -> int:
-        """Let later batches be packed into rows of half as many tokens."""
-        tokens = part["input_ids"].numel() // 2
-        if self._packing is not None:
-            self._packing.tokens_per_batch = tokens
-        return tokens
-
-    def _latent_noise(self, *shape: int) -> Callable[[Any], dict[str, Tensor]]:
-        """The model's input ``latent_noise`` at given places of a batch; its shape is ``(2, pairs)``, or responses.
+    def _latent_noise(self, num_responses: int) -> Callable[[Any], dict[str, Tensor]]:
+        """The model's input ``latent_noise`` at given places of a batch of so many responses.
 
         Drawn for the whole batch at once: into how many forward passes it is split then changes nothing.
         """
         config: Any = self.accelerator.unwrap_model(self.model).config
         if getattr(config, "architecture", None) != "inform":
             return lambda places: {}
-        noise = torch.randn_like(torch.empty(*shape, config.latent_dim, device=self.args.device))
-        return lambda places: {"latent_noise": noise[..., places, :].flatten(0, -2)}
+        noise = torch.randn_like(torch.empty(num_responses, config.latent_dim, device=self.args.device))
+        return lambda places: {"latent_noise": noise[places]}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -232,7 +173,7 @@ class RewardLoop(Trainer):
 
         Where ``counted`` is given, only so many pairs at its start count.
         """
-        rewards, kl, output = self._rewards(model, inputs)
+        rewards, kl, output = self.rewards_of(model, inputs)
         beta = kl_weight(self.state.global_step, self.state.max_steps, self.args.beta, self.args.kl_warmup_steps)
         beta *= self._kl_share
         has_groups = "groups" in inputs
@@ -295,7 +236,7 @@ class RewardLoop(Trainer):
         """Rows ``(B, 3)`` for `compute_eval_metrics`, and the margins as labels; gathering counts each pair once."""
         inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "ids"})
         rows = inputs.get("rows", [inputs])
-        repeated = self._passes_of_all(len(rows)) - len(rows)
+        repeated = self.most_passes(len(rows)) - len(rows)
         parts = [self._predicted(model, row) for row in [*rows, *[rows[-1]] * repeated]]
         predictions, margins = zip(*parts[: len(rows)], strict=True)
         if predictions[0].dim() == 3:  # groups, of which some have more responses than others
@@ -309,7 +250,7 @@ class RewardLoop(Trainer):
 
     def _predicted(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Of one forward pass, what `prediction_step` gives."""
-        rewards, kl, _ = self._rewards(model, inputs)
+        rewards, kl, _ = self.rewards_of(model, inputs)
         if "groups" in inputs:
             labels, groups, margin = (inputs[name] for name in ("labels", "groups", "margin"))
             return padded_predictions(rewards.detach(), kl, labels, groups, len(margin)), margin
@@ -330,7 +271,8 @@ class RewardLoop(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The gradient norm, which is that of all processes; the Trainer asks for it before it updates the weights."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        batches, self._since_update, self._passed = self._since_update, [], []
+        batches, self._since_update = self._since_update, []
+        self.forget_passes()
         losses = torch.stack([loss for _, loss in batches])
         if not (losses.isfinite().all() and torch.as_tensor(norm).isfinite().all()):
             self._report_non_finite(float(norm), [(ids, float(loss)) for ids, loss in batches])
@@ -365,8 +307,6 @@ class RewardLoop(Trainer):
             super()._save_checkpoint(model, trial)
             if self.stream is not None:
                 self.stream.save(folder)
-            if self._selector is not None and self.args.should_save:
-                self._selector.save(folder, self.state.global_step)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 mark_complete(folder)
@@ -403,15 +343,6 @@ class RewardLoop(Trainer):
         # As many as all processes use for one update: their order is then that of one process with such a batch.
         batch_size = self.args.train_batch_size * self.args.division[1] * self.args.world_size
         return EpochSeededLengthSampler(batch_size, list(rows["length"]), self.args.seed)
-
-    def _rewards(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Any]:
-        """Rewards and KL of the batch's responses in order, in float32, and the model's output."""
-        given = {name: value for name, value in inputs.items() if name not in _NOT_FOR_MODEL}
-        if "packed_segments" in given:
-            given = for_device(given, self.accelerator.unwrap_model(self.model).config, self.args.device)
-        output = model(**given)
-        kl = getattr(output, "kl", None)
-        return output.logits.float().flatten(), None if kl is None else kl.float(), output
 
     def _compile_layers(self) -> None:
         """Compile each decoder layer, in place, in place of the whole model.

@@ -20,7 +20,6 @@ __all__ = [
     "PAIR_LOSSES",
     "RANKING_LOSSES",
     "PairLoss",
-    "all_pairs_loss",
     "bradley_terry_loss",
     "group_loss",
     "hinge_loss",
@@ -33,7 +32,6 @@ __all__ = [
     "reward_model_loss",
     "scaled_bradley_terry_loss",
     "score_loss",
-    "untied_pairs",
 ]
 
 PairLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -142,29 +140,6 @@ RANKING_LOSSES = ("all_pairs", "plackett_luce")
 MOST_TIED = 10
 
 
-def untied_pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of the better and of the worse response of each pair of K whose labels differ.
-
-    Example:
-        >>> [places.tolist() for places in untied_pairs(torch.tensor([2.0, 3.0, 2.0]))]
-        [[1, 1], [0, 2]]
-    """
-    better, worse = torch.where(labels[:, None] > labels)
-    return better, worse
-
-
-def all_pairs_loss(rewards: Tensor, labels: Tensor, loss: PairLoss = bradley_terry_loss) -> Tensor:
-    """Mean of a pair loss over the K (K - 1) / 2 pairs of a ranking, tied ones left out (arXiv:2203.02155, eq. 1).
-
-    Args:
-        rewards: ``(K,)`` rewards of a prompt's responses.
-        labels: ``(K,)``; at least two of them must differ.
-        loss: one of `PAIR_LOSSES` or a function like them.
-    """
-    better, worse = untied_pairs(labels)
-    return loss(rewards[better], rewards[worse], None)
-
-
 def plackett_luce_loss(rewards: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of a ranking under Plackett and Luce, ``-sum_k log(e^r_k / sum_(j >= k) e^r_j)``.
 
@@ -256,7 +231,8 @@ def group_loss(
         groups: ``(N,)`` whole numbers from 0 to G - 1: which prompt's response each is.
         kl: ``(N,)`` KL in nats; ``None`` for a standard reward model.
         margin: ``(G,)`` margins, for prompts with two responses, else 0; or ``None``.
-        ranking_loss: one of `RANKING_LOSSES`; two responses have a pair loss in any case.
+        ranking_loss: one of `RANKING_LOSSES`: ``"all_pairs"`` is the mean of the pair loss over the K (K - 1) / 2
+            pairs, tied ones left out (arXiv:2203.02155, eq. 1). Two responses have a pair loss in any case.
         score_loss_coefficient: weight of the squared error.
         beta: weight of the KL term.
         pair_settings: ``loss``, ``label_smoothing`` and ``center_rewards_coefficient`` of `reward_model_loss`.

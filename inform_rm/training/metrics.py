@@ -107,6 +107,17 @@ def group_metrics_from_sums(sums: Tensor, has_kl: bool) -> dict[str, float]:
     return metrics | ({"kl_nats": kl / responses} if has_kl else {})
 
 
+def padded_predictions(rewards: Tensor, kl: Tensor | None, labels: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """``(G, K, 4)`` of a batch: reward, label, KL (NaN without one) and 1; where no response is, NaN and 0."""
+    before = torch.ones(len(groups), len(groups), device=groups.device).tril(-1)
+    places = ((groups[:, None] == groups) * before).sum(dim=1).long()
+    found = rewards.new_full((num_groups, int(places.max()) + 1, 4), float("nan"))
+    found[..., 3] = 0.0
+    kl = torch.full_like(rewards, float("nan")) if kl is None else kl
+    found[groups, places] = torch.stack([rewards, labels.to(rewards), kl, torch.ones_like(rewards)], dim=1)
+    return found
+
+
 def _group_eval_metrics(loss_type: str, prediction: EvalPrediction) -> dict[str, float]:
     """See `compute_eval_metrics`."""
     rows = torch.from_numpy(np.asarray(prediction.predictions, dtype=np.float64))
@@ -144,7 +155,7 @@ def compute_eval_metrics(
         further: gives the caller's own metrics beside these.
         prediction: ``predictions`` ``(N, 3)``: chosen reward, rejected reward and ``KL_w + KL_l`` (NaN in every row
             of a standard reward model); ``label_ids`` ``(N,)``: margin targets. Of groups ``(N, K, 4)``: see
-            `inform_rm.training.group_batches.padded_predictions`; the loss is the mean over rankings of that of their
+            `padded_predictions`; the loss is the mean over rankings of that of their
             untied pairs.
     """
     if np.ndim(prediction.predictions) == 3:

@@ -129,12 +129,14 @@ def plan(
         pairs: training pairs, for the time of a run whose ``max_steps`` is not set.
 
     Raises:
-        InputError: settings that such a launch refuses, an optimizer that is not known here, or a model that has no
+        InputError: settings that such a run or launch refuses, an optimizer that is not known here, or a model without
             layers.
     """
     lengths = lengths or Lengths()
     if machine.gpus > 1 and args.tokens_per_batch is not None:
         raise InputError("tokens_per_batch: works in one process only. Lower per_device_train_batch_size instead.")
+    if faults := args.faults_without_adapters():
+        raise InputError("Training settings: " + "; ".join(faults) + ".")
     if machine.shards and is_quantized(args):
         raise InputError("load_in_4bit, load_in_8bit: quantised weights do not train under FSDP here. launch: ddp.")
     model, quantized = model_on_meta(args, config)
@@ -233,10 +235,11 @@ def _seconds_per_step(
     if args.objective == "prioritized":  # every pair of the pool under several prompts, without gradient
         tokens = lengths.of_pair if args.batching == "packed" else 2 * (lengths.prompt + lengths.response)
         of_token = counts.forward_flops / in_pass / tokens
-        pool = args.pool_factor * args.division[0]
-        shared_prompts = (args.num_prompts - 1) * lengths.prompt / pool
-        of_gap = of_token * (lengths.prompt + shared_prompts + 2 * args.num_prompts * lengths.response)
-        of_pair += args.pool_factor * of_gap * (1 - args.warmup_fraction) / args.refresh
+        pool = args.drawn_per_pair * args.division[0]
+        own = args.weights == "behavior"  # whose own prompt is nobody else's
+        prompts = own * lengths.prompt + (args.num_prompts - own) * lengths.prompt / pool
+        of_gap = of_token * (prompts + 2 * args.num_prompts * lengths.response)
+        of_pair += args.drawn_per_pair * of_gap * (1 - args.warmup_fraction)
     return math.prod(args.division) * of_pair / (machine.tflops * 1e12 * machine.utilisation)
 
 
@@ -244,7 +247,7 @@ def _steps(args: RewardTrainingArguments, machine: Machine, pairs: int | None) -
     if args.max_steps > 0:
         return args.max_steps
     drawn = math.prod(args.division) * machine.gpus
-    drawn *= args.pool_factor if args.objective == "prioritized" else 1
+    drawn *= args.drawn_per_pair
     return None if pairs is None else math.ceil(math.ceil(pairs / drawn) * args.num_train_epochs)
 
 

@@ -54,6 +54,10 @@ class Machine:
         for name in ("gpus", "memory", "tflops", "utilisation"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}: {getattr(self, name)}; expected a number above 0.")
+        if self.utilisation > 1:
+            raise InputError(f"utilisation: {self.utilisation}; it is a share of the peak, at most 1.")
+        if not 0 <= self.reserve < math.inf:
+            raise InputError(f"reserve: {self.reserve}; expected GiB, 0 or more.")
         if self.launch not in ("fsdp2", "ddp"):
             raise InputError(f"launch: {self.launch!r}; expected fsdp2 or ddp.")
 

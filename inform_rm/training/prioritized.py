@@ -1,14 +1,16 @@
-"""Prioritized training (arXiv:2504.06020): of a pool of pairs, learn from those with the smallest prompt-free gap.
+"""Prioritized training (arXiv:2504.06020): learn most from the pairs with the smallest prompt-free gap.
 
 Pairs whose preference the model already draws from the responses alone teach it to ignore the prompt even more. So
 every step draws a pool of ``pool_factor`` batches, estimates the prompt-free gap D2 of its pairs without gradient, and
-updates on the batch with the smallest *signed* D2 ("left half", Fig. 3).
+updates on the batch with the smallest *signed* D2 ("left half", Fig. 3). With ``selection="weighted"``, which is ours,
+it draws one batch and weighs its pairs by sigmoid(-D2), so that no pair costs a forward pass and teaches nothing.
+
+What it costs: a forward pass is a third of a forward and backward pass, so a pool of f batches under m prompts makes
+an update 1 + f m / 3 times as long; a little less, as responses to one prompt share it.
 """
 
-import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,10 @@ from torch import Tensor
 from inform_rm.decomposition.gap_grid import distinct_prompts, gap_grid
 from inform_rm.decomposition.likelihoods import ResponseLikelihood, load_likelihood
 from inform_rm.decomposition.prompt_free_gap import decompose_gaps, tempered_weights
+from inform_rm.errors import InputError
 from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer
 from inform_rm.training.collators import counted_pairs
 from inform_rm.training.reward_arguments import RewardTrainingArguments
-from inform_rm.util.files import atomic_write_text
-
-_GAPS_FILE = "prompt_free_gaps.json"
 
 
 def pool_or_batch(collate: Any, pairs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -54,28 +54,33 @@ class PoolSelector:
         self._args, self._pairs, self._collate = args, pairs, collate
         self._scorer, self._likelihood = scorer, likelihood
         self._prompt_rows, self._own_prompts = distinct_prompts(self._pairs)
-        # Position of a pair -> step and value of its latest D2; only where it may be used again.
-        self._known_gaps: dict[int, tuple[int, float]] = {}
-        self._step = 0
+        if len(self._prompt_rows) < 2:
+            raise InputError("objective: 'prioritized' needs pairs with at least two prompts; these have one.")
+        if args.selection == "weighted" and any(margin is not None for margin in pairs["margin"]):
+            raise InputError(
+                "selection: 'weighted' puts its weights where the pairs' margins go. Leave the margins out "
+                "(columns: ignore=margin), or choose 'smallest'."
+            )
         # D2 of selected and of left-out pairs, ESS: sum and number of each; seconds of selection and of steps.
         self._sums = torch.zeros(8, dtype=torch.float64)
 
     def batch(self, inputs: dict[str, Any], accelerator: Any, state: Any) -> dict[str, Any]:
         """What this process learns from of a pool that `pool_or_batch` made."""
         start = time.perf_counter()
-        self._step = state.global_step
         positions = accelerator.gather(inputs["positions"]).cpu()
         if pairs_left := inputs.get("pairs_left", 0):  # the rest are repetitions
             positions = positions[:pairs_left]
-        wanted = math.ceil(len(positions) / self._args.pool_factor)
-        if self._step < self._args.warmup_fraction * state.max_steps:
-            selected = torch.arange(wanted)  # the pool's order is random
-        else:
-            selected = self._select(positions, wanted)
+        wanted = math.ceil(len(positions) / self._args.drawn_per_pair)
+        selected, weights = torch.arange(wanted), torch.ones(wanted, dtype=torch.float64)  # the pool's order is random
+        if state.global_step >= self._args.warmup_fraction * state.max_steps:
+            selected, weights = self._select(positions, wanted)
         self._sums[6] += time.perf_counter() - start
-        own = selected.tensor_split(accelerator.num_processes)[accelerator.process_index]
+        own = torch.arange(wanted).tensor_split(accelerator.num_processes)[accelerator.process_index]
         # A process without a pair takes part in the passes with one that does not count.
-        rows = self._pairs[positions[own if len(own) else selected[:1]].tolist()]
+        used = own if len(own) else torch.zeros(1, dtype=torch.long)
+        rows = self._pairs[positions[selected[used]].tolist()]
+        if self._args.selection == "weighted":
+            rows["margin"] = weights[used].tolist()
         pairs = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
         batch = self._collate(pairs)
         if accelerator.num_processes > 1:
@@ -98,66 +103,50 @@ class PoolSelector:
         """Of a whole step, its selection among them."""
         self._sums[7] += seconds
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write the gaps that may still be used into a checkpoint."""
-        if self._args.refresh > 1:
-            usable = [
-                [row, since, gap] for row, (since, gap) in self._known_gaps.items()
-                if step - since < self._args.refresh
-            ]  # fmt: skip
-            atomic_write_text(folder / _GAPS_FILE, json.dumps(usable))
-
-    def load(self, folder: Path) -> None:
-        """Take them up again."""
-        path = folder / _GAPS_FILE
-        if path.exists():
-            self._known_gaps = {row: (step, gap) for row, step, gap in json.loads(path.read_text())}
-
-    def _select(self, positions: Tensor, wanted: int) -> Tensor:
-        """Places in the pool of the pairs to learn from, in the pool's order."""
-        gaps = self._prompt_free_gaps(positions)
-        scores = -gaps
-        if self._args.selection == "soft":
-            # Adding Gumbel noise to log-probabilities and taking the largest draws without replacement.
-            generator = np.random.default_rng([self._args.seed, 1, *positions.tolist()])
-            scores = torch.nn.functional.logsigmoid(-gaps) + torch.from_numpy(generator.gumbel(size=len(gaps)))
-        selected = scores.argsort(descending=True, stable=True)[:wanted].sort().values
+    def _select(self, positions: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        """Places in the pool of the pairs to learn from, in the pool's order, and their weights, whose mean is 1."""
+        gaps = self._estimate(positions)
+        weights = torch.ones(wanted, dtype=torch.float64)
+        if self._args.selection == "weighted":
+            selected = torch.arange(wanted)
+            weights = torch.nn.functional.logsigmoid(-gaps).softmax(dim=0) * wanted  # gaps of any size
+        else:
+            selected = gaps.argsort(stable=True)[:wanted].sort().values
         is_selected = torch.zeros(len(gaps), dtype=torch.bool)
         is_selected[selected] = True
         for at, part in ((0, gaps[is_selected]), (2, gaps[~is_selected])):
             self._sums[at] += part.sum()
             self._sums[at + 1] += len(part)
-        return selected
-
-    def _prompt_free_gaps(self, positions: Tensor) -> Tensor:
-        """``(N,)`` float64: D2 of the pairs, from their own prompt and others that are drawn for the whole pool."""
-        step = self._step
-        known = {
-            row: gap for row in positions.tolist()
-            if (found := self._known_gaps.get(row)) is not None
-            for since, gap in [found] if step - since < self._args.refresh
-        }  # fmt: skip
-        missing = torch.tensor([row for row in positions.tolist() if row not in known], dtype=torch.long)
-        if len(missing):
-            fresh = self._estimate(missing)
-            known |= dict(zip(missing.tolist(), fresh.tolist(), strict=True))
-            if self._args.refresh > 1:
-                self._known_gaps |= {row: (step, known[row]) for row in missing.tolist()}
-        return torch.tensor([known[row] for row in positions.tolist()], dtype=torch.float64)
+        return selected, weights
 
     def _estimate(self, positions: Tensor) -> Tensor:
+        """``(N,)`` float64: D2 of the pairs, under prompts that are drawn for the whole pool.
+
+        Under ``weights="uniform"`` the own prompt is left out: over all prompts of the data it would hardly count, but
+        of a few it would be a large part, and the gap that is to be free of the prompt would depend on it.
+        """
         own = self._own_prompts[positions]
         # Of the pool alone, so that a resumed run draws the same; one draw for all, so that each prompt is computed
         # once for the whole pool.
         generator = np.random.default_rng([self._args.seed, 0, *positions.tolist()])
-        num_others = min(self._args.num_prompts - 1, len(self._prompt_rows))
-        others = torch.from_numpy(generator.choice(len(self._prompt_rows), num_others, replace=False))
+        takes_own = self._likelihood is not None
+        # One more than is needed, for the pairs whose own prompt is among them.
+        drawn = min(self._args.num_prompts + (not takes_own), len(self._prompt_rows))
+        others = torch.from_numpy(generator.choice(len(self._prompt_rows), drawn, replace=False))
         others = others.expand(len(positions), -1)
-        choice = torch.cat([own[:, None], others.masked_fill(others == own[:, None], -1)], dim=1)
+        is_own = others == own[:, None]
+        # Each pair takes the first that are not its own prompt; -1 is none.
+        surplus = (~is_own).cumsum(dim=1) > self._args.num_prompts - takes_own
+        first = own[:, None] if takes_own else torch.full((len(own), 1), -1)
+        choice = torch.cat([first, others.masked_fill(is_own | surplus, -1)], dim=1)
         cells: dict[str, Any] = {
             "pairs": self._pairs, "choice": choice, "prompt_rows": self._prompt_rows, "rows": positions
         }  # fmt: skip
         grid = gap_grid(self._scorer, **cells, overlong=self._args.overlong)
+        if not takes_own and (alone := ~grid.used.any(dim=1)).any():  # too long under any but its own prompt
+            left: dict[str, Any] = cells | {"choice": own[alone, None], "rows": positions[alone]}
+            grid.rewards[alone, 0] = gap_grid(self._scorer, **left).rewards[:, 0]
+            grid.used[alone, 0] = True
         weights = grid.used.double()
         if self._likelihood is not None:
             grid_of_logs = gap_grid(self._likelihood, **cells, overlong="drop", on_bad_row="skip")

@@ -69,8 +69,6 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
             value = getattr(self, name)
             if getattr(value, "value", value) not in choices:
                 faults.append(f"{name}: {value!r} is unknown. Choose one of {', '.join(choices)}")
-        if self.push_to_hub and self.hub_model_id is None:
-            faults.append("push_to_hub needs hub_model_id, name/model")
         if self.hub_revision is not None or self.hub_private_repo is False:
             faults.append(
                 "hub_revision, hub_private_repo: uploads go to the main branch, new repositories are private"
@@ -123,7 +121,7 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
     @property
     def train_batch_size(self) -> int:
         """Rows that a process draws for one forward pass: with prioritized training a pool."""
-        return super().train_batch_size * (self.pool_factor if self.objective == "prioritized" else 1)
+        return super().train_batch_size * self.drawn_per_pair
 
 
 def settings_of(args: RewardTrainingArguments) -> dict[str, Any]:

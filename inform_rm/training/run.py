@@ -15,7 +15,7 @@ from inform_rm.scoring.adapters import ADAPTER_FILES, load_adapter_model
 from inform_rm.scoring.packing import use_packed_attention
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.training.checkpoints import RESULT_FILE, STAGING, discard
-from inform_rm.training.group_batches import responses_of
+from inform_rm.training.collators import responses_of
 from inform_rm.training.models import is_quantized
 from inform_rm.training.reward_arguments import RewardTrainingArguments, missing_settings
 from inform_rm.training.trainer import RewardTrainer

@@ -228,9 +228,8 @@ class RewardTrainer(RewardLoop):
         )  # fmt: skip
         self._kl_share = getattr(config, "kl_share", 1.0)
         self.resumed_from, self.evaluation = checkpoint, None
-        for part in (self.stream, self._selector):
-            if checkpoint is not None and part is not None:
-                part.load(checkpoint)
+        if checkpoint is not None and self.stream is not None:
+            self.stream.load(checkpoint)
         self.find_tokens_per_batch()
         # Trainer seeds all processes alike: without this, every process would draw the same noise.
         set_seed(self.args.seed, device_specific=True)
@@ -293,7 +292,9 @@ class RewardTrainer(RewardLoop):
             "resumed_from_step": None if self.resumed_from is None else checkpoint_step(self.resumed_from),
             "train_runtime_seconds": self.train_seconds,
             "evaluation": self.evaluation,
-            "budget": budget_of_run(settings_of(self.args), self._kl_share, self.evaluation),
+            "budget": None
+            if "scored" in (counts or {}).get("layouts", ())
+            else budget_of_run(settings_of(self.args), self._kl_share, self.evaluation),
             "quantization": self.quantization,
             "log_history": self.state.log_history,
         }

@@ -112,13 +112,14 @@ class ChatEndpoint:
         fields |= {"top_p": top_p} if top_p != 1 else {}
         fields |= {"seed": seed} if seed is not None else {}
         for number in range(1, self._tries + 1):
+            limit_field = self._limit_field  # another thread may learn of another name meanwhile
             try:
-                return _reply(self._post({**fields, self._limit_field: max_tokens}), self._without_key)
+                return _reply(self._post({**fields, limit_field: max_tokens}), self._without_key)
             except urllib.error.HTTPError as error:
                 reason, wait = self._about(error), _asked_wait(error)
-                if error.code == 400 and self._limit_field == "max_tokens" and "max_completion_tokens" in reason:
+                if error.code == 400 and limit_field == "max_tokens" and "max_completion_tokens" in reason:
                     self._limit_field = "max_completion_tokens"  # OpenAI's later models know no other name
-                    continue
+                    return self.ask(messages, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
                 self._raise_final(error.code, reason)
             except (OSError, http.client.HTTPException, _NoReply) as error:
                 reason, wait = self._without_key(f"{type(error).__name__}: {error}"), None

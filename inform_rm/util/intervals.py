@@ -71,12 +71,17 @@ def expected_calibration_error(margins: ArrayLike, num_bins: int = 10) -> float:
         margins: ``(N,)`` chosen minus rejected reward.
         num_bins: number of bins between 0.5 and 1.
     """
+    confidence, outcome, bins = confidence_bins(margins, num_bins)
+    gaps = np.bincount(bins, weights=outcome - confidence, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(bins))
+
+
+def confidence_bins(margins: ArrayLike, num_bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Confidence, outcome and number of the bin of each pair, ``(N,)``; see `expected_calibration_error`."""
     margins = np.asarray(margins, dtype=np.float64)
     confidence = 1.0 / (1.0 + np.exp(-np.abs(margins)))
-    outcome = 0.5 + 0.5 * np.sign(margins)
     bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
-    gaps = np.bincount(bins, weights=outcome - confidence, minlength=num_bins)
-    return float(np.abs(gaps).sum() / len(margins))
+    return confidence, 0.5 + 0.5 * np.sign(margins), bins
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """The world behind docs/results/hacking.md: exact figures by enumeration, many models at once as alone."""
 
 import itertools
+import json
 import math
 import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from inform_rm.eval.best_of_n.simulate import best_of_n_expectation
 
@@ -16,7 +19,10 @@ if not FOLDER.is_dir():
     pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
 sys.path.insert(0, str(FOLDER))
 
+import mechanism  # noqa: E402
+import mechanism_detection_report as detection_report  # noqa: E402
 import mechanism_models as models  # noqa: E402
+import mechanism_penalty as penalty  # noqa: E402
 import mechanism_world as world  # noqa: E402
 
 WORTH = torch.tensor([0.9, -0.4, 0.0, 0.2], dtype=torch.float64)
@@ -117,7 +123,14 @@ def test_policy_slope_is_the_gradient_of_the_surrogate():
     torch.testing.assert_close(found, logits.grad)
 
 
-def test_models_trained_at_once_are_those_trained_alone_with_torchs_adamw():
+def test_models_trained_at_once_are_those_trained_alone_with_torchs_adamw(monkeypatch):
+    monkeypatch.setattr(  # transformers' own computes in float32 whatever the weights are
+        LlamaRMSNorm,
+        "forward",
+        lambda norm, states: torch.nn.functional.rms_norm(
+            states, states.shape[-1:], norm.weight, norm.variance_epsilon
+        ),
+    )
     dials = world.Dials(pairs=96, noise=0.1, epochs=1)
     variants = [models.Variant(beta=0.1, kl_warmup_steps=0.0), models.Variant(beta=0.3, weight_decay=2.0)]
     sets, device = [models.training_set(seed, dials) for seed in (0, 1)], torch.device("cpu")
@@ -143,3 +156,71 @@ def test_models_trained_at_once_are_those_trained_alone_with_torchs_adamw():
         optimizer.step()
     for name, value in model.named_parameters():
         torch.testing.assert_close(proxies.weights[name][1], value.detach(), atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["inform", "standard"])
+def test_rewards_are_those_of_the_packages_model(architecture):
+    variants, device = [models.Variant(architecture)] * 2, torch.device("cpu")
+    proxies = models.Proxies(variants, [0, 1], device)
+    words = torch.randint(world.VOCABULARY, (2, 700, 16), generator=torch.Generator().manual_seed(0))
+    rewards = proxies.score(words)
+    ids = torch.cat([words, words.new_full((2, 700, 1), world.VOCABULARY + 1)], dim=2)
+    for place in range(2):
+        out = models.fresh_model(variants[0].shape(), place).eval()(input_ids=ids[place])
+        torch.testing.assert_close(rewards[place], out.logits[:, 0], atol=2e-6, rtol=0)
+        if architecture == "inform":
+            torch.testing.assert_close(proxies.score(words, kl=True)[place], out.kl, atol=1e-3, rtol=1e-5)
+
+
+def test_a_policy_under_a_kl_penalty_reaches_the_optimum(monkeypatch):
+    monkeypatch.setattr(world, "REPETITION_COST", 0.0)  # the reward is then a sum over words: the optimum is a tilt
+    worth, base, penalties = WORTH.float(), BASE.float(), torch.tensor([0.3, 1.0])
+    found = penalty.maximize(
+        lambda words: world.gold(words, worth), base, penalties, torch.Generator().manual_seed(0), steps=400
+    )
+    tilted = base * (worth / penalties[:, None]).exp()
+    tilted /= tilted.sum(dim=-1, keepdim=True)
+    value, best = (world.expected_gold(each, worth) - penalties * world.policy_kl(each, base)
+                   for each in (found, tilted))  # fmt: skip
+    assert (value <= best + 1e-5).all()  # that of all policies, see the test of the tilt
+    torch.testing.assert_close(value, best, atol=0.02, rtol=0)
+
+
+def test_area_under_roc_is_that_of_scikit_learn():
+    from sklearn.metrics import roc_auc_score
+
+    generator = np.random.default_rng(0)
+    values, labels = generator.integers(5, size=60).astype(float), generator.random(60) < 0.3
+    found = detection_report.area(values[labels], values[~labels])
+    assert found == pytest.approx(roc_auc_score(labels, values))
+
+
+def test_what_a_stop_keeps_is_gold_at_the_first_crossing():
+    run = {"gold": [0.0, 2.0, 4.0, 3.0, 1.0], "values": {"s": [9.0] * detection_report.NULL_SETS + [0, 1, 5, 3, 7]}}
+    kept = [detection_report.kept_by(run, "s", level) for level in (-1.0, 0.5, 4.0, 6.0, 8.0)]
+    assert kept == [0.0, 0.5, 1.0, 0.25, 0.25]  # at the first crossing, else at the end
+
+
+def test_states_of_a_run_come_together_and_the_attacked_one_stays(tmp_path):
+    (tmp_path / "results").mkdir()
+    rows = [
+        {"key": "a", "end": {"accuracy": 1}, "best": {"accuracy": 2}},
+        {"key": "a", "best": {"accuracy": 2, "policy": {}}},
+        {"key": "a", "best": {"accuracy": 3}},
+    ]
+    text = "\n".join(map(json.dumps, rows)) + '\n{"key": "a", "en'
+    (tmp_path / "results" / "1.jsonl").write_text(text)
+    found = mechanism.read_results(tmp_path)
+    assert found == {"a": {"key": "a", "end": {"accuracy": 1}, "best": {"accuracy": 2, "policy": {}}}}
+
+
+def test_validation_pairs_of_the_selection_seeds_choose():
+    variants, dials = [models.Variant(beta=0.1), models.Variant(beta=0.2), models.Variant(beta=0.3)], world.Dials()
+    results = {}
+    for variant, right in zip(variants, (0.6, 0.7, 0.9), strict=True):
+        for seed in [*mechanism.SELECTION_SEEDS][: 2 if right == 0.9 else 4]:  # the third was not run on all
+            states = {"end": {"validation_accuracy": right}, "best": {"validation_accuracy": right + 0.05}}
+            results[mechanism.key_of(variant, seed, dials)] = states
+    for seed in mechanism.REPORT_SEEDS:  # these have no say
+        results[mechanism.key_of(variants[0], seed, dials)] = {"end": {"validation_accuracy": 1.0}}
+    assert mechanism.chosen(results, variants, dials) == (variants[1], "best")

@@ -48,6 +48,8 @@ def test_what_does_not_fit_ends_with_1_and_says_what_helps(command, capsys):
     printed = capsys.readouterr().out
     assert "does not fit: " in printed and "what helps" in printed
     assert "per_device_train_batch_size: 2, gradient_accumulation_steps: 32: " in printed
+    assert main([*command, "--memory", "0.03", "--json", "false"]) == 1
+    assert "does not fit: " in capsys.readouterr().out
     assert main([*command, "--memory", "0.03", "--reserve", "0", "--json"]) == 1
     settings = [advice["settings"] for advice in json.loads(capsys.readouterr().out)["advice"]]
     assert {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 32} in settings
@@ -57,6 +59,12 @@ def test_what_does_not_fit_ends_with_1_and_says_what_helps(command, capsys):
     "more, words",
     [
         (["--gpus", "two"], "--gpus: 'two'; expected a number"),
+        (["--memory"], "--memory: True; expected a number"),
+        (["--launch"], "--launch: True; expected a value"),
+        (["--reserve", "nan"], "reserve: nan; expected GiB, 0 or more"),
+        (["--utilisation", "35"], "utilisation: 35.0; it is a share of the peak, at most 1"),
+        (["--load_in_4bit"], "load_in_4bit needs LoRA"),
+        (["--json", "yes"], "--json: 'yes'; expected the bare flag, or true or false"),
         (["--pairs", "0"], "--pairs: 0; expected a whole number of at least 1"),
         (["--lora_rank", "8"], "unknown setting 'lora_rank'"),
         (["--config", "nothing.json"], "--config is given twice"),

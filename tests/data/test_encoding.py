@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from inform_rm.data.encoding import TokenPair, encode, encode_many, encode_pairs, fit_pair
+from inform_rm.data.encoding import TokenGroup, encode, encode_many, encode_pairs, fit_group
 from inform_rm.data.pairs import BadRow, shared_prefix_length
 from inform_rm.data.preferences import FEATURES, load_preferences
 from inform_rm.data.tokenizer import check_vocabulary, load_tokenizer
@@ -275,18 +275,18 @@ ids = st.lists(st.integers(0, 3), max_size=6)
 @given(prompt=ids, chosen=ids, rejected=ids, bos=st.sampled_from([None, 0]), limit=st.integers(1, 14))
 @settings(max_examples=100)
 def test_truncation_keeps_bos_and_responses_and_the_difference(prompt, chosen, rejected, bos, limit):
-    whole = TokenPair([*prompt, *chosen], [*prompt, *rejected], len(prompt))
+    whole = TokenGroup([[*prompt, *chosen], [*prompt, *rejected]], len(prompt))
     keep = int(prompt[:1] == [bos])
     responses = max(len(chosen), len(rejected))
     if keep + responses > limit and len(prompt) + responses > limit:
         with pytest.raises(BadRow, match=f"alone takes {keep + responses} of max_length {limit} tokens"):
-            fit_pair(whole, limit, "truncate_prompt", bos, "f", 1)
+            fit_group(whole, limit, "truncate_prompt", bos, "f", 1)
         return
-    cut = fit_pair(whole, limit, "truncate_prompt", bos, "f", 1)
+    cut = fit_group(whole, limit, "truncate_prompt", bos, "f", 1)
     left = min(len(prompt), limit - responses)
     kept = [*prompt[:keep], *prompt[len(prompt) - left + keep :]]  # BOS and the prompt's end, as much as fits
-    assert cut == TokenPair([*kept, *chosen], [*kept, *rejected], len(kept)) and len(kept) == left
-    assert (cut.chosen_ids == cut.rejected_ids) == (whole.chosen_ids == whole.rejected_ids)
+    assert cut == TokenGroup([[*kept, *chosen], [*kept, *rejected]], len(kept)) and len(kept) == left
+    assert (cut.ids[0] == cut.ids[1]) == (whole.ids[0] == whole.ids[1])
 
 
 @pytest.mark.parametrize(

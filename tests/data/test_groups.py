@@ -230,6 +230,14 @@ def test_check_data_tells_the_layouts_apart(write, tokenizer):
     assert "rankings 1 with 3 responses (1 of 3), tied pairs 1" in text and "scores: mean" in text
 
 
+def test_a_ranking_that_training_would_stop_at_counts_once(write, tokenizer):
+    source = write([RANKING, {**RANKING, "ranks": [1, 2, 3]}])
+    report = check_data(source, tokenizer, max_length=5)
+    (one,) = report["sources"]
+    assert (one["rows"], one["pairs"], one["max_length"]["overlong"]) == (2, 5, 5)
+    assert one["tokens"]["unusable"] == report["unusable_rows"] == 2
+
+
 def test_check_data_weighs_attributes(write):
     path = write([{"prompt": "Name a colour.", "response": "Blue.", "a": 1, "b": 2}])
     report = check_data(path, score_weights={"a": 1.0, "b": 10.0})

@@ -515,3 +515,28 @@ def test_real_data_loads_completely_and_unchanged(name, shared_dir):
         else:
             assert pair["prompt"] == [{"role": "user", "content": row["prompt"]}]
             assert (pair["chosen"], pair["rejected"]) == (row["chosen"], row["rejected"])
+
+
+QUESTION = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"prompt": "q", "response_0": "one", "response_1": "two", "better": 1}, "'response_0' and 'response_1'"),
+        ({"model_a": "x", "model_b": "y", "talk_a": [QUESTION], "talk_b": [QUESTION]}, "'talk_a' and 'talk_b'"),
+        ({"ref_A": "one", "ref_B": "two", "score_A": 1, "score_B": 2, "labels": 0}, "'ref_A' and 'ref_B'"),
+        ({"context": [QUESTION], "response1": "one", "response2": "two"}, "'response1' and 'response2'"),
+        ({"prompt": "q", "answers": [{"answer": "one"}, {"answer": "two"}]}, "'answers' looks like a list"),
+    ],
+)  # fmt: skip
+def test_two_responses_and_a_verdict_are_refused_with_the_way_out(row, hint):
+    with pytest.raises(BadRow, match=hint + r".*docs/how-to/data\.md, 'Two responses and a verdict'"):
+        load_preferences([row])
+
+
+@pytest.mark.parametrize("row", [{"prompt": "q", "score_0": 1, "score_1": 2}, {"messages": [QUESTION, QUESTION]}])
+def test_numbers_and_messages_are_not_taken_for_responses(row):
+    with pytest.raises(BadRow, match="no 'chosen'") as refused:
+        load_preferences([row])
+    assert "look" not in str(refused.value)

@@ -45,7 +45,7 @@ def plain(model, ids, prompt_length):
 def test_likelihoods_are_those_of_plain_forward_passes(backbone_configs, name, normalized, budget):
     model = build(copy.deepcopy(backbone_configs[name]))
     likelihood = ResponseLikelihood(model, None, normalized, tokens_per_batch=budget)
-    assert likelihood.is_packed
+    assert likelihood.batching == "packed"
     found = torch.full((len(SEQUENCES),), float("nan"))
     for rows, values, _ in likelihood.iter_scores(SEQUENCES, PROMPT_LENGTHS):
         found[rows] = values
@@ -63,7 +63,7 @@ def test_a_model_with_capped_logits_is_run_plainly(caplog):
     )
     with caplog.at_level(logging.WARNING):
         likelihood = ResponseLikelihood(model, None)
-    assert not likelihood.is_packed and "one response at a time" in caplog.text
+    assert likelihood.batching == "padded" and "one response at a time" in caplog.text
     for rows, values, _ in likelihood.iter_scores(SEQUENCES, PROMPT_LENGTHS):
         for row, value in zip(rows, values.tolist(), strict=True):
             assert value == pytest.approx(plain(model, SEQUENCES[row], PROMPT_LENGTHS[row])[0], abs=2e-4)

@@ -26,11 +26,11 @@ CASES = {
     "uneven-inform": {"pairs": 30, "max_steps": -1, "num_train_epochs": 1, "architecture": "inform",
                       "gradient_accumulation_steps": 2, "eval_pairs": 13, "tokens_per_batch": 50},
     "inform": {"architecture": "inform", "batching": "padded", "eval_pairs": 21},
-    # 3 pools an epoch, the third of 12 pairs (of 13 and less a process); gaps of the first epoch are used again.
-    "prioritized": {"pairs": 44, "objective": "prioritized", "num_prompts": 3, "warmup_fraction": 0.1, "refresh": 4,
-                    "max_steps": 7, "batching": "padded"},
-    "prioritized-soft": {"pairs": 35, "objective": "prioritized", "num_prompts": 3, "warmup_fraction": 0.1,
-                         "selection": "soft", "max_steps": 6, "architecture": "inform",
+    # 3 pools an epoch, the third of 12 pairs (of 13 and less a process).
+    "prioritized": {"pairs": 44, "objective": "prioritized", "num_prompts": 3, "warmup_fraction": 0.1, "max_steps": 7,
+                    "batching": "padded"},
+    "prioritized-weighted": {"pairs": 35, "objective": "prioritized", "num_prompts": 3, "warmup_fraction": 0.1,
+                         "selection": "weighted", "max_steps": 6, "architecture": "inform",
                          "tokens_per_batch": 50},
 }  # fmt: skip
 

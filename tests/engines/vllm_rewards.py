@@ -182,6 +182,8 @@ def main():
     if not folders:
         wrong.append(f"{folder}: no cases.json there; run folded_models.py first")
     print("\n" + ("\n".join(wrong) or f"all within {TOLERANCE:g}"))
+    checked = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
+    print(f"\npip check, of vLLM's environment:\n{checked.stdout.strip()}")
     return int(bool(wrong))
 
 

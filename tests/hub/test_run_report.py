@@ -15,6 +15,7 @@ from inform_rm.cli import main
 from inform_rm.errors import InputError
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.detection.detect import detect
+from inform_rm.hub.result_folders import read_result_folder
 from inform_rm.hub.run_report import curves_figure
 from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
 from inform_rm.training.run import train
@@ -139,6 +140,22 @@ def test_what_was_not_given_is_named_in_one_line_and_a_complete_suite_has_its_to
         assert name in line
     assert "suites" not in line and ["whole suite", "", "0.625", ""] in page.rows
     assert source.count("<picture>") == 1
+
+
+def test_rankings_and_scores_are_shown_with_what_they_measure(run, tmp_path, read_page):
+    ranked = [{"prompt": f"Say {word}.", "responses": [word, "no", "never"], "ranks": [1, 2, 3]} for word in WORDS]
+    scored = [{"prompt": f"Say {word}.", "response": word, "score": place} for place, word in enumerate(WORDS)]
+    folders = [tmp_path / "ranked", tmp_path / "scored"]
+    results = [
+        evaluate(run, rows, folder, progress=False) for rows, folder in zip((ranked, scored), folders, strict=True)
+    ]
+    write_report(run, tmp_path / "page.html", folders)
+    page = read_page((tmp_path / "page.html").read_text())
+    assert "95 % bootstraps over prompts" in page.text and "Wilson intervals" not in page.text
+    tau, rmse = f"{results[0].kendall_tau:.3f}", f"{results[1].rmse:.3f}"
+    assert any(tau in row for row in page.rows) and any(rmse in row for row in page.rows)
+    with pytest.raises(InputError, match="of inform-rm evaluate on scored responses, which has no place here"):
+        read_result_folder(folders[1], ("evaluate", "suite"))
 
 
 def test_an_unfinished_run_is_called_so(run, results, tmp_path, read_page):

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForSequenceClassification, BertConfig, BloomConfig, FalconConfig, Gemma2Config
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
+from inform_rm.scoring import packing
 from inform_rm.scoring.packing import (
     CPU_TOKENS_PER_BATCH,
     default_tokens_per_batch,
@@ -255,6 +256,27 @@ def test_a_layer_that_hides_its_sliding_window_is_not_packed(backbone_configs):
     model = build(backbone_configs["llama"])
     model.config.text_config.sliding_window = 4
     assert "sliding window" in why_not_packed(model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "difference", "is_refused"),
+    [
+        (torch.float32, 0.0, 0.9e-5, False), (torch.float32, 0.0, 1.5e-5, True), (torch.bfloat16, 0.0, 0.04, False),
+        (torch.bfloat16, 0.0, 0.06, True), (torch.float32, 100.0, 0.9e-3, False), (torch.float32, 100.0, 1.5e-3, True),
+    ],
+)  # fmt: skip
+def test_what_rounding_may_change_is_told_from_what_packing_does(
+    backbone_configs, monkeypatch, dtype, size, difference, is_refused
+):
+    model = build(backbone_configs["llama"], kind="foreign").to(dtype)
+    torch.nn.init.zeros_(model.score.weight)  # all rewards are ``size``
+    model.score.register_forward_hook(lambda module, inputs, output: output + size)
+    monkeypatch.setattr(
+        packing, "packed_rewards", lambda model, row: (torch.full((3,), size, dtype=torch.float64) + difference, None)
+    )
+    reason = why_not_packed(model)
+    assert (reason is not None) == is_refused
+    assert not is_refused or reason.startswith("packed rewards differ by ")
 
 
 def test_a_model_set_to_packed_rows_refuses_others(backbone_configs):

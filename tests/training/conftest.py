@@ -1,5 +1,6 @@
-"""Runs that are killed, for tests that continue them."""
+"""Pairs, settings of a short run on them, and runs that are killed, for tests that continue them."""
 
+import json
 import os
 import signal
 
@@ -8,6 +9,26 @@ import pytest
 from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 from inform_rm.training.trainer import RewardTrainer
+
+COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    """48 pairs of different lengths: the chosen side names the asked colour."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = []
+    for index in range(48):
+        right, wrong = COLOURS[index % 8], COLOURS[(index + 1 + index // 8) % 8]
+        rows.append(
+            {
+                "prompt": f"Name the colour {right}" + " please" * (index % 5),
+                "chosen": f"It is {right}." + " Indeed." * (index % 3),
+                "rejected": f"It is {wrong}.",
+            }
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture
@@ -33,7 +54,7 @@ def train_and_kill(exit_code_of_fork):
 
 @pytest.fixture
 def base_settings(causal_lm_dir, pairs_file, tmp_path):
-    """Settings of a short run on the module's own pairs; keywords change them."""
+    """Settings of a short run on `pairs_file`, which a module may have of its own; keywords change them."""
 
     def make(**changes):
         base = {

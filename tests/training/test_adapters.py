@@ -25,26 +25,10 @@ from inform_rm.training.trainer import RewardTrainer
 
 pytest.importorskip("peft", reason="peft is not installed")
 
-COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
 PROMPTS = ["Name the colour red", "Name the colour blue please", "How many apples?"]
 RESPONSES = ["It is red.", "It is red. Indeed.", "Seven."]
 BITS = pytest.mark.parametrize("bits", [4, 8])
 RUNS_OF_BITS = pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
-
-
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [
-        {
-            "prompt": f"Name the colour {COLOURS[index % 8]}" + " please" * (index % 5),
-            "chosen": f"It is {COLOURS[index % 8]}." + " Indeed." * (index % 3),
-            "rejected": f"It is {COLOURS[(index + 1 + index // 8) % 8]}.",
-        }
-        for index in range(48)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """What a beta pays for: by quadrature and simulation; and the warnings of runs that hold too much or nothing."""
 
-import json
 import logging
 from types import SimpleNamespace
 
@@ -123,12 +122,16 @@ def test_one_warning_for_latents_that_hold_nothing_or_too_much(lines, settings, 
         assert "kl_warmup_steps" in record.getMessage()
 
 
-@pytest.fixture
-def pairs_file(tmp_path):
-    rows = [{"prompt": f"Count to {n}.", "chosen": "yes " * (n % 3 + 1), "rejected": "no"} for n in range(32)]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def test_after_a_resume_only_the_steps_since_then_count(caplog):
+    watch, args = (
+        BudgetWatch(),
+        SimpleNamespace(pairs_of_step=1, kl_warmup_steps=0, beta=0.1, loss_type="bradley_terry"),
+    )
+    state = SimpleNamespace(global_step=900, max_steps=1000, is_world_process_zero=True)
+    watch.on_train_begin(args, state, None)
+    state.global_step = 910  # ten pairs, not 910
+    watch.on_log(args, state, None, logs={"accuracy": 0.4, "kl_nats": 0.01}, model=None)
+    assert watch.warned is None and watch._sums[0] == 10
 
 
 def test_a_run_says_that_its_kl_term_does_not_hold(base_settings, caplog):

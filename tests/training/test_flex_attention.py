@@ -1,33 +1,22 @@
 """Training with FlexAttention, its reference on a CPU: losses and weights of padded batches, plain and compiled."""
 
-import json
-
 import pytest
 import torch
 from torch.nn.attention import flex_attention
 
 from inform_rm.scoring.packed_flex import flex_inputs
 from inform_rm.scoring.packing import use_packed_attention
-from inform_rm.training import loop, trainer
+from inform_rm.training import passes, trainer
 from inform_rm.training.trainer import RewardTrainer
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [{"prompt": f"say {at}" + " please" * (at % 5), "chosen": "yes " * (1 + at % 4) + str(at), "rejected": "no"}
-            for at in range(60)]  # fmt: skip
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Packed rows go through FlexAttention, for which PyTorch refuses gradients on a CPU, having them all the same."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(loop, "for_device", flex_inputs)
+    monkeypatch.setattr(passes, "for_device", flex_inputs)
 
     def packed(model, args):
         use_packed_attention(model)

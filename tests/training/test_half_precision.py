@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import logging
 import shutil
 
@@ -17,23 +16,6 @@ from inform_rm.errors import InputError
 from inform_rm.training import half_precision
 from inform_rm.training.half_precision import LostUpdates
 from inform_rm.training.run import train
-
-COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
-
-
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [
-        {
-            "prompt": f"Name the colour {COLOURS[index % 8]}",
-            "chosen": f"It is {COLOURS[index % 8]}.",
-            "rejected": f"It is {COLOURS[(index + 1 + index // 8) % 8]}.",
-        }
-        for index in range(48)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture

@@ -333,7 +333,7 @@ def test_pairs_that_are_given_twice_are_refused(arguments, causal_lm_dir):
         ({"hub_strategy": "every_save"}, "only 'end' is known"),
         ({"bf16": True, "fp16": True}, "At most one of fp16 and bf16"),
         ({"loss_type": "x"}, "loss_type: 'x' is unknown"),
-        ({"push_to_hub": True}, "push_to_hub needs hub_model_id"),
+        ({"push_to_hub": True}, r"settings: push_to_hub needs hub_model_id, name/model\.$"),
         ({"hub_revision": "v2"}, "uploads go to the main branch"),
     ],
 )  # fmt: skip

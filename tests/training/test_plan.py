@@ -209,13 +209,17 @@ def test_selection_takes_its_time(tmp_path, evenly):
     plain = planned(arguments(tmp_path), pairs=1600)
     chosen = {"objective": "prioritized", "pool_factor": 2, "num_prompts": 4, "warmup_fraction": 0.0}
     found = planned(arguments(tmp_path, **chosen), pairs=1600)
-    # A pool of 16 pairs: each with its own prompt, three prompts that all share, two responses under four prompts.
-    tokens = 16 * PROMPT + 3 * PROMPT + 16 * 4 * 2 * RESPONSE
-    per_pool = tokens * 1e6 / (989e12 * 0.35)
+    # A pool of 16 pairs under four prompts, which all share.
+    per_pool = (4 * PROMPT + 16 * 4 * 2 * RESPONSE) * 1e6 / (989e12 * 0.35)
     assert found.seconds_per_step - plain.seconds_per_step == pytest.approx(2 * per_pool)
     assert found.steps == plain.steps / 2  # of each pool half is learnt from
-    half = planned(arguments(tmp_path, **chosen | {"refresh": 2}), pairs=1600)
-    assert half.seconds_per_step - plain.seconds_per_step == pytest.approx(per_pool)
+    weighted = planned(arguments(tmp_path, **chosen | {"selection": "weighted"}), pairs=1600)
+    per_batch = (4 * PROMPT + 8 * 4 * 2 * RESPONSE) * 1e6 / (989e12 * 0.35)
+    assert weighted.seconds_per_step - plain.seconds_per_step == pytest.approx(2 * per_batch)
+    assert weighted.steps == plain.steps
+    behaviour = planned(arguments(tmp_path, **chosen, weights="behavior", behavior_model="lm"), pairs=1600)
+    more = (16 * PROMPT - PROMPT) * 1e6 / (989e12 * 0.35)  # the own prompts, each for its pair alone
+    assert behaviour.seconds_per_step - found.seconds_per_step == pytest.approx(2 * more)
 
 
 def test_advice_is_what_planning_again_says(tmp_path, evenly):

@@ -1,11 +1,14 @@
 """Prioritized training: it selects what it says, trains on nothing else, and resumes where it was."""
 
 import dataclasses
+import itertools
 import json
 import math
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from inform_rm.data.encoding import encode
@@ -15,23 +18,6 @@ from inform_rm.scoring.scorer import NonFiniteRewardError
 from inform_rm.training import prioritized
 from inform_rm.training.prioritized import PoolSelector
 from inform_rm.training.run import train
-
-COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
-
-
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [
-        {
-            "prompt": f"Name the colour {COLOURS[index % 8]}" + " please" * (index % 3),
-            "chosen": f"It is {COLOURS[index % 8]}." + " Indeed." * (index % 4),
-            "rejected": f"It is {COLOURS[(index + 1 + index // 8) % 8]}.",
-        }
-        for index in range(48)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture
@@ -53,12 +39,12 @@ def seen(monkeypatch):
         estimates = []
         estimate = self._estimate
         self._estimate = lambda rows: estimates.append(estimate(rows)) or estimates[-1]
-        selected = original(self, positions, wanted)
+        selected, shares = original(self, positions, wanted)
         del self._estimate
         calls.append(
             {"positions": positions, "gaps": estimates, "selected": selected, "weights": weights, "selector": self}
         )
-        return selected
+        return selected, shares
 
     monkeypatch.setattr(PoolSelector, "_select", record)
     return calls
@@ -119,7 +105,8 @@ def test_gaps_are_those_of_single_forward_passes(settings, seen, tokenizer, weig
     dataset = trainer._pairs
     generator = prioritized.np.random.default_rng([settings.seed, 0, *positions.tolist()])
     prompts = [dataset[int(row)]["prompt"] for row in trainer._prompt_rows]
-    others = generator.choice(len(prompts), 3, replace=False)
+    drawn = [prompts[k] for k in generator.choice(len(prompts), 4 if weights == "behavior" else 5, replace=False)]
+    assert any(pair in drawn for pair in dataset[positions.tolist()]["prompt"])  # some own prompt is drawn, too
 
     def reward(prompt, response):
         with torch.no_grad():
@@ -134,7 +121,8 @@ def test_gaps_are_those_of_single_forward_passes(settings, seen, tokenizer, weig
 
     for position, gap in zip(positions.tolist(), call["gaps"][0].tolist(), strict=True):
         pair = dataset[position]
-        used = [pair["prompt"], *(prompts[k] for k in others if prompts[k] != pair["prompt"])]
+        others = [prompt for prompt in drawn if prompt != pair["prompt"]]
+        used = [pair["prompt"], *others[:3]] if weights == "behavior" else others[:4]
         gaps = [reward(prompt, pair["chosen"]) - reward(prompt, pair["rejected"]) for prompt in used]
         shares = None
         if weights == "behavior":
@@ -156,19 +144,19 @@ def test_a_pool_of_one_batch_is_ordinary_training(settings, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-@pytest.mark.parametrize(("selection", "refresh"), [("smallest", 100), ("soft", 1)])
-def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, selection, refresh, monkeypatch):
-    # 3 pools an epoch: with refresh 100 gaps of the first epoch decide in the second.
+@pytest.mark.parametrize("selection", ["smallest", "weighted"])
+def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, selection, monkeypatch):
     config = dataclasses.replace(
-        settings, selection=selection, refresh=refresh, max_steps=8, save_steps=5, per_device_train_batch_size=8,
-        pool_factor=2, warmup_fraction=0.1,
+        settings, selection=selection, max_steps=8, save_steps=5, per_device_train_batch_size=8, warmup_fraction=0.1,
     )  # fmt: skip
     whole = train(config)
     cut = dataclasses.replace(config, output_dir=str(tmp_path / "cut"))
     original = PoolSelector._select
+    calls = []
 
     def stops(self, *args):
-        if self._step == 6:
+        calls.append(args)
+        if len(calls) == 6:  # the first step is warm-up
             raise KeyboardInterrupt
         return original(self, *args)
 
@@ -183,28 +171,101 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, selectio
         assert one == pytest.approx(other, abs=1e-6)
 
 
-@pytest.mark.parametrize("refresh", (3, 50))
-def test_gaps_are_used_again_while_they_are_fresh(settings, seen, refresh):
-    train(dataclasses.replace(settings, refresh=refresh, max_steps=14, warmup_fraction=0.0))  # 6 pools an epoch
-    since: dict[int, int] = {}
-    expected = []
-    for step, call in enumerate(seen):
-        stale = [row for row in call["positions"].tolist() if step - since.get(row, -1000) >= refresh]
-        since |= dict.fromkeys(stale, step)
-        expected.append(len(stale))
-    assert [sum(len(gaps) for gaps in call["gaps"]) for call in seen] == expected
-    assert sum(expected) == 48 if refresh == 50 else 48 < sum(expected) < 112  # of all 112 places
+def test_weighted_pairs_teach_as_much_as_sigmoid_of_minus_their_gap(settings, seen, learnt):
+    from inform_rm import InfoRMForSequenceClassification
+
+    args = dataclasses.replace(settings, architecture="standard", selection="weighted", num_prompts=2, max_steps=3)
+    result = train(args)
+    assert [len(batch["margin"]) for batch in learnt] == [4, 4, 4] and len(seen) == 2
+    assert learnt[0]["margin"].tolist() == [1, 1, 1, 1]  # warm-up
+    model = InfoRMForSequenceClassification.from_pretrained(settings.output_dir).eval()
+    lines = [line for line in result["log_history"] if "loss" in line]
+    for call, batch, line in zip(seen, learnt[1:], lines[1:], strict=True):
+        (gaps,) = call["gaps"]
+        shares = [1 / (1 + math.exp(gap)) for gap in gaps.tolist()]
+        weights = [share / sum(shares) * 4 for share in shares]
+        assert batch["margin"].tolist() == pytest.approx(weights, abs=1e-5)
+        model.load_state_dict(call["weights"])
+        rows = call["selector"]._pairs[call["positions"].tolist()]
+        with torch.no_grad():
+            chosen, rejected = (
+                [model(input_ids=torch.tensor([ids])).logits.item() for ids in rows[f"{side}_input_ids"]]
+                for side in ("chosen", "rejected")
+            )
+        losses = [math.log1p(math.exp(low - high)) for high, low in zip(chosen, rejected, strict=True)]
+        assert line["loss"] == pytest.approx(sum(w * x for w, x in zip(weights, losses, strict=True)) / 4, abs=1e-5)
+        assert line["prompt_free_gap_selected"] == pytest.approx(gaps.mean().item(), abs=1e-5)
+        assert "prompt_free_gap_left_out" not in line
 
 
-def test_soft_selection_prefers_small_gaps(settings, seen):
-    train(dataclasses.replace(settings, selection="soft", max_steps=2, warmup_fraction=0.0))
-    selector, positions = seen[0]["selector"], torch.arange(40)
-    gaps = torch.linspace(-8, 8, 40, dtype=torch.float64)
-    selector._prompt_free_gaps = lambda rows: gaps
-    chosen = [PoolSelector._select(selector, positions + 40 * draw, 10) for draw in range(30)]
-    mean = torch.stack([gaps[places] for places in chosen]).mean().item()
-    assert -5.5 < mean < -2  # the ten smallest would give -6.2, any ten 0
-    assert len({tuple(places.tolist()) for places in chosen}) > 20
+@pytest.fixture
+def selector(settings, seen):
+    """One whose gaps can be given: ``selector(selection, gaps, wanted)`` -> places, weights."""
+    train(dataclasses.replace(settings, max_steps=1, warmup_fraction=0.0))
+    made = seen[0]["selector"]
+
+    def select(selection, gaps, wanted):
+        made._args = dataclasses.replace(settings, selection=selection)
+        made._estimate = lambda rows: torch.tensor(gaps, dtype=torch.float64)
+        return PoolSelector._select(made, torch.arange(len(gaps)), wanted)
+
+    return select
+
+
+@hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(gaps=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), share=st.floats(0, 1))
+def test_selection_of_any_gaps(selector, gaps, share):
+    wanted = max(1, round(share * len(gaps)))
+    places, weights = selector("smallest", gaps, wanted)
+    assert places.tolist() == sorted(set(places.tolist())) and len(places) == wanted
+    assert sorted(gaps[place] for place in places.tolist()) == sorted(gaps)[:wanted]
+    assert weights.tolist() == [1] * wanted
+    places, weights = selector("weighted", gaps, len(gaps))
+    assert places.tolist() == list(range(len(gaps)))
+    assert weights.mean().item() == pytest.approx(1) and (weights >= 0).all()
+    for one, other in itertools.combinations(range(len(gaps)), 2):
+        if gaps[one] < gaps[other]:
+            assert weights[one] >= weights[other]
+
+
+def test_a_pair_that_fits_under_no_other_prompt_is_judged_by_its_own(base_settings, tmp_path, seen, tokenizer):
+    short = {"prompt": "Name it", "chosen": "It is red." + " Indeed." * 8, "rejected": "It is blue."}
+    long = [{"prompt": f"Name the colour {'red blue green'.split()[index]}" + " please" * 10, "chosen": "It is red.",
+             "rejected": "It is blue."} for index in range(3)]  # fmt: skip
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [short, *long]))
+    limit = max(len(encode(tokenizer, row["prompt"], row["chosen"]).input_ids) for row in [short, *long])
+    assert len(encode(tokenizer, long[0]["prompt"], short["chosen"]).input_ids) > limit
+    args = base_settings(
+        data=(str(path),), objective="prioritized", num_prompts=2, warmup_fraction=0.0, max_steps=1, save_steps=1,
+        max_length=limit, overlong="drop", per_device_train_batch_size=2, gradient_accumulation_steps=1,
+        architecture="standard",
+    )  # fmt: skip
+    train(args)
+    (call,) = seen
+    place = [call["selector"]._pairs[row]["chosen"] for row in call["positions"].tolist()].index(short["chosen"])
+    from inform_rm import InfoRMForSequenceClassification
+
+    model = InfoRMForSequenceClassification.from_pretrained(args.output_dir).eval()
+    model.load_state_dict(call["weights"])
+    ids = [encode(tokenizer, short["prompt"], short[side]).input_ids for side in ("chosen", "rejected")]
+    with torch.no_grad():
+        high, low = (model(input_ids=torch.tensor([row])).logits.item() for row in ids)
+    assert call["gaps"][0][place].item() == pytest.approx(high - low, abs=1e-5)
+
+
+def test_what_cannot_be_selected_is_refused(settings, tmp_path):
+    rows = [
+        {"prompt": "Name it", "chosen": f"It is {colour}.", "rejected": "No."} for colour in ("red", "blue", "green")
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="at least two prompts"):
+        train(dataclasses.replace(settings, data=(str(path),)))
+    rows = [row | {"prompt": f"Name it {place}", "margin": 1.0} for place, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="'weighted' puts its weights where"):
+        train(dataclasses.replace(settings, data=(str(path),), selection="weighted"))
 
 
 def test_lora_and_accumulation(settings, seen, learnt):
@@ -228,9 +289,12 @@ def test_pairs_whose_rewards_are_no_numbers_stop_the_run(settings, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pool_factor": 0}, "pool_factor"), ({"num_prompts": 1}, "num_prompts"), ({"refresh": 0}, "refresh"),
+        ({"pool_factor": 0}, "pool_factor"), ({"num_prompts": 0}, "num_prompts"),
+        ({"selection": "weighted", "loss_type": "hinge"}, "weighs the Bradley-Terry loss"),
         ({"warmup_fraction": 1.0}, "warmup_fraction"), ({"ess_target": 1.5}, "ess_target"),
-        ({"weights": "behavior"}, "behavior_model"), ({"behavior_model": "some-lm"}, "'uniform' uses none"),
+        ({"weights": "behavior"}, "behavior_model"),
+        ({"weights": "behavior", "behavior_model": "some-lm", "num_prompts": 1}, "at least 2, got 1"),
+        ({"behavior_model": "some-lm"}, "'uniform' uses none"),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused(settings, change, message):

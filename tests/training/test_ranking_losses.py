@@ -10,7 +10,6 @@ from inform_rm.training.losses import (
     MOST_TIED,
     PAIR_LOSSES,
     RANKING_LOSSES,
-    all_pairs_loss,
     bradley_terry_loss,
     group_loss,
     plackett_luce_loss,
@@ -61,6 +60,10 @@ def test_plackett_luce_stays_finite_and_refuses_sets_that_are_too_large():
     loss = plackett_luce_loss(rewards, torch.tensor([1.0, 1.0, 0.0]))
     loss.backward()
     assert loss.item() == pytest.approx(1e4) and rewards.grad.isfinite().all()
+    as_many = torch.tensor([1.0] * MOST_TIED + [0.0])
+    assert plackett_luce_loss(torch.zeros(len(as_many)), as_many).item() == pytest.approx(
+        math.log(len(as_many)), rel=1e-6
+    )
     many = torch.zeros(MOST_TIED + 2)
     worst = torch.tensor([1.0] + [0.0] * (MOST_TIED + 1))
     assert plackett_luce_loss(many, worst).item() == pytest.approx(math.log(MOST_TIED + 2), rel=1e-6)
@@ -68,22 +71,27 @@ def test_plackett_luce_stays_finite_and_refuses_sets_that_are_too_large():
         plackett_luce_loss(many, -worst)
 
 
-@pytest.mark.parametrize("name", PAIR_LOSSES)
-@pytest.mark.parametrize("labels", LABELS)
-def test_all_pairs_is_the_mean_over_untied_pairs(labels, name):
-    rewards, loss = draw(len(labels)), PAIR_LOSSES[name]
+def all_pairs(rewards, labels, loss=bradley_terry_loss):
+    """The mean over untied pairs, one after the other."""
     each = [
-        loss(rewards[one : one + 1], rewards[other : other + 1], None).item()
+        loss(rewards[one : one + 1], rewards[other : other + 1], None)
         for one, other in itertools.permutations(range(len(labels)), 2)
         if labels[one] > labels[other]
     ]
-    assert all_pairs_loss(rewards, torch.tensor(labels), loss).item() == pytest.approx(sum(each) / len(each))
+    return torch.stack(each).mean()
 
 
-def test_of_two_responses_both_are_bradley_terry():
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+@pytest.mark.parametrize("labels", LABELS)
+def test_all_pairs_is_the_mean_over_untied_pairs(labels, name):
+    rewards, groups, loss = draw(len(labels)), torch.zeros(len(labels), dtype=torch.long), PAIR_LOSSES[name]
+    found = group_loss(rewards, torch.tensor(labels), groups, loss=loss)
+    assert found.item() == pytest.approx(all_pairs(rewards, labels, loss).item())
+
+
+def test_of_two_responses_it_is_bradley_terry():
     rewards, labels = draw(2), torch.tensor([-2.0, -1.0])
     pair = bradley_terry_loss(rewards[1:], rewards[:1])
-    torch.testing.assert_close(all_pairs_loss(rewards, labels), pair)
     torch.testing.assert_close(plackett_luce_loss(rewards, labels), pair)
 
 
@@ -115,7 +123,7 @@ def test_pairs_of_two_keep_smoothing_centering_and_their_loss():
 
 @pytest.mark.parametrize("ranking_loss", RANKING_LOSSES)
 def test_a_mixed_batch_is_the_mean_over_its_prompts(ranking_loss):
-    one = {"all_pairs": all_pairs_loss, "plackett_luce": plackett_luce_loss}[ranking_loss]
+    one = {"all_pairs": all_pairs, "plackett_luce": plackett_luce_loss}[ranking_loss]
     labels = [torch.tensor(values) for values in (*LABELS, [1.0, 0.0], [2.5], [0.5])]
     rewards = [draw(len(values), seed).float() for seed, values in enumerate(labels)]
     kl = [draw(len(values), 50 + seed).float().abs() for seed, values in enumerate(labels)]
@@ -131,6 +139,16 @@ def test_a_mixed_batch_is_the_mean_over_its_prompts(ranking_loss):
         beta=0.2,
     )  # fmt: skip
     torch.testing.assert_close(found, torch.stack(each).mean())
+
+
+def test_half_precision_rewards_lose_nothing_more():
+    rewards, labels = draw(5).bfloat16(), torch.tensor([3.0, 1.0, 3.0, 1.0, 2.0])
+    assert plackett_luce_loss(rewards, labels).item() == plackett_luce_loss(rewards.float(), labels).item()
+
+
+def test_by_default_a_score_weighs_as_much_as_a_pair_and_a_nat_a_tenth():
+    one = torch.zeros(1, dtype=torch.long)
+    assert group_loss(torch.tensor([2.0]), torch.tensor([0.0]), one, torch.tensor([3.0])).item() == pytest.approx(4.3)
 
 
 def test_score_loss_is_the_squared_error():

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from inform_rm import RewardTrainer
 from inform_rm.errors import InputError
 from inform_rm.training.collators import PackedPairCollator, PairCollator
-from inform_rm.training.losses import all_pairs_loss
+from inform_rm.training.losses import group_loss
 from inform_rm.training.reward_arguments import arguments_from_mapping
 from inform_rm.training.run import train
 
@@ -100,6 +100,7 @@ def test_the_three_layouts_train_in_one_run(base_settings, files):
     result = train(base_settings(data=evaluation, eval_data=evaluation, eval_steps=3, max_steps=9))
     counts = result["train_pairs"]
     assert counts["layouts"] == ["pair", "ranking", "scored"] and counts["rows"] == 36
+    assert result["budget"] is None  # of a score ln 2 says nothing
     untied = [sum(one < other for one in row["ranks"] for other in row["ranks"]) for row in ranking_rows(12)]
     assert counts["pairs"] == 12 + sum(untied) and len(result["data_fingerprints"]) == 3
     found = result["evaluation"]
@@ -138,7 +139,8 @@ def test_evaluation_is_that_of_scipy_on_the_rewards(base_settings, files):
             continue
         by_tau.append(scipy.stats.kendalltau(rows[:, 0], rows[:, 1]).statistic)
         gaps += [one[0] - other[0] for one in rows for other in rows if one[1] > other[1]]
-        losses.append(all_pairs_loss(torch.tensor(rows[:, 0]), torch.tensor(rows[:, 1])).item())
+        of_one = torch.zeros(len(rows), dtype=torch.long)
+        losses.append(group_loss(torch.tensor(rows[:, 0]), torch.tensor(rows[:, 1]), of_one).item())
     assert found["eval_kendall_tau"] == pytest.approx(np.mean(by_tau))
     assert found["eval_accuracy"] == pytest.approx(np.mean(np.sign(gaps) / 2 + 0.5))
     assert found["eval_bradley_terry_loss"] == pytest.approx(np.mean(losses), rel=1e-5)

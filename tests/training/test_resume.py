@@ -20,7 +20,6 @@ from inform_rm.training.reward_arguments import RewardTrainingArguments, decidin
 from inform_rm.training.run import train
 from inform_rm.training.stream_sources import open_stream
 
-COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
 # Ours, and of TrainingArguments' own some of each kind.
 OF_TRAINER = (
     *(
@@ -38,21 +37,6 @@ DECIDES = {name: decides(name) for name in (*OUR_SETTINGS, *OF_TRAINER)}
 ALWAYS_DECIDE = [name for name, found in DECIDES.items() if found is True]
 NEVER_DECIDE = [name for name, found in DECIDES.items() if found is False]
 DECIDE_WITH = [(name, other) for name, other in DECIDES.items() if isinstance(other, str)]
-
-
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [
-        {
-            "prompt": f"Name the colour {COLOURS[index % 8]}" + " please" * (index % 5),
-            "chosen": f"It is {COLOURS[index % 8]}." + " Indeed." * (index % 3),
-            "rejected": f"It is {COLOURS[(index + 1 + index // 8) % 8]}.",
-        }
-        for index in range(48)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture

@@ -21,26 +21,6 @@ from inform_rm.training.models import load_model
 from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
 
-COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
-
-
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory):
-    """48 pairs of different lengths: the chosen side names the asked colour."""
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = []
-    for index in range(48):
-        right, wrong = COLOURS[index % 8], COLOURS[(index + 1 + index // 8) % 8]
-        rows.append(
-            {
-                "prompt": f"Name the colour {right}" + " please" * (index % 5),
-                "chosen": f"It is {right}." + " Indeed." * (index % 3),
-                "rejected": f"It is {wrong}.",
-            }
-        )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
 
 @pytest.fixture
 def settings(base_settings):

@@ -170,11 +170,25 @@ def test_a_server_that_knows_another_name_for_the_limit_gets_it(chat_server):
         return "Fine."
 
     server = chat_server(script)
-    endpoint = ChatEndpoint(server.url, "small", tries=2)
+    endpoint = ChatEndpoint(server.url, "small", tries=1)
     assert endpoint.ask(**HELLO).text == endpoint.ask(**HELLO).text == "Fine."
     assert [("max_tokens" in each, each.get("max_completion_tokens")) for each in server.requests] == [
         (True, None), (False, 5), (False, 5)
     ]  # fmt: skip
+
+
+def test_requests_that_were_under_way_when_the_other_name_was_learnt_are_sent_again(chat_server):
+    both = threading.Barrier(2)
+
+    def script(fields):
+        if "max_tokens" in fields:
+            both.wait(timeout=60)  # neither is answered before both have come
+            return 400, {"error": "Unsupported parameter: use 'max_completion_tokens' instead."}, {}
+        return "Fine."
+
+    endpoint = ChatEndpoint(chat_server(script).url, "small")
+    found = dict(ask_all(endpoint, {"one": HELLO, "two": HELLO}, 2))
+    assert [reply.text for reply in found.values()] == ["Fine.", "Fine."]
 
 
 def test_replies_under_way_are_given_before_an_error_is_raised(chat_server):

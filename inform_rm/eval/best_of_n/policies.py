@@ -53,13 +53,15 @@ class CausalLMPolicy:
         device: see `inform_rm.scoring.reward_models.load_reward_model`; only for a model that is loaded here.
         trust_remote_code: run code from the checkpoint. Off unless asked.
         revision: branch, tag or commit of a Hub model.
+        chat_template: see `inform_rm.data.tokenizer.load_tokenizer`; only for a tokenizer that is loaded here.
 
     Attributes:
         num_cut: responses cut so far.
         end_ids: tokens that end a response.
 
     Raises:
-        InputError: on a model that cannot be loaded, or a temperature or number of tokens that is not positive.
+        InputError: on a model that cannot be loaded, a temperature or number of tokens that is not positive, or a
+            chat template for a tokenizer that is loaded already.
     """
 
     def __init__(
@@ -72,16 +74,19 @@ class CausalLMPolicy:
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
         revision: str | None = None,
+        chat_template: str | None = None,
     ):
         if isinstance(temperature, bool) or not 0 < temperature < float("inf"):
             raise InputError(f"temperature: {temperature!r}; expected a number above 0.")
         check_whole_number("max_new_tokens", max_new_tokens)
+        if chat_template is not None and (tokenizer is not None or not isinstance(model, str | Path)):
+            raise InputError("chat_template: set it on the tokenizer that you pass, or leave the tokenizer out.")
         self.model: Any
         if isinstance(model, str | Path):
             self.name = str(model)
             hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
             self.model = load_causal_lm(model, device=device, **hub)
-            tokenizer = tokenizer or load_tokenizer(model, **hub)
+            tokenizer = tokenizer or load_tokenizer(model, chat_template=chat_template, **hub)
         else:
             self.name = getattr(model, "name_or_path", "") or type(model).__name__
             self.model = model

@@ -15,7 +15,7 @@ from inform_rm.data.response_rows import RowFault, ScoreRow, score_rows_or_fault
 from inform_rm.data.sources import Source, source_digest, source_label, source_list
 from inform_rm.errors import InputError
 from inform_rm.eval.detection.clusters import auto_eps
-from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
+from inform_rm.eval.detection.early_stopping import CSIEarlyStopping, RewardFallStopping
 from inform_rm.eval.detection.labels import FIELD, agreement, join_labels, labels_by_name
 from inform_rm.eval.detection.latents import Latents, collect_latents
 from inform_rm.eval.detection.outliers import null_rank, split_half_null
@@ -238,7 +238,7 @@ def _measure(
 ) -> tuple[dict[str, list[Any]], dict[str, dict[str, Any]]]:
     """Columns with one entry for each response of all sets; and by set what the statistics say of it."""
     measures = [statistic.fit(latents[REFERENCE].values, settings) for statistic in STATISTICS]
-    stopping = CSIEarlyStopping(settings.max_change_ratio)
+    stopping, falling = CSIEarlyStopping(settings.max_change_ratio), RewardFallStopping(settings.max_reward_fall)
     table: dict[str, list[Any]] = {}
     found: dict[str, dict[str, Any]] = {REFERENCE: {}}
     has_labels = any(of_set.labels for of_set in read.values())
@@ -260,10 +260,12 @@ def _measure(
             values["labels"] = agreement(columns)
         for column, entries in columns.items():
             table.setdefault(column, []).extend(entries)
+        rewards = latents[name].rewards
+        fell = falling.update(float(rewards.mean()), float(rewards.std(ddof=1)) / math.sqrt(len(rewards)))
         if name != REFERENCE:
             values["most_outlying"] = _most_outlying(part, columns, settings.num_outliers)
             values |= {f"{key}_null_rank": null_rank(values[key], by_chance) for key, by_chance in null.items()}
-            found[name] = {**values, "stop": stopping.update(values["csi_normalized"])}
+            found[name] = {**values, "stop": stopping.update(values["csi_normalized"]), "reward_fell": fell}
     return table, found
 
 

@@ -1,4 +1,4 @@
-"""When to stop a policy's optimisation: a jump of CSI (arXiv:2402.09345, Algorithm 1)."""
+"""When to stop a policy's optimisation: a jump of CSI, or a reward that another reward model takes back."""
 
 import math
 from typing import Any
@@ -87,3 +87,50 @@ class CSIEarlyStopping:
         self._last_csi = state["last_csi"]
         self._sum_of_changes = state["sum_of_changes"]
         self._num_changes = state["num_changes"]
+
+
+class RewardFallStopping:
+    """Stop when the mean reward has lost more than ``max_fall`` of its largest gain over the start; ours.
+
+    For the rewards of a model that the policy is *not* optimised against. Those of the model that it is optimised
+    against rise as long as there is something to exploit, and the rule then says nothing. It needs no jump: a slow
+    fall adds up. So that chance does not fire, the fall must also exceed twice its standard error.
+
+    Measured where gold is known: docs/results/hacking.md.
+
+    Args:
+        max_fall: share of the gain, above 0 and below 1.
+
+    Example:
+        From 1 the reward rises to 5, a gain of 4. At 4.7 it has lost 0.3, at 4.5 more than 0.4.
+
+        >>> rule = RewardFallStopping(max_fall=0.1)
+        >>> [rule.update(reward) for reward in (1.0, 3.0, 5.0, 4.7, 4.5)]
+        [False, False, False, False, True]
+    """
+
+    def __init__(self, max_fall: float = 0.1):
+        if isinstance(max_fall, bool) or not isinstance(max_fall, int | float) or not 0 < max_fall < 1:
+            raise InputError(f"max_reward_fall: {max_fall!r}; it is a share, above 0 and below 1 (default 0.1).")
+        self.max_fall = float(max_fall)
+        self._start: float | None = None
+        self._largest, self._largest_error = -math.inf, 0.0
+
+    def update(self, reward: float, standard_error: float = 0.0) -> bool:
+        """Take the next mean reward, the first before optimisation; true if the run should stop.
+
+        Raises:
+            InputError: for NaN or infinity; the state is then as before.
+        """
+        value, error = float(reward), float(standard_error)
+        if not math.isfinite(value + error):
+            raise InputError(f"reward: {value} ± {error}; expected finite numbers. Leave this step out.")
+        if self._start is None:
+            self._start = value
+        if value >= self._largest:
+            self._largest, self._largest_error = value, error
+            return False
+        fall = self._largest - value
+        return fall > self.max_fall * (self._largest - self._start) and fall > 2 * math.hypot(
+            error, self._largest_error
+        )

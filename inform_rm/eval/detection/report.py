@@ -38,7 +38,7 @@ MAP_CAPTION = (
 LABELLED_CAPTION = " A black edge: labelled; a triangle: as exploiting a reward."
 STEPS_CAPTION = (
     "Candidates in the order in which they were given; intervals are 95 % bootstrap intervals. The grey band is what "
-    "halves of the reference give against each other (95 %). A dashed line marks where the stopping rule fires."
+    "halves of the reference give against each other (95 %). A dashed line marks where CSI's stopping rule fires."
 )
 
 
@@ -53,7 +53,8 @@ class DetectionResult(ModelResult):
         reference: counts, mean reward and what its texts are like.
         candidates: the same of each candidate, in order, with its ``name``; for every statistic (``csi_normalized``,
             ``mop``, ``knn_outliers``) its value, ``NAME_interval`` and ``NAME_null_rank``; ``most_outlying``; and
-            ``stop``, whether CSI's stopping rule fires; where there are labels, what
+            ``stop``, whether CSI's stopping rule fires; ``reward_fell``, whether the mean reward has lost more than
+            ``max_reward_fall`` of its largest gain over the reference; where there are labels, what
             `inform_rm.eval.detection.labels.agreement` finds, as ``labels``.
         null: ``mean`` and ``interval`` of every statistic for halves of the reference against each other, ``splits``.
         digests: of the sources.
@@ -198,15 +199,21 @@ def candidate_table(result: dict[str, Any]) -> Table:
     measured = _measured(result)
     titles = [title for statistic in measured for title in (statistic.title, "95 % interval")]
     names = [name for statistic in measured for name in (statistic.name, f"{statistic.name}_interval")]
-    header = ("candidate", "n", *titles, "mean reward", "words", "repeated trigrams", "stopping rule")
+    header = ("candidate", "n", *titles, "mean reward", "words", "repeated trigrams", "stopping rules")
     rows = [
         (
             part["name"], part["num_responses"], *map(part.get, names), f"{part['mean_reward']:.2f}",
-            _words(part), part["repeated_trigrams"], "fires" if part.get("stop") else "",
+            _words(part), part["repeated_trigrams"], _stops(part),
         )
         for part in [{"name": REFERENCE, **result["reference"]}, *result["candidates"]]
     ]  # fmt: skip
     return Table(header, rows)
+
+
+def _stops(part: dict[str, Any]) -> str:
+    """The stopping rules that fire at a candidate."""
+    names = {"stop": "CSI jumped", "reward_fell": "reward fell"}
+    return ", ".join(words for key, words in names.items() if part.get(key))
 
 
 def _words(part: dict[str, Any]) -> str:

@@ -161,10 +161,14 @@ def _gold(source: Source, column: str, settings: DetectionSettings) -> dict[str,
     """Mean gold reward of a set and its 95 % interval (normal)."""
     values = []
     for row in score_rows_or_faults(source, settings.columns):
-        value = row.fields.get(column)
+        value: Any = row.fields.get(column)
         if isinstance(row, ScoreRow):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+            try:
+                number = float("nan" if isinstance(value, bool) else value)  # a cell of a CSV file is text
+            except (TypeError, ValueError):
+                number = np.nan
+            if not np.isfinite(number):
                 raise InputError(f"{row.where}: column {column!r} holds {shown(value)}; expected its gold reward.")
-            values.append(float(value))
-    mean, half = np.mean(values or [np.nan]), 1.96 * np.std(values or [0.0]) / np.sqrt(max(1, len(values)))
+            values.append(number)
+    mean, half = np.mean(values or [0.0]), 1.96 * np.std(values or [0.0]) / np.sqrt(max(1, len(values)))
     return {"gold": float(mean), "gold_interval": [float(mean - half), float(mean + half)]}

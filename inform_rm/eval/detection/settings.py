@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from inform_rm.errors import InputError
-from inform_rm.eval.detection.early_stopping import CSIEarlyStopping
+from inform_rm.eval.detection.early_stopping import CSIEarlyStopping, RewardFallStopping
 
 NOISE_POLICIES = ("cluster", "singletons", "drop")
 TAILS = ("reference", "chi2")
@@ -31,6 +31,8 @@ class DetectionSettings:
         tail: see `inform_rm.eval.detection.outliers.MahalanobisReference.tail_probabilities`.
         max_change_ratio: of `inform_rm.eval.detection.early_stopping.CSIEarlyStopping`, applied to the normalized CSI
             over the candidates in order.
+        max_reward_fall: of `inform_rm.eval.detection.early_stopping.RewardFallStopping`, applied to the mean reward of the
+            reference and the candidates in order.
         max_responses: use a random subset of this many responses of each set.
         on_bad_row: ``"error"`` or ``"skip"``. All rows in use are checked before the first is scored.
         num_outliers: outliers of each candidate that the result names, the farthest first.
@@ -51,7 +53,8 @@ class DetectionSettings:
     tail: str = _setting(
         "reference", "distribution of distances: the reference's own, or the paper's chi-square", choices=TAILS
     )
-    max_change_ratio: float = _setting(10.0, "of the stopping rule, for several files")
+    max_change_ratio: float = _setting(10.0, "of the paper's stopping rule for CSI, for several files")
+    max_reward_fall: float = _setting(0.1, "share of its gain that the mean reward may lose, for several files")
     max_responses: int | None = _setting(None, "use a seeded random subset of each file", least=1)
     on_bad_row: str = _setting(
         "error", "stop at a row that cannot be scored, or leave it out, count and list it", choices=("error", "skip")
@@ -76,3 +79,4 @@ class DetectionSettings:
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < 1:
             raise InputError(f"alpha: {self.alpha!r}; it is a probability, above 0 and below 1 (default 0.01).")
         CSIEarlyStopping(self.max_change_ratio)  # refuses a wrong ratio
+        RewardFallStopping(self.max_reward_fall)

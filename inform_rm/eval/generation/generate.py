@@ -1,11 +1,10 @@
 """`generate`: responses to a set of prompts, written as the rows that `detect`, `judge` and `score` read."""
 
 import hashlib
-import inspect
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,15 @@ from tqdm import tqdm
 from inform_rm.data.messages import to_messages
 from inform_rm.data.prompt_rows import PromptRow, PromptSet, read_prompts, written_prompt
 from inform_rm.data.sources import Sources, source_digest, source_label, source_list
-from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.eval.best_of_n.policies import CausalLMPolicy
-from inform_rm.eval.frame import json_lines
+from inform_rm.eval.frame import json_lines, settings_of
 from inform_rm.eval.generation.local_model import LocalModel, Task
 from inform_rm.eval.generation.settings import EndpointSettings, GenerationSettings
 from inform_rm.util.endpoint import ChatEndpoint, RefusedRequest, Reply, ask_all
 from inform_rm.util.files import atomic_write_text, check_output_directory, file_digest, versions, write_json
 from inform_rm.util.journal import RecordJournal
 
-_LOCAL_OPTIONS = ("device", "trust_remote_code", "chat_template", "revision")
 _LISTED = 1000
 
 
@@ -119,7 +116,8 @@ def generate(
             an unfinished run with other settings.
         EndpointError: the endpoint gave no usable reply after all tries; what is finished is kept.
     """
-    settings, others = _settings(options, endpoint)
+    rest = CausalLMPolicy if endpoint is None else EndpointSettings
+    settings, others = settings_of(GenerationSettings, options, rest)
     output = _checked_output(output)
     found = read_prompts(
         prompts, settings.columns, num_prompts=settings.num_prompts, seed=settings.seed, on_bad_row=settings.on_bad_row
@@ -131,7 +129,8 @@ def generate(
         identity: dict[str, Any] = {"endpoint": writer.base, "model": writer.model}
     else:
         asked = None
-        writer = LocalModel(_policy(model, tokenizer, settings, others), settings)
+        policy = CausalLMPolicy(model, tokenizer, max_new_tokens=settings.max_new_tokens, **others)
+        writer = LocalModel(policy, settings)
         identity = writer.identity()
     drawn = {name: getattr(settings, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
     identity = {**identity, **drawn}
@@ -140,13 +139,16 @@ def generate(
     reused = sum(slot.name in earlier for slot in slots)
     todo = [slot for slot in slots if slot.name not in earlier]
     journal = RecordJournal(output.with_name(output.name + ".partial"), identity)
-    finished: dict[str, Any] = {}
     try:
         finished = journal.finished()
+    except InputError:
+        journal.close()  # whoever reads the message decides what becomes of a damaged file
+        raise
+    try:
         reused += sum(slot.name in finished for slot in todo)
         with tqdm(total=len(slots), initial=reused, unit="response", desc="generate", disable=not progress) as bar:
             if isinstance(writer, LocalModel):
-                refused = _write_locally(writer, todo, finished, journal, bar)
+                refused = _write_locally(writer, todo, finished, journal, bar, settings.on_bad_row)
             else:
                 assert asked is not None
                 refused = _ask(writer, todo, finished, journal, bar, settings, asked.concurrency)
@@ -177,35 +179,12 @@ def generate(
     return result
 
 
-def _settings(options: Mapping[str, Any], endpoint: str | None) -> tuple[GenerationSettings, dict[str, Any]]:
-    own = {each.name for each in fields(GenerationSettings)}
-    of_endpoint = set(inspect.signature(EndpointSettings).parameters) - {"endpoint"}
-    allowed = own | (set(_LOCAL_OPTIONS) if endpoint is None else of_endpoint)
-    unknown = sorted(set(options) - allowed)
-    if unknown:
-        where = "for a local model" if endpoint is None else "with an endpoint"
-        raise InputError(f"{unknown[0]}: no setting {where}; expected one of {', '.join(sorted(allowed))}.")
-    settings = GenerationSettings(**{name: value for name, value in options.items() if name in own})
-    return settings, {name: value for name, value in options.items() if name not in own}
-
-
 def _checked_output(output: str | Path) -> Path:
     output = Path(output)
     check_output_directory(output.parent)
     if output.is_dir() or output.suffix != ".jsonl":
         raise InputError(f"output: {output}; expected the name of a .jsonl file, one response a line.")
     return output
-
-
-def _policy(model: Any, tokenizer: Any, settings: GenerationSettings, options: dict[str, Any]) -> CausalLMPolicy:
-    options = {name: value for name, value in options.items() if value is not None}
-    template = options.pop("chat_template", None)
-    if isinstance(model, str | Path):
-        hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
-        tokenizer = tokenizer or load_tokenizer(model, chat_template=template, **hub)
-    elif template is not None:
-        raise InputError("chat_template: of a model named by folder or Hub id; a loaded one comes with its tokenizer.")
-    return CausalLMPolicy(model, tokenizer, max_new_tokens=settings.max_new_tokens, **options)
 
 
 def _slot(row: PromptRow, sample: int, seed: int) -> _Slot:
@@ -216,15 +195,18 @@ def _slot(row: PromptRow, sample: int, seed: int) -> _Slot:
 
 
 def _write_locally(
-    writer: LocalModel, todo: list[_Slot], finished: dict[str, Any], journal: RecordJournal, bar: Any
+    writer: LocalModel, todo: list[_Slot], finished: dict[str, Any], journal: RecordJournal, bar: Any, on_bad_row: str
 ) -> dict[str, str]:
-    """Fill ``finished``; gives what could not be written, by name with the reason."""
+    """Fill ``finished``; gives what cannot be written, by name with the reason: under ``"error"`` before all else."""
     tasks, refused = [], {}
     for slot in todo:
         try:
             tasks.append(Task(slot.name, writer.prompt_ids(slot.prompt.messages), slot.seed))
         except InputError as error:
             refused[slot.name] = f"{slot.prompt.where}: {error}"
+
+    if refused and on_bad_row == "error":
+        return refused
 
     def show(step: int) -> None:
         bar.set_postfix_str(f"token {step} of this batch")

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from inform_rm.errors import InputError, check_choice, check_whole_number
+from inform_rm.errors import InputError
 from inform_rm.util.endpoint import ChatEndpoint
+from inform_rm.util.settings import check_settings, setting
+
+ON_BAD_ROW = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,13 @@ class EndpointSettings:
     """
 
     endpoint: str
-    api_key_env: str | None = None
-    timeout: float = 300.0
-    tries: int = 6
-    concurrency: int = 8
+    api_key_env: str | None = setting(None, "environment variable that holds the key (default: none is sent)")
+    timeout: float = setting(300.0, "seconds that a reply may take")
+    tries: int = setting(6, "how often a request is sent at most")
+    concurrency: int = setting(8, "requests under way at once", least=1)
 
     def __post_init__(self) -> None:
-        check_whole_number("concurrency", self.concurrency)
+        check_settings(self)
 
     def open(self, model: str) -> ChatEndpoint:
         """The endpoint that serves this model."""
@@ -54,20 +57,18 @@ class GenerationSettings:
     """
 
     columns: Mapping[str, str] | None = None
-    num_prompts: int | None = None
-    num_samples: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 512
-    on_bad_row: str = "error"
-    seed: int = 0
+    num_prompts: int | None = setting(None, "use so many prompts, drawn at random", least=1)
+    num_samples: int = setting(1, "for each prompt", least=1)
+    temperature: float = setting(1.0, "0: the likeliest token")
+    top_p: float = setting(1.0, "share of the probability that is kept")
+    max_new_tokens: int = setting(512, "cut there, and counted", least=1)
+    on_bad_row: str = setting(
+        "error", "stop at a prompt that cannot be answered, or leave it out, count and list it", choices=ON_BAD_ROW
+    )
+    seed: int = setting(0, "seed of all random choices", least=0)
 
     def __post_init__(self) -> None:
-        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("seed", 0)):
-            check_whole_number(name, getattr(self, name), least)
-        if self.num_prompts is not None:
-            check_whole_number("num_prompts", self.num_prompts)
-        check_choice("on_bad_row", self.on_bad_row, ("error", "skip"))
+        check_settings(self)
         check_temperature(self.temperature)
         if isinstance(self.top_p, bool) or not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1:
             raise InputError(f"top_p: {self.top_p!r}; expected a share above 0, at most 1.")

@@ -19,7 +19,8 @@ _MARKUP = r"[\s*_`#>\"'()\[\]{}.]*"
 _VERDICT_LINE = re.compile(
     rf"^{_MARKUP}verdict{_MARKUP}[:=]{_MARKUP}(?:(?:answer|response)\s+)?(\w+){_MARKUP}$", re.IGNORECASE | re.MULTILINE
 )
-_THOUGHT = re.compile(r"\A.*</think>", re.DOTALL)  # reasoning that a server did not take away
+# Reasoning that a server did not take away, or that was cut before it ended.
+_THOUGHT = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL)
 
 
 class Unreadable(Exception):

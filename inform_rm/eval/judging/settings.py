@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from inform_rm.errors import InputError, check_choice, check_whole_number
-from inform_rm.eval.generation.settings import check_temperature
+from inform_rm.errors import InputError
+from inform_rm.eval.generation.settings import ON_BAD_ROW, check_temperature
+from inform_rm.util.settings import check_settings, setting
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,18 @@ class JudgeSettings:
     """
 
     columns: Mapping[str, str] | None = None
-    prompt_file: str | None = None
-    temperature: float = 0.0
-    max_answer_tokens: int = 1024
-    price_input: float | None = None
-    price_output: float | None = None
-    on_bad_row: str = "error"
-    seed: int = 0
+    prompt_file: str | None = setting(None, "Jinja template in place of the built-in prompt")
+    temperature: float = setting(0.0, "of the judge")
+    max_answer_tokens: int = setting(1024, "of the judge", least=1)
+    price_input: float | None = setting(None, "of a million prompt tokens: adds the cost")
+    price_output: float | None = setting(None, "of a million answered tokens")
+    on_bad_row: str = setting(
+        "error", "stop at a row that cannot be read, or leave it out, count and list it", choices=ON_BAD_ROW
+    )
+    seed: int = setting(0, "sent with each request", least=0)
 
     def __post_init__(self) -> None:
-        check_whole_number("max_answer_tokens", self.max_answer_tokens)
-        check_whole_number("seed", self.seed, 0)
-        check_choice("on_bad_row", self.on_bad_row, ("error", "skip"))
+        check_settings(self)
         check_temperature(self.temperature)
         for name in ("price_input", "price_output"):
             price = getattr(self, name)

@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from inform_rm.data import encoding
-from inform_rm.data.encoding import Encoded, TokenPair
+from inform_rm.data.encoding import Encoded, TokenGroup
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.data.sources import Sources
@@ -253,26 +253,19 @@ def _encoded_item(
     item: SuiteItem, rows: Sequence[Encoded], scorer: RewardScorer, overlong: str, counts: Counter[str]
 ) -> EncodedItem | None:
     """The item within the scorer's length, ``None`` if it is dropped; what was done is counted."""
-    sequences = [row.input_ids for row in rows]
-    prompt_length = min(len(row.prompt_ids) for row in rows)
-    longest = max(sequences, key=len)
-    if scorer.max_length is not None and len(longest) > scorer.max_length:
+    group = TokenGroup([row.input_ids for row in rows], min(len(row.prompt_ids) for row in rows))
+    if scorer.max_length is not None and group.longest > scorer.max_length:
         counts["overlong"] += 1
         if overlong == "drop":
             counts["dropped"] += 1
             return None
-        # What the longest candidate needs is taken from the left of the prompt of all, after a BOS token.
-        pair = TokenPair(longest, longest, prompt_length)
         bos = scorer.tokenizer.bos_token_id
-        fitted = encoding.fit_pair(pair, scorer.max_length, overlong, bos, item.file, item.row)
-        prompt_length = fitted.prompt_length
-        keep, excess = encoding.removable_prompt_tokens(pair, bos)[0], len(longest) - scorer.max_length
-        sequences = [ids[:keep] + ids[keep + excess :] for ids in sequences]
+        group = encoding.fit_group(group, scorer.max_length, overlong, bos, item.file, item.row)
         counts["truncated"] += 1
     different: dict[tuple[int, ...], int] = {}
-    places = [different.setdefault(tuple(ids), len(different)) for ids in sequences]
+    places = [different.setdefault(tuple(ids), len(different)) for ids in group.ids]
     counts["indistinguishable"] += not set(places[: item.num_correct]).isdisjoint(places[item.num_correct :])
-    return EncodedItem(item, [array("i", ids) for ids in different], places, prompt_length)
+    return EncodedItem(item, [array("i", ids) for ids in different], places, group.prompt_length)
 
 
 def _score(frame: Frame, encoded: list[EncodedItem], run: dict[str, Any]) -> list[ScoredItem]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 import subprocess
 
@@ -73,6 +74,8 @@ def test_figures_are_those_of_the_functions_behind(scorer, files, made):
     table = pq.read_table(folder / "responses.parquet").to_pydict()
     page = (folder / "result.md").read_text()
     assert table["set"] == ["(reference)"] * 40 + ["one.jsonl"] * 40 + ["two.jsonl"] * 40
+    start = latents["reference.jsonl"].rewards
+    means = [(start.mean(), start.std(ddof=1) / len(start) ** 0.5)]
     for number, part in enumerate(result["candidates"]):
         own = latents[part["name"]]
         assert part["csi"] == pytest.approx(cluster_separation_index(own.values, base, eps=eps))
@@ -81,6 +84,10 @@ def test_figures_are_those_of_the_functions_behind(scorer, files, made):
         assert part["mop"] == pytest.approx(mop)
         assert part["mean_reward"] == pytest.approx(own.rewards.mean(), abs=1e-6)
         assert part["stop"] is False and "knn_outliers" in part
+        means.append((own.rewards.mean(), own.rewards.std(ddof=1) / len(own.rewards) ** 0.5))
+        start, best, (last, error) = means[0][0], max(means), means[-1]
+        is_lower = best[0] - last > 2 * math.hypot(best[1], error)
+        assert part["reward_fell"] == (is_lower and best[0] - last > 0.1 * (best[0] - start))
         for statistic in STATISTICS:
             low, high = part[f"{statistic.name}_interval"]
             assert low <= part[statistic.name] <= high and 0 < part[f"{statistic.name}_null_rank"] <= 1
@@ -188,6 +195,7 @@ def test_bad_input_is_named(scorer, files, tmp_path):
         ({"eps": -1.0}, "eps: -1.0; expected a distance above 0"),
         ({"min_samples": 0}, "min_samples: 0"),
         ({"max_change_ratio": 0}, "max_change_ratio: 0; expected a number above 0"),
+        ({"max_reward_fall": 1}, "max_reward_fall: 1; it is a share, above 0 and below 1"),
     ],
 )
 def test_a_wrong_setting_is_named(changes, message):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inform_rm.errors import InputError
+from inform_rm.eval.detection.early_stopping import RewardFallStopping
 from inform_rm.eval.early_stopping import CSIEarlyStopping  # where it is promised
 
 values = st.floats(0, 1e6).map(lambda value: round(value, 3))
@@ -109,3 +110,42 @@ def test_states_that_would_change_the_decisions_are_refused():
     for state in ({}, {"last_csi": 1.0}, {**CSIEarlyStopping().state_dict(), "other": 1}, None):
         with pytest.raises(InputError, match="expected the entries max_change_ratio, last_csi"):
             CSIEarlyStopping().load_state_dict(state)
+
+
+@settings(max_examples=60)
+@given(rewards=st.lists(st.integers(-30, 60), min_size=1, max_size=20), share=st.sampled_from([0.05, 0.1, 0.5]))
+def test_a_fall_is_a_share_of_the_largest_gain_so_far(rewards, share):
+    rule = RewardFallStopping(share)
+    for step, reward in enumerate(rewards):
+        largest = max(rewards[: step + 1])
+        lost, limit = largest - reward, share * (largest - rewards[0])
+        assert rule.update(reward) == (lost > limit)
+
+
+def test_slow_falls_add_up_and_rises_say_nothing():
+    rule = RewardFallStopping(0.1)
+    assert not any(rule.update(0.1 * step) for step in range(101))  # to 10
+    decisions = [rule.update(10 - 0.05 * step) for step in range(1, 41)]
+    assert decisions.index(True) == 20  # the first below 9
+
+
+def test_a_fall_within_chance_does_not_fire():
+    for error, fires in ((0.0, True), (0.3, True), (0.4, False)):  # 1 against twice sqrt(2) times the error
+        rule = RewardFallStopping(0.1)
+        assert [rule.update(reward, error) for reward in (0.0, 5.0, 4.0)] == [False, False, fires]
+
+
+@pytest.mark.parametrize("reward", (math.nan, math.inf))
+def test_a_reward_that_is_no_number_leaves_the_state(reward):
+    rule, other = RewardFallStopping(), RewardFallStopping()
+    for each in (rule, other):
+        each.update(0.0)
+    with pytest.raises(InputError, match="expected finite numbers"):
+        rule.update(reward)
+    assert vars(rule) == vars(other)
+
+
+@pytest.mark.parametrize("share", (0, 1, -0.1, math.nan, True))
+def test_wrong_share_is_named(share):
+    with pytest.raises(InputError, match=r"max_reward_fall: .*; it is a share"):
+        RewardFallStopping(share)

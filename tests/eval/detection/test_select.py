@@ -12,6 +12,7 @@ from inform_rm.cli import main
 from inform_rm.errors import InputError
 from inform_rm.eval.detection.detect import detect
 from inform_rm.eval.detection.select import select
+from inform_rm.eval.detection.settings import DetectionSettings
 
 module = sys.modules[select.__module__]
 
@@ -74,6 +75,15 @@ def test_command_line(folders, tmp_path, capsys, monkeypatch):
     assert "chosen_by_gold" not in result and "gold" not in result["models"][0]
     page = (tmp_path / "out" / "result.html").read_text()
     assert "rank in the null" in page and (tmp_path / "out" / "models.png").exists()
+
+
+def test_gold_of_a_csv_file_is_read(tmp_path):
+    path = tmp_path / "candidates.csv"
+    path.write_text("prompt,response,gold\nName a colour,red,0.5\nName a fruit,fig,2\n")
+    assert module._gold(path, "gold", DetectionSettings())["gold"] == 1.25
+    path.write_text(path.read_text() + "Name a day,Monday,much\n")
+    with pytest.raises(InputError, match="row 3: column 'gold' holds 'much'"):
+        module._gold(path, "gold", DetectionSettings())
 
 
 def test_wrong_use_is_named(folders):

@@ -160,6 +160,23 @@ def test_prompts_and_samples_are_added_to_an_earlier_file(causal_lm, tokenizer, 
     assert generate(causal_lm, prompts, out, num_samples=2, seed=1, **options).reused == 0
 
 
+def test_a_damaged_record_of_finished_rows_is_refused_and_left(causal_lm, tokenizer, prompts, tmp_path, monkeypatch):
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+
+    def killed(self, records):
+        raise KeyboardInterrupt
+
+    identity = {}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RecordJournal, "add", killed)
+        patch.setattr(RecordJournal, "delete", lambda self: identity.setdefault("header", self.path.read_text()))
+        generate(causal_lm, prompts, out, tokenizer=tokenizer, **SHORT)
+    partial.write_text(identity["header"] + '["name"]\n')
+    with pytest.raises(InputError, match="line 2 is damaged"):
+        generate(causal_lm, prompts, out, tokenizer=tokenizer, **SHORT)
+    assert partial.read_text().endswith('["name"]\n')
+
+
 def test_a_prompt_that_does_not_fit_is_named_or_left_out(causal_lm, tokenizer, tmp_path):
     rows = [{"prompt": "Name a colour."}, {"prompt": "no " * 200}, {"prompt": ""}, {"prompt": "Name a fruit."}]
     out = tmp_path / "out.jsonl"
@@ -167,6 +184,7 @@ def test_a_prompt_that_does_not_fit_is_named_or_left_out(causal_lm, tokenizer, t
         generate(causal_lm, rows, out, tokenizer=tokenizer, **SHORT)
     with pytest.raises(InputError, match=r"1 cannot be answered. .*row 2: the prompt has \d+ tokens"):
         generate(causal_lm, rows[:2], out, tokenizer=tokenizer, **SHORT)
+    assert not (tmp_path / "out.jsonl.partial").exists()  # known before anything was written
     result = generate(causal_lm, rows, out, tokenizer=tokenizer, on_bad_row="skip", **SHORT)
     assert [row["prompt"] for row in read(out)] == ["Name a colour.", "Name a fruit."]
     assert result.prompts["bad_rows"] == result.prompts["unanswered"] == 1 and len(result.prompts["reasons"]) == 2
@@ -238,8 +256,9 @@ def test_prompts_come_in_every_layout_and_are_written_so_that_they_are_read_agai
         ({"temperature": -1}, "temperature: -1"), ({"temperature": math.nan}, "temperature: nan"),
         ({"temperature": 0, "num_samples": 2}, "num_samples: 2 with temperature 0"), ({"top_p": 0}, "top_p: 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: 0"), ({"num_prompts": 0}, "num_prompts: 0"),
-        ({"on_bad_row": "drop"}, "on_bad_row: got 'drop'"), ({"api_key_env": "X"}, "no setting for a local model"),
-        ({"endpoint": "http://localhost", "device": "cpu"}, "no setting with an endpoint"),
+        ({"on_bad_row": "drop"}, "on_bad_row: got 'drop'"),
+        ({"api_key_env": "X"}, "api_key_env: no setting of this name"),
+        ({"endpoint": "http://localhost", "device": "cpu"}, "device: no setting of this name"),
         ({"endpoint": "http://localhost", "concurrency": 0}, "concurrency: 0"),
         ({"endpoint": "http://localhost", "timeout": 0}, "timeout: 0"),
         ({"endpoint": "http://localhost", "tries": 0}, "tries: 0"),

@@ -162,6 +162,7 @@ def test_a_refused_request_is_unreadable_and_nothing_readable_is_an_error(chat_s
         ("Verdict: 1", "1"), ("blah\n\nverdict: 2\n", "2"), ("**Verdict:** tie", "tie"), ("> Verdict = 1.", "1"),
         ("### Verdict: **Answer 2**", "2"), ("Verdict: [Response 1]", "1"), ("Verdict: Tie!", None),
         ("<think>Verdict: 2\nno</think>\nVerdict: 1", "1"), ("Verdict: 1\nVerdict: 1", "1"),
+        ("<think>Verdict: 2, or", None), ("<think>First\nVerdict: 2\nno, wait", None),
         ("Verdict: 1\nVerdict: 2\nVerdict: tie", None), ("Verdict: 3", None), ("My verdict: 1 is better", None),
         ("Verdict: 1 or 2", None), ("1", None), ("", None), ("Verdict: answer", None), ("Verdict:", None),
         ("The verdict is 1", None), ("Verdict: 1\nor rather\nVerdict: 2", None),
