@@ -202,7 +202,7 @@ def detection_png(rows: list[Row]) -> bytes:
     figure = Figure(figsize=(12.0, 3.6), layout="constrained")
     shown = {"CSI, latents of InfoRM": "#D55E00", "MOP, latents of InfoRM": "#CC79A7",
              "kNN distance, latents of InfoRM": "#0072B2", "kNN distance, states of the standard model": "#56B4E9",
-             "repetition": "#999999"}  # fmt: skip
+             "repetition": "#8A8A8A"}  # fmt: skip
     for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
         for number, run in enumerate(of(rows, name, REPORT_SEEDS)):
             label = {"label": "gold"} if not number else {}

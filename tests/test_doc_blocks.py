@@ -75,7 +75,8 @@ def pages_with(language: str) -> list[str]:
 
 # bash reads a block; each call of a program ends here. PATH has nothing, and `.` and paths are functions, too.
 RECORD = """PATH=/nowhere; record() { printf '%s\\0' "$@" $'\\x1e'; }
-command_not_found_handle() { record "$@"; }; function . { record . "$@"; }; function cd { :; }; function .ci/run { record .ci/run; }
+command_not_found_handle() { record "$@"; }; function . { record . "$@"; }; function cd { :; }
+function .ci/run { record .ci/run; }
 """
 
 

@@ -120,7 +120,7 @@ def test_no_picture_of_the_pages_is_heavy():
 
 
 def test_figures_take_their_colours_from_one_place():
-    """Defaults of matplotlib nowhere; other colours than the palette's in the palette and in grounds of pages alone."""
+    """Matplotlib's defaults nowhere; other colours than the palette's only there and in the grounds of pages."""
     palette = (ROOT / "inform_rm/util/colors.py").read_text()
     own = {"inform_rm/util/colors.py", "inform_rm/util/page.py"}
     others = set()
