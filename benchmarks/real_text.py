@@ -11,7 +11,7 @@ gold    a reward model of all layers trained on the human pairs; its rewards of 
 search  proxies of six layers on pairs labelled by gold, every setting on the selection seeds
 proxies the chosen settings on the reported seeds, with ensembles and averaged weights
 attack  their rewards of the candidates that best-of-n chooses from
-report  the proxies have to be competent, or it stops; best-of-n and CSI; ``report.md``, ``.json``, ``curves.png``
+report  which proxies are competent; of those best-of-n and CSI; ``report.md``, ``report.json``, ``curves.png``
 
 DIR of ``--data`` has a folder a source with ``train.jsonl.gz`` and ``test.jsonl.gz``: pairs with the fields prompt,
 chosen, rejected, subset and id. DIR of ``--model`` is SmolLM2-135M-Instruct.
@@ -48,6 +48,8 @@ def run_stages(arguments: argparse.Namespace, sizes: Sizes) -> None:
     if "sample" in arguments.stages:
         for parts in (("pairs", "real"), ("swapped",), ("attack", "other")):
             own = tuple(part for part in parts if part in arguments.parts)
+            if not own:
+                continue
             workers = 1 if parts == ("swapped",) else arguments.processes
             jobs = [
                 (sample_parts, folder, arguments.data, model, sizes, own, (place, workers)) for place in range(workers)
@@ -58,6 +60,11 @@ def run_stages(arguments: argparse.Namespace, sizes: Sizes) -> None:
     for stage, runs_of in (("search", search_runs), ("proxies", report_runs), ("attack", report_runs)):
         if stage in arguments.stages:
             runs = runs_of(folder)
+            if stage == "attack":
+                from real_text_proxies import incompetent
+
+                faults = incompetent(folder)
+                runs = [run for run in runs if not faults[run.labels.noise]]
             parts = [runs[place :: arguments.processes] for place in range(arguments.processes)]
             if stage == "attack":
                 in_processes([(attack_with, folder, model, part) for part in parts], arguments.processes)

@@ -8,6 +8,7 @@ Files: ``proxies/NAME.json`` with the figures; of the reported seeds ``proxies/N
 import hashlib
 import itertools
 import json
+import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -145,7 +146,7 @@ class World:
         )
         own = [again[every.chosen], again[every.rejected]]
         other_gaps = self.gold["swapped"][own[0]] - self.gold["swapped"][own[1]]
-        turned = (gaps > CLEAR) & (other_gaps < -CLEAR)
+        turned = other_gaps < 0
         first = part_of(every, turned)
         behind = [len(gold) + each[turned] for each in own]
         swapped = Pairs(
@@ -276,16 +277,18 @@ def members_of(name: str, noise: float) -> int:
     return MEMBERS if "chosen" in name and noise else 1
 
 
-def competent(folder: Path) -> list[str]:
-    """What is wrong with the chosen proxies of the reported seeds; nothing if they may be attacked."""
-    faults = []
-    for noise, (name, (variant, kept)) in itertools.product(NOISE, chosen_of(folder).items()):
+def incompetent(folder: Path) -> dict[float, list[str]]:
+    """By share of flipped labels what is wrong with the chosen single proxies; those without a fault are attacked."""
+    faults: dict[float, list[str]] = {noise: [] for noise in NOISE}
+    for noise, (name, (variant, _)) in itertools.product(NOISE, chosen_of(folder).items()):
         if "chosen" in name:
-            runs = [
-                read_run(folder, Run(variant, Labels(noise), seed, members_of(name, noise))) for seed in REPORT_SEEDS
-            ]
-            values = [run[kept]["member 0"][GATED] for run in runs if run]
-            mean = sum(values) / len(values)
+            mean = statistics.mean(_gated(folder, name, variant, noise))
             if mean < GATE[noise]:
-                faults.append(f"{name}, {noise:.0%} flipped: {mean:.3f} of {GATED}, needed {GATE[noise]}")
+                faults[noise].append(f"{name}, {noise:.0%} flipped: {mean:.3f} of {GATED} right, needed {GATE[noise]}")
     return faults
+
+
+def _gated(folder: Path, name: str, variant: Variant, noise: float) -> list[float]:
+    kept = chosen_of(folder)[name][1]
+    runs = [read_run(folder, Run(variant, Labels(noise), seed, members_of(name, noise))) for seed in REPORT_SEEDS]
+    return [run[kept]["member 0"][GATED] for run in runs if run]
