@@ -24,6 +24,7 @@ from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.scoring.reward_models import load_reward_model
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.training.reward_arguments import arguments_from_mapping
+from inform_rm.util.colors import SERIES
 from inform_rm.util.files import atomic_write_text, write_json
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -136,10 +137,10 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     """Training loss, each point the mean of ten steps."""
     drawn = Figure(figsize=(7, 4.2), layout="constrained")
     axes = drawn.subplots()
-    for row, style in zip(rows, ("-", "--", "-", ":"), strict=True):
+    for row, style, color in zip(rows, ("-", "--", "-", ":"), SERIES[:4], strict=True):
         loss = row["loss"]
         means = [sum(loss[end - SMOOTHED : end]) / SMOOTHED for end in range(SMOOTHED, len(loss) + 1)]
-        axes.plot(range(SMOOTHED, len(loss) + 1), means, style, linewidth=2, label=row["run"])
+        axes.plot(range(SMOOTHED, len(loss) + 1), means, style, color=color, linewidth=2, label=row["run"])
     axes.set(xlabel="optimizer step", ylabel=f"training loss in nats, mean of {SMOOTHED} steps")
     axes.legend()
     axes.grid(alpha=0.3)

@@ -211,7 +211,7 @@ def detection_png(rows: list[Row]) -> bytes:
         "CSI, latents of InfoRM": ("#D55E00", lambda run: policy_values(run, "CSI, latents of InfoRM")),
         "kNN distance, states of the standard model": (
             "#56B4E9", lambda run: policy_values(run, "kNN distance, states of the standard model")),
-        "repetition": ("#999999", lambda run: policy_values(run, "repetition")),
+        "repetition": ("#8A8A8A", lambda run: policy_values(run, "repetition")),
     }  # fmt: skip
     for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
         runs = of(rows, name, REPORT_SEEDS)

@@ -396,6 +396,7 @@ def curves_png(measured: Measured) -> bytes:
     import numpy as np
     from matplotlib.figure import Figure
 
+    from inform_rm.util.colors import SERIES
     from inform_rm.util.page import figure_png
 
     figure = Figure(figsize=(14.0, 8.0), layout="constrained")
@@ -410,8 +411,8 @@ def curves_png(measured: Measured) -> bytes:
             )
             for axes, gains in zip(axes_row, panels, strict=True):
                 mean, low, high = np.array([mean_and_interval(column.tolist()) for column in np.array(gains).T]).T
-                axes.fill_between(kl, low, high, color=f"C{number}", alpha=0.12, linewidth=0)
-                axes.plot(kl, mean, ".-", color=f"C{number}", label=name)
+                axes.fill_between(kl, low, high, color=SERIES[number], alpha=0.12, linewidth=0)
+                axes.plot(kl, mean, ".-", color=SERIES[number], label=name)
         axes_row[0].set(ylabel="gold reward, gain", title=f"{noise:.0%} of labels flipped")
         axes_row[1].set(ylabel="gold reward model, gain / standard deviation")
         axes_row[2].set(ylabel="own reward, gain / standard deviation")

@@ -166,6 +166,7 @@ def write_curves(output: Path, seeds: list[int], minutes: float) -> None:
     import numpy as np
     from matplotlib.figure import Figure
 
+    from inform_rm.util.colors import SERIES
     from inform_rm.util.files import atomic_write_bytes, atomic_write_text, versions, write_json
     from inform_rm.util.page import figure_png
 
@@ -181,8 +182,8 @@ def write_curves(output: Path, seeds: list[int], minutes: float) -> None:
             table = np.array([[point[name] for point in curve] for curve in curves])
             means = [mean_and_interval(column.tolist()) for column in table.T]
             result[label][name] = [[None if math.isnan(x) else x for x in mean] for mean in means]
-            axes.plot(steps, table.T, color=f"C{number}", linewidth=0.5, alpha=0.5)
-            axes.plot(steps, table.mean(axis=0), color=f"C{number}", label=label)
+            axes.plot(steps, table.T, color=SERIES[number], linewidth=0.5, alpha=0.5)
+            axes.plot(steps, table.mean(axis=0), color=SERIES[number], label=label)
             axes.set_title(CURVES[name])
     panels["proxy"].legend(fontsize=8)
     for name in list(CURVES)[3:]:

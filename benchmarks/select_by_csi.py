@@ -3,10 +3,10 @@
     python benchmarks/select_by_csi.py --output runs/select-by-csi       # one core; started again, it goes on
 
 For each seed InfoRM is trained with K in {32, 128} and beta in {0.01, 0.03, 0.1} on 1,000 pairs with a quarter of the
-labels flipped, and a policy is optimised against each. Then as `inform-rm select` does (arXiv:2402.09345, App. E.2): CSI
-of 256 responses of each policy in the latents of its own model, as a rank among halves of 512 responses of the base
-policy, then over the mean of these halves. Gold and KL of a policy are exact. The policies are read off at the end of
-the optimisation, and at the measured step whose KL is nearest to 16 nats. A JSON file a seed and K; tables at the end.
+labels flipped, and a policy is optimised against each. Then as `inform-rm select` does (arXiv:2402.09345, App. E.2):
+CSI of 256 responses of each policy in the latents of its own model, as a rank among halves of 512 responses of the
+base policy, then over the mean of these halves. Gold and KL of a policy are exact. The policies are read off at the
+end of the optimisation, and at the measured step whose KL is nearest to 16 nats. A JSON file a seed and K; tables.
 """
 
 import argparse
@@ -108,8 +108,8 @@ def report(files: list[Path]) -> list[str]:
     ]
     lines: list[str] = []
     for point in ("end", "16 nats"):
-        lines += [f"## {point}", "", "| K | beta | accuracy | nats | KL of the policy | CSI over null | rank in the null | gold |",
-                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        header = "| K | beta | accuracy | nats | KL of the policy | CSI over null | rank in the null | gold |"
+        lines += [f"## {point}", "", header, "|" + "---|" * 8]
         for place in range(len(seeds[0])):
             runs = [seed[place] for seed in seeds]
             values = [[run["accuracy"] for run in runs], [run["kl_nats"] for run in runs]]
@@ -123,27 +123,27 @@ def report(files: list[Path]) -> list[str]:
 
 def choices(seeds: list[list[dict[str, Any]]], point: str) -> list[str]:
     """Gold of the chosen models, a line a way to choose, and how alike the orders are."""
+
+    def value(run: dict[str, Any], key: str) -> float:
+        return run["points"][point][key]
+
     ways = {
-        "by CSI's rank in the null": lambda run: (run["points"][point]["null_rank"], -run["points"][point]["csi_over_null"]),
+        "by CSI's rank in the null": lambda run: (value(run, "null_rank"), -value(run, "csi_over_null")),
         "by accuracy on clean test pairs": lambda run: run["accuracy"],
-        "by gold": lambda run: run["points"][point]["gold"],
-    }  # fmt: skip
+        "by gold": lambda run: value(run, "gold"),
+    }
     lines = ["| chosen | gold, mean of seeds with 95 % interval | K, beta of each seed |", "|---|---|---|"]
     for name, key in ways.items():
         best = [max(runs, key=key) for runs in seeds]
-        lines.append(f"| {name} | {shown_interval([run['points'][point]['gold'] for run in best])} | "
+        lines.append(f"| {name} | {shown_interval([value(run, 'gold') for run in best])} | "
                      + "; ".join(f"{run['latent_dim']}, {run['beta']}" for run in best) + " |")  # fmt: skip
-    means = [float(np.mean([run["points"][point]["gold"] for run in runs])) for runs in seeds]
+    means = [float(np.mean([value(run, "gold") for run in runs])) for runs in seeds]
     lines.append(f"| at random | {shown_interval(means)} | |")
     order = [
-        spearmanr([run["points"][point]["csi_over_null"] for run in runs], [run["points"][point]["gold"] for run in runs])[0]
+        float(spearmanr([value(run, "csi_over_null") for run in runs], [value(run, "gold") for run in runs])[0])
         for runs in seeds
-    ]  # fmt: skip
-    return [
-        *lines,
-        "",
-        f"Rank correlation of CSI over null with gold (-1: CSI orders as gold): {shown_interval(order)}",
     ]
+    return [*lines, "", f"Rank correlation of CSI over null with gold (-1: orders as gold): {shown_interval(order)}"]
 
 
 def shown_interval(values: list[float]) -> str:

@@ -388,14 +388,16 @@ def plot_growth(path: Path, contests: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
 
+    from inform_rm.util.colors import BLUE, GREY
+
     figure, axes = plt.subplots(1, len(contests), figsize=(4.6 * len(contests), 3.8), layout="constrained")
     for axis, contest in zip(axes, contests, strict=True):
         sizes = np.array([int(name) for name in contest["results"]])
         seconds = np.array([result["median_seconds"] for result in contest["results"].values()])
         tokens = np.array([result["tokens"] for result in contest["results"].values()])
         power, _ = np.polyfit(np.log(tokens[-3:]), np.log(seconds[-3:]), 1)
-        axis.loglog(sizes, seconds, "o-", label="measured")
-        axis.loglog(sizes, seconds[-1] * tokens / tokens[-1], "--", color="grey", label="as the tokens grow")
+        axis.loglog(sizes, seconds, "o-", color=BLUE, label="measured")
+        axis.loglog(sizes, seconds[-1] * tokens / tokens[-1], "--", color=GREY, label="as the tokens grow")
         axis.set_xlabel(contest["name"])
         axis.set_ylabel("seconds")
         axis.set_xticks(sizes, [str(size) for size in sizes])

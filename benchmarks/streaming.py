@@ -187,10 +187,12 @@ def plot(curves: dict[str, list], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from inform_rm.util.colors import SERIES
+
     figure, axes = plt.subplots(figsize=(7, 4))
-    for name, curve in curves.items():
-        end = curve[-1][0]
-        axes.plot([seconds / end * 100 for seconds, _ in curve], [mib for _, mib in curve], label=name)
+    for number, (name, curve) in enumerate(curves.items()):
+        end, color = curve[-1][0], SERIES[number]
+        axes.plot([seconds / end * 100 for seconds, _ in curve], [mib for _, mib in curve], color=color, label=name)
     axes.set(xlabel="share of the run's time (%)", ylabel="memory, all processes (MiB)", ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)

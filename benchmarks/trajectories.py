@@ -20,6 +20,8 @@ import yaml
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from inform_rm.util.colors import SERIES
+
 PATCH = """
 import os
 if "TRAJECTORY" in os.environ:
@@ -92,8 +94,9 @@ def main() -> None:
             name: [line[quantity] for line in result["log_history"] if quantity in line]
             for name, result in results.items()
         }
-        for (name, label), style in zip(labels.items(), ("-", "--", ":"), strict=True):
-            axis.plot(range(1, arguments.steps + 1), values[name], style, label=label, linewidth=5 - 1.5 * len(style))
+        for (name, label), style, color in zip(labels.items(), ("-", "--", ":"), SERIES[:3], strict=True):
+            width = 5 - 1.5 * len(style)
+            axis.plot(range(1, arguments.steps + 1), values[name], style, color=color, label=label, linewidth=width)
         largest = max(
             abs(a - b) for name in ("ddp", "fsdp2") for a, b in zip(values["one"], values[name], strict=True)
         )

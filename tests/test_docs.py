@@ -114,14 +114,22 @@ def test_every_picture_says_in_words_what_it_shows(page):
     assert [text for text in texts if len(text.split()) < 4] == []
 
 
+def test_no_picture_of_the_pages_is_heavy():
+    pictures = [path for path in (ROOT / "docs").rglob("*.png") if path.name != "prioritized-planes.png"]
+    assert [path.name for path in pictures if path.stat().st_size > 150_000] == []
+
+
 def test_figures_take_their_colours_from_one_place():
-    own = {"inform_rm/util/colors.py", "inform_rm/util/page.py"}  # the palette; the grounds of light and dark pages
-    others = [
-        page_id(path)
-        for path in (ROOT / "inform_rm").rglob("*.py")
-        if re.search(r"\"#[0-9a-fA-F]{6}\"|\"C\d|steelblue|tab:", path.read_text(encoding="utf-8"))
-    ]
-    assert set(others) == own
+    """Matplotlib's defaults nowhere; other colours than the palette's only there and in the grounds of pages."""
+    palette = (ROOT / "inform_rm/util/colors.py").read_text()
+    own = {"inform_rm/util/colors.py", "inform_rm/util/page.py"}
+    others = set()
+    for path in (path for folder in ("inform_rm", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        is_new = any(color not in palette for color in re.findall(r"\"#[0-9a-fA-F]{6}\"", source))
+        if page_id(path) not in own and (is_new or re.search(r"\"C[\d{]|steelblue|tab:", source)):
+            others.add(page_id(path))
+    assert others == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

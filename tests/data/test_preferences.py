@@ -323,7 +323,11 @@ GOOD = json.dumps(EXPLICIT).encode()
         ("a.csv", b"prompt,chosen,rejected\na,b\n", r"row 1: 2 cells, but the header names 3 columns"),
         ("a.csv", b"prompt,chosen,rejected\na,b,c,d\n", r"row 1: 4 cells, but the header names 3 columns"),
         ("a.csv", b"prompt,chosen,rejected\na,b,c\na,\xff,d\n", r"row 2: column 'chosen' is not UTF-8"),
-        ("a.csv", b"prompt,good,bad\na,b,c\n", r"row 1: no 'chosen'. Its fields are 'prompt', 'good', 'bad'"),
+        (
+            "a.csv",
+            b"prompt,good,bad\na,b,c\n",
+            r"row 1: no 'chosen'. Its fields are 'prompt', 'good', 'bad'.*--columns chosen=good",
+        ),
     ],
 )
 def test_unreadable_rows_are_named_and_can_be_skipped(name, content, message, tmp_path):

@@ -171,6 +171,9 @@ REFUSED = {
     "sides of other names": (
         {"prompt": USER, "chosen_response": BLUE, "rejected_response": CAR}, None, "missing field",
         "--columns chosen=chosen_response rejected=rejected_response"),
+    "sides of names that nobody knows": (
+        {"prompt": USER, "besser": BLUE, "schlechter": CAR}, None, "missing field",
+        "--columns chosen=COLUMN rejected=COLUMN"),
     "a mapped column that is not there": (
         {"prompt": USER, **SIDES}, {"prompt": "question"}, "missing field", "no column 'question', which columns"),
     "images": ({"prompt": USER, "images": ["a.png"], **SIDES}, None, "unsupported", "--columns ignore=images"),
