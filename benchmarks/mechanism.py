@@ -88,7 +88,7 @@ def carried(dials: Dials) -> dict[str, Choice]:
 def cells() -> list[Dials]:
     """The dials one at a time, around the default; the most wanted first."""
     return [Dials(), Dials(noise=0.4), Dials(bias=0.7), Dials(neutral=488), Dials(6000), Dials(neutral=40),
-            Dials(noise=0.0)]  # fmt: skip
+            Dials(noise=0.0), Dials(1000)]  # fmt: skip
 
 
 def runs_of(part: str) -> Iterator[Run]:
