@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mechanism import REPORT_SEEDS, SELECTION_SEEDS, kept_variants
 from mechanism_detection import NULL_SETS, RESPONSES
 from mechanism_models import MEASURE_EVERY
-from prioritized import mean_and_interval
+from over_seeds import mean_and_interval
 
 Row = dict[str, Any]
 FALL = 0.05  # of the gain at the peak

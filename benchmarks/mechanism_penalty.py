@@ -23,7 +23,7 @@ from torch import Tensor
 from mechanism import REPORT_SEEDS, SELECTION_SEEDS, kept_file, kept_variants
 from mechanism_models import Proxies, policy_slope
 from mechanism_world import CONTENT, LENGTH, Dials, draw, draw_responses, expected_gold, make_world, policy_kl
-from prioritized import mean_and_interval
+from over_seeds import mean_and_interval
 
 PENALTIES = (0.0, 0.005, 0.01, 0.02, 0.05)  # reward in standard deviations a nat
 STEPS, RESPONSES, RATE = 200, 64, 0.05

@@ -10,7 +10,7 @@ over seeds (Student's t); differences are paired by seed. Writes ``report.md`` a
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from mechanism import (
 )
 from mechanism_models import KL_GRID, Variant
 from mechanism_world import Dials
-from prioritized import mean_and_interval
+from over_seeds import mean_and_interval, table
 
 DEFAULT = Variant(kl_warmup_steps=0.1)  # the package's: beta 0.1, K 128
 LABELS = {"default": "InfoRM as it comes: beta 0.1, warm-up 0.1", "rule": "InfoRM, beta 0.01 by the rule for flips"}
@@ -102,16 +102,6 @@ def shown(values: list[float], sign: str = "") -> str:
     mean, low, _ = mean_and_interval(values)
     digits = 3 if abs(mean) < 1.5 else 2
     return f"{mean:{sign}.{digits}f} ± {mean - low:.{digits}f}"
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    names = list(header)
-    return [
-        "| " + " | ".join(names) + " |",
-        "|" + "---|" * len(names),
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-    ]
 
 
 def main_table(results: Results) -> list[str]:

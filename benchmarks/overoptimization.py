@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prioritized import PAIRS_PER_UPDATE, mean_and_interval, train_language_model
+from over_seeds import mean_and_interval
+from prioritized import PAIRS_PER_UPDATE, train_language_model
 from two_at_a_time import run_all
 
 SEEDS = (0, 1, 2, 3, 4)

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from over_seeds import mean_and_interval
 from overoptimization import (
     KINDS,
     LABEL_NOISE,
@@ -19,7 +20,6 @@ from overoptimization import (
     RESPONSES,
     SEEDS,
     WORD_ACCURACY,
-    mean_and_interval,
     shown,
 )
 

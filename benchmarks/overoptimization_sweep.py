@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from over_seeds import mean_and_interval
 from overoptimization import (
     PROMPTS,
     RESPONSES,
     UPDATES,
     SlippingPolicy,
-    mean_and_interval,
     shown,
     train_one,
     write_start,

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prioritized import mean_and_interval
+from over_seeds import mean_and_interval
 from two_at_a_time import run_all
 
 SEEDS = (0, 1, 2)

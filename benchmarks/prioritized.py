@@ -12,7 +12,6 @@ one thread: other work on the machine does not. Started again, the program goes 
 
 import argparse
 import json
-import math
 import os
 import shutil
 import time
@@ -187,18 +186,6 @@ def policy_responses(seed: int) -> tuple[list[str], list[list[str]], np.ndarray]
     responses = [WorldPolicy().sample(prompt, POLICY_RESPONSES, seed) for prompt in prompts]
     gold = [WorldGold().score([prompt] * len(row), row) for prompt, row in zip(prompts, responses, strict=True)]
     return prompts, responses, np.array(gold)
-
-
-def mean_and_interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean over seeds and its 95 % interval from Student's t."""
-    from scipy.stats import t
-
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
-    half = float(t.ppf(0.975, len(values) - 1)) * error
-    return mean, mean - half, mean + half
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from prioritized import BUDGET, COSTS, METHODS, TEST_PAIRS, UPDATES, mean_and_interval, policy_responses
+from over_seeds import mean_and_interval
+from prioritized import BUDGET, COSTS, METHODS, TEST_PAIRS, UPDATES, policy_responses
 
 Runs = dict[str, list[dict[str, Any]]]  # method -> runs, in the order of their seeds
 BEST_OF = (1, 4, 16, 64)

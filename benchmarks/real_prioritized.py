@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prioritized import mean_and_interval
+from over_seeds import mean_and_interval
 from real_data import BACKBONE, TEMPLATE
 from two_at_a_time import run_all
 

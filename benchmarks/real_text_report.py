@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from inform_rm.util.files import atomic_write_bytes, atomic_write_text, versions, write_json
-from prioritized import mean_and_interval
+from over_seeds import mean_and_interval, table
 from real_text_attack import curves, rewards_of_run, watch
 from real_text_gold import gold_rewards
 from real_text_models import Variant
@@ -84,16 +84,6 @@ def shown(values: Iterable[float], sign: str = "") -> str:
         return "-"
     mean, low, _ = mean_and_interval(found)
     return f"{mean:{sign}.3f} ± {mean - low:.3f}"
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    names = list(header)
-    return [
-        "| " + " | ".join(names) + " |",
-        "|" + "---|" * len(names),
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-    ]
 
 
 def sample_table(folder: Path) -> list[str]:

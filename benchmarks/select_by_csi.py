@@ -26,7 +26,7 @@ from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.util.files import write_json
 from mechanism_models import Proxies, Variant, optimize, train, training_set
 from mechanism_world import LENGTH, VOCABULARY, Dials, draw
-from prioritized import mean_and_interval
+from over_seeds import mean_and_interval
 
 DIALS, LATENT_DIMS, BETAS = Dials(pairs=1000), (32, 128), (0.01, 0.03, 0.1)
 RESPONSES, REFERENCE, SPLITS, EQUAL_KL = 256, 512, 100, 16.0
