@@ -228,4 +228,7 @@ def _invalid(error: RequestValidationError) -> RequestError:
         return RequestError(422, "the body is no JSON object sent with 'Content-Type: application/json'.")
     is_row = first["loc"][1] in ("rows", "query") and len(first["loc"]) > 2
     place = shortened(".".join(str(part) for part in first["loc"][1:]))
-    return RequestError(422, f"{place}: {first['msg']}.", first["loc"][2] if is_row else None)
+    hint = ""
+    if first["loc"] == ("body", "rows") and first["type"] == "missing":
+        hint = ' Send {"rows": [{"prompt": "...", "response": "..."}]}; a whole conversation goes to /classify.'
+    return RequestError(422, f"{place}: {first['msg']}.{hint}", first["loc"][2] if is_row else None)

@@ -186,7 +186,7 @@ def test_add_special_tokens_is_the_tokenizers(scorer, tokenizer, make_app, monke
         ("/score", {"rows": [row("a", 5)]}, r"rows\.0\.response: Input should be a valid string", 0),
         ("/score", {"rows": [{**row("a", "b"), "reponse": "c"}]}, r"rows\.0\.reponse: Extra inputs", 0),
         ("/score", {"rows": [row(["a"], "b")]}, r"rows\.0\.prompt", 0),
-        ("/score", {"prompts": ["a"]}, "rows: Field required", None),
+        ("/score", row("a", "b"), r'rows: Field required\. Send \{"rows": \[.* goes to /classify', None),
         # What vLLM's endpoint of this name takes: two texts, joined without the template.
         ("/score", {"queries": "a", "documents": "b"}, "rows: Field required", None),
         ("/score", {"rows": "a"}, "rows: Input should be a valid list", None),
