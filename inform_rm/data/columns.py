@@ -252,20 +252,21 @@ def no_prompt(record: Mapping[str, Any], reason: str, fields: tuple[str, ...] = 
 def no_side(record: Mapping[str, Any], name: str) -> Fault:
     """The fault of a row without one of its sides; it names the likely columns."""
     text = f"no '{name}'. Its fields are {names_of(record)}; add or rename the field"
-    pair = next((pair for pair in _LIKE_SIDES if all(part in record for part in pair)), ("COLUMN", "COLUMN"))
-    own = {"chosen": pair[0], "rejected": pair[1]}
+    pair = next((pair for pair in _LIKE_SIDES if all(part in record for part in pair)), None)
+    is_ranking = record.get("responses") is not None
+    if pair is None and not is_ranking and (several := _several_responses(record)) is not None:
+        return Fault("missing field", f"{text}. {several}.")  # to map them would be to guess the verdict
+    own = dict(zip(("chosen", "rejected"), pair or ("COLUMN", "COLUMN"), strict=True))
     if "prompt" not in record:
         own = {"prompt": next((key for key in _LIKE_PROMPT if key in record), "COLUMN"), **own}
     mapped = " ".join(f"{field}={column}" for field, column in own.items() if field not in record)
     if mapped and not set(record) <= set(PAIR_FIELDS):  # there are columns that may be the field
         text += f", or say columns {mapped} (--columns {mapped})"
-    if record.get("responses") is not None:
+    if is_ranking:
         text += (
             ". Rankings and scored responses have a file of their own, which train (without streaming), evaluate and "
             "check-data read"
         )
-    elif (several := _several_responses(record)) is not None:
-        text += f". {several}"
     return Fault("missing field", text + ".")
 
 
