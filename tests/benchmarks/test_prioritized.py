@@ -1,4 +1,4 @@
-"""The win rate of `benchmarks/prioritized_report.py` against all subsets; pairs and win rate of `prioritized_dpo.py`."""
+"""The win rate of `benchmarks/prioritized_report.py` against all subsets; pairs and wins of `prioritized_dpo.py`."""
 
 import itertools
 import sys
