@@ -146,12 +146,7 @@ class RewardArguments:
         "gap's equation is derived from the paper's definitions, it is not the authors' text)",
         "plain",
     )
-    selection: Literal["smallest", "weighted"] = _setting(
-        "prioritized: learn from the smallest gaps of each pool (the paper's), or from all pairs that are drawn, each "
-        "weighted by sigmoid(-gap)",
-        "smallest",
-    )
-    pool_factor: int = _setting("selection 'smallest': pairs drawn for each pair that is learnt from", 2)
+    pool_factor: int = _setting("prioritized: pairs drawn for each pair that is learnt from", 2)
     num_prompts: int = _setting(
         "prioritized: prompts behind each prompt-free gap; with weights 'uniform' without the pair's own, of which a "
         "few others would leave too large a part, with 'behavior' it is among them",
@@ -283,8 +278,6 @@ class RewardArguments:
              "one, 'uniform' uses none"),
             (self.weights == "behavior" and self.num_prompts < 2,
              f"weights 'behavior' needs num_prompts of at least 2, got {self.num_prompts}: the pair's own is one"),
-            (self.objective == "prioritized" and self.selection == "weighted" and self.loss_type != "bradley_terry",
-             f"selection 'weighted' weighs the Bradley-Terry loss; loss_type is {self.loss_type!r}"),
             (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit exclude each other: choose one"),
             (chooses_best and self.data and not self.eval_data, "load_best_model_at_end needs eval_data to choose by"),
             (chooses_best and self.eval_steps != self.save_steps,
@@ -308,7 +301,7 @@ class RewardArguments:
     @property
     def drawn_per_pair(self) -> int:
         """Pairs that are drawn for each pair that is learnt from."""
-        return self.pool_factor if self.objective == "prioritized" and self.selection == "smallest" else 1
+        return self.pool_factor if self.objective == "prioritized" else 1
 
     def divided_pairs(self, devices: int) -> tuple[int, int]:
         """Pairs of a forward pass on each device, and forward passes of an update.

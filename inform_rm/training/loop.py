@@ -21,13 +21,7 @@ from inform_rm.scoring.adapters import complete_adapter_folder, holds_adapters
 from inform_rm.training.balance import BalancedSampler, costs_of
 from inform_rm.training.checkpoints import discard, discard_beyond, reading_checkpoint
 from inform_rm.training.collators import EpochSeededLengthSampler, PackedPairCollator, counted_pairs
-from inform_rm.training.losses import (
-    PAIR_LOSSES,
-    group_loss,
-    kl_weight,
-    reward_model_loss,
-    scaled_bradley_terry_loss,
-)
+from inform_rm.training.losses import PAIR_LOSSES, group_loss, kl_weight, reward_model_loss
 from inform_rm.training.metrics import (
     group_metrics_from_sums,
     group_sums,
@@ -75,9 +69,8 @@ class RewardLoop(PassesThatFit):
         self._has_kl = self._has_groups = False
         self._kl_share = getattr(self.accelerator.unwrap_model(self.model).config, "kl_share", 1.0)
         self._since_update: list[tuple[list[str], Tensor]] = []  # of the batches since the last update: ids, loss
-        is_weighted = selector is not None and self.args.selection == "weighted"
         self._loss_settings: dict[str, Any] = {
-            "loss": scaled_bradley_terry_loss if is_weighted else PAIR_LOSSES[self.args.loss_type],
+            "loss": PAIR_LOSSES[self.args.loss_type],
             "label_smoothing": self.args.label_smoothing,
             "center_rewards_coefficient": self.args.center_rewards_coefficient,
         }
