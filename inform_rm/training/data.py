@@ -51,8 +51,8 @@ class TrainingPairs:
     """Encoded pairs of all sources of one setting.
 
     Attributes:
-        dataset: see `inform_rm.data.encoding.EncodedPairs`; where rankings or scored responses are among the
-            sources, of `inform_rm.data.group_encoding.encode_group_rows`.
+        dataset: see `inform_rm.data.encoding.EncodedPairs`; groups where rankings or scored responses are among the
+            sources.
         counts: pairs used (of rankings all untied ones; with them ``rows``, ``responses`` and ``layouts``, too),
             overlong, dropped and truncated rows, those ``partly_rendered`` (see `EncodedPairs`), the ``bad_rows`` that
             were left out, as text, and the ``reading`` of each source: which columns were read, and how.
