@@ -7,17 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from inform_rm.data.columns import (
-    GROUP_FIELDS,
-    Columns,
-    Reading,
-    Row,
-    check_not_encoded,
-    log_reading,
-    no_prompt,
-    stated_prompt,
-    with_earlier_turns,
-)
+from inform_rm.data.columns import GROUP_FIELDS, Columns, Reading, Row, log_reading, required_prompt
 from inform_rm.data.messages import Fault, Message, to_messages
 from inform_rm.data.sources import Sources, open_parts, source_label, source_list
 from inform_rm.errors import InputError
@@ -127,11 +117,7 @@ def _prompt_row(record: Any, where: str, columns: Columns, reading: Reading) -> 
     reading.add_row(record, columns, PROMPT_FIELDS, also=_RESPONSES)
     row = Row(record, columns, reading)
     try:
-        check_not_encoded(row)
-        prompt = stated_prompt(row)
-        if prompt is None:
-            raise no_prompt(record, "each row needs one", PROMPT_FIELDS)
-        messages = with_earlier_turns(row, prompt)
+        messages = required_prompt(row, "each row needs one", PROMPT_FIELDS)
     except Fault as fault:
         raise InputError(f"{where}: {fault}") from None
     own = row.value("id")

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from inform_rm.safety.chat_templates import (
     templates_of,
     with_fixed_date,
 )
-from inform_rm.safety.checkpoints import check_code_is_own, check_files
+from inform_rm.safety.checkpoints import check_code_is_own, check_files, warn_unpinned
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +53,8 @@ def load_tokenizer(
         InputError: No tokenizer there, an unusable template, or no token that could serve for padding.
     """
     check_files(model_path)
-    if trust_remote_code and revision is None and not os.path.isdir(model_path):
-        logger.warning("%s: trust_remote_code without a pinned revision runs whatever is there today.", model_path)
+    if trust_remote_code:
+        warn_unpinned(str(model_path), revision)
     try:
         if trust_remote_code:
             check_code_is_own(model_path, revision=revision)
@@ -91,9 +90,6 @@ def fix_date(tokenizer: Any, name: str) -> Any:
     """The tokenizer, or a copy of it whose chat template reads no clock; a log line says which date it has instead.
 
     The template goes with the tokenizer where that is saved, and is part of its fingerprint.
-
-    Raises:
-        InputError: see `chat_templates.with_fixed_date`.
     """
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):

@@ -15,7 +15,7 @@ from datasets import IterableDataset
 
 from inform_rm.data import records, sources
 from inform_rm.data.columns import Columns, Reading, log_reading
-from inform_rm.data.pairs import LOOKED_AT_ROWS, pair_or_fault, with_layout
+from inform_rm.data.pairs import LOOKED_AT_ROWS, parse_pair, row_or_fault, with_layout
 from inform_rm.data.records import Records
 from inform_rm.errors import InputError
 from inform_rm.util.processes import from_main
@@ -113,7 +113,7 @@ def _first_look(source: str, rows: Records, columns: Any) -> tuple[Columns, dict
     head = list(itertools.islice(rows, LOOKED_AT_ROWS))
     columns = with_layout(Columns.of(columns), head)
     for row, record in head:
-        pair_or_fault(record, source, row, "skip", columns=columns, reading=reading)
+        row_or_fault(parse_pair, record, source, row, "skip", columns=columns, reading=reading)
     reading.check_given(columns, f"{source} (its first {reading.rows} rows)")
     if PartialState().is_main_process:
         log_reading(f"{source} (its first {reading.rows} rows)", reading)

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from transformers import TrainerCallback, TrainingArguments
 
 from inform_rm.data.encoding import encode_columns, none_usable
-from inform_rm.data.pairs import BadRow, pair_or_fault
+from inform_rm.data.pairs import BadRow, parse_pair, row_or_fault
 from inform_rm.data.preferences import FEATURES
 from inform_rm.data.rendered_text import SHOWN_LOSSES, warn_of_loss
 from inform_rm.errors import InputError
@@ -166,8 +166,8 @@ class EncodedStream(torch.utils.data.IterableDataset):
     def _encoded(self, rows: Sequence[Row], counts: StreamCounts) -> list[dict[str, Any]]:
         """Those of the rows that are learnt from, encoded; what became of each is added to ``counts``."""
         found = [
-            pair_or_fault(
-                row.record, row.shard.label, row.number, self._rules["on_bad_row"], name=row.shard.name,
+            row_or_fault(
+                parse_pair, row.record, row.shard.label, row.number, self._rules["on_bad_row"], name=row.shard.name,
                 columns=row.shard.columns,
             )
             for row in rows
