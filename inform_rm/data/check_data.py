@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from inform_rm.data.check_figures import (
+from inform_rm.data.check_groups import (
     BATCH_ROWS,
     SHOWN_EXAMPLES,
     content_hash,
     counted_rows,
     how_it_was_read,
+    pairs_and_counts,
     quantiles,
     repeated_and_conflicting,
+    scored_report,
+    scored_warnings,
 )
-from inform_rm.data.check_groups import pairs_and_counts, scored_report, scored_warnings
 from inform_rm.data.encoding import TokenGroup, check_max_length, encode_each, removable_prompt_tokens
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import PreferenceData, load_preferences
