@@ -20,12 +20,7 @@ from inform_rm.hub.eval_results import entries_of_run, write_entries
 from inform_rm.hub.export import push_folder
 from inform_rm.training.budget import BudgetWatch, budget_of_run
 from inform_rm.training.card_settings import card_settings
-from inform_rm.training.checkpoints import (
-    check_resume,
-    discard_incomplete,
-    discard_run,
-    recorded_kl_version,
-)
+from inform_rm.training.checkpoints import check_resume, discard_incomplete, discard_run
 from inform_rm.training.collators import PackedPairCollator, PairCollator, tokens_per_batch
 from inform_rm.training.data import ARGUMENTS, TrainingPairs, choose_splits, in_memory, is_encoded, load_training_pairs
 from inform_rm.training.half_precision import LostUpdates
@@ -220,13 +215,10 @@ class RewardTrainer(RewardLoop):
         checkpoint = self._prepare_output(output, resume_from_checkpoint)
         adapters = None if self.peft_config is None else self.peft_config.to_dict()
         config: Any = self.accelerator.unwrap_model(self.model).config
-        if checkpoint is not None and getattr(config, "kl_reduction", None) == "averaged_moments":
-            config.kl_reduction_version = recorded_kl_version(output, config.kl_reduction_version)
         check_resume(
             output, self.args, *self._fingerprints(), checkpoint, json.loads(json.dumps(adapters, default=sorted)),
             kl_reduction_version=getattr(config, "kl_reduction_version", None),
         )  # fmt: skip
-        self._kl_share = getattr(config, "kl_share", 1.0)
         self.resumed_from, self.evaluation = checkpoint, None
         if checkpoint is not None and self.stream is not None:
             self.stream.load(checkpoint)
