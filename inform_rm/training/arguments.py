@@ -41,15 +41,11 @@ _DECIDE_WHICH_IS_BEST = (
 def _setting(
     text: str, default: Any, *, decides: bool | str = True, by_content: bool = False, compare: bool = True
 ) -> Any:
-    """A field of the settings.
+    """A field of the settings with its sentence of help.
 
-    Args:
-        text: its sentence of help.
-        default: its default.
-        decides: whether it decides what is learnt, so that a run is not continued under another value; the name of a
-            setting: it decides where that one is set.
-        by_content: it names files, and what they hold decides, not how they are named.
-        compare: whether settings that differ in it alone are different settings.
+    ``decides``: whether it decides what is learnt, so that a run is not continued under another value; the name of a
+    setting: it decides where that one is set. ``by_content``: it names files, and what they hold decides, not how they
+    are named.
     """
     return field(
         default=default, compare=compare, metadata={"help": text, "decides": decides, "by_content": by_content}

@@ -60,9 +60,7 @@ def balanced(costs: Any, parts: int) -> list[list[int]]:
         >>> balanced([9, 1, 1, 7], parts=2)
         [[0, 2], [1, 3]]
     """
-    room, remainder = divmod(len(costs), parts)
-    if remainder:
-        raise ValueError(f"{len(costs)} costs for {parts} lists of equal length.")
+    room = len(costs) // parts
     found: list[list[int]] = [[] for _ in range(parts)]
     sums = np.zeros(parts)
     for place in np.argsort(-np.asarray(costs, dtype=np.float64), kind="stable").tolist():

@@ -28,11 +28,7 @@ _NEGLIGIBLE = 0.01
 
 
 def check_optimizer(optim: str) -> None:
-    """Refuse an optimizer whose library is missing.
-
-    Raises:
-        InputError: naming the extra.
-    """
+    """Refuse an optimizer whose library is missing, naming the extra."""
     if optim == COMPENSATED_OPTIM and importlib.util.find_spec("optimi") is None:
         raise InputError(f"optim: '{optim}' needs torch-optimi. Install it with: pip install 'inform-rm[bf16]'")
     if ("bnb" in optim or "8bit" in optim) and importlib.util.find_spec("bitsandbytes") is None:

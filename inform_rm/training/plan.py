@@ -246,8 +246,7 @@ def _seconds_per_step(
 def _steps(args: RewardTrainingArguments, machine: Machine, pairs: int | None) -> int | None:
     if args.max_steps > 0:
         return args.max_steps
-    drawn = math.prod(args.division) * machine.gpus
-    drawn *= args.drawn_per_pair
+    drawn = math.prod(args.division) * machine.gpus * args.drawn_per_pair
     return None if pairs is None else math.ceil(math.ceil(pairs / drawn) * args.num_train_epochs)
 
 

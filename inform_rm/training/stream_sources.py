@@ -65,12 +65,8 @@ def open_stream(
 ) -> StreamSource:
     """The shuffled rows of several sources, of which only the first rows are read here.
 
-    Args:
-        data: files, folders, saved datasets or Hub ids, as `sources.open_parts` takes them. Of a Hub dataset the
-            commit of today is used.
-        columns: see `Columns.of`.
-        seed: of the order.
-        shuffle_buffer: see `datasets.IterableDataset.shuffle`; 1: files in random order, their rows as they stand.
+    ``data`` are files, folders, saved datasets or Hub ids, as `sources.open_parts` takes them; of a Hub dataset the
+    commit of today is used. With a ``shuffle_buffer`` of 1 files come in random order, their rows as they stand.
 
     Raises:
         InputError: a missing, empty or unreadable source, or a folder of which it is not clear what to read.

@@ -199,11 +199,9 @@ class RewardTrainer(RewardLoop):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on with a run that was cut off; its loss curve is that of an uninterrupted run.
 
-        Args:
-            resume_from_checkpoint: ``True``: go on from the last complete checkpoint, if there is one; a folder: from
-                that one. Else a new run, for which there must be none, unless ``args.overwrite`` discards it.
-            args: further arguments of `transformers.Trainer.train`; so ``kwargs``.
-            kwargs: see ``args``.
+        With ``resume_from_checkpoint=True`` from the last complete checkpoint, if there is one, or from the one in the
+        folder that it names. Else it is a new run, for which there must be none, unless ``args.overwrite`` discards
+        it. Further arguments are those of `transformers.Trainer.train`.
 
         Raises:
             InputError: the output folder holds another run, or what decides the result has changed.
@@ -338,15 +336,8 @@ class RewardTrainer(RewardLoop):
 
         They are looked through first, and a new repository is private (`inform_rm.hub.export.push_folder`). The
         evaluation pairs, if there are any, are evaluated where that has not been done since training. Every process
-        must call it.
-
-        Args:
-            commit_message: of the commit.
-            blocking: as all that follows but ``token``, of `transformers.Trainer.push_to_hub`, and refused if given.
-            token: of the Hub; ``None``: ``args.hub_token``, or the one that is logged in.
-            revision: see ``blocking``.
-            private: see ``blocking``.
-            kwargs: see ``blocking``.
+        must call it. Without a ``token`` it is ``args.hub_token``, or the one that is logged in; what else
+        `transformers.Trainer.push_to_hub` takes is refused if it is given.
 
         Raises:
             InputError: before anything is uploaded: no id, an argument that would do nothing, or what must not be
