@@ -179,13 +179,11 @@ def dynamic_parts(counts: PassCounts, sizes: dict[str, int] | None) -> dict[str,
     gathered: dict[str, float] = {}
     in_layers, in_embedding = counts.layers_bytes, counts.embedding_bytes
     if sizes is not None:
-        # In bfloat16: a block, the next one, and what is in no block, until the end of the backward pass. The gradients
-        # of a block are whole, and once more in the buffer of the reduction; so are then those of the rest.
+        # In bfloat16: a block, the next one, and what is in no block, until the end of the backward pass. The
+        # gradients of a block are whole, and once more in the buffer of the reduction; so are then those of the rest.
         gathered["gathered weights"] = 2 * (2 * sizes["block"] + sizes["root"]) / GIB
-        in_layers, in_embedding = (
-            in_layers + 4 * sizes["trained in block"],
-            in_embedding + 4 * sizes["trained in root"],
-        )
+        in_layers += 4 * sizes["trained in block"]
+        in_embedding += 4 * sizes["trained in root"]
     return {
         "kept for the backward pass": counts.kept_bytes / GIB,
         "working memory": (max(in_layers, in_embedding) - counts.kept_bytes) / GIB,
