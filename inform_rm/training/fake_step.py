@@ -133,7 +133,8 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> float:
 def _give_fake_weights(model: nn.Module) -> None:
     """Replace weights and buffers, each once, by fake ones on the CPU."""
     made: dict[int, Tensor] = {}
-    for tensors in (kept for module in model.modules() for kept in (module._parameters, module._buffers)):
+    kinds: Any = (kind for module in model.modules() for kind in (module._parameters, module._buffers))
+    for tensors in kinds:
         for name, old in tensors.items():
             if old is None:
                 continue
