@@ -95,17 +95,7 @@ def parse_group(
     A ranking has ``responses``, at least two texts or lists of one assistant message, and either ``ranks`` (whole
     numbers, 1 is the best, equal ones are ties) or ``scores`` (higher is better). A scored row has ``response``
     and ``score``, or the columns that ``score_weights`` names: their weighted sum is the score. The prompt,
-    ``system``, ``history``, ``subset`` and ``id`` are read as of pairs.
-
-    Args:
-        record: One row.
-        file: For messages.
-        row: Its number.
-        layout: ``"ranking"`` or ``"scored"``.
-        name: Of the source; by default that of the file.
-        columns: Where the fields are, see `Columns.of`.
-        reading: Counts how the row was read.
-        score_weights: Column to weight.
+    ``system``, ``history``, ``subset`` and ``id`` are read as of pairs; so are the other arguments.
 
     Raises:
         BadRow: A missing or wrong field, responses that are all tied, or the same response with different labels.

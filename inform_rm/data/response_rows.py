@@ -41,13 +41,10 @@ class RowFault:
 def score_rows_or_faults(
     source: Source, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
 ) -> Iterator[ScoreRow | RowFault]:
-    """The rows of a source in order, one in memory at a time; in place of a bad one, what is wrong with it.
+    """The rows of a source (`sources.open_parts`) in order, one in memory at a time; in place of a bad one, its fault.
 
-    Args:
-        source: A JSONL, JSON, CSV (each also .gz) or Parquet file, a folder, a Hub id, or rows in memory, see
-            `sources.open_parts`.
-        columns: Where ``prompt``, ``response``, ``system`` and ``history`` are, see `Columns.of`.
-        reading: Counts how the rows were read.
+    ``columns`` says where ``prompt``, ``response``, ``system`` and ``history`` are; ``reading`` counts how rows were
+    read.
 
     Raises:
         InputError: if the source is missing, of another kind, or broken in a way that spoils the rows that follow.

@@ -225,11 +225,7 @@ def sampled_digest(files: Iterable[tuple[str, Path]], split: str | None = None) 
     """SHA-256 over names, sizes and blocks spread over the content of files that are too large to be read whole.
 
     The start and the end are among the 16 blocks, and a file of up to 1 MiB is read whole. A change in place between
-    the blocks that keeps the size is not seen.
-
-    Args:
-        files: the name that counts and the path of each.
-        split: which of their rows are meant.
+    the blocks that keeps the size is not seen. ``files``: the name that counts, and the path.
     """
     states = []
     for name, path in files:
