@@ -14,8 +14,7 @@ from inform_rm.cli.dispatch import parse
 from inform_rm.cli.train import _help
 from inform_rm.eval import decompose_report
 from inform_rm.hub.cards import model_card
-from inform_rm.training.card_settings import card_settings
-from inform_rm.training.reward_arguments import RewardTrainingArguments
+from inform_rm.training.reward_arguments import RewardTrainingArguments, card_settings
 from inform_rm.util.papers import GAP_DERIVED, MOP_DIFFERS, TRL_TRAINS_BT, differences_of_run
 
 ROOT = Path(__file__).parents[1]

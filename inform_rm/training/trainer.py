@@ -19,7 +19,6 @@ from inform_rm.hub.cards import model_card
 from inform_rm.hub.eval_results import entries_of_run, write_entries
 from inform_rm.hub.export import push_folder
 from inform_rm.training.budget import BudgetWatch, budget_of_run
-from inform_rm.training.card_settings import card_settings
 from inform_rm.training.checkpoints import check_resume, discard_incomplete, discard_run
 from inform_rm.training.collators import PackedPairCollator, PairCollator, tokens_per_batch
 from inform_rm.training.data import ARGUMENTS, TrainingPairs, choose_splits, in_memory, is_encoded, load_training_pairs
@@ -37,7 +36,7 @@ from inform_rm.training.models import (
     longest_input,
 )
 from inform_rm.training.prioritized import pool_or_batch, pool_selector
-from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
+from inform_rm.training.reward_arguments import RewardTrainingArguments, card_settings, settings_of
 from inform_rm.training.stream_sources import StreamSource, open_stream, stream_of
 from inform_rm.training.streaming import EncodedStream, StepsAreTheEpoch
 from inform_rm.util.checkpoints import checkpoint_step, is_complete, last_complete

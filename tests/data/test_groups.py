@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerFast
 from inform_rm.data.check_data import check_data
 from inform_rm.data.check_data_text import format_report
 from inform_rm.data.encoding import encode, encode_pairs
-from inform_rm.data.group_encoding import as_groups
 from inform_rm.data.groups import pairs_of_rankings
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import FEATURES, load_preferences
 from inform_rm.errors import InputError
+from inform_rm.training.data import as_groups
 
 PROMPT = [{"role": "user", "content": "Name a colour."}]
 TEXTS = ["Blue.", "A car.", "Red."]
