@@ -26,25 +26,6 @@ def content_hash(content: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def repeated_and_conflicting(digest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each row repeats an earlier one, and whether it has a twin with another label, ``(N,)`` of bool.
-
-    Args:
-        digest: ``(N, 3)`` hashes; the second column is of all that counts of a row, the third without its label.
-    """
-    _, whole, unlabelled = digest.T
-    _, first, number = np.unique(whole, return_index=True, return_inverse=True)
-    _, first_of_group, group = np.unique(unlabelled, return_index=True, return_inverse=True)
-    is_other = whole != whole[first_of_group][group]
-    return first[number] != np.arange(len(digest)), np.isin(group, group[is_other])
-
-
-def counted_rows(data: PreferenceData, is_meant: np.ndarray) -> dict[str, Any]:
-    """How many rows are meant, and the numbers of the first ones."""
-    indices = np.flatnonzero(is_meant)
-    return {"n": len(indices), "examples": data.dataset.select(indices[:SHOWN_EXAMPLES])["row"][:]}
-
-
 def quantiles(values: np.ndarray) -> dict[str, float]:
     """Mean and `QUANTILES`, to one decimal."""
     found = zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)
@@ -52,10 +33,31 @@ def quantiles(values: np.ndarray) -> dict[str, float]:
     return {name: round(float(value), 1) for name, value in named.items()}
 
 
-def how_it_was_read(data: PreferenceData) -> dict[str, Any]:
-    """Fingerprint, columns and bad rows of a source."""
+def content_figures(
+    data: PreferenceData, digest: np.ndarray, subsets: Counter[str], characters: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """What a source of any layout holds: rows and bad ones, how they were read, twins, prompts, subsets, lengths.
+
+    Args:
+        data: the source.
+        digest: ``(N, 3)`` hashes of its rows: of the prompt, of all that counts, and of that without the label.
+        subsets: rows of each.
+        characters: by name those of each row.
+    """
+    _, whole, unlabelled = digest.T
+    _, first, number = np.unique(whole, return_index=True, return_inverse=True)
+    _, first_of_group, group = np.unique(unlabelled, return_index=True, return_inverse=True)
+    has_other_label = whole != whole[first_of_group][group]
+    twins = {}
+    for name, is_meant in (
+        ("duplicates", first[number] != np.arange(len(digest))),
+        ("conflicting_labels", np.isin(group, group[has_other_label])),
+    ):
+        rows = np.flatnonzero(is_meant)
+        twins[name] = {"n": len(rows), "examples": data.dataset.select(rows[:SHOWN_EXAMPLES])["row"][:]}
     kinds = Counter(bad.kind for bad in data.bad_rows)
     return {
+        "rows": len(digest) + len(data.bad_rows),
         "fingerprint": data.fingerprint,
         "reading": data.reading.to_dict(),
         "bad_rows": {
@@ -63,6 +65,10 @@ def how_it_was_read(data: PreferenceData) -> dict[str, Any]:
             "by_kind": dict(sorted(kinds.items())),
             "rows": [{"row": bad.row, "kind": bad.kind, "reason": bad.reason} for bad in data.bad_rows],
         },
+        **twins,
+        "prompts": len(np.unique(digest[:, 0])),
+        "subsets": dict(sorted(subsets.items())),
+        "characters": {name: quantiles(lengths) for name, lengths in characters.items()},
     }
 
 
@@ -99,19 +105,12 @@ def scored_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
             scores.append(score)
         subsets.update(batch["subset"])
     digest, values = np.array(hashes, dtype=np.uint64), np.array(scores)
-    is_repeated, is_conflicting = repeated_and_conflicting(digest)
     prompts, responses = np.array(lengths).T
     report: dict[str, Any] = {
         "layout": "scored",
-        "rows": len(values) + len(data.bad_rows),
         "scored": len(values),
-        **how_it_was_read(data),
-        "duplicates": counted_rows(data, is_repeated),
-        "conflicting_labels": counted_rows(data, is_conflicting),
-        "prompts": len(np.unique(digest[:, 0])),
-        "subsets": dict(sorted(subsets.items())),
+        **content_figures(data, digest, subsets, {"prompt": prompts, "response": responses}),
         "scores": quantiles(values),
-        "characters": {"prompt": quantiles(prompts), "response": quantiles(responses)},
     }
     if len(values) > 2 and np.ptp(values) and np.ptp(responses):
         report["score_length_correlation"] = float(stats.spearmanr(values, responses).statistic)
