@@ -258,7 +258,7 @@ class RewardLoop(PassesThatFit):
         """The gradient norm, which is that of all processes; the Trainer asks for it before it updates the weights."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         batches, self._since_update = self._since_update, []
-        self.forget_passes()
+        self._passed = []  # their gradients are about to be used: none will have to be computed again
         losses = torch.stack([loss for _, loss in batches])
         if not (losses.isfinite().all() and torch.as_tensor(norm).isfinite().all()):
             self._report_non_finite(float(norm), [(ids, float(loss)) for ids, loss in batches])

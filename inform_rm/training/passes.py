@@ -57,10 +57,6 @@ class PassesThatFit(Trainer):
                 super().training_step(model, _for_nothing(smallest_part(passes[-1])), num_items_in_batch)
         return torch.stack(losses).sum()
 
-    def forget_passes(self) -> None:
-        """Their gradients are about to be used: none will have to be computed again."""
-        self._passed = []
-
     def most_passes(self, own: int) -> int:
         """Most forward passes that a process makes without gradient; FSDP asks all for equally many."""
         return own if self._packing is None else self._of_all(own, False)[0]
