@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from inform_rm.data.messages import finite_number
 from inform_rm.errors import shown
 
 # Heading of the help -> the first setting under it.
@@ -402,42 +403,30 @@ def decides(name: str) -> bool | str:
 
 
 def read_weights(value: Any) -> dict[str, float]:
-    """A mapping of columns to weights, from YAML or from texts like ``helpfulness=0.65``.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if isinstance(value, str | list | tuple):
-        items = [value] if isinstance(value, str) else value
-        value = dict(item.split("=", 1) for item in items if isinstance(item, str) and "=" in item)
-        if len(value) < len(items):
-            raise ValueError(f"must be COLUMN=WEIGHT, each column once, got {shown(items)}")
-    try:
-        weights = {
-            str(name): math.nan if isinstance(weight, bool) else float(weight) for name, weight in value.items()
-        }
-    except (AttributeError, TypeError, ValueError):
-        weights = {}
-    if not weights or not all(map(math.isfinite, weights.values())):
+    """Columns to weights, from YAML or from texts like ``helpfulness=0.65``; `ValueError` for what is none."""
+    weights = {str(column): finite_number(weight) for column, weight in _assigned(value, "COLUMN=WEIGHT").items()}
+    found = {column: weight for column, weight in weights.items() if weight is not None}
+    if not found or len(found) < len(weights):
         raise ValueError(f"must be columns with a finite number each, COLUMN=WEIGHT, got {shown(value)}")
-    return weights
+    return found
 
 
 def read_columns(value: Any) -> dict[str, str]:
-    """A mapping of fields to columns, from YAML or from texts like ``prompt=question``.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if isinstance(value, dict):
-        pairs = list(value.items())
-    else:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple) or not all(isinstance(item, str) and "=" in item for item in items):
-            raise ValueError(f"must be FIELD=COLUMN, several times if need be, got {shown(value)}")
-        pairs = [tuple(item.split("=", 1)) for item in items]
-    if not all(isinstance(part, str) and part for pair in pairs for part in pair):
+    """A mapping of fields to columns, from YAML or from texts like ``prompt=question``; `ValueError` for what is none."""
+    columns = _assigned(value, "FIELD=COLUMN")
+    if not all(isinstance(part, str) and part for pair in columns.items() for part in pair):
         raise ValueError(f"must name a column for each field, got {shown(value)}")
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"names a field twice, got {shown(value)}")
-    return dict(pairs)
+    return columns
+
+
+def _assigned(value: Any, form: str) -> dict[str, Any]:
+    """A mapping as it is, or of one or several texts in the form ``NAME=VALUE``."""
+    if isinstance(value, dict):
+        return value
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and "=" in item for item in items):
+        raise ValueError(f"must be {form}, several times if need be, got {shown(value)}")
+    found = dict(item.split("=", 1) for item in items)
+    if len(found) < len(items):
+        raise ValueError(f"must be {form} with each name once, got {shown(value)}")
+    return found

@@ -215,10 +215,7 @@ def _quantized_loading(args: RewardTrainingArguments, found: Any) -> dict[str, A
 
 
 def _prepare_quantized(model: Any) -> None:
-    """Check that the backbone is quantised and the head is not, and keep bitsandbytes from breaking the training."""
-    in_head = [name for name, module in model.score.named_modules() if _is_bitsandbytes(module)]
-    if in_head:
-        raise InputError(f"model: the reward head came out quantised ({in_head[0]}); rewards need its precision.")
+    """Check that the backbone is quantised, and keep bitsandbytes from breaking the training."""
     layers = [module for module in model.model.modules() if _is_bitsandbytes(module)]
     if not layers:
         raise InputError("model: none of its layers can be quantised. Leave load_in_4bit and load_in_8bit out.")
