@@ -412,7 +412,7 @@ def read_weights(value: Any) -> dict[str, float]:
 
 
 def read_columns(value: Any) -> dict[str, str]:
-    """A mapping of fields to columns, from YAML or from texts like ``prompt=question``; `ValueError` for what is none."""
+    """Fields to columns, from YAML or from texts like ``prompt=question``; `ValueError` for what is none."""
     columns = _assigned(value, "FIELD=COLUMN")
     if not all(isinstance(part, str) and part for pair in columns.items() for part in pair):
         raise ValueError(f"must name a column for each field, got {shown(value)}")
