@@ -130,12 +130,6 @@ def parts_within(part: dict[str, Any], most: int | None) -> list[dict[str, Any]]
     return [part] if halves is None else [small for half in halves for small in parts_within(half, most)]
 
 
-def smallest_part(part: dict[str, Any]) -> dict[str, Any]:
-    """One pair or group of a forward pass."""
-    halves = split_in_two(part)
-    return part if halves is None else smallest_part(halves[0])
-
-
 def _rows_of(part: dict[str, Any], kept: Tensor) -> dict[str, Any]:
     """What the model takes for some of a pass's responses."""
     if "packed_segments" not in part:
