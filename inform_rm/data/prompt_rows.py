@@ -51,14 +51,10 @@ def read_prompts(
     seed: int = 0,
     on_bad_row: str = "error",
 ) -> PromptSet:
-    """Distinct prompts of one or several sources; responses in the rows are not read.
+    """Distinct prompts of one or several sources (`sources.open_parts`); responses in the rows are not read.
 
-    Args:
-        data: see `inform_rm.data.sources.open_parts`; each row has ``prompt`` (and ``system``, ``history``).
-        columns: which columns these and ``id`` are, see `inform_rm.data.columns.Columns.of`.
-        num_prompts: a random subset of so many.
-        seed: of the subset.
-        on_bad_row: ``"error"``, or ``"skip"``, which counts and lists rows without a prompt that can be read.
+    Each row has ``prompt`` (and ``system``, ``history``, ``id``); ``num_prompts`` is a random subset of so many.
+    ``on_bad_row="skip"`` counts and lists rows without a prompt that can be read.
 
     Raises:
         InputError: bad rows, no prompts, or fewer than asked for.

@@ -35,10 +35,6 @@ def what_is_lost(conversation: Sequence[dict[str, str]], text: str) -> str | Non
     stand anywhere. Escapes of JSON, and other blanks at line breaks and around ``<think>`` tags, are no loss. The last
     message is called the response. A deleted text of a few letters, which the template's own words hold, goes unseen.
 
-    Args:
-        conversation: Messages with ``role`` and ``content``.
-        text: The rendered conversation.
-
     Returns:
         None where all of it is there; else which parts of which messages are missing.
 

@@ -40,14 +40,9 @@ def load_tokenizer(
 ) -> Any:
     r"""A tokenizer that can pad (on the right) and, if asked, has another chat template.
 
-    The date in a template that reads the clock is `chat_templates.TEMPLATE_DATE`, see `fix_date`.
-
-    Args:
-        model_path: Folder or Hub id.
-        revision: Branch, tag or commit of a Hub id.
-        trust_remote_code: Run tokenizer code that comes with the model.
-        chat_template: None keeps the tokenizer's own; ``"plain"`` is ``\n\nHuman: ...\n\nAssistant: ...``; else the
-            path of a Jinja file, or Jinja text.
+    The date in a template that reads the clock is `chat_templates.TEMPLATE_DATE`, see `fix_date`. The chat template
+    ``None`` keeps the tokenizer's own; ``"plain"`` is ``\n\nHuman: ...\n\nAssistant: ...``; else it is the path of a
+    Jinja file, or Jinja text.
 
     Raises:
         InputError: No tokenizer there, an unusable template, or no token that could serve for padding.

@@ -17,10 +17,7 @@ from inform_rm.util.rankings import agreement, untied_gaps
 def pair_sums(chosen: Tensor, rejected: Tensor, kl: Tensor | None) -> Tensor:
     """Additive statistics of a batch of pairs, a tie half right: ``(12,)`` float64 as `metrics_from_sums` reads them.
 
-    Args:
-        chosen: ``(B,)`` rewards.
-        rejected: ``(B,)`` rewards.
-        kl: ``(2 B,)`` KL in nats or ``None``.
+    Shapes: ``(B,)`` rewards of either side, ``(2 B,)`` KL in nats.
     """
     chosen, rejected = chosen.detach().double(), rejected.detach().double()
     margin = chosen - rejected
@@ -34,11 +31,7 @@ def pair_sums(chosen: Tensor, rejected: Tensor, kl: Tensor | None) -> Tensor:
 def group_sums(rewards: Tensor, labels: Tensor, groups: Tensor, kl: Tensor | None) -> Tensor:
     """The same of a batch of groups, of which a response alone in its group is a scored one; losses are left out.
 
-    Args:
-        rewards: ``(N,)``.
-        labels: ``(N,)``.
-        groups: ``(N,)`` number of each response's group.
-        kl: ``(N,)`` KL in nats or ``None``.
+    Shapes: ``(N,)``, for each response its reward, label, number of its group, and KL in nats.
     """
     values, targets, number = (part.detach().cpu().double().numpy() for part in (rewards, labels, groups))
     of_rankings, of_scores = np.zeros(6), np.zeros(2)

@@ -55,11 +55,8 @@ _NEVER_ON_CARD = (
 class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: ignore[misc]  # None is resolved
     """Everything that decides a training run: `RewardArguments`, and all of `transformers.TrainingArguments`.
 
-    ``output_dir`` gets the trained, Hub-ready model; checkpoints go to its subfolder ``checkpoints``.
-
-    Args:
-        output_dir: see above.
-        args: every other field, by keyword; ``inform-rm train --help`` says what ours mean.
+    ``output_dir`` gets the trained, Hub-ready model; checkpoints go to its subfolder ``checkpoints``. Every other
+    field is given by keyword; ``inform-rm train --help`` says what ours mean.
 
     Raises:
         InputError: impossible settings, all of them in one message.
@@ -189,12 +186,8 @@ def arguments_from_mapping(
     """Settings from parsed YAML or flags, each value checked against its field's type.
 
     TRL's names are read too (``model_name_or_path``, ``dataset_name``, ``dataset_train_split``, ...), names may have
-    dashes for underscores, and so are names of earlier versions (``output``, ``group_by_length``).
-
-    Args:
-        values: setting name to value.
-        origin: where they come from, for messages.
-        overrides: settings that win over `values`.
+    dashes for underscores, and so are names of earlier versions (``output``, ``group_by_length``). ``overrides`` win
+    over ``values``; messages begin with ``origin``.
 
     Raises:
         InputError: naming unknown keys with the nearest known one, missing keys and wrong types, all at once.
