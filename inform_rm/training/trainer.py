@@ -157,8 +157,8 @@ class RewardTrainer(RewardLoop):
         args, tokenizer, pairs = self._args_of_pairs, self._tokenizer, self.train_pairs
         parts = {"model": model, "data_collator": collate, "stream": None, "selector": None, "train_dataset": None}
         if isinstance(pairs, StreamSource):
-            rules = {name: getattr(args, name) for name in ("overlong", "on_bad_row")}
-            stream = EncodedStream(pairs, tokenizer, args, max_length=self.max_length, **rules)
+            rules = {"max_length": self.max_length, "overlong": args.overlong, "on_bad_row": args.on_bad_row}
+            stream = EncodedStream(pairs, tokenizer, args, **rules)
             args.ignore_data_skip = True  # a resumed stream begins where it is to go on
             return {**parts, "stream": stream, "train_dataset": stream}
         if pairs is None or args.objective != "prioritized":
