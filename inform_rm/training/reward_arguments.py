@@ -55,8 +55,11 @@ _NEVER_ON_CARD = (
 class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: ignore[misc]  # None is resolved
     """Everything that decides a training run: `RewardArguments`, and all of `transformers.TrainingArguments`.
 
-    ``output_dir`` gets the trained, Hub-ready model; checkpoints go to its subfolder ``checkpoints``. Every other
-    field is given by keyword; ``inform-rm train --help`` says what ours mean.
+    ``output_dir`` gets the trained, Hub-ready model; checkpoints go to its subfolder ``checkpoints``.
+
+    Args:
+        output_dir: see above.
+        args: every other field, by keyword; ``inform-rm train --help`` says what ours mean.
 
     Raises:
         InputError: impossible settings, all of them in one message.
