@@ -33,12 +33,11 @@ WARM_UP = {"warmup_fraction": 0.05}
 METHODS: dict[str, dict[str, Any]] = {
     "bt": {},
     "smallest": {"objective": "prioritized", **WARM_UP},
-    "weighted": {"objective": "prioritized", "selection": "weighted", **WARM_UP},
     "rrm": {"augmentation": "rrm"},
     "smallest-3": {"objective": "prioritized", "num_prompts": 3, **WARM_UP},
 }
 # CPU time of an update in units of one of Bradley-Terry.
-COSTS = {"bt": 1.0, "rrm": 1.0, "weighted": 4 / 3, "smallest": 5 / 3, "smallest-3": 8 / 3}
+COSTS = {"bt": 1.0, "rrm": 1.0, "smallest": 5 / 3, "smallest-3": 8 / 3}
 SETTINGS: dict[str, Any] = {
     "architecture": "standard", "learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 15,
     "per_device_train_batch_size": PAIRS_PER_UPDATE, "gradient_accumulation_steps": 1, "logging_steps": 50,

@@ -14,8 +14,7 @@ from inform_rm.cli.dispatch import parse
 from inform_rm.cli.train import _help
 from inform_rm.eval import decompose_report
 from inform_rm.hub.cards import model_card
-from inform_rm.training.card_settings import card_settings
-from inform_rm.training.reward_arguments import RewardTrainingArguments
+from inform_rm.training.reward_arguments import RewardTrainingArguments, card_settings
 from inform_rm.util.papers import GAP_DERIVED, MOP_DIFFERS, TRL_TRAINS_BT, differences_of_run
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +76,6 @@ def one_line(text):
         ("objective", "derived from the paper's definitions, it is not the authors' text"),
         ("warmup_fraction", "ours, gaps of a fresh head are noise"),
         ("num_prompts", "without the pair's own"),
-        ("selection", "weighted by sigmoid(-gap)"),
     ],
 )
 def test_the_help_of_train_says_it(setting, said):
@@ -105,8 +103,7 @@ def test_a_model_card_says_what_its_run_has_otherwise():
     assert "- kl_warmup_steps 0.2: the KL term starts at 0" in text
     assert "| pairs_per_step | 64 |" in text and "gradient_accumulation_steps" not in text
     prioritized = card(objective="prioritized", kl_reduction="averaged_moments")
-    assert GAP_DERIVED in prioritized and "in place of selecting" not in prioritized
-    assert "So is weighting pairs in place of selecting" in card(objective="prioritized", selection="weighted")
+    assert GAP_DERIVED in prioritized
     assert "averaged_moments: the KL of the mean moments" in prioritized and "their term at equal beta" in prioritized
     plain = card(architecture="standard")
     assert "RewardTrainer" not in plain and "Not as in the papers" not in plain

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from inform_rm.data.check_figures import (
+from inform_rm.data.check_groups import (
     BATCH_ROWS,
     SHOWN_EXAMPLES,
+    content_figures,
     content_hash,
-    counted_rows,
-    how_it_was_read,
+    pairs_and_counts,
     quantiles,
-    repeated_and_conflicting,
+    scored_report,
+    scored_warnings,
 )
-from inform_rm.data.check_groups import pairs_and_counts, scored_report, scored_warnings
 from inform_rm.data.encoding import TokenGroup, check_max_length, encode_each, removable_prompt_tokens
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import PreferenceData, load_preferences
@@ -158,22 +158,14 @@ def _content_report(data: PreferenceData) -> tuple[dict[str, Any], np.ndarray]:
         subsets.update(batch["subset"])
         num_margins += sum(margin is not None for margin in batch["margin"])
     digest = np.frombuffer(hashes, dtype=np.uint64).reshape(-1, 3)
-    is_repeated, is_conflicting = repeated_and_conflicting(digest)
-    lengths = np.frombuffer(characters, dtype=np.int64).reshape(-1, 3).T
-    read = how_it_was_read(data)
+    prompts, chosen, rejected = np.frombuffer(characters, dtype=np.int64).reshape(-1, 3).T
     report = {
-        "rows": len(digest) + len(data.bad_rows),
         "pairs": len(digest),
-        **read,
-        "identical_sides": read["bad_rows"]["by_kind"].get("identical sides", 0),
-        "duplicates": counted_rows(data, is_repeated),
-        "conflicting_labels": counted_rows(data, is_conflicting),
-        "prompts": len(np.unique(digest[:, 0])),
+        **content_figures(data, digest, subsets, {"prompt": prompts, "chosen": chosen, "rejected": rejected}),
+        "identical_sides": sum(bad.kind == "identical sides" for bad in data.bad_rows),
         "multi_turn_prompts": num_multi_turn,
         "margins": num_margins,
-        "subsets": dict(sorted(subsets.items())),
-        "characters": dict(zip(("prompt", "chosen", "rejected"), map(quantiles, lengths), strict=True)),
-        "chosen_longer_characters": _longer(lengths[1], lengths[2]),
+        "chosen_longer_characters": _longer(chosen, rejected),
     }
     return report, digest
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from inform_rm.data.check_data import TOKEN_FAULTS
-from inform_rm.data.check_figures import QUANTILES, SHOWN_EXAMPLES
+from inform_rm.data.check_groups import QUANTILES, SHOWN_EXAMPLES
 from inform_rm.data.columns import lines_of
 
 

@@ -1,5 +1,7 @@
-"""What `check_data` says of rankings, through their pairs, and of scored responses."""
+"""What `check_data` counts in any rows, and what it says of rankings, through their pairs, and of scored responses."""
 
+import hashlib
+import json
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -7,19 +9,67 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from inform_rm.data.check_figures import (
-    BATCH_ROWS,
-    SHOWN_EXAMPLES,
-    content_hash,
-    counted_rows,
-    how_it_was_read,
-    quantiles,
-    repeated_and_conflicting,
-)
 from inform_rm.data.encoding import TokenGroup, encode_groups, removable_prompt_tokens
 from inform_rm.data.groups import pairs_of_rankings
 from inform_rm.data.preferences import FEATURES, PreferenceData
 from inform_rm.errors import InputError
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+# Row numbers and texts shown of a finding that many rows have in common.
+SHOWN_EXAMPLES = 5
+BATCH_ROWS = 256
+
+
+def content_hash(content: Any) -> int:
+    """64 bits of what JSON can hold."""
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def quantiles(values: np.ndarray) -> dict[str, float]:
+    """Mean and `QUANTILES`, to one decimal."""
+    found = zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)
+    named = {"mean": values.mean()} | {f"{quantile:.0%}": value for quantile, value in found}
+    return {name: round(float(value), 1) for name, value in named.items()}
+
+
+def content_figures(
+    data: PreferenceData, digest: np.ndarray, subsets: Counter[str], characters: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """What a source of any layout holds: rows and bad ones, how they were read, twins, prompts, subsets, lengths.
+
+    Args:
+        data: the source.
+        digest: ``(N, 3)`` hashes of its rows: of the prompt, of all that counts, and of that without the label.
+        subsets: rows of each.
+        characters: by name those of each row.
+    """
+    _, whole, unlabelled = digest.T
+    _, first, number = np.unique(whole, return_index=True, return_inverse=True)
+    _, first_of_group, group = np.unique(unlabelled, return_index=True, return_inverse=True)
+    has_other_label = whole != whole[first_of_group][group]
+    twins = {}
+    for name, is_meant in (
+        ("duplicates", first[number] != np.arange(len(digest))),
+        ("conflicting_labels", np.isin(group, group[has_other_label])),
+    ):
+        rows = np.flatnonzero(is_meant)
+        twins[name] = {"n": len(rows), "examples": data.dataset.select(rows[:SHOWN_EXAMPLES])["row"][:]}
+    kinds = Counter(bad.kind for bad in data.bad_rows)
+    return {
+        "rows": len(digest) + len(data.bad_rows),
+        "fingerprint": data.fingerprint,
+        "reading": data.reading.to_dict(),
+        "bad_rows": {
+            "n": len(data.bad_rows),
+            "by_kind": dict(sorted(kinds.items())),
+            "rows": [{"row": bad.row, "kind": bad.kind, "reason": bad.reason} for bad in data.bad_rows],
+        },
+        **twins,
+        "prompts": len(np.unique(digest[:, 0])),
+        "subsets": dict(sorted(subsets.items())),
+        "characters": {name: quantiles(lengths) for name, lengths in characters.items()},
+    }
 
 
 def pairs_and_counts(data: PreferenceData) -> tuple[PreferenceData, dict[str, Any]]:
@@ -55,19 +105,12 @@ def scored_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
             scores.append(score)
         subsets.update(batch["subset"])
     digest, values = np.array(hashes, dtype=np.uint64), np.array(scores)
-    is_repeated, is_conflicting = repeated_and_conflicting(digest)
     prompts, responses = np.array(lengths).T
     report: dict[str, Any] = {
         "layout": "scored",
-        "rows": len(values) + len(data.bad_rows),
         "scored": len(values),
-        **how_it_was_read(data),
-        "duplicates": counted_rows(data, is_repeated),
-        "conflicting_labels": counted_rows(data, is_conflicting),
-        "prompts": len(np.unique(digest[:, 0])),
-        "subsets": dict(sorted(subsets.items())),
+        **content_figures(data, digest, subsets, {"prompt": prompts, "response": responses}),
         "scores": quantiles(values),
-        "characters": {"prompt": quantiles(prompts), "response": quantiles(responses)},
     }
     if len(values) > 2 and np.ptp(values) and np.ptp(responses):
         report["score_length_correlation"] = float(stats.spearmanr(values, responses).statistic)

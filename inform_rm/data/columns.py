@@ -313,6 +313,18 @@ def stated_prompt(row: Row) -> list[Message] | None:
     return prompt_messages(f"'{column}'", value)
 
 
+def required_prompt(row: Row, reason: str, fields: tuple[str, ...]) -> list[Message]:
+    """The whole prompt of a row, with its earlier turns; a `Fault` without one, or where columns would change it.
+
+    ``reason`` and ``fields`` are those of `no_prompt`.
+    """
+    check_not_encoded(row)
+    prompt = stated_prompt(row)
+    if prompt is None:
+        raise no_prompt(row.record, reason, fields)
+    return with_earlier_turns(row, prompt)
+
+
 def with_earlier_turns(row: Row, messages: list[Message]) -> list[Message]:
     """The turns of a row's ``system`` and ``history`` in front of a prompt, which has none such already."""
     history = lists_of(row.value("history"))

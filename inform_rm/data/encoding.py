@@ -34,22 +34,21 @@ logger = logging.getLogger(__name__)
 
 OVERLONG_POLICIES = ("error", "drop", "truncate_prompt")
 BAD_ROW_POLICIES = ("error", "skip")
-_ENCODED_FEATURES = Features(
-    {
-        "chosen_input_ids": [Value("int32")],
-        "rejected_input_ids": [Value("int32")],
-        "prompt_length": Value("int32"),
-        "length": Value("int32"),
-        "margin": Value("float64"),
-        "subset": Value("string"),
-        "id": Value("string"),
-        "chosen_characters": Value("int32"),
-        "rejected_characters": Value("int32"),
-        "truncated": Value("bool"),
-        "lost": Value("string"),
-    }
-)
-_FAULT = "fault"  # column of `encode_pairs` alone: a bad row as JSON, or null
+_SHARED_COLUMNS = {
+    "prompt_length": Value("int32"), "length": Value("int32"), "margin": Value("float64"), "subset": Value("string"),
+    "id": Value("string"),
+}  # fmt: skip
+_ENCODED_PAIRS = {
+    "chosen_input_ids": [Value("int32")], "rejected_input_ids": [Value("int32")], **_SHARED_COLUMNS,
+    "chosen_characters": Value("int32"), "rejected_characters": Value("int32"),
+}  # fmt: skip
+ENCODED_GROUPS = {
+    "responses_input_ids": [[Value("int32")]], "labels": [Value("float64")], **_SHARED_COLUMNS,
+    "characters": [Value("int32")],
+}  # fmt: skip
+# Columns of `encode_pairs` alone; the last is a bad row as JSON, or null.
+_FAULT = "fault"
+_OWN_COLUMNS = {"truncated": Value("bool"), "lost": Value("string"), _FAULT: Value("string")}
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "file", "row")
 
 
@@ -69,11 +68,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Encoded pairs and what happened to the over-long ones.
+    """Encoded pairs or groups and what happened to the over-long ones.
 
     Attributes:
-        dataset: Columns chosen_input_ids, rejected_input_ids, prompt_length (tokens at the start that both sides
-            share), length (tokens of the longer side), margin, subset, id, chosen_characters, rejected_characters.
+        dataset: Columns chosen_input_ids, rejected_input_ids, prompt_length (tokens at the start that all responses
+            share), length (tokens of the longest), margin, subset, id, chosen_characters, rejected_characters. Of
+            groups responses_input_ids and characters (one entry a response, in the order of the row) in place of both
+            sides', and labels; there is no margin.
         counts: ``pairs`` given, ``overlong`` among them, and of those ``dropped`` or ``truncated`` (the others are bad
             rows); ``partly_rendered``: ``n`` of which the chat template deleted text, and up to 5 ``examples``.
         bad_rows: the pairs left out under ``on_bad_row="skip"``, in order.
@@ -261,15 +262,20 @@ def none_usable(number: int, bad_rows: Sequence[BadRow | str], max_length: int |
     return InputError(f"data: none of the {number} pairs can be used, {len(bad_rows)} are bad rows. {shown}")
 
 
-def fitting_groups(
-    batch: dict[str, list], tokenizer: Any, *, max_length: int | None, overlong: str, on_bad_row: str = "error"
-) -> tuple[list[int], list[TokenGroup], dict[str, list], list[BadRow]]:
+def encode_columns(
+    batch: dict[str, list],
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    overlong: str,
+    on_bad_row: str = "error",
+    kept: Sequence[str] = (),
+) -> tuple[dict[str, list], list[BadRow]]:
     """Encode a batch of pairs or groups; the arguments, the rules for them and the errors are those of `encode_pairs`.
 
     Returns:
-        Places in the batch of those that are kept, their token ids, the columns that pairs and groups share, and the
-        bad rows. Of the columns, ``truncated`` says whether the prompt was cut, ``lost`` (place and text, or None)
-        what the chat template deleted.
+        The columns of those that fit, with the batch's own in ``kept``, and the bad rows. ``truncated`` says whether
+        the prompt was cut, ``lost`` (place and text, or None) what the chat template deleted.
     """
     places: list[int] = []
     groups: list[TokenGroup] = []
@@ -294,16 +300,26 @@ def fitting_groups(
         places.append(place)
         groups.append(group)
         truncated.append(is_overlong)
-    both = list(zip(places, groups, strict=True))
-    shared = {
+
+    def of_batch(name: str) -> list:
+        return [batch[name][place] for place in places]
+
+    where = zip(of_batch("file"), of_batch("row"), groups, strict=True)
+    columns = {name: of_batch(name) for name in ("subset", "id", *kept)} | {
         "prompt_length": [group.prompt_length for group in groups],
         "length": [group.longest for group in groups],
-        "subset": [batch["subset"][place] for place in places],
-        "id": [batch["id"][place] for place in places],
         "truncated": truncated,
-        "lost": [group.lost and f"{batch['file'][at]}, row {batch['row'][at]}: {group.lost}" for at, group in both],
+        "lost": [group.lost and f"{file}, row {row}: {group.lost}" for file, row, group in where],
     }
-    return places, groups, shared, bad_rows
+    if "responses" in batch:
+        characters = [list(map(len, responses)) for responses in of_batch("responses")]
+        columns |= {"labels": of_batch("labels"), "margin": [None] * len(places), "characters": characters}
+        return columns | {"responses_input_ids": [group.ids for group in groups]}, bad_rows
+    columns["margin"] = of_batch("margin")
+    for side, name in enumerate(("chosen", "rejected")):
+        columns[f"{name}_input_ids"] = [group.ids[side] for group in groups]
+        columns[f"{name}_characters"] = list(map(len, of_batch(name)))
+    return columns, bad_rows
 
 
 def _check_distinct(group: TokenGroup, labels: Sequence[float] | None, file: str, row: int) -> None:
@@ -319,25 +335,9 @@ def _check_distinct(group: TokenGroup, labels: Sequence[float] | None, file: str
     )  # fmt: skip
 
 
-def encode_columns(
-    batch: dict[str, list], tokenizer: Any, *, kept: Sequence[str] = (), **rules: Any
-) -> tuple[dict[str, list], list[BadRow]]:
-    """A batch of pairs encoded, with the columns in ``kept``, and the bad rows; see `fitting_groups`."""
-    places, groups, shared, bad_rows = fitting_groups(batch, tokenizer, **rules)
-    columns = {
-        "chosen_input_ids": [group.ids[0] for group in groups],
-        "rejected_input_ids": [group.ids[1] for group in groups],
-        **shared,
-        "margin": [batch["margin"][place] for place in places],
-        **{f"{side}_characters": [len(batch[side][place]) for place in places] for side in ("chosen", "rejected")},
-        **{name: [batch[name][place] for place in places] for name in kept},
-    }
-    return columns, bad_rows
-
-
-def _columns_with_faults(batch: dict[str, list], encode_batch: Any, **options: Any) -> dict[str, list]:
+def _columns_with_faults(batch: dict[str, list], **options: Any) -> dict[str, list]:
     """A batch encoded for `Dataset.map`, which may run elsewhere: bad rows follow, with nothing but their fault."""
-    columns, bad_rows = encode_batch(batch, **options)
+    columns, bad_rows = encode_columns(batch, **options)
     columns[_FAULT] = [None] * len(columns["id"])
     for name, values in columns.items():
         is_list = name.endswith("_input_ids") or name in ("labels", "characters")
@@ -362,47 +362,41 @@ def encode_pairs(
     num_proc: int | None = None,
     keep_text: bool = False,
 ) -> EncodedPairs:
-    """Encode a whole dataset of preference pairs; a log line says where the chat template deletes text.
+    """Encode a whole dataset of pairs or groups; a log line says where the chat template deletes text.
 
     Args:
-        dataset: Columns as in `preferences.FEATURES`.
+        dataset: Columns as in `preferences.FEATURES` or `groups.GROUP_FEATURES`.
         tokenizer: As `load_tokenizer` returns it.
-        max_length: Most tokens of prompt + response on either side; None for no limit.
-        overlong: What happens to a pair with a side over `max_length`: ``"error"``, it is a bad row; ``"drop"``,
-            counted; ``"truncate_prompt"`` removes the same tokens from the left of both sides' prompt (after BOS),
-            never response tokens.
-        on_bad_row: ``"error"`` stops at the first bad row: an over-long pair under ``overlong="error"``, responses
-            that do not fit alone under ``"truncate_prompt"``, a row that cannot be encoded, or whose sides become the
-            same tokens. ``"skip"`` leaves such rows out and returns them.
+        max_length: Most tokens of prompt + response, of any response; None for no limit.
+        overlong: What happens to a row with a response over `max_length`: ``"error"``, it is a bad row; ``"drop"``,
+            counted; ``"truncate_prompt"`` removes the same tokens from the left of all its prompts (after BOS), never
+            response tokens.
+        on_bad_row: ``"error"`` stops at the first bad row: an over-long one under ``overlong="error"``, responses
+            that do not fit alone under ``"truncate_prompt"``, a row that cannot be encoded, or whose responses become
+            the same tokens. ``"skip"`` leaves such rows out and returns them.
         num_proc: Processes to encode with.
-        keep_text: Keep the columns prompt, chosen, rejected, file and row.
+        keep_text: Of pairs: keep the columns prompt, chosen, rejected, file and row.
 
     Raises:
         BadRow: The first bad row, under ``"error"``.
         InputError: A wrong argument, or no pair is left.
     """
-    kept = Features({name: FEATURES[name] for name in (_TEXT_COLUMNS if keep_text else ())})
-    options = {"tokenizer": tokenizer, "max_length": max_length, "overlong": overlong, "on_bad_row": on_bad_row}
-    features = Features({**_ENCODED_FEATURES, **kept})
-    return encode_rows(dataset, encode_columns, features, {**options, "kept": tuple(kept)}, num_proc)
-
-
-def encode_rows(
-    dataset: Dataset, encode_batch: Any, features: Features, options: dict[str, Any], num_proc: int | None = None
-) -> EncodedPairs:
-    """Encode a dataset by a function like `encode_columns`: ``options`` are its keywords, ``features`` its columns."""
-    max_length = options["max_length"]
     check_max_length(max_length)
-    check_choice("overlong", options["overlong"], OVERLONG_POLICIES)
-    check_choice("on_bad_row", options["on_bad_row"], BAD_ROW_POLICIES)
+    check_choice("overlong", overlong, OVERLONG_POLICIES)
+    check_choice("on_bad_row", on_bad_row, BAD_ROW_POLICIES)
+    kept = {name: FEATURES[name] for name in (_TEXT_COLUMNS if keep_text else ())}
+    features = ENCODED_GROUPS if "responses" in dataset.column_names else _ENCODED_PAIRS
     encoded = dataset.map(
         _columns_with_faults,
-        fn_kwargs={"encode_batch": encode_batch, **options},
+        fn_kwargs={
+            "tokenizer": tokenizer, "max_length": max_length, "overlong": overlong, "on_bad_row": on_bad_row,
+            "kept": tuple(kept),
+        },
         batched=True,
         batch_size=256,
         num_proc=num_proc,
         remove_columns=dataset.column_names,
-        features=Features({**features, _FAULT: Value("string")}),
+        features=Features({**features, **kept, **_OWN_COLUMNS}),
         load_from_cache_file=False,  # a stale encoding would go unnoticed
         new_fingerprint=uuid.uuid4().hex,
         desc="Encoding pairs",
@@ -424,4 +418,4 @@ def encode_rows(
         "pairs": len(dataset), "overlong": overlong_pairs, "dropped": dropped, "truncated": sum(truncated),
         "partly_rendered": lost,
     }  # fmt: skip
-    return EncodedPairs(encoded.remove_columns(["truncated", "lost", _FAULT]), counts, bad_rows)
+    return EncodedPairs(encoded.remove_columns(list(_OWN_COLUMNS)), counts, bad_rows)

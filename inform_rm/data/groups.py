@@ -17,15 +17,12 @@ from inform_rm.data.columns import (
     Columns,
     Reading,
     Row,
-    check_not_encoded,
     lists_of,
     names_of,
-    no_prompt,
-    stated_prompt,
-    with_earlier_turns,
+    required_prompt,
 )
-from inform_rm.data.messages import Fault, Message, check_text, conversation, found
-from inform_rm.data.pairs import BadRow, begins_with, label_of
+from inform_rm.data.messages import Fault, Message, check_text, finite_number, found, reply_text
+from inform_rm.data.pairs import BadRow, after_prompt, label_of
 from inform_rm.data.sources import source_name
 from inform_rm.errors import InputError
 from inform_rm.util.rankings import untied_places
@@ -98,17 +95,7 @@ def parse_group(
     A ranking has ``responses``, at least two texts or lists of one assistant message, and either ``ranks`` (whole
     numbers, 1 is the best, equal ones are ties) or ``scores`` (higher is better). A scored row has ``response``
     and ``score``, or the columns that ``score_weights`` names: their weighted sum is the score. The prompt,
-    ``system``, ``history``, ``subset`` and ``id`` are read as of pairs.
-
-    Args:
-        record: One row.
-        file: For messages.
-        row: Its number.
-        layout: ``"ranking"`` or ``"scored"``.
-        name: Of the source; by default that of the file.
-        columns: Where the fields are, see `Columns.of`.
-        reading: Counts how the row was read.
-        score_weights: Column to weight.
+    ``system``, ``history``, ``subset`` and ``id`` are read as of pairs; so are the other arguments.
 
     Raises:
         BadRow: A missing or wrong field, responses that are all tied, or the same response with different labels.
@@ -129,7 +116,7 @@ def parse_group(
         read = _ranking if layout == "ranking" else _scored
         prompt, responses, labels = read(fields, score_weights or {})
         return ResponseGroup(
-            with_earlier_turns(fields, prompt), responses, labels,
+            prompt, responses, labels,
             label_of(fields.value("subset"), "subset") or name, label_of(fields.value("id"), "id") or f"{name}/{row}",
             file, row,
         )  # fmt: skip
@@ -153,11 +140,7 @@ def of_layout(columns: Columns, layout: str) -> Columns:
 
 
 def _prompt(row: Row) -> list[Message]:
-    check_not_encoded(row)
-    prompt = stated_prompt(row)
-    if prompt is None:
-        raise no_prompt(row.record, "a row with responses needs one", (*fields_of("ranking"), *fields_of("scored")))
-    return prompt
+    return required_prompt(row, "a row with responses needs one", (*fields_of("ranking"), *fields_of("scored")))
 
 
 def _value(row: Row, field: str) -> Any:
@@ -166,16 +149,7 @@ def _value(row: Row, field: str) -> Any:
 
 
 def _reply(where: str, response: Any) -> str:
-    """The text of a response: text, or a list of one assistant message."""
-    listed = conversation(where, response) if not isinstance(response, str) else None
-    if listed is not None:
-        if len(listed) > 1 or listed[0]["role"] != "assistant":
-            raise Fault(
-                "no reply",
-                f"{where} holds several messages, or none of the assistant; expected one reply. Earlier turns belong "
-                "into 'prompt'.",
-            )
-        response = listed[0]["content"]
+    response = reply_text(where, response)
     check_text(where, response)
     return response
 
@@ -193,7 +167,9 @@ def _ranking(row: Row, _: Mapping[str, float]) -> tuple[list[Message], list[str]
         if by_text.setdefault(text.strip(), label) != label:
             raise Fault("identical responses", "two responses are identical but ranked differently. Remove one.")
     prompt = _prompt(row)
-    if row.columns.sides != "reply" and all(begins_with(text, prompt[-1]["content"]) for text in responses):
+    if row.columns.sides != "reply" and all(
+        after_prompt(text, prompt[-1]["content"]) is not None for text in responses
+    ):
         raise Fault(
             "sides diverge",
             "all responses begin with the prompt: whole dialogues? Cut it off, or say columns sides=reply "
@@ -247,11 +223,8 @@ def _scored(row: Row, weights: Mapping[str, float]) -> tuple[list[Message], list
 
 
 def _number(where: str, value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)  # a cell of a CSV file is text
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number) or abs(number) > np.finfo(np.float32).max:
+    number = finite_number(value)
+    if number is None or abs(number) > np.finfo(np.float32).max:
         raise Fault("bad number", f"{where} holds {found(value)}; expected a finite number.")
     return number
 

@@ -26,6 +26,7 @@ from inform_rm.data.messages import (
     Message,
     check_text,
     conversation,
+    finite_number,
     found,
     has_text,
     json_messages,
@@ -108,7 +109,7 @@ def with_layout(columns: Columns, records: Iterable[tuple[int, Any]]) -> Columns
         if prompt is None or not all(isinstance(side, str) for side in sides):
             continue
         asked = prompt[-1]["content"]
-        repeats = [_dialogue_about(side, asked) is not None or _after(side, asked) is not None for side in sides]
+        repeats = [_dialogue_about(side, asked) is not None or after_prompt(side, asked) is not None for side in sides]
         looked_at, both, any_side = looked_at + 1, both + all(repeats), any_side + any(repeats)
     if 2 * both > looked_at:
         return replace(columns, layout="whole")
@@ -171,15 +172,10 @@ def parse_pair(
         raise BadRow(file, row, str(fault), fault.kind) from None
 
 
-def pair_or_fault(record: Any, file: str, row: int, on_bad_row: str, **options: Any) -> PreferencePair | BadRow:
-    """The pair of a row as a reader gives it (options: see `parse_pair`); under ``"skip"`` the fault of a bad one."""
-    return row_or_fault(parse_pair, record, file, row, on_bad_row, **options)
-
-
 def row_or_fault(
     parse: Callable[..., Any], record: Any, file: str, row: int, on_bad_row: str, **options: Any
 ) -> Any | BadRow:
-    """What ``parse`` makes of a row as a reader gives it; under ``"skip"`` the fault of a bad one."""
+    """What `parse_pair` or its like makes of a row as a reader gives it; under ``"skip"`` the fault of a bad one."""
     try:
         if isinstance(record, str):  # the reader's description of a row that it could not read
             raise BadRow(file, row, record, "unreadable")
@@ -242,7 +238,7 @@ def _sides_after_prompt(row: Row, prompt: list[Message], chosen: str, rejected: 
             one = "'chosen'" if first is not None else "'rejected'"
             message = f"only {one} is a transcript that holds the prompt. Give both in the same form."
             raise Fault("sides diverge", message)
-    rests = _after(chosen, asked), _after(rejected, asked)
+    rests = after_prompt(chosen, asked), after_prompt(rejected, asked)
     repeats = [rest is not None for rest in rests]
     layout = row.columns.sides or row.columns.layout
     if layout == "reply":
@@ -264,7 +260,7 @@ def _sides_after_prompt(row: Row, prompt: list[Message], chosen: str, rejected: 
     return with_earlier_turns(row, prompt), chosen, rejected
 
 
-def _after(side: str, prompt: str) -> str | None:
+def after_prompt(side: str, prompt: str) -> str | None:
     """What follows the prompt in a side that begins with it, whatever the line ends; ``None`` for another side."""
     side, prompt = (one_line_end(text).strip() for text in (side, prompt))
     if not side.startswith(prompt):
@@ -273,11 +269,6 @@ def _after(side: str, prompt: str) -> str | None:
     # "Hello" is not the start of "Hello! How are you?": a prompt ends where its last word does.
     ends = rest[:1].isspace() or not (prompt[-1:].isalnum() or not rest[:1].isalnum())
     return rest.strip() if ends and has_text(rest) else None
-
-
-def begins_with(reply: str, prompt: str) -> bool:
-    """Whether a text goes on after a prompt that it repeats."""
-    return _after(reply, prompt) is not None
 
 
 def _dialogue_about(side: str, asked: str) -> list[Message] | None:
@@ -331,13 +322,8 @@ def _trimmed(message: Message) -> Message:
 
 
 def _margin(value: Any) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)  # a cell of a CSV file is text
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+    number = finite_number(value)
+    if number is None and value is not None:
         raise Fault("bad margin", f"'margin' is {found(value)}; expected a finite number or null.")
     return number
 

@@ -111,8 +111,10 @@ def load_preferences(
             f"{label}: its rows are of the layout {layout!r}, where {' or '.join(layouts)} is needed. Rankings and "
             "scored responses are read by train (without streaming), evaluate and check-data."
         )
-    columns = _columns_of_layout(columns, layout, label)
-    columns = with_layout(columns, head) if layout == "pair" else columns
+    own = of_layout(columns, layout)
+    if others := sorted(columns.given.keys() - own.given.keys()):
+        logger.warning("%s: rows of the layout %r; columns of %s not used.", label, layout, ", ".join(others))
+    columns = with_layout(own, head) if layout == "pair" else own
     first = parts[0][0], itertools.chain(head, parts[0][1])
     name = source_name(parse_source(source).name) if isinstance(source, str | Path) else "default"
     bad_rows: list[BadRow] = []
@@ -145,14 +147,6 @@ def load_preferences(
             raise InputError(f"{label}: none of its {len(bad_rows)} rows can be used. {shown}")
         raise InputError(f"{label}: no rows. Expected at least one preference pair.")
     return PreferenceData(dataset, bad_rows, digest.hexdigest(), reading, layout)
-
-
-def _columns_of_layout(columns: Columns, layout: str, label: str) -> Columns:
-    """The mapping for this source; a log line about what of it is for others."""
-    own = of_layout(columns, layout)
-    if others := sorted(columns.given.keys() - own.given.keys()):
-        logger.warning("%s: rows of the layout %r; columns of %s not used.", label, layout, ", ".join(others))
-    return own
 
 
 def _write_arrow(rows: Iterable[PreferencePair | ResponseGroup], digest: Any, features: Features) -> Dataset:

@@ -7,17 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from inform_rm.data.columns import (
-    GROUP_FIELDS,
-    Columns,
-    Reading,
-    Row,
-    check_not_encoded,
-    log_reading,
-    no_prompt,
-    stated_prompt,
-    with_earlier_turns,
-)
+from inform_rm.data.columns import GROUP_FIELDS, Columns, Reading, Row, log_reading, required_prompt
 from inform_rm.data.messages import Fault, Message, to_messages
 from inform_rm.data.sources import Sources, open_parts, source_label, source_list
 from inform_rm.errors import InputError
@@ -61,14 +51,10 @@ def read_prompts(
     seed: int = 0,
     on_bad_row: str = "error",
 ) -> PromptSet:
-    """Distinct prompts of one or several sources; responses in the rows are not read.
+    """Distinct prompts of one or several sources (`sources.open_parts`); responses in the rows are not read.
 
-    Args:
-        data: see `inform_rm.data.sources.open_parts`; each row has ``prompt`` (and ``system``, ``history``).
-        columns: which columns these and ``id`` are, see `inform_rm.data.columns.Columns.of`.
-        num_prompts: a random subset of so many.
-        seed: of the subset.
-        on_bad_row: ``"error"``, or ``"skip"``, which counts and lists rows without a prompt that can be read.
+    Each row has ``prompt`` (and ``system``, ``history``, ``id``); ``num_prompts`` is a random subset of so many.
+    ``on_bad_row="skip"`` counts and lists rows without a prompt that can be read.
 
     Raises:
         InputError: bad rows, no prompts, or fewer than asked for.
@@ -127,11 +113,7 @@ def _prompt_row(record: Any, where: str, columns: Columns, reading: Reading) -> 
     reading.add_row(record, columns, PROMPT_FIELDS, also=_RESPONSES)
     row = Row(record, columns, reading)
     try:
-        check_not_encoded(row)
-        prompt = stated_prompt(row)
-        if prompt is None:
-            raise no_prompt(record, "each row needs one", PROMPT_FIELDS)
-        messages = with_earlier_turns(row, prompt)
+        messages = required_prompt(row, "each row needs one", PROMPT_FIELDS)
     except Fault as fault:
         raise InputError(f"{where}: {fault}") from None
     own = row.value("id")

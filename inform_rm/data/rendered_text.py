@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from inform_rm.errors import InputError
@@ -34,10 +34,6 @@ def what_is_lost(conversation: Sequence[dict[str, str]], text: str) -> str | Non
     Each message's content, without blanks around it, is looked for after the one before it; a system message may
     stand anywhere. Escapes of JSON, and other blanks at line breaks and around ``<think>`` tags, are no loss. The last
     message is called the response. A deleted text of a few letters, which the template's own words hold, goes unseen.
-
-    Args:
-        conversation: Messages with ``role`` and ``content``.
-        text: The rendered conversation.
 
     Returns:
         None where all of it is there; else which parts of which messages are missing.
@@ -94,10 +90,10 @@ def add_partly_rendered(total: dict[str, Any], more: dict[str, Any]) -> None:
     total["examples"] = [*total["examples"], *more["examples"]][:SHOWN_LOSSES]
 
 
-def warn_of_loss(found: dict[str, Any], number: int, unit: str = "pairs", log: Callable = logger.warning) -> None:
+def warn_of_loss(found: dict[str, Any], number: int, unit: str = "pairs") -> None:
     """One log line where a template deleted text of some of ``number`` rows; ``found`` is from `partly_rendered`."""
     if found["n"]:
-        log(
+        logger.warning(
             "the chat template deletes text of %d of %d %s, so that the model does not read it: %s. Pass another "
             "chat_template (a file, or 'plain') if it should.",
             found["n"], number, unit, "; ".join(found["examples"]),

@@ -7,18 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from inform_rm.data.columns import (
-    ROW_FIELDS,
-    Columns,
-    Reading,
-    Row,
-    check_not_encoded,
-    no_prompt,
-    no_response,
-    stated_prompt,
-    with_earlier_turns,
-)
-from inform_rm.data.messages import Fault, Message, check_unicode, conversation, found
+from inform_rm.data.columns import ROW_FIELDS, Columns, Reading, Row, no_response, required_prompt
+from inform_rm.data.messages import Fault, Message, check_unicode, found, reply_text
 from inform_rm.data.sources import Source, open_parts, source_label
 from inform_rm.errors import InputError
 
@@ -51,13 +41,10 @@ class RowFault:
 def score_rows_or_faults(
     source: Source, columns: Columns | Mapping[str, str] | None = None, reading: Reading | None = None
 ) -> Iterator[ScoreRow | RowFault]:
-    """The rows of a source in order, one in memory at a time; in place of a bad one, what is wrong with it.
+    """The rows of a source (`sources.open_parts`) in order, one in memory at a time; in place of a bad one, its fault.
 
-    Args:
-        source: A JSONL, JSON, CSV (each also .gz) or Parquet file, a folder, a Hub id, or rows in memory, see
-            `sources.open_parts`.
-        columns: Where ``prompt``, ``response``, ``system`` and ``history`` are, see `Columns.of`.
-        reading: Counts how the rows were read.
+    ``columns`` says where ``prompt``, ``response``, ``system`` and ``history`` are; ``reading`` counts how rows were
+    read.
 
     Raises:
         InputError: if the source is missing, of another kind, or broken in a way that spoils the rows that follow.
@@ -126,16 +113,9 @@ def _prompt_and_response(row: Row, is_csv: bool) -> tuple[list[Message], str]:
         response = ""
     if response is None:
         raise no_response(row.record)
-    check_not_encoded(row)
-    prompt = stated_prompt(row)
-    if prompt is None:
-        raise no_prompt(row.record, "a row to score needs one", ROW_FIELDS)
-    listed = conversation("'response'", response) if not isinstance(response, str) else None
-    if listed is not None:  # the last message of a chat, as an API gives it
-        if len(listed) > 1 or listed[0]["role"] != "assistant":
-            raise Fault("no reply", "'response' holds several messages, or none of the assistant; expected one reply.")
-        response = listed[0]["content"]
+    prompt = required_prompt(row, "a row to score needs one", ROW_FIELDS)
+    response = reply_text("'response'", response)
     if not isinstance(response, str):
         raise Fault("wrong type", f"'response' is {found(response)}; expected text.")
     check_unicode("'response'", response)  # an empty one is a response: policies in training write some
-    return with_earlier_turns(row, prompt), response
+    return prompt, response

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from inform_rm.safety.chat_templates import (
     templates_of,
     with_fixed_date,
 )
-from inform_rm.safety.checkpoints import check_code_is_own, check_files
+from inform_rm.safety.checkpoints import check_code_is_own, check_files, warn_unpinned
 
 logger = logging.getLogger(__name__)
 
@@ -41,21 +40,16 @@ def load_tokenizer(
 ) -> Any:
     r"""A tokenizer that can pad (on the right) and, if asked, has another chat template.
 
-    The date in a template that reads the clock is `chat_templates.TEMPLATE_DATE`, see `fix_date`.
-
-    Args:
-        model_path: Folder or Hub id.
-        revision: Branch, tag or commit of a Hub id.
-        trust_remote_code: Run tokenizer code that comes with the model.
-        chat_template: None keeps the tokenizer's own; ``"plain"`` is ``\n\nHuman: ...\n\nAssistant: ...``; else the
-            path of a Jinja file, or Jinja text.
+    The date in a template that reads the clock is `chat_templates.TEMPLATE_DATE`, see `fix_date`. The chat template
+    ``None`` keeps the tokenizer's own; ``"plain"`` is ``\n\nHuman: ...\n\nAssistant: ...``; else it is the path of a
+    Jinja file, or Jinja text.
 
     Raises:
         InputError: No tokenizer there, an unusable template, or no token that could serve for padding.
     """
     check_files(model_path)
-    if trust_remote_code and revision is None and not os.path.isdir(model_path):
-        logger.warning("%s: trust_remote_code without a pinned revision runs whatever is there today.", model_path)
+    if trust_remote_code:
+        warn_unpinned(str(model_path), revision)
     try:
         if trust_remote_code:
             check_code_is_own(model_path, revision=revision)
@@ -91,9 +85,6 @@ def fix_date(tokenizer: Any, name: str) -> Any:
     """The tokenizer, or a copy of it whose chat template reads no clock; a log line says which date it has instead.
 
     The template goes with the tokenizer where that is saved, and is part of its fingerprint.
-
-    Raises:
-        InputError: see `chat_templates.with_fixed_date`.
     """
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):

@@ -52,9 +52,6 @@ class GapGrid:
 def distinct_prompts(pairs: Dataset) -> tuple[Tensor, Tensor]:
     """The prompts of a dataset without repetition.
 
-    Args:
-        pairs: columns as in `inform_rm.data.preferences.FEATURES`.
-
     Returns:
         ``(K,)`` the row at which each prompt comes first, and ``(P,)`` the number of each row's prompt among them.
     """

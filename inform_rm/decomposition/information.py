@@ -78,12 +78,7 @@ def mutual_information(
     - ``prompt_related``: I(Z; W~), 0 by the choice of D2 (theorem 1).
 
     The mean over a pair's prompts is taken over those that were drawn, its own among them: ``responses`` is too large
-    by that, and ``prompt`` too small, the more so the fewer they are.
-
-    Args:
-        terms: fields of `InformationTerms`, each ``(P,)``.
-        num_resamples: of the pairs.
-        seed: of the resamples.
+    by that, and ``prompt`` too small, the more so the fewer they are. ``terms`` are the fields of `InformationTerms`.
     """
     columns = np.stack(
         [terms[name] for name in ("preference", "responses", "free_agrees", "related_agrees")]

@@ -10,7 +10,6 @@ from datasets import Dataset
 
 from inform_rm.data.columns import log_reading
 from inform_rm.data.encoding import EncodedPairs, encode_pairs
-from inform_rm.data.group_encoding import encode_group_rows
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import load_preferences
 from inform_rm.data.sources import Sources, parse_source, source_label, source_list
@@ -68,10 +67,7 @@ class EvaluationSource:
             "overlong": settings.overlong,
             "on_bad_row": settings.on_bad_row,
         }
-        if self.layout == "pair":
-            encoded = encode_pairs(self.pairs, scorer.tokenizer, keep_text=keep_text, **rules)
-        else:
-            encoded = encode_group_rows(self.pairs, scorer.tokenizer, **rules)
+        encoded = encode_pairs(self.pairs, scorer.tokenizer, keep_text=keep_text, **rules)
         add_bad_rows(self.record, encoded.bad_rows)
         self.record["partly_rendered"] = encoded.counts["partly_rendered"]
         return encoded

@@ -1,5 +1,6 @@
 """What a model folder or Hub repository claims, checked before anything of that size is made or any code is run."""
 
+import contextlib
 import json
 import logging
 import math
@@ -78,13 +79,8 @@ def check_checkpoint(
     - With `trust_remote_code`, its code lies in the repository itself: what was trusted, and pinned by `revision`, is
       this one and no other.
 
-    What does not exist is not complained of: whoever needs it does.
-
-    Args:
-        model: folder or Hub id.
-        revision: branch, tag or commit of a Hub id.
-        trust_remote_code: whether code from the checkpoint will be run.
-        auto_class: the transformers class that will load it.
+    What does not exist is not complained of: whoever needs it does. ``auto_class`` is the class of transformers that
+    will load it.
 
     Raises:
         InputError: naming the file, what is wrong, and the way out.
@@ -264,18 +260,24 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
 def _numbers_held(path: Path, where: str) -> int:
     """How many numbers a weight file can hold, by its header; whole numbers may be packed, down to one a bit."""
     held = 0
+    with reading_weights(where), safe_open(path, framework="pt") as file:
+        for key in file.keys():
+            part = file.get_slice(key)
+            dtype = str(part.get_dtype())
+            held += math.prod(part.get_shape()) * (int(dtype[1:]) if re.fullmatch(r"[IU]\d+", dtype) else 1)
+    return held
+
+
+@contextlib.contextmanager
+def reading_weights(where: str | Path) -> Iterator[None]:
+    """Raise `InputError` for a safetensors file that cannot be read in the ``with`` block."""
     try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():
-                part = file.get_slice(key)
-                dtype = str(part.get_dtype())
-                held += math.prod(part.get_shape()) * (int(dtype[1:]) if re.fullmatch(r"[IU]\d+", dtype) else 1)
+        yield
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
             f"model: cannot load {where}: the safetensors file is incomplete or broken ({str(error)[:200]}). Copy "
             "or download it again; a pickled model is refused."
         ) from None
-    return held
 
 
 def _check_size(model: str | Path, revision: str | None, trust_remote_code: bool, auto_class: Any, held: int) -> None:

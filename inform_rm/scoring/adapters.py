@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
@@ -24,6 +23,7 @@ from inform_rm.safety.checkpoints import (
     check_code_is_own,
     find_file,
     read_object,
+    reading_weights,
     warn_unpinned,
 )
 from inform_rm.scoring.value_heads import find_reward_head, load_with_head
@@ -67,14 +67,8 @@ def load_adapter_model(
     """A whole reward model from a folder (or Hub id) of adapters: its base is loaded, the adapters are merged into it.
 
     The base is never quantised here, also where the adapters were trained on a quantised one. The model keeps no trace
-    of peft and is in eval mode.
-
-    Args:
-        model: folder or Hub id with the files that `inform_rm.training` writes.
-        dtype: number type of the base; ``"auto"`` is the one that the run trained in. The head is in float32.
-        device: where to put the model; ``"auto"`` spreads the base over all devices.
-        trust_remote_code: run code from the base's repository.
-        revision: branch, tag or commit of `model` on the Hub; that of the base stands in the adapters' settings.
+    of peft and is in eval mode. The dtype is that of the base, ``"auto"`` the one that the run trained in; the head is
+    in float32. The device ``"auto"`` spreads the base over all. The base's revision stands in the adapters' settings.
 
     Raises:
         InputError: if the folder holds no adapters of an InfoRM model, lacks the head or weights, or its base is
@@ -142,12 +136,8 @@ def _read(name: str, revision: str | None, trust_remote_code: bool) -> tuple[dic
             f"model: {name} has no {ADAPTER_FILES[1]}. Only safetensors are read; a pickled adapter "
             "(adapter_model.bin) is refused."
         )
-    try:
+    with reading_weights(f"{name}/{ADAPTER_FILES[1]}"):
         weights = load_file(weights_file)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"model: {name}/{ADAPTER_FILES[1]} is incomplete or broken ({error}): copy or download it again."
-        ) from error
     if not any(key.startswith(_HEAD_PREFIX) for key in weights):
         raise InputError(
             f"model: {name} holds adapters without the reward head, which would be random. Pass a folder that "

@@ -19,7 +19,7 @@ from inform_rm.data.encoding import BAD_ROW_POLICIES, Encoded
 from inform_rm.data.rendered_text import add_partly_rendered, partly_rendered, warn_of_loss
 from inform_rm.data.response_rows import RowFault, ScoreRow, score_rows_or_faults
 from inform_rm.data.sources import Source, source_label
-from inform_rm.errors import InputError
+from inform_rm.errors import InputError, check_choice
 from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer, as_scorer
 from inform_rm.util.files import check_output_directory
 from inform_rm.util.journal import RewardJournal, shortest_float
@@ -74,8 +74,7 @@ def score_file(
     output, name = Path(output), source_label(input)
     scorer = as_scorer(scorer, None, {})
     scorer.check_uncertainty(uncertainty)
-    if on_bad_row not in BAD_ROW_POLICIES:
-        raise InputError(f"on_bad_row: got {on_bad_row!r}; expected one of {', '.join(BAD_ROW_POLICIES)}.")
+    check_choice("on_bad_row", on_bad_row, BAD_ROW_POLICIES)
     check_output_directory(output.parent)
     if output.is_dir():
         raise InputError(f"output: {output} is a folder; expected the name of a .jsonl file.")

@@ -15,7 +15,7 @@ from inform_rm.data.encoding import Encoded, encode_groups
 from inform_rm.data.messages import Fault, conversation
 from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.data.tokenizer import check_vocabulary, fix_date, load_tokenizer, warn_of_no_template
-from inform_rm.errors import InputError, check_whole_number, shortened
+from inform_rm.errors import InputError, check_choice, check_whole_number, shortened
 from inform_rm.scoring.packing import (
     default_tokens_per_batch,
     engine_line,
@@ -37,7 +37,6 @@ from inform_rm.util.processes import computed_alone, computed_in_turn, join_proc
 
 logger = logging.getLogger(__name__)
 
-BATCHINGS = ("packed", "padded")
 _ENOUGH_TOKENS = 1024
 
 Prompt = str | list[dict[str, str]]
@@ -113,8 +112,7 @@ class RewardScorer:
         for name, value in (("max_length", max_length), ("tokens_per_batch", tokens_per_batch)):
             if value is not None:
                 check_whole_number(name, value)
-        if batching not in BATCHINGS:
-            raise InputError(f"batching: {batching!r}; expected one of {', '.join(BATCHINGS)}.")
+        check_choice("batching", batching, ("packed", "padded"))
         self.split_over_processes = split_over_processes
         self.model: Any
         if isinstance(model, str | Path):
@@ -142,7 +140,6 @@ class RewardScorer:
         if tokenizer is not None:
             check_vocabulary(tokenizer, self._vocabulary_size)
         self.tokens_computed = 0
-        self.batching = batching
         reason = why_not_packed(self.model) if batching == "packed" else "asked for"
         level = logging.WARNING if reason is not None and batching == "packed" else logging.INFO
         self.batching = "packed" if reason is None else "padded"

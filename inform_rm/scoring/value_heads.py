@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from inform_rm.errors import InputError
 from inform_rm.modeling_inform import InfoRMForSequenceClassification
-from inform_rm.safety.checkpoints import find_file, weight_files
+from inform_rm.safety.checkpoints import find_file, reading_weights, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,6 @@ class RewardHead:
 
 def find_reward_head(model: str | Path, config: Any, *, revision: str | None = None) -> RewardHead | None:
     """The one head of shape (1, hidden size) among the weights of a decoder; None if there is none.
-
-    Args:
-        model: folder or Hub id.
-        config: its config.
-        revision: of a Hub id.
 
     Raises:
         InputError: several such heads, one that is pickled, or a weight file that cannot be read.
@@ -91,13 +86,9 @@ def other_head_weights(model: str | Path, *, revision: str | None = None) -> lis
 def load_with_head(model: str | Path, head: RewardHead | None, **settings: Any) -> Any:
     """`InfoRMForSequenceClassification.from_backbone`, going on from the checkpoint's own head where it can.
 
-    A head goes on with ``architecture="standard"``, whose reward it is: a row and perhaps a constant. Dropout, which
-    TRL's value head has while training, is left out. ``architecture="inform"`` starts afresh. Both are logged.
-
-    Args:
-        model: folder or Hub id.
-        head: what `find_reward_head` found.
-        settings: keywords of ``from_backbone``.
+    A head that `find_reward_head` found goes on with ``architecture="standard"``, whose reward it is: a row and
+    perhaps a constant. Dropout, which TRL's value head has while training, is left out. ``architecture="inform"``
+    starts afresh. Both are logged. ``settings`` are keywords of ``from_backbone``.
 
     Raises:
         InputError: a head beside the backbone that cannot be read or does not fit.
@@ -129,15 +120,9 @@ def load_with_head(model: str | Path, head: RewardHead | None, **settings: Any) 
 
 def _heads_in(path: Path, hidden_size: int, file: Path | None) -> list[RewardHead]:
     """Weights of shape ``(1, hidden_size)`` outside layers, where gates of experts have that shape as well."""
-    try:
-        with safe_open(path, framework="pt") as weights:
-            names = set(weights.keys())
-            found = [name for name in sorted(names) if weights.get_slice(name).get_shape() == [1, hidden_size]]
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"model: cannot load {path}: the safetensors file is incomplete or broken ({str(error)[:200]}). Copy "
-            "or download it again."
-        ) from None
+    with reading_weights(path), safe_open(path, framework="pt") as weights:
+        names = set(weights.keys())
+        found = [name for name in sorted(names) if weights.get_slice(name).get_shape() == [1, hidden_size]]
     prefixes = [name.removesuffix(".weight") for name in found if name.endswith(".weight")]
     return [
         RewardHead(prefix, f"{prefix}.bias" in names, file)

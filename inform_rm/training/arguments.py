@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from inform_rm.data.messages import finite_number
 from inform_rm.errors import shown
 
 # Heading of the help -> the first setting under it.
@@ -41,15 +42,11 @@ _DECIDE_WHICH_IS_BEST = (
 def _setting(
     text: str, default: Any, *, decides: bool | str = True, by_content: bool = False, compare: bool = True
 ) -> Any:
-    """A field of the settings.
+    """A field of the settings with its sentence of help.
 
-    Args:
-        text: its sentence of help.
-        default: its default.
-        decides: whether it decides what is learnt, so that a run is not continued under another value; the name of a
-            setting: it decides where that one is set.
-        by_content: it names files, and what they hold decides, not how they are named.
-        compare: whether settings that differ in it alone are different settings.
+    ``decides``: whether it decides what is learnt, so that a run is not continued under another value; the name of a
+    setting: it decides where that one is set. ``by_content``: it names files, and what they hold decides, not how they
+    are named.
     """
     return field(
         default=default, compare=compare, metadata={"help": text, "decides": decides, "by_content": by_content}
@@ -146,12 +143,7 @@ class RewardArguments:
         "gap's equation is derived from the paper's definitions, it is not the authors' text)",
         "plain",
     )
-    selection: Literal["smallest", "weighted"] = _setting(
-        "prioritized: learn from the smallest gaps of each pool (the paper's), or from all pairs that are drawn, each "
-        "weighted by sigmoid(-gap)",
-        "smallest",
-    )
-    pool_factor: int = _setting("selection 'smallest': pairs drawn for each pair that is learnt from", 2)
+    pool_factor: int = _setting("prioritized: pairs drawn for each pair that is learnt from", 2)
     num_prompts: int = _setting(
         "prioritized: prompts behind each prompt-free gap; with weights 'uniform' without the pair's own, of which a "
         "few others would leave too large a part, with 'behavior' it is among them",
@@ -283,8 +275,6 @@ class RewardArguments:
              "one, 'uniform' uses none"),
             (self.weights == "behavior" and self.num_prompts < 2,
              f"weights 'behavior' needs num_prompts of at least 2, got {self.num_prompts}: the pair's own is one"),
-            (self.objective == "prioritized" and self.selection == "weighted" and self.loss_type != "bradley_terry",
-             f"selection 'weighted' weighs the Bradley-Terry loss; loss_type is {self.loss_type!r}"),
             (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit exclude each other: choose one"),
             (chooses_best and self.data and not self.eval_data, "load_best_model_at_end needs eval_data to choose by"),
             (chooses_best and self.eval_steps != self.save_steps,
@@ -308,7 +298,7 @@ class RewardArguments:
     @property
     def drawn_per_pair(self) -> int:
         """Pairs that are drawn for each pair that is learnt from."""
-        return self.pool_factor if self.objective == "prioritized" and self.selection == "smallest" else 1
+        return self.pool_factor if self.objective == "prioritized" else 1
 
     def divided_pairs(self, devices: int) -> tuple[int, int]:
         """Pairs of a forward pass on each device, and forward passes of an update.
@@ -413,42 +403,30 @@ def decides(name: str) -> bool | str:
 
 
 def read_weights(value: Any) -> dict[str, float]:
-    """A mapping of columns to weights, from YAML or from texts like ``helpfulness=0.65``.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if isinstance(value, str | list | tuple):
-        items = [value] if isinstance(value, str) else value
-        value = dict(item.split("=", 1) for item in items if isinstance(item, str) and "=" in item)
-        if len(value) < len(items):
-            raise ValueError(f"must be COLUMN=WEIGHT, each column once, got {shown(items)}")
-    try:
-        weights = {
-            str(name): math.nan if isinstance(weight, bool) else float(weight) for name, weight in value.items()
-        }
-    except (AttributeError, TypeError, ValueError):
-        weights = {}
-    if not weights or not all(map(math.isfinite, weights.values())):
+    """Columns to weights, from YAML or from texts like ``helpfulness=0.65``; `ValueError` for what is none."""
+    weights = {str(column): finite_number(weight) for column, weight in _assigned(value, "COLUMN=WEIGHT").items()}
+    found = {column: weight for column, weight in weights.items() if weight is not None}
+    if not found or len(found) < len(weights):
         raise ValueError(f"must be columns with a finite number each, COLUMN=WEIGHT, got {shown(value)}")
-    return weights
+    return found
 
 
 def read_columns(value: Any) -> dict[str, str]:
-    """A mapping of fields to columns, from YAML or from texts like ``prompt=question``.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if isinstance(value, dict):
-        pairs = list(value.items())
-    else:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple) or not all(isinstance(item, str) and "=" in item for item in items):
-            raise ValueError(f"must be FIELD=COLUMN, several times if need be, got {shown(value)}")
-        pairs = [tuple(item.split("=", 1)) for item in items]
-    if not all(isinstance(part, str) and part for pair in pairs for part in pair):
+    """Fields to columns, from YAML or from texts like ``prompt=question``; `ValueError` for what is none."""
+    columns = _assigned(value, "FIELD=COLUMN")
+    if not all(isinstance(part, str) and part for pair in columns.items() for part in pair):
         raise ValueError(f"must name a column for each field, got {shown(value)}")
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"names a field twice, got {shown(value)}")
-    return dict(pairs)
+    return columns
+
+
+def _assigned(value: Any, form: str) -> dict[str, Any]:
+    """A mapping as it is, or of one or several texts in the form ``NAME=VALUE``."""
+    if isinstance(value, dict):
+        return value
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and "=" in item for item in items):
+        raise ValueError(f"must be {form}, several times if need be, got {shown(value)}")
+    found = dict(item.split("=", 1) for item in items)
+    if len(found) < len(items):
+        raise ValueError(f"must be {form} with each name once, got {shown(value)}")
+    return found

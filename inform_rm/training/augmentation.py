@@ -19,12 +19,8 @@ def add_non_contextual_pairs(pairs: Dataset, seed: int) -> Dataset:
     them. The paper also adds pairs of two foreign responses without a preference; the loss here has no such label, so
     they are left out.
 
-    Args:
-        pairs: columns as in `inform_rm.data.preferences.FEATURES`.
-        seed: seed of the draws.
-
-    Returns:
-        The pairs, then one with ``/rrm-chosen`` and one with ``/rrm-rejected`` at the end of its id for each of them.
+    Columns are as in `inform_rm.data.preferences.FEATURES`; ids of added pairs end in ``/rrm-chosen`` and
+    ``/rrm-rejected``.
 
     Raises:
         InputError: if all pairs have the same prompt, or a pair's response is repeated under nearly all others.

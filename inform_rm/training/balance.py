@@ -23,10 +23,8 @@ _SIDES = ("chosen_input_ids", "rejected_input_ids")
 def pair_costs(prompts: Any, responses: Sequence[Any], hidden_size: int) -> NDArray[np.float64]:
     """``(N,)`` cost of each pair or group in a packed row, in tokens: its own, and what attention adds.
 
-    Args:
-        prompts: ``(N,)`` tokens of the prompts, computed once each.
-        responses: for each response of a pair ``(N,)`` tokens.
-        hidden_size: of the model; the smaller, the more attention weighs.
+    ``prompts`` are ``(N,)`` tokens of the prompts, computed once each; so is each of the ``responses`` of a pair. The
+    smaller the model's ``hidden_size``, the more attention weighs.
     """
     prompts = np.asarray(prompts, dtype=np.float64)
     parts = [np.asarray(part, dtype=np.float64) for part in responses]
@@ -60,9 +58,7 @@ def balanced(costs: Any, parts: int) -> list[list[int]]:
         >>> balanced([9, 1, 1, 7], parts=2)
         [[0, 2], [1, 3]]
     """
-    room, remainder = divmod(len(costs), parts)
-    if remainder:
-        raise ValueError(f"{len(costs)} costs for {parts} lists of equal length.")
+    room = len(costs) // parts
     found: list[list[int]] = [[] for _ in range(parts)]
     sums = np.zeros(parts)
     for place in np.argsort(-np.asarray(costs, dtype=np.float64), kind="stable").tolist():
@@ -75,15 +71,10 @@ def balanced(costs: Any, parts: int) -> list[list[int]]:
 class BalancedSampler(Sampler[int]):
     """The rows of another sampler, an update's among themselves in another order.
 
-    Every ``batch_size`` rows go to one process, which is how Accelerate deals them out. What is left at the end for
-    less than a batch for every process stays as it is: rows are then repeated, and the loop counts which.
-
-    Args:
-        sampler: gives the rows; all processes must get the same from it.
-        costs: of each row, see `pair_costs`.
-        batch_size: rows of a process in a forward pass.
-        processes: their number.
-        accumulated: forward passes of an update.
+    Every ``batch_size`` rows go to one process for a forward pass, which is how Accelerate deals them out; an update
+    has ``accumulated`` of these. All processes must get the same rows from the sampler; costs are those of
+    `pair_costs`. What is left at the end for less than a batch for every process stays as it is: rows are then
+    repeated, and the loop counts which.
     """
 
     def __init__(

@@ -26,20 +26,12 @@ _OVERSPENT = 2.0  # so many times as much as it earns costs the KL term
 
 
 def teachable_nats(flip_rate: float = 0.0) -> float:
-    """Most that a pair teaches about its preference: ``ln 2 - H(p)``.
-
-    Args:
-        flip_rate: p, the probability that a label is wrong, 0 to 0.5.
-
-    Raises:
-        ValueError: it is no such probability.
+    """Most that a pair teaches about its preference: ``ln 2 - H(p)``, p the probability of a wrong label, 0 to 0.5.
 
     Example:
         >>> [round(teachable_nats(p), 3) for p in (0.0, 0.25, 0.5)]
         [0.693, 0.131, 0.0]
     """
-    if not 0 <= flip_rate <= 0.5:
-        raise ValueError(f"flip_rate must be from 0 to 0.5, got {flip_rate}.")
     if flip_rate == 0:
         return math.log(2)
     return math.log(2) + flip_rate * math.log(flip_rate) + (1 - flip_rate) * math.log1p(-flip_rate)
@@ -61,13 +53,8 @@ def most_flips(accuracy: float, num_pairs: int) -> tuple[float, float]:
     Of labels that are flipped with probability p, whatever the pair, a model that is right in a share q of the pairs
     agrees with ``(1 - p) q + p (1 - q) <= 1 - p``. So p is at most ``1 - accuracy``: a bound, no estimate, as the
     model may be wrong where the labels are not. Errors that follow a rule, such as a bias to length, are not seen.
-
-    Args:
-        accuracy: on pairs that were not trained on, whose labels are like those of training.
-        num_pairs: how many.
-
-    Returns:
-        At most 0.5 both; the limit is from Wilson's interval.
+    Both are at most 0.5; the limit is from Wilson's interval. The pairs were not trained on, and their labels are like
+    those of training.
 
     Example:
         >>> [round(value, 3) for value in most_flips(0.75, 400)]
@@ -77,33 +64,21 @@ def most_flips(accuracy: float, num_pairs: int) -> tuple[float, float]:
     return min(0.5, 1 - accuracy), min(0.5, 1 - low)
 
 
-def has_budget(settings: dict[str, Any]) -> bool:
-    """Whether the rule holds for a run with these settings: a bottleneck, and ``ln 2`` for telling nothing."""
-    wanted = {"architecture": "inform", "loss_type": "bradley_terry", "ranking_loss": "all_pairs"}
-    return settings.get("beta", 0) > 0 and all(settings.get(name) == value for name, value in wanted.items())
-
-
 def budget_of_run(
     settings: dict[str, Any], kl_share: float, evaluation: dict[str, Any] | None
 ) -> dict[str, float] | None:
     """What a run records: the budget without noise and, with an evaluation on pairs, with the most noise there can be.
 
-    Args:
-        settings: of the run.
-        kl_share: `InfoRMConfig.kl_share`.
-        evaluation: of the finished model.
-
-    Returns:
-        ``nats_per_response``; ``flip_rate_at_most``, its ``_limit`` and ``nats_per_response_at_that``; ``None`` where
-        the rule does not hold.
+    ``nats_per_response``; ``flip_rate_at_most``, ``flip_rate_limit`` and ``nats_per_response_at_that``; ``None`` where
+    the rule does not hold: without a bottleneck, or where telling nothing does not cost ``ln 2``.
     """
-    if not has_budget(settings):
+    wanted = {"architecture": "inform", "loss_type": "bradley_terry", "ranking_loss": "all_pairs"}
+    if not settings.get("beta") or any(settings.get(name) != value for name, value in wanted.items()):
         return None
     beta = settings["beta"]
     found = {"nats_per_response": kl_budget(beta, 0.0, kl_share)}
-    if (
-        evaluation and "accuracy" in evaluation and "num_prompts" not in evaluation
-    ):  # rankings' pairs are no such labels
+    # Rankings' pairs are no such labels.
+    if evaluation and "accuracy" in evaluation and "num_prompts" not in evaluation:
         rate, limit = most_flips(evaluation["accuracy"], int(evaluation["num_pairs"]))
         found |= {"flip_rate_at_most": rate, "flip_rate_limit": limit}
         found["nats_per_response_at_that"] = kl_budget(beta, rate, kl_share)

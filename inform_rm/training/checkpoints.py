@@ -1,7 +1,6 @@
 """Checkpoints of a run: reading and discarding them, and what a run must have in common with its continuation."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -17,16 +16,14 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainerState
 
-from inform_rm.data.sources import parse_source, source_digest
+from inform_rm.data.sources import parse_source, sampled_digest, source_digest
 from inform_rm.errors import InputError
 from inform_rm.training.arguments import SETTINGS_BY_CONTENT
-from inform_rm.training.half_precision import COMPENSATED_BETA2, COMPENSATED_OPTIM
 from inform_rm.training.reward_arguments import (
     RewardTrainingArguments,
     deciding_settings,
     settings_of,
     usual_settings,
-    with_our_names,
 )
 from inform_rm.util.checkpoints import checkpoint_step, complete_checkpoints, is_complete
 from inform_rm.util.files import atomic_write_text, file_digest, versions, write_json
@@ -36,7 +33,6 @@ logger = logging.getLogger(__name__)
 RESULT_FILE = "train_result.json"
 CONFIG_FILE = "training_config.yaml"
 STAGING = ".final"  # where the finished model is written before its files are moved into the run's folder
-_DIGESTED_BYTES = 1 << 20  # at the start and at the end of each file of the model
 
 
 @contextlib.contextmanager
@@ -161,14 +157,6 @@ def check_resume(
         atomic_write_text(output / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
-def recorded_kl_version(output: Path, otherwise: int) -> int:
-    """``kl_reduction_version`` of an unfinished run: 1 where an earlier version wrote none, ``otherwise`` if none."""
-    path = output / "checkpoints" / "run.json"
-    if not path.exists():
-        return otherwise
-    return 2 if _recorded_settings(path).get("kl_reduction_version") == 2 else 1
-
-
 def _changed(args: RewardTrainingArguments, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What decides the result and is not as it was, in words."""
     changed = []
@@ -180,10 +168,12 @@ def _changed(args: RewardTrainingArguments, before: dict[str, Any], now: dict[st
             if contents_before.get(name) != contents[name]:
                 renamed = "" if was == value else f": {was!r} -> {value!r}"
                 changed.append(f"the content of {name}{renamed}")
-        elif was != value and (name, was) != ("pairs_per_step", None):
+        elif was != value:
             changed.append(f"{name}: {was!r} -> {value!r}")
     if contents_before.get("peft_config") != contents["peft_config"]:
         changed.append("peft_config")
+    if before.get("kl_reduction_version") != now["kl_reduction_version"]:
+        changed.append("the model's kl_reduction_version")
     return changed
 
 
@@ -207,26 +197,19 @@ def _contents(
         value = getattr(args, name)
         if name not in contents:
             is_file = value is not None and Path(value).is_file()
-            contents[name] = value and (file_digest(value) if is_file else fingerprint_files(value) or value)
+            contents[name] = value and (file_digest(value) if is_file else _digest_of_model(value) or value)
     return contents
 
 
 def _recorded_settings(path: Path) -> dict[str, Any]:
-    """What a run recorded, as today's would have: names of an earlier version, and what it set without a setting."""
+    """What a run recorded."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
     except (ValueError, RecursionError) as error:
         raise InputError(f"output: {path} is damaged ({error}). Pass --overwrite true to start again.") from None
-    if "output" in found:
-        found["data_seed"] = found.get("seed")
-        found["adam_beta2"] = COMPENSATED_BETA2 if found.get("optim") == COMPENSATED_OPTIM else 0.999
-        if found.get("load_best_model_at_end"):
-            found |= {"metric_for_best_model": "eval_accuracy", "greater_is_better": True}
-    if "pairs_per_step" not in found:  # these two said it, and were per process
-        found.setdefault("per_device_train_batch_size", 8)
-    return with_our_names(found, {}, [])
+    return found
 
 
 def _launch() -> dict[str, Any]:
@@ -244,24 +227,13 @@ def is_fsdp_launch() -> bool:
     return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
-def fingerprint_files(model: str) -> str | None:
-    """SHA-256 over names, sizes and both ends of the files of a local model; ``None`` for one on the Hub.
+def _digest_of_model(model: str) -> str | None:
+    """Of the files of a local model; ``None`` for one on the Hub.
 
-    Not the whole content: tens of gigabytes would be read at every start. With LoRA the checkpoints do not hold the
-    backbone, so that another one under the same path would go unnoticed.
+    With LoRA the checkpoints do not hold the backbone, so that another one under the same path would go unnoticed.
     """
     folder = Path(model)
     if not folder.is_dir():
         return None
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.suffix not in (".json", ".safetensors"):
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode("utf-8", "surrogatepass"))
-        with open(path, "rb") as file:
-            digest.update(file.read(_DIGESTED_BYTES))
-            with contextlib.suppress(OSError):  # shorter than that: it has been read whole
-                file.seek(-_DIGESTED_BYTES, os.SEEK_END)
-                digest.update(file.read())
-    return digest.hexdigest()
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in (".json", ".safetensors"))
+    return sampled_digest((path.name, path) for path in files)

@@ -120,11 +120,7 @@ class EpochSeededLengthSampler(LengthGroupedSampler):
     """transformers' length-grouped order, drawn from the seed and the epoch alone.
 
     The original draws from the process's random state: every process would get another order, and a resumed run too.
-
-    Args:
-        batch_size: rows that are used together; neighbours in length share them.
-        lengths: tokens of each row.
-        seed: seed of the order.
+    Of ``batch_size`` rows that are used together the lengths are near to each other.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):

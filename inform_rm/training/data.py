@@ -12,13 +12,13 @@ from typing import Any
 
 import datasets
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, Features, concatenate_datasets, load_from_disk
 
 from inform_rm.data.columns import log_reading
-from inform_rm.data.encoding import encode_pairs
-from inform_rm.data.group_encoding import encode_mixed
+from inform_rm.data.encoding import ENCODED_GROUPS, EncodedPairs, encode_pairs
+from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import load_preferences
-from inform_rm.data.rendered_text import warn_of_loss
+from inform_rm.data.rendered_text import add_partly_rendered, warn_of_loss
 from inform_rm.data.sources import source_digest
 from inform_rm.errors import InputError
 from inform_rm.scoring.reward_models import fingerprint_tokenizer
@@ -34,7 +34,7 @@ _RECORD = "inform_rm.json"
 _PACKAGE = Path(__file__).parents[1]
 _DECIDING_FILES = (
     *sorted(f"data/{path.name}" for path in (_PACKAGE / "data").glob("*.py") if not path.name.startswith("check_")),
-    "safety/chat_templates.py", "training/augmentation.py",
+    "safety/chat_templates.py", "training/augmentation.py", "training/data.py",
 )  # fmt: skip
 
 
@@ -51,8 +51,8 @@ class TrainingPairs:
     """Encoded pairs of all sources of one setting.
 
     Attributes:
-        dataset: see `inform_rm.data.encoding.EncodedPairs`; where rankings or scored responses are among the
-            sources, of `inform_rm.data.group_encoding.encode_group_rows`.
+        dataset: see `inform_rm.data.encoding.EncodedPairs`; groups where rankings or scored responses are among the
+            sources.
         counts: pairs used (of rankings all untied ones; with them ``rows``, ``responses`` and ``layouts``, too),
             overlong, dropped and truncated rows, those ``partly_rendered`` (see `EncodedPairs`), the ``bad_rows`` that
             were left out, as text, and the ``reading`` of each source: which columns were read, and how.
@@ -174,6 +174,44 @@ def _encode(
     bad_rows += [str(row) for row in encoded.bad_rows]
     counts = {**encoded.counts, **counted, "bad_rows": bad_rows, "reading": readings}
     return TrainingPairs(encoded.dataset, counts, fingerprints)
+
+
+def encode_mixed(parts: Sequence[tuple[str, Dataset]], tokenizer: Any, **rules: Any) -> EncodedPairs:
+    """Encode data sets of several layouts (layout and rows of each), pairs as groups of two; counts are of all.
+
+    ``rules`` are ``max_length``, ``overlong`` and ``on_bad_row`` of `encode_pairs`.
+    """
+    datasets: list[Dataset] = []
+    counts: dict[str, Any] = {}
+    bad_rows: list[BadRow] = []
+    for layout, part in parts:
+        encoded = encode_pairs(part, tokenizer, **rules)
+        datasets.append(as_groups(encoded.dataset) if layout == "pair" else encoded.dataset)
+        bad_rows += encoded.bad_rows
+        lost = counts.pop("partly_rendered", {"n": 0, "examples": []})
+        add_partly_rendered(lost, encoded.counts.pop("partly_rendered"))
+        counts = {name: counts.get(name, 0) + number for name, number in encoded.counts.items()}
+        counts["partly_rendered"] = lost
+    return EncodedPairs(concatenate_datasets(datasets), counts, bad_rows)
+
+
+def as_groups(pairs: Dataset) -> Dataset:
+    """Encoded pairs as groups of two, the chosen response first, with their margin."""
+
+    def groups(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        sides = zip(batch["chosen_input_ids"], batch["rejected_input_ids"], strict=True)
+        characters = zip(batch["chosen_characters"], batch["rejected_characters"], strict=True)
+        return {
+            "responses_input_ids": list(map(list, sides)),
+            "labels": [[1.0, 0.0] for _ in batch["id"]],
+            "characters": list(map(list, characters)),
+        }
+
+    return pairs.map(
+        groups, batched=True, remove_columns=[name for name in pairs.column_names if name not in ENCODED_GROUPS],
+        features=Features(ENCODED_GROUPS), load_from_cache_file=False,
+        new_fingerprint=f"{pairs._fingerprint}-groups", desc="Pairs as groups",
+    )  # fmt: skip
 
 
 def check_layouts(args: RewardTrainingArguments, argument: str, layouts: set[str]) -> None:

@@ -6,7 +6,6 @@ architecture.
 """
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,15 +50,10 @@ class PassCounts:
 
 
 def count_pass(model: Any, rows: int, length: int, *, autocast: bool) -> PassCounts:
-    """Count a pass over ``(rows, length)`` tokens of a model on the meta device, whose weights are replaced.
+    """Count a pass over ``(rows, length)`` tokens, none of them padding, in bfloat16 where ``autocast`` computes so.
 
-    A model whose layers all have the same weights is run with few of them, and the rest is on a line.
-
-    Args:
-        model: in training mode; it cannot be used afterwards.
-        rows: sequences of one pass.
-        length: tokens of each; none is padding.
-        autocast: compute in bfloat16 where autocast does.
+    The model is on the meta device and in training mode; its weights are replaced, and it cannot be used afterwards.
+    One whose layers all have the same weights is run with few of them, and the rest is on a line.
     """
     layers = layers_of(model)
     number = len(layers)
@@ -139,7 +133,8 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> float:
 def _give_fake_weights(model: nn.Module) -> None:
     """Replace weights and buffers, each once, by fake ones on the CPU."""
     made: dict[int, Tensor] = {}
-    for tensors in _tensors(model):
+    kinds: Any = (kind for module in model.modules() for kind in (module._parameters, module._buffers))
+    for tensors in kinds:
         for name, old in tensors.items():
             if old is None:
                 continue
@@ -148,12 +143,6 @@ def _give_fake_weights(model: nn.Module) -> None:
                 is_weight = isinstance(old, nn.Parameter)
                 made[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if is_weight else new
             tensors[name] = made[id(old)]
-
-
-def _tensors(model: nn.Module) -> Iterator[dict[str, Any]]:
-    for module in model.modules():
-        yield module._parameters
-        yield module._buffers
 
 
 def _shapes(layer: nn.Module) -> tuple[Any, ...]:

@@ -21,20 +21,8 @@ from inform_rm.scoring.adapters import complete_adapter_folder, holds_adapters
 from inform_rm.training.balance import BalancedSampler, costs_of
 from inform_rm.training.checkpoints import discard, discard_beyond, reading_checkpoint
 from inform_rm.training.collators import EpochSeededLengthSampler, PackedPairCollator, counted_pairs
-from inform_rm.training.losses import (
-    PAIR_LOSSES,
-    group_loss,
-    kl_weight,
-    reward_model_loss,
-    scaled_bradley_terry_loss,
-)
-from inform_rm.training.metrics import (
-    group_metrics_from_sums,
-    group_sums,
-    metrics_from_sums,
-    padded_predictions,
-    pair_sums,
-)
+from inform_rm.training.losses import PAIR_LOSSES, group_loss, kl_weight, reward_model_loss
+from inform_rm.training.metrics import group_sums, metrics_from_sums, padded_predictions, pair_sums
 from inform_rm.training.passes import PassesThatFit
 from inform_rm.training.prioritized import PoolSelector
 from inform_rm.training.reward_arguments import RewardTrainingArguments
@@ -72,12 +60,11 @@ class RewardLoop(PassesThatFit):
         self.stream, self._selector = stream, selector
         self.can_return_loss = True
         self.label_names: list[str] = []
-        self._has_kl = self._has_groups = False
+        self._has_kl = False
         self._kl_share = getattr(self.accelerator.unwrap_model(self.model).config, "kl_share", 1.0)
         self._since_update: list[tuple[list[str], Tensor]] = []  # of the batches since the last update: ids, loss
-        is_weighted = selector is not None and self.args.selection == "weighted"
         self._loss_settings: dict[str, Any] = {
-            "loss": scaled_bradley_terry_loss if is_weighted else PAIR_LOSSES[self.args.loss_type],
+            "loss": PAIR_LOSSES[self.args.loss_type],
             "label_smoothing": self.args.label_smoothing,
             "center_rewards_coefficient": self.args.center_rewards_coefficient,
         }
@@ -176,10 +163,9 @@ class RewardLoop(PassesThatFit):
         rewards, kl, output = self.rewards_of(model, inputs)
         beta = kl_weight(self.state.global_step, self.state.max_steps, self.args.beta, self.args.kl_warmup_steps)
         beta *= self._kl_share
-        has_groups = "groups" in inputs
-        loss, sums = (self._group_loss if has_groups else self._pair_loss)(rewards, kl, inputs, beta)
+        loss, sums = (self._group_loss if "groups" in inputs else self._pair_loss)(rewards, kl, inputs, beta)
         self._sums = sums if self._sums is None else self._sums + sums
-        self._has_kl, self._has_groups = kl is not None, has_groups
+        self._has_kl = kl is not None
         loss = loss * inputs.get("share", 1.0)
         return (loss, output) if return_outputs else loss
 
@@ -209,7 +195,7 @@ class RewardLoop(PassesThatFit):
     def _group_loss(
         self, rewards: Tensor, kl: Tensor | None, inputs: dict[str, Any], beta: float
     ) -> tuple[Tensor, Tensor]:
-        """The loss of groups, and what `group_metrics_from_sums` divides."""
+        """The loss of groups, and what `metrics_from_sums` divides."""
         labels, groups, margin = (inputs[name] for name in ("labels", "groups", "margin"))
 
         def first(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -262,7 +248,7 @@ class RewardLoop(PassesThatFit):
         """Add the training metrics since the last line."""
         if "loss" in logs and self._sums is not None:
             sums = self.accelerator.reduce(self._sums, reduction="sum")
-            logs.update((group_metrics_from_sums if self._has_groups else metrics_from_sums)(sums, self._has_kl))
+            logs.update(metrics_from_sums(sums, self._has_kl))
             self._sums = None
         if "loss" in logs and self._selector is not None:
             logs.update(self._selector.metrics(self.accelerator))
@@ -272,7 +258,7 @@ class RewardLoop(PassesThatFit):
         """The gradient norm, which is that of all processes; the Trainer asks for it before it updates the weights."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         batches, self._since_update = self._since_update, []
-        self.forget_passes()
+        self._passed = []  # their gradients are about to be used: none will have to be computed again
         losses = torch.stack([loss for _, loss in batches])
         if not (losses.isfinite().all() and torch.as_tensor(norm).isfinite().all()):
             self._report_non_finite(float(norm), [(ids, float(loss)) for ids, loss in batches])

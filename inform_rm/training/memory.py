@@ -23,9 +23,8 @@ _PLAIN_ROW = 8192  # where it cannot be measured, as in scoring
 def tokens_that_fit(token_bytes: float, free: int) -> int:
     """Most tokens of a row, a multiple of `ROW_MULTIPLE`, at least `SMALLEST_ROW`.
 
-    Args:
-        token_bytes: memory that a forward and backward pass takes for a token, on top of weights and gradients.
-        free: memory for it in bytes.
+    ``token_bytes`` is what a forward and backward pass takes for a token beside weights and gradients, of the
+    ``free`` bytes.
     """
     return max(int(_USED * free / max(token_bytes, 1e-9)), SMALLEST_ROW) // ROW_MULTIPLE * ROW_MULTIPLE
 
@@ -40,14 +39,9 @@ def tokens_for_training(
 ) -> int:
     """`tokens_that_fit` beside the model's gradients and the optimizer's state; measured on the GPU, once.
 
-    It never raises: where a row cannot be measured, a log line says why and what is taken instead.
-
-    Args:
-        model: as it is trained; its gradients are ``None`` afterwards, and no random state has moved.
-        run: forward and backward pass of a packed row, given as its inputs.
-        device: a GPU.
-        max_length: most tokens of a sequence; the measured ones are no longer.
-        in_buckets: gradients are there twice (DDP).
+    It never raises: where a row cannot be measured, a log line says why and what is taken instead. ``run`` makes the
+    forward and backward pass of a packed row, given as its inputs, whose sequences have at most ``max_length`` tokens;
+    ``in_buckets``: gradients are there twice (DDP). Afterwards they are ``None``, and no random state has moved.
     """
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -134,12 +128,6 @@ def parts_within(part: dict[str, Any], most: int | None) -> list[dict[str, Any]]
     """A forward pass as several, each of at most so many tokens if it has more than one pair or group."""
     halves = None if most is None or part["input_ids"].numel() <= most else split_in_two(part)
     return [part] if halves is None else [small for half in halves for small in parts_within(half, most)]
-
-
-def smallest_part(part: dict[str, Any]) -> dict[str, Any]:
-    """One pair or group of a forward pass."""
-    halves = split_in_two(part)
-    return part if halves is None else smallest_part(halves[0])
 
 
 def _rows_of(part: dict[str, Any], kept: Tensor) -> dict[str, Any]:

@@ -28,7 +28,10 @@ def check_model(args: RewardTrainingArguments) -> None:
     """Refuse files of a model that could run code or that lie about what they hold, before anything is read."""
     assert args.model is not None
     if holds_adapters(args.model, args.revision):
-        return  # `load_model` says what to do with them
+        raise InputError(
+            f"model: {args.model} holds adapters, not a whole model. Write a whole one first: "
+            f"inform-rm export --model {args.model} --output FOLDER"
+        )
     try:
         check_checkpoint(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
     except OSError as error:  # no such repository, or no way to it
@@ -44,8 +47,8 @@ def longest_input(args: RewardTrainingArguments, model: PreTrainedModel | None =
     Raises:
         InputError: the model has no readable config.
     """
-    if args.max_length is not None or (model is None and holds_adapters(str(args.model), args.revision)):
-        return args.max_length  # `load_model` says what to do with adapters
+    if args.max_length is not None:
+        return args.max_length
     try:
         found = model.config if model is not None else AutoConfig.from_pretrained(
             str(args.model), revision=args.revision, trust_remote_code=args.trust_remote_code
@@ -89,11 +92,6 @@ def load_model(args: RewardTrainingArguments) -> PreTrainedModel:
     }
     if args.attn_implementation is not None:
         loading["attn_implementation"] = args.attn_implementation
-    if holds_adapters(args.model, args.revision):
-        raise InputError(
-            f"model: {args.model} holds adapters, not a whole model. Write a whole one first: "
-            f"inform-rm export --model {args.model} --output FOLDER"
-        )
     try:
         found = AutoConfig.from_pretrained(args.model, **hub)
         if is_quantized(args):
@@ -217,10 +215,7 @@ def _quantized_loading(args: RewardTrainingArguments, found: Any) -> dict[str, A
 
 
 def _prepare_quantized(model: Any) -> None:
-    """Check that the backbone is quantised and the head is not, and keep bitsandbytes from breaking the training."""
-    in_head = [name for name, module in model.score.named_modules() if _is_bitsandbytes(module)]
-    if in_head:
-        raise InputError(f"model: the reward head came out quantised ({in_head[0]}); rewards need its precision.")
+    """Check that the backbone is quantised, and keep bitsandbytes from breaking the training."""
     layers = [module for module in model.model.modules() if _is_bitsandbytes(module)]
     if not layers:
         raise InputError("model: none of its layers can be quantised. Leave load_in_4bit and load_in_8bit out.")

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from inform_rm.scoring.packed_flex import for_device
 from inform_rm.training.collators import PackedPairCollator
-from inform_rm.training.memory import parts_within, smallest_part, split_in_two, tokens_for_training
+from inform_rm.training.memory import parts_within, split_in_two, tokens_for_training
 from inform_rm.training.reward_arguments import RewardTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -22,9 +22,9 @@ class PassesThatFit(Trainer):
     """A Trainer that computes a batch in forward passes, and those that do not fit into a GPU's memory in two.
 
     Under DDP gradients are averaged in the last pass of an update. Only before that can they be computed again: a
-    process that breaks off while it averages would leave the others waiting. So a batch with a pass of more tokens
-    than a process has computed before is computed by all without averaging, and a small pass that counts for nothing
-    does that afterwards. Where weights are sharded every pass is joint, and one that does not fit ends the run.
+    process that breaks off while it averages would leave the others waiting. So where a process has a pass of more
+    tokens than it has computed before, all average afterwards. Where weights are sharded every pass is joint, and one
+    that does not fit ends the run.
     """
 
     args: RewardTrainingArguments
@@ -45,21 +45,17 @@ class PassesThatFit(Trainer):
         passes = [part for whole in passes for part in parts_within(whole, self._most_tokens)]
         most, is_larger = self._of_all(len(passes), max(map(_tokens, passes)) > self._largest)
         if not hasattr(model, "require_backward_grad_sync"):  # one process, or FSDP, which wants equally many of all
-            passes += [_for_nothing(passes[-1])] * (most - len(passes))
+            passes += [{**passes[-1], "share": 0.0, "counted": 0}] * (most - len(passes))
             return torch.stack([self._forward_and_backward(model, part, num_items_in_batch) for part in passes]).sum()
         last = [] if is_larger else [passes.pop()]
         with self.accelerator.no_sync(model):
             losses = [self._forward_and_backward(model, part, num_items_in_batch) for part in passes]
         losses += [self._forward_and_backward(model, part, num_items_in_batch) for part in last]
         if is_larger and self.accelerator.sync_gradients:
-            devices = [self.args.device] if self.args.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):  # a run that goes on from here makes this pass again
-                super().training_step(model, _for_nothing(smallest_part(passes[-1])), num_items_in_batch)
+            for weight in model.parameters():
+                if weight.grad is not None:
+                    weight.grad.copy_(self.accelerator.reduce(weight.grad / self.accelerator.num_processes))
         return torch.stack(losses).sum()
-
-    def forget_passes(self) -> None:
-        """Their gradients are about to be used: none will have to be computed again."""
-        self._passed = []
 
     def most_passes(self, own: int) -> int:
         """Most forward passes that a process makes without gradient; FSDP asks all for equally many."""
@@ -144,8 +140,3 @@ class PassesThatFit(Trainer):
 def _tokens(part: dict[str, Any]) -> int:
     """Tokens of a forward pass, padding included."""
     return part["input_ids"].numel()
-
-
-def _for_nothing(part: dict[str, Any]) -> dict[str, Any]:
-    """A pass in which all processes take part and whose loss does not count."""
-    return {**part, "share": 0.0, "counted": 0}

@@ -121,12 +121,8 @@ def plan(
 ) -> Plan:
     """Say what a run needs, from its settings and the backbone's config; no weights are read and none are made.
 
-    Args:
-        args: the run's settings.
-        config: of the backbone (or of an InfoRM model), as `read_config` gives it.
-        machine: where the run is to go.
-        lengths: of its data.
-        pairs: training pairs, for the time of a run whose ``max_steps`` is not set.
+    ``config`` is that of the backbone (or of an InfoRM model), as `read_config` gives it; ``pairs`` are those of
+    training, for the time of a run whose ``max_steps`` is not set.
 
     Raises:
         InputError: settings that such a run or launch refuses, an optimizer that is not known here, or a model without
@@ -246,8 +242,7 @@ def _seconds_per_step(
 def _steps(args: RewardTrainingArguments, machine: Machine, pairs: int | None) -> int | None:
     if args.max_steps > 0:
         return args.max_steps
-    drawn = math.prod(args.division) * machine.gpus
-    drawn *= args.drawn_per_pair
+    drawn = math.prod(args.division) * machine.gpus * args.drawn_per_pair
     return None if pairs is None else math.ceil(math.ceil(pairs / drawn) * args.num_train_epochs)
 
 

@@ -163,10 +163,8 @@ def unit_sizes(model: nn.Module, blocks: nn.ModuleList) -> dict[str, int]:
         trained = sum(weight.numel() for weight in weights if weight.requires_grad)
         return sum(weight.numel() for weight in weights), trained
 
-    (everything, all_trained), of_blocks = (
-        numbers(model.parameters()),
-        [numbers(block.parameters()) for block in blocks],
-    )
+    everything, all_trained = numbers(model.parameters())
+    of_blocks = [numbers(block.parameters()) for block in blocks]
     block, block_trained = max(of_blocks)
     return {
         "block": block,
@@ -178,22 +176,18 @@ def unit_sizes(model: nn.Module, blocks: nn.ModuleList) -> dict[str, int]:
 
 def dynamic_parts(counts: PassCounts, sizes: dict[str, int] | None) -> dict[str, float]:
     """What comes and goes within a pass, GiB of one GPU."""
-    if sizes is None:
-        peak = max(counts.layers_bytes, counts.embedding_bytes)
-        return {
-            "kept for the backward pass": counts.kept_bytes / GIB,
-            "working memory": (peak - counts.kept_bytes) / GIB,
-        }
-    # In bfloat16: a block, the next one, and what is in no block, until the end of the backward pass. The gradients of
-    # a block are whole, and once more in the buffer of the reduction; so are then those of the rest.
-    gathered = 2 * (2 * sizes["block"] + sizes["root"])
-    peak = max(
-        counts.layers_bytes + 4 * sizes["trained in block"], counts.embedding_bytes + 4 * sizes["trained in root"]
-    )
+    gathered: dict[str, float] = {}
+    in_layers, in_embedding = counts.layers_bytes, counts.embedding_bytes
+    if sizes is not None:
+        # In bfloat16: a block, the next one, and what is in no block, until the end of the backward pass. The
+        # gradients of a block are whole, and once more in the buffer of the reduction; so are then those of the rest.
+        gathered["gathered weights"] = 2 * (2 * sizes["block"] + sizes["root"]) / GIB
+        in_layers += 4 * sizes["trained in block"]
+        in_embedding += 4 * sizes["trained in root"]
     return {
         "kept for the backward pass": counts.kept_bytes / GIB,
-        "working memory": (peak - counts.kept_bytes) / GIB,
-        "gathered weights": gathered / GIB,
+        "working memory": (max(in_layers, in_embedding) - counts.kept_bytes) / GIB,
+        **gathered,
     }
 
 

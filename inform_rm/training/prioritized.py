@@ -2,8 +2,7 @@
 
 Pairs whose preference the model already draws from the responses alone teach it to ignore the prompt even more. So
 every step draws a pool of ``pool_factor`` batches, estimates the prompt-free gap D2 of its pairs without gradient, and
-updates on the batch with the smallest *signed* D2 ("left half", Fig. 3). With ``selection="weighted"``, which is ours,
-it draws one batch and weighs its pairs by sigmoid(-D2), so that no pair costs a forward pass and teaches nothing.
+updates on the batch with the smallest *signed* D2 ("left half", Fig. 3).
 
 What it costs: a forward pass is a third of a forward and backward pass, so a pool of f batches under m prompts makes
 an update 1 + f m / 3 times as long; a little less, as responses to one prompt share it.
@@ -56,11 +55,6 @@ class PoolSelector:
         self._prompt_rows, self._own_prompts = distinct_prompts(self._pairs)
         if len(self._prompt_rows) < 2:
             raise InputError("objective: 'prioritized' needs pairs with at least two prompts; these have one.")
-        if args.selection == "weighted" and any(margin is not None for margin in pairs["margin"]):
-            raise InputError(
-                "selection: 'weighted' puts its weights where the pairs' margins go. Leave the margins out "
-                "(columns: ignore=margin), or choose 'smallest'."
-            )
         # D2 of selected and of left-out pairs, ESS: sum and number of each; seconds of selection and of steps.
         self._sums = torch.zeros(8, dtype=torch.float64)
 
@@ -71,16 +65,14 @@ class PoolSelector:
         if pairs_left := inputs.get("pairs_left", 0):  # the rest are repetitions
             positions = positions[:pairs_left]
         wanted = math.ceil(len(positions) / self._args.drawn_per_pair)
-        selected, weights = torch.arange(wanted), torch.ones(wanted, dtype=torch.float64)  # the pool's order is random
+        selected = torch.arange(wanted)  # the pool's order is random
         if state.global_step >= self._args.warmup_fraction * state.max_steps:
-            selected, weights = self._select(positions, wanted)
+            selected = self._select(positions, wanted)
         self._sums[6] += time.perf_counter() - start
         own = torch.arange(wanted).tensor_split(accelerator.num_processes)[accelerator.process_index]
         # A process without a pair takes part in the passes with one that does not count.
         used = own if len(own) else torch.zeros(1, dtype=torch.long)
         rows = self._pairs[positions[selected[used]].tolist()]
-        if self._args.selection == "weighted":
-            rows["margin"] = weights[used].tolist()
         pairs = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
         batch = self._collate(pairs)
         if accelerator.num_processes > 1:
@@ -103,22 +95,17 @@ class PoolSelector:
         """Of a whole step, its selection among them."""
         self._sums[7] += seconds
 
-    def _select(self, positions: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-        """Places in the pool of the pairs to learn from, in the pool's order, and their weights, whose mean is 1."""
+    def _select(self, positions: Tensor, wanted: int) -> Tensor:
+        """Places in the pool of the pairs to learn from, in the pool's order."""
         gaps = self._estimate(positions)
-        weights = torch.ones(wanted, dtype=torch.float64)
-        if self._args.selection == "weighted":
-            selected = torch.arange(wanted)
-            weights = torch.nn.functional.logsigmoid(-gaps).softmax(dim=0) * wanted  # gaps of any size
-        else:
-            # Two pairs of the same responses have one gap: rounding must not decide which of them comes first.
-            selected = gaps.round(decimals=4).argsort(stable=True)[:wanted].sort().values
+        # Two pairs of the same responses have one gap: rounding must not decide which of them comes first.
+        selected = gaps.round(decimals=4).argsort(stable=True)[:wanted].sort().values
         is_selected = torch.zeros(len(gaps), dtype=torch.bool)
         is_selected[selected] = True
         for at, part in ((0, gaps[is_selected]), (2, gaps[~is_selected])):
             self._sums[at] += part.sum()
             self._sums[at + 1] += len(part)
-        return selected, weights
+        return selected
 
     def _estimate(self, positions: Tensor) -> Tensor:
         """``(N,)`` float64: D2 of the pairs, under prompts that are drawn for the whole pool.

@@ -38,9 +38,17 @@ _OTHER_NAMES = {
     "dataset_streaming": "streaming", "output": "output_dir",
 }  # fmt: skip
 
-
 # What TrainingArguments finds out itself, and a secret.
 _OF_THIS_PLACE = ("disable_tqdm", "dataloader_pin_memory", "do_eval", "local_rank", "_n_gpu", "hub_token")
+_ALWAYS_ON_CARD = (
+    "model", "data", "architecture", "objective", "loss_type", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "num_train_epochs", "pairs_per_step", "seed",
+)  # fmt: skip
+_ON_CARD_OF_INFORM = ("latent_dim", "decoder", "beta", "kl_reduction", "kl_warmup_steps")
+_NEVER_ON_CARD = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "eval_data", "overwrite", "push_to_hub",
+    "hub_model_id", "logging_steps", "save_steps", "use_cpu",
+)  # fmt: skip
 
 
 @dataclass(repr=False)
@@ -152,6 +160,17 @@ def usual_settings() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def card_settings(args: RewardTrainingArguments, has_adapters: bool) -> dict[str, Any]:
+    """For the card of a model: the settings that say what any run of this kind is, and those that were changed."""
+    now, usual = {**args.to_dict(), **settings_of(args)}, usual_settings()
+    always = _ALWAYS_ON_CARD + (_ON_CARD_OF_INFORM if args.architecture == "inform" else ())
+    shown = {name: now[name] for name in always}
+    changed = {name: value for name, value in settings_of(args).items() if value is not None and value != usual[name]}
+    unused = {"num_train_epochs": args.max_steps > 0, "merge_adapters": not has_adapters}
+    left_out = {*_NEVER_ON_CARD, *(name for name, is_unused in unused.items() if is_unused)}
+    return {name: value for name, value in {**shown, **changed}.items() if name not in left_out}
+
+
 def deciding_settings(args: RewardTrainingArguments) -> list[str]:
     """Names of the settings that decide what this run learns."""
     names = {spec.name: decides(spec.name) for spec in dataclasses.fields(args)}
@@ -170,12 +189,8 @@ def arguments_from_mapping(
     """Settings from parsed YAML or flags, each value checked against its field's type.
 
     TRL's names are read too (``model_name_or_path``, ``dataset_name``, ``dataset_train_split``, ...), names may have
-    dashes for underscores, and so are names of earlier versions (``output``, ``group_by_length``).
-
-    Args:
-        values: setting name to value.
-        origin: where they come from, for messages.
-        overrides: settings that win over `values`.
+    dashes for underscores, and so are names of earlier versions (``output``, ``group_by_length``). ``overrides`` win
+    over ``values``; messages begin with ``origin``.
 
     Raises:
         InputError: naming unknown keys with the nearest known one, missing keys and wrong types, all at once.

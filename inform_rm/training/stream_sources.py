@@ -1,10 +1,8 @@
 """Where the rows of a stream come from: files, folders and Hub ids, or an `IterableDataset` of somebody else's."""
 
 import functools
-import hashlib
 import inspect
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +13,12 @@ from datasets import IterableDataset
 
 from inform_rm.data import records, sources
 from inform_rm.data.columns import Columns, Reading, log_reading
-from inform_rm.data.pairs import LOOKED_AT_ROWS, pair_or_fault, with_layout
+from inform_rm.data.pairs import LOOKED_AT_ROWS, parse_pair, row_or_fault, with_layout
 from inform_rm.data.records import Records
+from inform_rm.data.sources import sampled_digest
 from inform_rm.errors import InputError
 from inform_rm.util.processes import from_main
 
-_BLOCK_BYTES = 1 << 16
 _READ_AT_ONCE = 256
 _SHUFFLE_ARGUMENTS = inspect.signature(IterableDataset.shuffle).parameters
 
@@ -67,12 +65,8 @@ def open_stream(
 ) -> StreamSource:
     """The shuffled rows of several sources, of which only the first rows are read here.
 
-    Args:
-        data: files, folders, saved datasets or Hub ids, as `sources.open_parts` takes them. Of a Hub dataset the
-            commit of today is used.
-        columns: see `Columns.of`.
-        seed: of the order.
-        shuffle_buffer: see `datasets.IterableDataset.shuffle`; 1: files in random order, their rows as they stand.
+    ``data`` are files, folders, saved datasets or Hub ids, as `sources.open_parts` takes them; of a Hub dataset the
+    commit of today is used. With a ``shuffle_buffer`` of 1 files come in random order, their rows as they stand.
 
     Raises:
         InputError: a missing, empty or unreadable source, or a folder of which it is not clear what to read.
@@ -113,7 +107,7 @@ def _first_look(source: str, rows: Records, columns: Any) -> tuple[Columns, dict
     head = list(itertools.islice(rows, LOOKED_AT_ROWS))
     columns = with_layout(Columns.of(columns), head)
     for row, record in head:
-        pair_or_fault(record, source, row, "skip", columns=columns, reading=reading)
+        row_or_fault(parse_pair, record, source, row, "skip", columns=columns, reading=reading)
     reading.check_given(columns, f"{source} (its first {reading.rows} rows)")
     if PartialState().is_main_process:
         log_reading(f"{source} (its first {reading.rows} rows)", reading)
@@ -140,9 +134,7 @@ def _shards(source: str) -> tuple[list[Shard], str]:
     else:
         shards = [shard for part in parts for shard in _file_shards(part)]
     # A file's own name is spelling; names in a folder decide the order.
-    states = [[str(file.relative_to(path)), *_file_state(file)] for file in parts]
-    digest = hashlib.sha256(json.dumps([named.split, states]).encode("utf-8", "surrogatepass"))
-    return shards, digest.hexdigest()
+    return shards, sampled_digest(((str(file.relative_to(path)), file) for file in parts), named.split)
 
 
 def _file_shards(path: Path) -> list[Shard]:
@@ -160,21 +152,6 @@ def _local_records(source: str, group: int | None = None, first_row: int = 1) ->
     if group is None:
         return sources.open_parts(source)[0][1]
     return records.naming_unreadable(source, records.read_parquet(Path(source), group, first_row))
-
-
-def _file_state(path: Path) -> tuple[int, str]:
-    """Bytes of a file and the SHA-256 of blocks spread over it, its start and end among them.
-
-    Up to 1 MiB that is all of it. A change in place between the blocks that keeps the size is not seen: to read a data
-    set larger than memory only to compare it would take as long as an epoch.
-    """
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in range(16):  # they overlap or touch in a file of up to 16 blocks
-            file.seek(max(0, size - _BLOCK_BYTES) * block // 15)
-            digest.update(file.read(_BLOCK_BYTES))
-    return size, digest.hexdigest()
 
 
 def _hub_commit(name: str) -> str:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from transformers import TrainerCallback, TrainingArguments
 
 from inform_rm.data.encoding import encode_columns, none_usable
-from inform_rm.data.pairs import BadRow, pair_or_fault
+from inform_rm.data.pairs import BadRow, parse_pair, row_or_fault
 from inform_rm.data.preferences import FEATURES
 from inform_rm.data.rendered_text import SHOWN_LOSSES, warn_of_loss
 from inform_rm.errors import InputError
@@ -94,20 +94,12 @@ class EncodedStream(torch.utils.data.IterableDataset):
 
     A checkpoint holds the place of the last row of each worker that was learnt from. A resumed run reads its epoch
     again up to there, without encoding, and goes on with the rows, batches and counts of an uninterrupted one.
-
-    Args:
-        source: see `inform_rm.training.stream_sources`.
-        tokenizer: see `inform_rm.data.tokenizer.load_tokenizer`.
-        args: batch size, number of processes and workers.
-        max_length: as the other ones see `inform_rm.data.encoding.encode_pairs`.
+    ``rules`` are ``max_length``, ``overlong`` and ``on_bad_row`` of `inform_rm.data.encoding.encode_pairs`.
     """
 
-    def __init__(
-        self, source: StreamSource, tokenizer: Any, args: TrainingArguments, *, max_length: int | None,
-        overlong: str = "error", on_bad_row: str = "error",
-    ):  # fmt: skip
+    def __init__(self, source: StreamSource, tokenizer: Any, args: TrainingArguments, **rules: Any):
         self.source, self.tokenizer, self.args = source, tokenizer, args
-        self._rules: dict[str, Any] = {"max_length": max_length, "overlong": overlong, "on_bad_row": on_bad_row}
+        self._rules = {"overlong": "error", "on_bad_row": "error", **rules}
         self.counts = StreamCounts()
         self._batches = 0
         self._places = [Place()] * max(1, args.dataloader_num_workers)
@@ -115,9 +107,8 @@ class EncodedStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """See the class; in a worker, its part."""
         worker = get_worker_info()
-        turn = (self._batches + (0 if worker is None else worker.id)) % len(
-            self._places
-        )  # PyTorch asks worker 0 first
+        # PyTorch asks worker 0 first.
+        turn = (self._batches + (0 if worker is None else worker.id)) % len(self._places)
         try:
             rows = self._own_rows(self.args.process_index + self.args.world_size * turn, self._places[turn])
             while True:
@@ -166,8 +157,8 @@ class EncodedStream(torch.utils.data.IterableDataset):
     def _encoded(self, rows: Sequence[Row], counts: StreamCounts) -> list[dict[str, Any]]:
         """Those of the rows that are learnt from, encoded; what became of each is added to ``counts``."""
         found = [
-            pair_or_fault(
-                row.record, row.shard.label, row.number, self._rules["on_bad_row"], name=row.shard.name,
+            row_or_fault(
+                parse_pair, row.record, row.shard.label, row.number, self._rules["on_bad_row"], name=row.shard.name,
                 columns=row.shard.columns,
             )
             for row in rows

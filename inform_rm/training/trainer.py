@@ -19,13 +19,7 @@ from inform_rm.hub.cards import model_card
 from inform_rm.hub.eval_results import entries_of_run, write_entries
 from inform_rm.hub.export import push_folder
 from inform_rm.training.budget import BudgetWatch, budget_of_run
-from inform_rm.training.card_settings import card_settings
-from inform_rm.training.checkpoints import (
-    check_resume,
-    discard_incomplete,
-    discard_run,
-    recorded_kl_version,
-)
+from inform_rm.training.checkpoints import check_resume, discard_incomplete, discard_run
 from inform_rm.training.collators import PackedPairCollator, PairCollator, tokens_per_batch
 from inform_rm.training.data import ARGUMENTS, TrainingPairs, choose_splits, in_memory, is_encoded, load_training_pairs
 from inform_rm.training.half_precision import LostUpdates
@@ -42,7 +36,7 @@ from inform_rm.training.models import (
     longest_input,
 )
 from inform_rm.training.prioritized import pool_or_batch, pool_selector
-from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
+from inform_rm.training.reward_arguments import RewardTrainingArguments, card_settings, settings_of
 from inform_rm.training.stream_sources import StreamSource, open_stream, stream_of
 from inform_rm.training.streaming import EncodedStream, StepsAreTheEpoch
 from inform_rm.util.checkpoints import checkpoint_step, is_complete, last_complete
@@ -163,8 +157,8 @@ class RewardTrainer(RewardLoop):
         args, tokenizer, pairs = self._args_of_pairs, self._tokenizer, self.train_pairs
         parts = {"model": model, "data_collator": collate, "stream": None, "selector": None, "train_dataset": None}
         if isinstance(pairs, StreamSource):
-            rules = {name: getattr(args, name) for name in ("overlong", "on_bad_row")}
-            stream = EncodedStream(pairs, tokenizer, args, max_length=self.max_length, **rules)
+            rules = {"max_length": self.max_length, "overlong": args.overlong, "on_bad_row": args.on_bad_row}
+            stream = EncodedStream(pairs, tokenizer, args, **rules)
             args.ignore_data_skip = True  # a resumed stream begins where it is to go on
             return {**parts, "stream": stream, "train_dataset": stream}
         if pairs is None or args.objective != "prioritized":
@@ -204,11 +198,9 @@ class RewardTrainer(RewardLoop):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on with a run that was cut off; its loss curve is that of an uninterrupted run.
 
-        Args:
-            resume_from_checkpoint: ``True``: go on from the last complete checkpoint, if there is one; a folder: from
-                that one. Else a new run, for which there must be none, unless ``args.overwrite`` discards it.
-            args: further arguments of `transformers.Trainer.train`; so ``kwargs``.
-            kwargs: see ``args``.
+        With ``resume_from_checkpoint=True`` from the last complete checkpoint, if there is one, or from the one in the
+        folder that it names. Else it is a new run, for which there must be none, unless ``args.overwrite`` discards
+        it. Further arguments are those of `transformers.Trainer.train`.
 
         Raises:
             InputError: the output folder holds another run, or what decides the result has changed.
@@ -220,13 +212,10 @@ class RewardTrainer(RewardLoop):
         checkpoint = self._prepare_output(output, resume_from_checkpoint)
         adapters = None if self.peft_config is None else self.peft_config.to_dict()
         config: Any = self.accelerator.unwrap_model(self.model).config
-        if checkpoint is not None and getattr(config, "kl_reduction", None) == "averaged_moments":
-            config.kl_reduction_version = recorded_kl_version(output, config.kl_reduction_version)
         check_resume(
             output, self.args, *self._fingerprints(), checkpoint, json.loads(json.dumps(adapters, default=sorted)),
             kl_reduction_version=getattr(config, "kl_reduction_version", None),
         )  # fmt: skip
-        self._kl_share = getattr(config, "kl_share", 1.0)
         self.resumed_from, self.evaluation = checkpoint, None
         if checkpoint is not None and self.stream is not None:
             self.stream.load(checkpoint)
@@ -346,15 +335,8 @@ class RewardTrainer(RewardLoop):
 
         They are looked through first, and a new repository is private (`inform_rm.hub.export.push_folder`). The
         evaluation pairs, if there are any, are evaluated where that has not been done since training. Every process
-        must call it.
-
-        Args:
-            commit_message: of the commit.
-            blocking: as all that follows but ``token``, of `transformers.Trainer.push_to_hub`, and refused if given.
-            token: of the Hub; ``None``: ``args.hub_token``, or the one that is logged in.
-            revision: see ``blocking``.
-            private: see ``blocking``.
-            kwargs: see ``blocking``.
+        must call it. Without a ``token`` it is ``args.hub_token``, or the one that is logged in; what else
+        `transformers.Trainer.push_to_hub` takes is refused if it is given.
 
         Raises:
             InputError: before anything is uploaded: no id, an argument that would do nothing, or what must not be

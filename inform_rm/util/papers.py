@@ -42,8 +42,5 @@ def differences_of_run(settings: dict[str, Any]) -> list[str]:
                 "in the paper; " + ("twice their term at equal beta." if doubled else "their term at equal beta.")
             )
     if settings.get("objective") == "prioritized":
-        weighted = (
-            " So is weighting pairs in place of selecting them." if settings.get("selection") == "weighted" else ""
-        )
-        found.append(f"objective prioritized: {GAP_DERIVED} Its warm-up without selection is ours.{weighted}")
+        found.append(f"objective prioritized: {GAP_DERIVED} Its warm-up without selection is ours.")
     return found

@@ -383,7 +383,7 @@ def test_vocabulary_larger_than_the_model(tokenizer):
 def test_remote_code_without_a_revision_is_warned_of(tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: copy.deepcopy(tokenizer))
     with caplog.at_level(logging.WARNING, "inform_rm"):
-        load_tokenizer("someone/model", trust_remote_code=True, revision="abc")
+        load_tokenizer("someone/model", trust_remote_code=True, revision="a" * 40)
         assert not caplog.records
         load_tokenizer("someone/model", trust_remote_code=True)
-    assert "without a pinned revision" in caplog.text
+    assert "Pass revision=<commit>" in caplog.text

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerFast
 from inform_rm.data.check_data import check_data
 from inform_rm.data.check_data_text import format_report
 from inform_rm.data.encoding import encode, encode_pairs
-from inform_rm.data.group_encoding import as_groups, encode_group_rows
 from inform_rm.data.groups import pairs_of_rankings
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import FEATURES, load_preferences
 from inform_rm.errors import InputError
+from inform_rm.training.data import as_groups
 
 PROMPT = [{"role": "user", "content": "Name a colour."}]
 TEXTS = ["Blue.", "A car.", "Red."]
@@ -171,7 +171,7 @@ def test_pairs_of_a_ranking_are_its_untied_ones_better_first(write):
 
 
 def test_ids_of_responses_are_those_of_encode(write, tokenizer):
-    encoded = encode_group_rows(load_preferences(write([RANKING])).dataset, tokenizer, max_length=None)
+    encoded = encode_pairs(load_preferences(write([RANKING])).dataset, tokenizer, max_length=None)
     (row,) = encoded.dataset
     assert row["responses_input_ids"] == [encode(tokenizer, PROMPT, text).input_ids for text in TEXTS]
     assert row["labels"] == [-1, -3, -1] and row["characters"] == [5, 6, 4]
@@ -184,14 +184,14 @@ def test_the_limit_of_length_does_to_groups_what_it_does_to_pairs(write, tokeniz
     whole = encode_pairs(pair, tokenizer, max_length=None).dataset[0]["length"]
     limit = {"max_length": whole - 3, "overlong": "truncate_prompt"}
     cut = as_groups(encode_pairs(pair, tokenizer, **limit).dataset)[0]
-    found = encode_group_rows(ranking, tokenizer, **limit)
+    found = encode_pairs(ranking, tokenizer, **limit)
     for name in ("responses_input_ids", "prompt_length", "length", "characters"):
         assert found.dataset[0][name] == cut[name]
     assert found.counts["truncated"] == 1
     with pytest.raises(BadRow, match=f"row 1: {whole} tokens, over max_length {whole - 3}"):
-        encode_group_rows(ranking, tokenizer, max_length=whole - 3)
+        encode_pairs(ranking, tokenizer, max_length=whole - 3)
     two = Dataset.from_list([ranking[0], {**ranking[0], "prompt": [{"role": "user", "content": "?"}]}])
-    dropped = encode_group_rows(two, tokenizer, max_length=whole - 3, overlong="drop")
+    dropped = encode_pairs(two, tokenizer, max_length=whole - 3, overlong="drop")
     assert dropped.counts["dropped"] == 1 and len(dropped.dataset) == 1
 
 
@@ -202,8 +202,8 @@ def test_responses_that_become_the_same_tokens_are_a_bad_row(write):
     alike = {**RANKING, "responses": ["Green.", "Pink.", "Red."], "ranks": [1, 2, 3]}
     rows = load_preferences(write([RANKING, alike])).dataset
     with pytest.raises(BadRow, match="row 2: two responses with different labels become the same tokens"):
-        encode_group_rows(rows, word_level, max_length=None)
-    kept = encode_group_rows(rows, word_level, max_length=None, on_bad_row="skip")
+        encode_pairs(rows, word_level, max_length=None)
+    kept = encode_pairs(rows, word_level, max_length=None, on_bad_row="skip")
     assert len(kept.dataset) == 1 and [bad.row for bad in kept.bad_rows] == [2]
 
 

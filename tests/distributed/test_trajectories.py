@@ -29,9 +29,8 @@ CASES = {
     # 3 pools an epoch, the third of 12 pairs (of 13 and less a process).
     "prioritized": {"pairs": 44, "objective": "prioritized", "num_prompts": 3, "warmup_fraction": 0.1, "max_steps": 7,
                     "batching": "padded"},
-    "prioritized-weighted": {"pairs": 35, "objective": "prioritized", "num_prompts": 3, "warmup_fraction": 0.1,
-                         "selection": "weighted", "max_steps": 6, "architecture": "inform",
-                         "tokens_per_batch": 50},
+    "prioritized-packed": {"pairs": 35, "objective": "prioritized", "num_prompts": 3, "warmup_fraction": 0.1,
+                         "max_steps": 6, "architecture": "inform", "tokens_per_batch": 50},
 }  # fmt: skip
 
 

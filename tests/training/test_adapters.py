@@ -544,9 +544,9 @@ def test_broken_folder_of_adapters_is_refused_with_the_reason(adapter_folder):
             RewardScorer(adapter_folder)
 
 
-def test_training_from_a_folder_of_adapters_is_refused(settings, adapter_folder):
+def test_training_from_a_folder_of_adapters_is_refused(settings, adapter_folder, tmp_path):
     with pytest.raises(InputError, match="holds adapters, not a whole model"):
-        load_model(dataclasses.replace(settings, model=str(adapter_folder)))
+        train(dataclasses.replace(settings, model=str(adapter_folder), output_dir=str(tmp_path / "other")))
 
 
 def test_adapters_on_a_trained_reward_model_load_back(settings, tmp_path, tokenizer):

@@ -216,10 +216,6 @@ def test_selection_takes_its_time(tmp_path, evenly):
     per_pool = (4 * PROMPT + 16 * 4 * 2 * RESPONSE) * 1e6 / (989e12 * 0.35)
     assert found.seconds_per_step - plain.seconds_per_step == pytest.approx(2 * per_pool)
     assert found.steps == plain.steps / 2  # of each pool half is learnt from
-    weighted = planned(arguments(tmp_path, **chosen | {"selection": "weighted"}), pairs=1600)
-    per_batch = (4 * PROMPT + 8 * 4 * 2 * RESPONSE) * 1e6 / (989e12 * 0.35)
-    assert weighted.seconds_per_step - plain.seconds_per_step == pytest.approx(2 * per_batch)
-    assert weighted.steps == plain.steps
     behaviour = planned(arguments(tmp_path, **chosen, weights="behavior", behavior_model="lm"), pairs=1600)
     more = (16 * PROMPT - PROMPT) * 1e6 / (989e12 * 0.35)  # the own prompts, each for its pair alone
     assert behaviour.seconds_per_step - found.seconds_per_step == pytest.approx(2 * more)

@@ -1,7 +1,6 @@
 """Prioritized training: it selects what it says, trains on nothing else, and resumes where it was."""
 
 import dataclasses
-import itertools
 import json
 import math
 import types
@@ -40,12 +39,12 @@ def seen(monkeypatch):
         estimates = []
         estimate = self._estimate
         self._estimate = lambda rows: estimates.append(estimate(rows)) or estimates[-1]
-        selected, shares = original(self, positions, wanted)
+        selected = original(self, positions, wanted)
         del self._estimate
         calls.append(
             {"positions": positions, "gaps": estimates, "selected": selected, "weights": weights, "selector": self}
         )
-        return selected, shares
+        return selected
 
     monkeypatch.setattr(PoolSelector, "_select", record)
     return calls
@@ -145,11 +144,10 @@ def test_a_pool_of_one_batch_is_ordinary_training(settings, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-@pytest.mark.parametrize("selection", ["smallest", "weighted"])
-def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, selection, monkeypatch):
+def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, monkeypatch):
     config = dataclasses.replace(
-        settings, selection=selection, max_steps=8, save_steps=5, per_device_train_batch_size=8, warmup_fraction=0.1,
-    )  # fmt: skip
+        settings, max_steps=8, save_steps=5, per_device_train_batch_size=8, warmup_fraction=0.1
+    )
     whole = train(config)
     cut = dataclasses.replace(config, output_dir=str(tmp_path / "cut"))
     original = PoolSelector._select
@@ -172,41 +170,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, selectio
         assert one == pytest.approx(other, abs=1e-6)
 
 
-def test_weighted_pairs_teach_as_much_as_sigmoid_of_minus_their_gap(settings, seen, learnt):
-    from inform_rm import InfoRMForSequenceClassification
-
-    args = dataclasses.replace(settings, architecture="standard", selection="weighted", num_prompts=2, max_steps=3)
-    result = train(args)
-    assert [len(batch["margin"]) for batch in learnt] == [4, 4, 4] and len(seen) == 2
-    assert learnt[0]["margin"].tolist() == [1, 1, 1, 1]  # warm-up
-    model = InfoRMForSequenceClassification.from_pretrained(settings.output_dir).eval()
-    lines = [line for line in result["log_history"] if "loss" in line]
-    for call, batch, line in zip(seen, learnt[1:], lines[1:], strict=True):
-        (gaps,) = call["gaps"]
-        shares = [1 / (1 + math.exp(gap)) for gap in gaps.tolist()]
-        weights = [share / sum(shares) * 4 for share in shares]
-        assert batch["margin"].tolist() == pytest.approx(weights, abs=1e-5)
-        model.load_state_dict(call["weights"])
-        rows = call["selector"]._pairs[call["positions"].tolist()]
-        with torch.no_grad():
-            chosen, rejected = (
-                [model(input_ids=torch.tensor([ids])).logits.item() for ids in rows[f"{side}_input_ids"]]
-                for side in ("chosen", "rejected")
-            )
-        losses = [math.log1p(math.exp(low - high)) for high, low in zip(chosen, rejected, strict=True)]
-        assert line["loss"] == pytest.approx(sum(w * x for w, x in zip(weights, losses, strict=True)) / 4, abs=1e-5)
-        assert line["prompt_free_gap_selected"] == pytest.approx(gaps.mean().item(), abs=1e-5)
-        assert "prompt_free_gap_left_out" not in line
-
-
 @pytest.fixture
 def selector(settings, seen):
-    """One whose gaps can be given: ``selector(selection, gaps, wanted)`` -> places, weights."""
+    """One whose gaps can be given: ``selector(gaps, wanted)`` -> places."""
     train(dataclasses.replace(settings, max_steps=1, warmup_fraction=0.0))
     made = seen[0]["selector"]
 
-    def select(selection, gaps, wanted):
-        made._args = dataclasses.replace(settings, selection=selection)
+    def select(gaps, wanted):
         made._estimate = lambda rows: torch.tensor(gaps, dtype=torch.float64)
         return PoolSelector._select(made, torch.arange(len(gaps)), wanted)
 
@@ -217,24 +187,17 @@ def selector(settings, seen):
 @hypothesis.given(gaps=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), share=st.floats(0, 1))
 def test_selection_of_any_gaps(selector, gaps, share):
     wanted = max(1, round(share * len(gaps)))
-    places, weights = selector("smallest", gaps, wanted)
+    places = selector(gaps, wanted)
     assert places.tolist() == sorted(set(places.tolist())) and len(places) == wanted
     smallest = sorted(gaps[place] for place in places.tolist())
     assert smallest == pytest.approx(sorted(gaps)[:wanted], abs=1.1e-4)  # equal to four decimals counts as equal
-    assert weights.tolist() == [1] * wanted
-    places, weights = selector("weighted", gaps, len(gaps))
-    assert places.tolist() == list(range(len(gaps)))
-    assert weights.mean().item() == pytest.approx(1) and (weights >= 0).all()
-    for one, other in itertools.combinations(range(len(gaps)), 2):
-        if gaps[one] < gaps[other]:
-            assert weights[one] >= weights[other]
 
 
-@pytest.mark.parametrize(("selection", "pool"), [("smallest", 10), ("weighted", 5), ("weighted", 1)])
-def test_processes_share_what_one_would_learn_from(settings, seen, monkeypatch, selection, pool):
+@pytest.mark.parametrize("pool", [10, 2])
+def test_processes_share_what_one_would_learn_from(settings, seen, monkeypatch, pool):
     train(dataclasses.replace(settings, max_steps=1, warmup_fraction=0.0))
     made = seen[0]["selector"]
-    made._args = dataclasses.replace(settings, selection=selection, warmup_fraction=0.0)
+    made._args = dataclasses.replace(settings, warmup_fraction=0.0)
     made._collate = lambda pairs: {"pairs": [(pair["id"], pair["margin"]) for pair in pairs]}
     monkeypatch.setattr(PoolSelector, "_estimate", lambda self, rows: torch.sin(rows.double()))
     positions = torch.arange(3, 3 + pool)
@@ -245,7 +208,7 @@ def test_processes_share_what_one_would_learn_from(settings, seen, monkeypatch, 
 
     (alone, first, second) = batch(1, 0), batch(2, 0), batch(2, 1)
     parts = [part["pairs"][: part["counted"]] for part in (first, second)]
-    assert parts[0] + parts[1] == alone["pairs"] and len(alone["pairs"]) == (pool if selection == "weighted" else 5)
+    assert parts[0] + parts[1] == alone["pairs"] and len(alone["pairs"]) == pool // 2
     assert [part["share"] for part in (first, second)] == [2 * len(part) / len(alone["pairs"]) for part in parts]
     assert all(part["pairs"] for part in (first, second))  # each takes part in the passes
 
@@ -284,10 +247,6 @@ def test_what_cannot_be_selected_is_refused(settings, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError, match="at least two prompts"):
         train(dataclasses.replace(settings, data=(str(path),)))
-    rows = [row | {"prompt": f"Name it {place}", "margin": 1.0} for place, row in enumerate(rows)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match="'weighted' puts its weights where"):
-        train(dataclasses.replace(settings, data=(str(path),), selection="weighted"))
 
 
 def test_lora_and_accumulation(settings, seen, learnt):
@@ -312,7 +271,6 @@ def test_pairs_whose_rewards_are_no_numbers_stop_the_run(settings, monkeypatch):
     ("change", "message"),
     [
         ({"pool_factor": 0}, "pool_factor"), ({"num_prompts": 0}, "num_prompts"),
-        ({"selection": "weighted", "loss_type": "hinge"}, "weighs the Bradley-Terry loss"),
         ({"warmup_fraction": 1.0}, "warmup_fraction"), ({"ess_target": 1.5}, "ess_target"),
         ({"weights": "behavior"}, "behavior_model"),
         ({"weights": "behavior", "behavior_model": "some-lm", "num_prompts": 1}, "at least 2, got 1"),
