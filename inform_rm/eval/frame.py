@@ -22,7 +22,7 @@ from inform_rm.errors import InputError
 from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer, as_scorer
 from inform_rm.util.files import atomic_write_bytes, check_output_directory, versions, write_json
 from inform_rm.util.journal import RewardJournal
-from inform_rm.util.page import Image, Page, Table
+from inform_rm.util.page import Image, Page, Table, settings_table
 from inform_rm.util.processes import is_main_process
 
 RESULT_FILE = "result.json"
@@ -73,6 +73,12 @@ class Result:
     def figure(self) -> Figure:
         """The main figures as a drawing."""
         raise NotImplementedError
+
+    def settings_table(self) -> Table:
+        """What it was computed with: settings, seed, the model's weights and versions."""
+        fingerprint = getattr(self, "model_fingerprint", None)
+        weights = {} if fingerprint is None else {"model fingerprint": fingerprint[:12]}
+        return settings_table(self.settings, {"seed": self.seed}, weights, self.versions)
 
     def _repr_html_(self) -> str:
         return replace(self.table(), caption=self.title).html()

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from inform_rm.errors import InputError
 from inform_rm.eval import decompose_report
 from inform_rm.eval.detection import report as detect_report
-from inform_rm.eval.report import accuracy_table, ranking_table, score_table
+from inform_rm.eval.results import accuracy_table, ranking_table, score_table
 from inform_rm.hub.result_folders import (
     RESULT_FILE,
     ResultFolder,

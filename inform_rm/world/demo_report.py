@@ -88,7 +88,7 @@ def demo_page(
         rewards: model to test set to ``(N, 2)`` rewards, chosen and rejected.
         logs: model to the log lines of its training.
         latents: ``mean`` and ``kl_nats`` ``(M, K)`` and ``gold_r1`` ``(M,)`` of in-distribution responses.
-        gaps: model to the columns of `inform_rm.eval.decompose.DecompositionResult.pairs`.
+        gaps: model to the columns of `inform_rm.eval.decompose_report.DecompositionResult.pairs`.
         curves: best-of-n with both models (see `inform_rm.eval.best_of_n.simulate.simulate`).
         points: of the map (see `inform_rm.eval.detection.report.map_figure`).
     """

@@ -10,7 +10,6 @@ from sklearn.manifold import TSNE
 
 from inform_rm.eval.detection.statistic import STATISTICS, Statistic
 from inform_rm.eval.frame import ModelResult, unwritten
-from inform_rm.eval.report import result_settings
 from inform_rm.util.colors import BLUE, SKY, VERMILION
 from inform_rm.util.page import Block, Heading, Image, Page, PointMap, Table, figure_png, format_interval
 from inform_rm.util.papers import MOP_DIFFERS
@@ -132,7 +131,7 @@ class DetectionResult(ModelResult):
         blocks += [
             Heading("Map"), PointMap(self.points, _COLORS), Image(figure_png(self.figure()), caption, "map.png"),
             Heading("The most outlying responses"), Table(_OUTLIER_HEADER, outliers, align="lllrrr"),
-            Heading("Settings"), result_settings(result),
+            Heading("Settings"), self.settings_table(),
         ]  # fmt: skip
         return Page(self.title, blocks)
 

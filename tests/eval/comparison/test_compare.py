@@ -13,7 +13,6 @@ from inform_rm import RewardScorer, compare, evaluate
 from inform_rm.cli import main
 from inform_rm.errors import InputError
 from inform_rm.eval.comparison.paired import length_controlled_accuracy, length_scale, mcnemar_test, paired_bootstrap
-from inform_rm.eval.comparison.report import result_page
 from inform_rm.eval.comparison.result_rows import matched, read_result_rows
 from inform_rm.util.intervals import wilson_interval
 
@@ -184,7 +183,7 @@ def test_a_suite_gives_published_scores_sections_and_length_control_of_pairs_onl
     assert "mcnemar" not in groups["section", "Ties"]["two"]  # every row has part of a credit on one side
     assert groups["all", "all"]["two"]["mcnemar"]["left_out"] == 6
     assert result.flips["two"] == {"gained": 3, "lost": 3}
-    page = result_page(result.to_dict(), result.flipped_rows, b"").markdown()
+    page = result.page().markdown()
     assert "| rewardbench | 0.7500 | incomplete |" in page and "| Safety | 0.6000 | incomplete |" in page
 
 
@@ -196,7 +195,7 @@ def test_lengths_that_one_folder_holds_serve_all_and_without_any_length_control_
     write_pairs(two, random_margins(1), lengths=False)
     without = compare([one, two], num_resamples=10)
     assert not any("length_coefficient" in entry for part in without.groups for entry in part["models"].values())
-    assert "no lengths; evaluate again" in result_page(without.to_dict(), [], b"").markdown()
+    assert "no lengths; evaluate again" in without.page().markdown()
 
 
 def test_one_folder_alone_has_accuracies_and_no_differences(tmp_path):
