@@ -5,6 +5,7 @@ from typing import Any
 
 from inform_rm.cli import flags
 from inform_rm.errors import InputError
+from inform_rm.eval.settings import PairSettings
 from inform_rm.eval.suites.tables import SUITES
 
 
@@ -17,18 +18,18 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--suite", choices=tuple(SUITES), help="benchmark, with its published aggregation")
     flags.add_data(command, nargs="+", help=f"pairs, rankings or scored responses: {flags.SOURCES}; with --suite its "
                          "files or folders (default: from the Hub)")  # fmt: skip
-    command.add_argument("--data-revision", help="revision of the data on the Hub")
     command.add_argument("--ties", choices=("wrong", "half"), help="--suite rewardbench: what equal rewards give "
                          "(default: wrong, as published)")  # fmt: skip
     command.add_argument("--output", required=True, help="folder for result.json, result.md and plots")
-    flags.add_pairs(command, flags.PAIR_FIELDS + flags.GROUP_FIELDS)
+    flags.add_columns(command, flags.PAIR_FIELDS + flags.GROUP_FIELDS)
+    flags.add_settings(command, PairSettings)
     flags.add_score_weights(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run it."""
-    policy = {**flags.pairs_options(arguments), "data_revision": arguments.data_revision}
-    weights = flags.score_weights(arguments)
+    policy = flags.given_settings(arguments, PairSettings)
+    columns, weights = flags.columns(arguments), flags.score_weights(arguments)
     options = {**flags.scoring_options(arguments), "split_over_processes": True}
     if arguments.suite is None:
         if not arguments.data:
@@ -37,13 +38,16 @@ def run(arguments: argparse.Namespace) -> None:
             raise InputError("ties: an option of --suite rewardbench. Leave it out; the result has both conventions.")
         from inform_rm import evaluate
 
-        found = evaluate(arguments.model, arguments.data, arguments.output, score_weights=weights, **policy, **options)
+        found = evaluate(
+            arguments.model, arguments.data, arguments.output, columns=columns, score_weights=weights, **policy,
+            **options,
+        )  # fmt: skip
         lines, done = _found(found.to_dict())
         flags.print_once(*lines, done, see=f"{arguments.output}/result.html")
         return
-    if policy.pop("max_pairs") is not None:
+    if "max_pairs" in policy:
         raise InputError("max_pairs: a suite is evaluated whole. Leave it out, or evaluate the pairs without --suite.")
-    if policy.pop("columns") is not None:
+    if columns is not None:
         raise InputError("columns: the rows of a suite have their published columns. Leave it out.")
     if weights is not None:
         raise InputError("score_weights: for scored responses; a suite has none. Leave it out.")

@@ -70,8 +70,12 @@ def add_settings(command: argparse.ArgumentParser, kind: Any) -> None:
     """The flags of a dataclass of settings, whose fields say them (`inform_rm.util.settings`)."""
     for spec in fields(kind):
         if text := spec.metadata.get("help"):
+            flag = f"--{spec.name.replace('_', '-')}"
+            if spec.type is bool:
+                add_switch(command, flag, text)
+                continue
             command.add_argument(
-                f"--{spec.name.replace('_', '-')}",
+                flag,
                 type=_TYPES[spec.type],
                 choices=spec.metadata["choices"] or None,
                 default=spec.default,
@@ -120,26 +124,10 @@ def _mapping(name: str, given: Any, read: Callable[[Any], Any]) -> Any:
         raise InputError(f"{name}: {error}.") from None
 
 
-def add_pairs(command: argparse.ArgumentParser, names: str = PAIR_FIELDS) -> None:
-    """How pairs are read; `pairs_options` reads these."""
-    add_columns(command, names)
-    command.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="default: %(default)s")
-    command.add_argument("--overlong", choices=("error", "drop", "truncate_prompt"), default="error",
-                         help="pairs over --max-length (default: %(default)s)")  # fmt: skip
-    command.add_argument("--max-pairs", type=int, help="use a seeded random subset of each item of data")
-    command.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
-
-
 def named(text: str) -> tuple[str, str]:
     """``NAME=MODEL``, or a model named by the last part of its path or id."""
     name, separator, model = text.partition("=")
     return (name, model) if separator else (text.rstrip("/").rpartition("/")[2], text)
-
-
-def pairs_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `add_pairs` adds, as arguments of the functions."""
-    names = ("on_bad_row", "overlong", "max_pairs", "seed")
-    return {**{name: getattr(arguments, name) for name in names}, "columns": columns(arguments)}
 
 
 def scoring_options(arguments: argparse.Namespace) -> dict[str, Any]:

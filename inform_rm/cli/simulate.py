@@ -5,6 +5,7 @@ from typing import Any
 
 from inform_rm.cli import flags
 from inform_rm.errors import InputError
+from inform_rm.eval.settings import SimulationSettings
 
 
 def add_parser(commands: Any) -> None:
@@ -20,11 +21,7 @@ def add_parser(commands: Any) -> None:
     flags.add_data(command, nargs="+", help=f"pairs whose prompts are used: {flags.SOURCES} (default: prompts of "
                          "the world)")  # fmt: skip
     flags.add_columns(command, flags.PAIR_FIELDS)
-    command.add_argument("--num-prompts", type=int, help="use so many prompts, drawn at random")
-    command.add_argument("--num-responses", type=int, default=1024, help="for each prompt (default: %(default)s)")
-    command.add_argument("--temperature", type=float, default=1.0, help="of the policy (default: %(default)s)")
-    command.add_argument("--max-new-tokens", type=int, default=128, help="of the policy (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
+    flags.add_settings(command, SimulationSettings)
     flags.add_scoring(command)
 
 
@@ -34,12 +31,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     if len(dict(arguments.proxy)) < len(arguments.proxy):
         raise InputError("proxy: two models have the same name. Name them apart: --proxy one=FOLDER other=FOLDER.")
-    names = ("gold", "policy", "data", "num_prompts", "num_responses", "temperature", "max_new_tokens", "seed")
+    names = ("gold", "policy", "data")
     result = attack(
         dict(arguments.proxy),
         arguments.output,
         columns=flags.columns(arguments),
         **{name: getattr(arguments, name) for name in names},
+        **flags.given_settings(arguments, SimulationSettings),
         **flags.scoring_options(arguments),
     )
     for name, part in result.proxies.items():

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from inform_rm.decomposition.likelihoods import ResponseLikelihood, load_likelih
 from inform_rm.decomposition.prompt_free_gap import decompose_gaps, sample_prompts, tempered_weights
 from inform_rm.errors import InputError
 from inform_rm.eval.accuracy import share_right
-from inform_rm.eval.decompose_report import COLORS, DecompositionResult
+from inform_rm.eval.decompose_report import DecompositionResult
 from inform_rm.eval.frame import JOURNAL_FILE, Frame, parquet, progress_bars, settings_of
-from inform_rm.eval.sources import PairSettings, load_sources, warn_of_left_out
+from inform_rm.eval.settings import DecompositionSettings
+from inform_rm.eval.sources import load_sources, warn_of_left_out
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.intervals import wilson_interval
 
 LIKELIHOOD_JOURNAL_FILE = "likelihoods.partial"
-WEIGHTS = ("uniform", "behavior")
 _LIST_ITEM = re.compile(r"^\s*([-*•]|\d+[.)])\s", re.MULTILINE)
 FEATURES = {
     "characters": len,
@@ -37,51 +37,6 @@ FEATURES = {
 }
 _SHOWN_PAIRS = 20
 _TERM = "_term"  # ends the columns of `InformationTerms`
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecompositionSettings(PairSettings):
-    """How reward gaps are decomposed: keywords of `decompose`.
-
-    Attributes:
-        num_prompts: prompts for each pair, its own among them.
-        stratify: draw only prompts of the same ``subset``: those of a maths set say little about a chat pair.
-        weights: ``"uniform"``: all prompts of a pair count the same; ``"behavior"``: as likely as ``behavior_model``
-            finds both responses under them, tempered (`inform_rm.decomposition.prompt_free_gap.tempered_weights`).
-        behavior_model: causal language model that is near what wrote the responses: a folder, Hub id or loaded model;
-            a loaded one must have the reward model's tokenizer.
-        length_normalized: use mean log-likelihoods of the tokens instead of sums.
-        ess_target: effective sample size that tempering keeps, as a share of the prompts.
-        color: what colours the plane of D1 and D2: ``"length"`` (characters, chosen - rejected) or ``"subset"``.
-    """
-
-    num_prompts: int = 16
-    stratify: bool = False
-    weights: str = "uniform"
-    behavior_model: str | Path | torch.nn.Module | None = None
-    length_normalized: bool = False
-    ess_target: float = 0.25
-    color: str = "length"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.num_prompts, bool) or not isinstance(self.num_prompts, int) or self.num_prompts < 2:
-            raise InputError(f"num_prompts: {self.num_prompts!r}; expected at least 2, the pair's own and one other.")
-        if self.weights not in WEIGHTS or (self.weights == "behavior") != (self.behavior_model is not None):
-            raise InputError(
-                f"weights: {self.weights!r} with behavior_model {self.behavior_model!r}; expected 'uniform' without "
-                "one, or 'behavior' with one."
-            )
-        if not 0 < self.ess_target <= 1:
-            raise InputError(f"ess_target: {self.ess_target!r}; it is a share of the prompts, above 0 and at most 1.")
-        if self.color not in COLORS:
-            raise InputError(f"color: {self.color!r}; expected one of {', '.join(COLORS)}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """What decides the figures."""
-        without = {"behavior_model", "color"}
-        without |= {"length_normalized", "ess_target"} if self.behavior_model is None else set()
-        return {name: value for name, value in super().to_dict().items() if name not in without}
 
 
 def decompose(
@@ -108,8 +63,8 @@ def decompose(
         tokenizer: see `RewardScorer`.
         progress: show progress bars.
         options: fields of `DecompositionSettings` (``num_prompts``, ``stratify``, ``weights``, ...; those of
-            `inform_rm.eval.sources.PairSettings` are among them) and keywords of `RewardScorer`. A pair that cannot be
-            rendered under another's prompt, or becomes too long, does without it.
+            `inform_rm.eval.settings.PairSettings` are among them) and keywords of `RewardScorer`. A pair that cannot
+            be rendered under another's prompt, or becomes too long, does without it.
 
     Returns:
         The shares, what was left out, and what they were computed with.

@@ -12,7 +12,6 @@ from inform_rm.util.colors import GREY, ORANGE, SERIES, SKY, VERMILION
 from inform_rm.util.page import Heading, Image, Page, Table, figure_png
 from inform_rm.util.papers import GAP_DERIVED
 
-COLORS = ("length", "subset")
 _GAPS = ("reward_gap", "prompt_free_gap", "prompt_related_gap")
 _INFORMATION = {
     "preference": "the preference, given responses and prompt", "responses": "of this the responses alone tell",
@@ -149,7 +148,7 @@ def spread_figure(table: dict[str, np.ndarray]) -> Figure:
 
 
 def plane_figure(table: dict[str, np.ndarray], color: str) -> Figure:
-    """D2 against D1, one point a pair (arXiv:2504.06020, Fig. 3 and 4), coloured by one of `COLORS`."""
+    """D2 against D1, one point a pair (arXiv:2504.06020, Fig. 3 and 4), coloured by length or by subset."""
     free, related = table["prompt_free_gap"], table["prompt_related_gap"]
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     axes = figure.subplots()

@@ -14,7 +14,8 @@ from inform_rm.eval.accuracy import pairwise_accuracy
 from inform_rm.eval.frame import Frame, json_lines, progress_bars, settings_of
 from inform_rm.eval.group_statistics import ranking_statistics, score_statistics
 from inform_rm.eval.results import EvaluationResult, RankingResult, ScoreResult
-from inform_rm.eval.sources import PairSettings, load_sources, warn_of_left_out
+from inform_rm.eval.settings import PairSettings
+from inform_rm.eval.sources import load_sources, warn_of_left_out
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import shortest_float
 
@@ -50,7 +51,7 @@ def evaluate(
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
         progress: show progress bars.
-        options: fields of `inform_rm.eval.sources.PairSettings` (``columns``, ``data_revision``, ``on_bad_row``,
+        options: fields of `inform_rm.eval.settings.PairSettings` (``columns``, ``data_revision``, ``on_bad_row``,
             ``overlong``, ``max_pairs``, ``score_weights``, ``seed``) and keywords of `RewardScorer`
             (``max_length``, ``device``, ``trust_remote_code``, ...).
 

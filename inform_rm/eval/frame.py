@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from inform_rm.data.encoding import BAD_ROW_POLICIES, OVERLONG_POLICIES
 from inform_rm.errors import InputError
+from inform_rm.eval.settings import RowSettings
 from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer, as_scorer
 from inform_rm.util.files import atomic_write_bytes, check_output_directory, versions, write_json
 from inform_rm.util.journal import RewardJournal
@@ -106,35 +106,6 @@ class ModelResult(Result):
     model: str
     model_fingerprint: str
     tokenizer_fingerprint: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowSettings:
-    """How the rows of an evaluation are read.
-
-    Attributes:
-        data_revision: revision of the data on the Hub.
-        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists bad rows, those among them that
-            cannot be encoded or do not fit (see `inform_rm.data.encoding.encode_pairs`).
-        overlong: what becomes of rows over the scorer's ``max_length``: ``"error"``, ``"drop"`` or
-            ``"truncate_prompt"``, which takes the same tokens from the left of the prompt for all responses; counted.
-        seed: of all that is random.
-    """
-
-    data_revision: str | None = None
-    on_bad_row: str = "error"
-    overlong: str = "error"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, choices in (("on_bad_row", BAD_ROW_POLICIES), ("overlong", OVERLONG_POLICIES)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name}: got {getattr(self, name)!r}; expected one of {', '.join(choices)}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """All but the seed, as JSON can hold them."""
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "seed"}
-        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
 Settings = TypeVar("Settings")

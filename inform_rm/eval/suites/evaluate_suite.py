@@ -16,11 +16,12 @@ from inform_rm.data.pairs import BadRow
 from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.data.sources import Sources
 from inform_rm.errors import InputError
-from inform_rm.eval.frame import Frame, RowSettings, json_lines, progress_bars, settings_of
+from inform_rm.eval.frame import Frame, json_lines, progress_bars, settings_of
+from inform_rm.eval.settings import SuiteSettings
 from inform_rm.eval.sources import add_bad_rows, warn_of_left_out
 from inform_rm.eval.suites.items import MOST_REASONS, SuiteItem, load_suite_items
 from inform_rm.eval.suites.report import SuiteResult
-from inform_rm.eval.suites.scores import TIES, ScoredItem, item_credit
+from inform_rm.eval.suites.scores import ScoredItem, item_credit
 from inform_rm.eval.suites.summary import summarize_suite
 from inform_rm.eval.suites.tables import suite_named
 from inform_rm.scoring.scorer import RewardScorer
@@ -28,23 +29,6 @@ from inform_rm.util.journal import shortest_float
 
 _CHUNK_ITEMS = 1024
 _ENCODED_AT_ONCE = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class SuiteSettings(RowSettings):
-    """How a suite is evaluated: keywords of `evaluate_suite`; what is left out makes the suite incomplete.
-
-    Attributes:
-        ties: what equal rewards give in suites of pairs: nothing (``"wrong"``, as published), or ``"half"``
-            (RewardBench only).
-    """
-
-    ties: str = "wrong"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ties not in TIES:
-            raise InputError(f"ties: {self.ties!r}; expected one of {', '.join(TIES)}.")
 
 
 def evaluate_suite(

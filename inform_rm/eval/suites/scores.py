@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from inform_rm.errors import InputError
 
-TIES = ("wrong", "half")
 NUM_STYLES = 3
 _TIES_ID = re.compile(r"(?:.*/)?(ref|tied):(\d+)", re.DOTALL)
 _TWIN_ID = re.compile(r"(.*)/([ab])", re.DOTALL)
