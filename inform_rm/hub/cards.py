@@ -12,7 +12,6 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from inform_rm.data.sources import parse_source
 from inform_rm.errors import InputError
 from inform_rm.hub.eval_results import LEFT_OUT, eval_results, evaluation_of_run, is_local, public_name
-from inform_rm.hub.result_folders import RESULT_FILE, ResultFolder, naming_damage
 from inform_rm.util.files import atomic_write_text
 from inform_rm.util.page import (
     Markdown,
@@ -25,6 +24,7 @@ from inform_rm.util.page import (
     words_table,
 )
 from inform_rm.util.papers import TRL_TRAINS_BT, differences_of_run
+from inform_rm.util.result_folders import RESULT_FILE, ResultFolder, naming_damage
 
 TAGS = ("reward-model", "inform", "rlhf")
 _RESULTS_START, _RESULTS_END = "<!-- results, from the metadata above -->", "<!-- end of results -->"

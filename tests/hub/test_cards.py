@@ -14,9 +14,9 @@ from inform_rm.errors import InputError
 from inform_rm.hub.cards import average_card, complete_card, model_card, whole_model_card
 from inform_rm.hub.eval_results import eval_results
 from inform_rm.hub.export import export_model
-from inform_rm.hub.result_folders import read_result_folder
 from inform_rm.scoring.reward_models import fingerprint_model, load_reward_model
 from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
+from inform_rm.util.result_folders import read_result_folder
 
 NASTY = "<script>alert('x')</script> [a](javascript:b) `c` | d\nline"
 RUN = {

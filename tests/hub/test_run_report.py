@@ -15,10 +15,10 @@ from inform_rm.cli import main
 from inform_rm.errors import InputError
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.detection.detect import detect
-from inform_rm.hub.result_folders import read_result_folder
 from inform_rm.hub.run_report import curves_figure
 from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
 from inform_rm.training.run import train
+from inform_rm.util.result_folders import read_result_folder
 
 NASTY = "<script>document.title='taken'</script><img src=x onerror=alert(1)>&amp;\"'"
 WORDS = ["sun", "moon", "sea", "sky", "tree", "bird", "rain", "snow"]

@@ -20,10 +20,10 @@ from inform_rm.eval.comparison.paired import (
 )
 from inform_rm.eval.comparison.report import ComparisonResult
 from inform_rm.eval.comparison.result_rows import ResultRows, matched, read_result_rows
-from inform_rm.eval.evaluate import EvaluationResult, evaluate
+from inform_rm.eval.evaluate import evaluate
 from inform_rm.eval.frame import json_lines
-from inform_rm.eval.results import RankingResult, ScoreResult
-from inform_rm.eval.suites.evaluate_suite import SuiteResult
+from inform_rm.eval.results import EvaluationResult, RankingResult, ScoreResult
+from inform_rm.eval.suites.report import SuiteResult
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.files import check_output_directory
 from inform_rm.util.intervals import wilson_interval

@@ -34,7 +34,7 @@ def write_pairs(folder, margins, *, lengths=True, fingerprint=FINGERPRINT, ids=N
     parts = {name: credits[place :: len(subsets)] for place, name in enumerate(subsets)}
     result = {
         "model": f"models/{folder.name}", "model_fingerprint": "a" * 64, "settings": {"max_length": 64}, "seed": 0,
-        "num_pairs": len(lines), "accuracy": float(np.mean(credits)),
+        "num_pairs": len(lines), "accuracy": float(np.mean(credits)), "accuracy_interval": [0, 1], "calibration": {},
         "subsets": {name: {"accuracy": float(np.mean(part))} for name, part in parts.items() if part},
         "data": [{"source": "data.jsonl", "fingerprint": fingerprint}],
     }  # fmt: skip
@@ -245,7 +245,7 @@ def test_rows_that_occur_twice_are_refused(tmp_path):
 
 
 def test_folders_that_hold_no_finished_evaluation_are_refused(folders, tmp_path):
-    with pytest.raises(InputError, match=r"no result.json, so it holds no finished result"):
+    with pytest.raises(InputError, match="nothing is not a folder"):
         compare([folders["one"], tmp_path / "nothing"])
     lines = (folders["two"] / "pairs.jsonl").read_text().splitlines(keepends=True)
     text = "".join(lines)
@@ -253,14 +253,14 @@ def test_folders_that_hold_no_finished_evaluation_are_refused(folders, tmp_path)
         ("".join(lines[:-1]), "59 lines for the 60 pairs"),
         ("".join(lines[:-1]) + lines[-1][:20], "line 60: broken JSON"),
         ("".join(lines[:-1]) + "3\n", "line 60: no object"),
-        (text.replace('"chosen_reward"', '"reward"', 1), "line 1: no field 'chosen_reward'"),
+        (text.replace('"chosen_reward"', '"reward"', 1), "KeyError: 'chosen_reward'"),
         (
             "".join(lines).replace('"rejected_reward": 1.0', '"rejected_reward": NaN', 1),
-            "line 1: .* no finite numbers",
+            "a reward that is no finite number",
         ),
         (
             "".join(lines).replace("data.jsonl", "else.jsonl", 1),
-            "source 'else.jsonl', which result.json does not name",
+            "damaged, .* 'else.jsonl'",
         ),
         ("", "the file is empty"),
     ):
@@ -271,10 +271,10 @@ def test_folders_that_hold_no_finished_evaluation_are_refused(folders, tmp_path)
     with pytest.raises(InputError, match=r"no pairs.jsonl; expected a folder"):
         compare([folders["one"], folders["two"]])
     (folders["two"] / "result.json").write_text("[]")
-    with pytest.raises(InputError, match="holds a list"):
+    with pytest.raises(InputError, match="of another command"):
         compare([folders["one"], folders["two"]])
     suite = write_suite(tmp_path / "suite", [1.0, 2.0])
-    with pytest.raises(InputError, match=r"line 2: credit 2.0; expected a number in \[0, 1\]"):
+    with pytest.raises(InputError, match=r"a credit that is not in \[0, 1\]"):
         compare(suite)
 
 
