@@ -59,11 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_flags(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """The file of settings, and the flags: one value is text, several are a list, none is ``True``.
-
-    Raises:
-        InputError: a word that belongs to no flag, or a flag that is given twice.
-    """
+    """The file of settings, and the flags: one value is text, several are a list, none is ``True``."""
     config, rest = (words[0], words[1:]) if words and not words[0].startswith("--") else (None, words)
     found: dict[str, list[str]] = {}
     name = None

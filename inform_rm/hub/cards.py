@@ -35,16 +35,15 @@ _MOST_CARD_CHARACTERS, _DEEPEST_YAML = 1 << 20, 30
 
 
 def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | None) -> str:
-    """README of a trained model, filled from its run.
+    """README of a trained model, filled from its run: Markdown with the Hub's YAML header.
+
+    What is not known is left out, and local paths are shortened to their last part: what leads to it means nothing
+    elsewhere, and may tell a user's name.
 
     Args:
         config: the model's `InfoRMConfig`.
         settings: settings of the run that are worth a line; empty if unknown.
         result: result of the run with its data counts and evaluation; ``None`` if unknown.
-
-    Returns:
-        Markdown with the Hub's YAML header. What is not known is left out, and local paths are shortened to their
-        last part: what leads to it means nothing elsewhere, and may tell a user's name.
     """
     is_adapter = settings.get("merge_adapters") is False
     base_model = settings.get("model")
@@ -67,12 +66,9 @@ def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | N
 
 
 def average_card(inform_config: Any, number: int, result_file: str) -> str:
-    """README of averaged weights (see `inform_rm.hub.averaging.average_weights`).
+    """README of averaged weights (`inform_rm.hub.averaging.average_weights`) of so many models, named in a file.
 
-    Args:
-        inform_config: ``None`` for a model of transformers itself.
-        number: how many models were averaged.
-        result_file: file that names them.
+    ``inform_config`` is ``None`` for a model of transformers itself.
     """
     tags = TAGS if inform_config is not None else TAGS[:1]
     return card_text(_metadata(tags), _card_body(config=inform_config, averaged=number, result_file=result_file))
@@ -116,11 +112,7 @@ def _training_values(settings: dict[str, Any], result: dict[str, Any]) -> dict[s
 
 
 def whole_model_card(path: Path) -> None:
-    """Turn the card of an adapter folder into that of the whole model that was made from it: how it is loaded.
-
-    Raises:
-        InputError: its header cannot be read.
-    """
+    """Turn the card of an adapter folder into that of the whole model that was made from it: how it is loaded."""
 
     def change(data: ModelCardData, text: str) -> str:
         data.library_name = "transformers"

@@ -36,11 +36,6 @@ def vllm_command(model: str, class_name: str, offset: float) -> str:
     """The command that serves a folded model with its constant added.
 
     vLLM 0.32.0, ``vllm/config/pooler.py``: what ``logit_mean`` holds is subtracted.
-
-    Args:
-        model: folder or Hub id.
-        class_name: its class in transformers.
-        offset: the constant.
     """
     command = ["vllm", "serve", model, "--runner", "pooling"]
     if class_name in _VLLM_CLASSES:

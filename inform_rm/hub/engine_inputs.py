@@ -70,10 +70,7 @@ def feed_messages(tokenizer: Any, prompt: list[Message], response: str) -> list[
 
     vLLM 0.32.0, ``vllm/entrypoints/pooling/base/protocol.py``: ``add_generation_prompt`` and ``add_special_tokens`` of
     a request with ``messages`` are false. Taken for granted: vLLM hands the template texts, not lists of parts, which
-    it decides by reading the template.
-
-    Raises:
-        InputError: there is no template; vLLM refuses such a request, too.
+    it decides by reading the template. Without a template it refuses such a request.
     """
     if tokenizer.chat_template is None:
         raise InputError("the tokenizer has no chat template")
@@ -84,10 +81,8 @@ def feed_verl(tokenizer: Any, prompt: list[Message], response: str) -> list[int]
     """verl: the template's text without a BOS token in front, to vLLM's ``/classify`` or SGLang's embeddings.
 
     verl 0.9.1, ``verl/experimental/reward_loop/reward_loop.py``, ``_preprocess_reward_inputs``: a text that begins
-    with ``bos_token`` loses it, for the engine's tokenizer to add it again, which not every tokenizer does.
-
-    Raises:
-        InputError: there is no template; verl fails on it, too.
+    with ``bos_token`` loses it, for the engine's tokenizer to add it again, which not every tokenizer does. Without a
+    template it fails.
     """
     if tokenizer.chat_template is None:
         raise InputError("the tokenizer has no chat template")
@@ -134,11 +129,7 @@ _WAYS: tuple[tuple[str, Feed, str, bool], ...] = (
 
 
 def compare_engine_inputs(tokenizer: Any) -> list[EngineInput]:
-    """What each engine makes of a few conversations, against `encode`; conversations that a template refuses are left.
-
-    Args:
-        tokenizer: as the engine reads it from the model's folder.
-    """
+    """What each engine makes of a few conversations, against `encode`; those that a template refuses are left out."""
     return [
         EngineInput(way, _first_difference(tokenizer, feed), remedy, is_avoidable)
         for way, feed, remedy, is_avoidable in _WAYS

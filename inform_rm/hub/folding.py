@@ -41,8 +41,7 @@ _EXAMPLE_ENDS = ("Yes.", "a", "\U000f0000")
 def fold_head(model: Any) -> tuple[Tensor, float]:
     """Row vector ``(1, H)`` and constant of an InfoRM model's reward in eval, ``weight @ h + offset``, in float64.
 
-    Raises:
-        InputError: if the reward is not linear in the hidden state.
+    `InputError` if the reward is not linear in the hidden state.
     """
     config, head = model.config, model.score
     with torch.no_grad():

@@ -12,10 +12,8 @@ from inform_rm.serving.errors import RowError
 def encode_rows(scorer: RewardScorer, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Encoded]:
     """Token ids of prompts with their responses, as `RewardScorer.score` makes them.
 
-    An empty response is one: policies in training write some, and their run must not end there.
-
-    Raises:
-        RowError: a prompt that the template refuses, a response that leaves no token, or a row that is too long.
+    An empty response is one: policies in training write some, and their run must not end there. `RowError` for a
+    prompt that the template refuses, a response that leaves no token, or a row that is too long.
     """
     _check_unicode(responses)
     places = [row_name(row) for row in range(len(prompts))]
@@ -29,11 +27,7 @@ def encode_rows(scorer: RewardScorer, prompts: Sequence[Prompt], responses: Sequ
 
 
 def encode_texts(scorer: RewardScorer, texts: Sequence[str], add_special_tokens: bool) -> list[Encoded]:
-    """Token ids of texts as they stand: no chat template, no end token; special tokens' names become those tokens.
-
-    Raises:
-        RowError: a text without tokens, or one that is too long.
-    """
+    """Token ids of texts as they stand: no chat template, no end token; special tokens' names become those tokens."""
     if not texts:
         return []
     _check_unicode(texts)
@@ -42,11 +36,7 @@ def encode_texts(scorer: RewardScorer, texts: Sequence[str], add_special_tokens:
 
 
 def encode_ids(scorer: RewardScorer, sequences: Sequence[Sequence[int]]) -> list[Encoded]:
-    """Token ids as they came.
-
-    Raises:
-        RowError: none, too many, or ids that the model does not have.
-    """
+    """Token ids as they came; `RowError` for none, too many, or ids that the model does not have."""
     for row, ids in enumerate(sequences):
         try:
             scorer.check_ids(ids, row_name(row))

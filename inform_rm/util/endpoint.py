@@ -183,9 +183,7 @@ def ask_all(
 ) -> Iterator[tuple[str, Reply | RefusedRequest]]:
     """What `ChatEndpoint.ask` gives to each request (its arguments by name), as the replies come; refusals as such.
 
-    Raises:
-        InputError: see `ChatEndpoint.ask`; replies that were under way are still given before.
-        EndpointError: likewise.
+    It raises what that raises; replies that were under way are still given before.
     """
 
     def ask(name: str) -> Reply | RefusedRequest:
@@ -203,8 +201,7 @@ def ask_all(
 def checked_url(url: str) -> str:
     """The base address of an endpoint, without a slash at its end.
 
-    Raises:
-        InputError: not http or https, or it holds a password or query, which would be written into results.
+    `InputError` unless it is http or https, without a password or query, which would be written into results.
 
     Example:
         >>> checked_url("http://localhost:8000"), checked_url("https://host/api/v1/chat/completions")

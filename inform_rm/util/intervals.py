@@ -37,13 +37,9 @@ def wilson_interval(num_correct: float, n: int) -> tuple[float, float]:
 def grouped_bootstrap(
     values: ArrayLike, groups: Sequence[str], *, num_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a mean whose values are alike within groups: whole groups are drawn again.
+    """95 % percentile bootstrap interval of the mean of ``(N,)`` values that are alike within groups, such as prompts.
 
-    Args:
-        values: ``(N,)``, at least one.
-        groups: to which group each belongs, such as its prompt.
-        num_resamples: resamples.
-        seed: of the resamples.
+    Whole groups are drawn again.
 
     Example:
         >>> grouped_bootstrap([1.0, 1.0, 1.0], ["a", "a", "b"])

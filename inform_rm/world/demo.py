@@ -301,16 +301,8 @@ json.dump({"rewards": rewards, "ids_agree": ids_agree, "class": type(model).__mo
 def check_loads_elsewhere(folder: str | Path, rows: list[dict[str, Any]], scorer: RewardScorer) -> dict[str, Any]:
     """Load an exported model in a fresh interpreter that cannot import this package, and compare rewards.
 
-    Args:
-        folder: exported model.
-        rows: pairs whose chosen and rejected responses are scored there.
-        scorer: the model here.
-
-    Returns:
-        ``num_responses``, ``largest_reward_difference`` and the ``module`` that the class came from.
-
-    Raises:
-        RuntimeError: if it does not load, or token ids differ, or rewards by more than `ROUND_TRIP_TOLERANCE`.
+    `RuntimeError` if it does not load, or token ids of the pairs in ``rows`` differ, or rewards by more than
+    `ROUND_TRIP_TOLERANCE`; else ``num_responses``, ``largest_reward_difference`` and the ``module`` of its class.
     """
     texts = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
     input_ids = [scorer.encode(prompt, response, prompt).input_ids for prompt, response in texts]

@@ -103,11 +103,7 @@ class CausalLMPolicy:
         )  # fmt: skip
 
     def sample(self, prompt: Prompt, num_responses: int, seed: int) -> list[str]:
-        """Responses to one prompt.
-
-        Raises:
-            InputError: on a prompt that cannot be rendered, or leaves no room for ``max_new_tokens``.
-        """
+        """Responses to one prompt; `InputError` if it cannot be rendered, or leaves no room for ``max_new_tokens``."""
         ids = self.prompt_ids(prompt)
         limit = checked_max_length(self.model, None)
         if limit is not None and len(ids) + self.max_new_tokens > limit:
@@ -171,17 +167,10 @@ def choose_prompts(
     seed: int = 0,
     columns: Mapping[str, str] | None = None,
 ) -> list[Prompt]:
-    """Distinct prompts from a list or from preference data.
+    """Distinct prompts (texts or lists of messages) from a list or from the preference pairs of ``data``.
 
-    Args:
-        prompts: texts or lists of messages.
-        data: sources of preference pairs, as `inform_rm.data.preferences.load_preferences` reads them.
-        num_prompts: a random subset of this many.
-        seed: seed of the subset.
-        columns: which columns of the data are what, see `inform_rm.data.columns.Columns.of`.
-
-    Raises:
-        InputError: both, neither or bad sources, an empty or repeated prompt, or fewer than asked for.
+    With ``num_prompts`` a random subset of this many, drawn with ``seed``. `InputError` for both, neither or bad
+    sources, an empty or repeated prompt, or fewer than asked for.
     """
     if (prompts is None) == (data is None):
         given = "neither" if data is None else "both"

@@ -21,15 +21,12 @@ def is_recorded(policy: Any) -> bool:
 class RecordedPolicy:
     """The responses of a source, as a `Policy`: those to a prompt in order, whatever the seed.
 
-    Args:
-        source: rows with ``prompt`` and ``response``, see `inform_rm.data.response_rows.score_rows_or_faults`.
+    The source has rows with ``prompt`` and ``response``, see `inform_rm.data.response_rows.score_rows_or_faults`;
+    `InputError` for one that cannot be read.
 
     Attributes:
         prompts: distinct prompts, in order.
         num_cut: responses given so far whose ``finish_reason`` is ``"length"``.
-
-    Raises:
-        InputError: a row that cannot be read.
     """
 
     def __init__(self, source: Source):

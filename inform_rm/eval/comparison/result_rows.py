@@ -64,8 +64,7 @@ class ResultRows:
 def read_result_rows(name: str, source: str | Path | EvaluationResult | SuiteResult) -> ResultRows:
     """The rows of a result on pairs or a suite, or of the folder that `inform_rm.evaluate` wrote for it.
 
-    Raises:
-        InputError: if it holds no finished evaluation, a line of it is broken, or rows cannot be told apart.
+    `InputError` if it holds no finished evaluation, a line of it is broken, or rows cannot be told apart.
     """
     if isinstance(source, EvaluationResult | SuiteResult):
         where, result, lines = f"{name} in memory", source.to_dict(), source.rows
@@ -89,11 +88,7 @@ def read_result_rows(name: str, source: str | Path | EvaluationResult | SuiteRes
 
 
 def matched(folders: Sequence[ResultRows]) -> list[ResultRows]:
-    """All folders with their rows in the order of the first.
-
-    Raises:
-        InputError: if they are of different suites or data, or do not hold the same rows: nothing is left out.
-    """
+    """All folders with their rows in the order of the first; `InputError` unless all hold the same rows."""
     first, *others = folders
     together = [first]
     for other in others:

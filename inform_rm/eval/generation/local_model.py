@@ -28,12 +28,7 @@ class Task(NamedTuple):
 
 
 class LocalModel:
-    """Writes responses with a model that is loaded here.
-
-    Args:
-        policy: the model with its tokenizer.
-        settings: temperature, nucleus and the longest response.
-    """
+    """Writes responses with a model that is loaded here, as `GenerationSettings` say."""
 
     def __init__(self, policy: CausalLMPolicy, settings: GenerationSettings):
         self._policy, self._settings = policy, settings
@@ -55,11 +50,7 @@ class LocalModel:
         return {name: own[name] for name in ("model", "tokenizer")}
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
-        """Token ids of a prompt.
-
-        Raises:
-            InputError: it cannot be rendered, or leaves no room for ``max_new_tokens``.
-        """
+        """Token ids; `InputError` for a prompt that cannot be rendered, or leaves no room for ``max_new_tokens``."""
         ids = self._policy.prompt_ids(messages)
         if not ids:
             raise InputError("the prompt has no tokens.")

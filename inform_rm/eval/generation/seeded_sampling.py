@@ -12,13 +12,8 @@ class SeededSampler(LogitsProcessor):
     """Leaves each row one token, drawn from ``softmax(logits / temperature)`` cut to the ``top_p`` nucleus.
 
     Row i draws one uniform number a step from a generator with seed i, and takes the token at which the distribution
-    function passes it (inversion). `generate` itself draws all rows of a batch from one generator.
-
-    Args:
-        seeds: one a row.
-        max_new_tokens: steps at most.
-        temperature: above 0.
-        top_p: share of the probability that is kept, above 0 up to 1.
+    function passes it (inversion). `generate` itself draws all rows of a batch from one generator. There are
+    ``max_new_tokens`` steps at most; the temperature is above 0.
     """
 
     def __init__(self, seeds: Sequence[int], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0):

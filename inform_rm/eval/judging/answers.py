@@ -54,9 +54,7 @@ def ask_judge(
 ) -> Answers:
     """Answers to requests by their `request_name`; ``folder/answers.jsonl`` holds those that are known, and gets all.
 
-    Raises:
-        InputError: the endpoint refuses key, address or model, or the file is damaged.
-        EndpointError: it gave no usable reply after all tries; a further call goes on there.
+    `InputError` and `EndpointError` as of `ask_all`, the former for a damaged file, too.
     """
     with contextlib.ExitStack() as stack:
         journal = None

@@ -36,13 +36,7 @@ class JudgePrompt:
 
     Args:
         kind: `PAIR` or `LABEL`.
-        path: Jinja file; ``None`` takes the built-in one.
-
-    Attributes:
-        sha256: of its text.
-
-    Raises:
-        InputError: a file that cannot be read or is no such template.
+        path: Jinja file; `InputError` if it is no such template. ``None`` takes the built-in one.
     """
 
     def __init__(self, kind: str, path: str | None = None):
@@ -77,11 +71,7 @@ class JudgePrompt:
             raise InputError(f"prompt_file: {type(error).__name__}: {shortened(str(error), 200)}.") from None
 
     def verdict(self, answer: str) -> str:
-        """The verdict with which an answer ends.
-
-        Raises:
-            Unreadable: it has none, several that differ, or one that was not asked for.
-        """
+        """The verdict with which an answer ends; `Unreadable` for none, several, or one that was not asked for."""
         found = {value.lower() for value in _VERDICT_LINE.findall(_THOUGHT.sub("", answer))}
         if not found:
             raise Unreadable("no line 'Verdict: ...'")

@@ -346,8 +346,7 @@ def _texts(record: dict[str, Any], field: str) -> list[Any]:
 def _with_own_id(suite: Suite, item: SuiteItem, earlier: list[SuiteItem]) -> SuiteItem:
     """The item under an id that no other has, as a source may use one twice; ``earlier`` are those with its id.
 
-    Raises:
-        BadRow: the very same item came before, so that a file is read twice; or the id is what pairs items.
+    `BadRow` if the very same item came before, so that a file is read twice, or the id is what pairs items.
     """
     for other in earlier:
         if (item.prompt, item.candidates) == (other.prompt, other.candidates):
