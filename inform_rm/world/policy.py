@@ -9,7 +9,7 @@ import numpy as np
 
 from inform_rm.data.messages import to_messages
 from inform_rm.errors import InputError
-from inform_rm.eval.best_of_n.recorded import is_recorded
+from inform_rm.eval.best_of_n.policies import is_recorded
 from inform_rm.eval.best_of_n.report import BestOfNResult
 from inform_rm.eval.best_of_n.simulate import simulate
 from inform_rm.scoring.scorer import Prompt
