@@ -7,7 +7,6 @@ from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     command = flags.add_command(commands, "check-data", "what is in preference data, and what would go wrong", run)
     flags.add_data(command, required=True, nargs="+", help=f"{flags.SOURCES}; name splits apart")
     flags.add_columns(command, flags.PAIR_FIELDS + flags.GROUP_FIELDS)

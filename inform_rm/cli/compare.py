@@ -10,7 +10,6 @@ from inform_rm.eval.settings import PairSettings
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     text = "several models on the same rows: differences, tests, flipped rows"
     command = flags.add_command(commands, "compare", text, run)
     what = command.add_mutually_exclusive_group(required=True)
@@ -31,9 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run it; 1 if a model is below a limit."""
     from inform_rm import compare
 
-    models = arguments.results or arguments.model
-    if len(dict(models)) < len(models):
-        raise InputError("compare: two of them have the same name. Name them apart: one=FOLDER other=FOLDER.")
+    models = flags.by_name("compare", arguments.results or arguments.model, "one=FOLDER other=FOLDER")
     limits = arguments.fail_below or []
     if len(dict(limits)) < len(limits):
         raise InputError("fail_below: two limits on the same name. Keep one of them.")
@@ -41,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = {**flags.scoring_options(arguments), "columns": flags.columns(arguments), "data": arguments.data}
     options = {name: value for name, value in options.items() if value is not None and value is not False}
     result = compare(
-        **{"models" if arguments.model else "results": dict(models)},
+        **{"models" if arguments.model else "results": models},
         output=arguments.output,
         fail_below=dict(limits),
         **options,

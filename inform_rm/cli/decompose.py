@@ -9,7 +9,6 @@ from inform_rm.util.papers import GAP_DERIVED
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     command = flags.add_command(commands, "decompose", "how much of a preference the response alone decides", run)
     command.epilog = GAP_DERIVED
     flags.add_model(command)
@@ -21,7 +20,6 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm import decompose
 
     result = decompose(

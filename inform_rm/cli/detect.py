@@ -9,7 +9,6 @@ from inform_rm.util.papers import MOP_DIFFERS
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     text = "does a policy exploit its reward model? latents of its responses"
     command = flags.add_command(commands, "detect", text, run)
     command.epilog = MOP_DIFFERS
@@ -24,7 +23,6 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm import detect
     from inform_rm.eval.detection.statistic import STATISTICS
 

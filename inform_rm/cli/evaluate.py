@@ -10,7 +10,6 @@ from inform_rm.eval.suites.tables import SUITES
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     command = flags.add_command(
         commands, "evaluate", "accuracy of a reward model on pairs, rankings, scores or a suite", run
     )
@@ -27,7 +26,6 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     policy = flags.given_settings(arguments, PairSettings)
     columns, weights = flags.columns(arguments), flags.score_weights(arguments)
     options = {**flags.scoring_options(arguments), "split_over_processes": True}

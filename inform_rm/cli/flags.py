@@ -1,7 +1,7 @@
 """Flags that several commands share, and what they give to the functions. Imports nothing heavy."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -128,6 +128,13 @@ def named(text: str) -> tuple[str, str]:
     """``NAME=MODEL``, or a model named by the last part of its path or id."""
     name, separator, model = text.partition("=")
     return (name, model) if separator else (text.rstrip("/").rpartition("/")[2], text)
+
+
+def by_name(argument: str, pairs: Sequence[tuple[str, str]], way_out: str) -> dict[str, str]:
+    """Models or folders by name, `InputError` where one comes twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise InputError(f"{argument}: two of them have the same name. Name them apart: {way_out}.")
+    return dict(pairs)
 
 
 def scoring_options(arguments: argparse.Namespace) -> dict[str, Any]:

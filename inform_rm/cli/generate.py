@@ -9,7 +9,6 @@ from inform_rm.eval.generation.settings import EndpointSettings, GenerationSetti
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     text = "responses of a policy to a set of prompts, for detect, judge and score"
     command = flags.add_command(commands, "generate", text, run)
     command.add_argument("--model", required=True, help="causal language model: folder or Hub id; with --endpoint the "
@@ -24,7 +23,6 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm import generate
 
     if os.path.exists(arguments.output):

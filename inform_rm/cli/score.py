@@ -8,7 +8,6 @@ from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     command = flags.add_command(commands, "score", "rewards for rows of prompt and response", run)
     flags.add_model(command)
     flags.add_data(command, "--input", required=True, help="JSONL(.gz), CSV or Parquet with 'prompt' and 'response'")
@@ -20,7 +19,6 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm.scoring.score_files import score_file
     from inform_rm.scoring.scorer import RewardScorer
 

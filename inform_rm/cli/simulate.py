@@ -4,12 +4,10 @@ import argparse
 from typing import Any
 
 from inform_rm.cli import flags
-from inform_rm.errors import InputError
 from inform_rm.eval.settings import SimulationSettings
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     text = "best-of-n against reward models: what the gold reward says"
     command = flags.add_command(commands, "simulate", text, run)
     command.add_argument("--proxy", required=True, nargs="+", type=flags.named, metavar="[NAME=]MODEL",
@@ -26,14 +24,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm.world.policy import attack
 
-    if len(dict(arguments.proxy)) < len(arguments.proxy):
-        raise InputError("proxy: two models have the same name. Name them apart: --proxy one=FOLDER other=FOLDER.")
     names = ("gold", "policy", "data")
     result = attack(
-        dict(arguments.proxy),
+        flags.by_name("proxy", arguments.proxy, "--proxy one=FOLDER other=FOLDER"),
         arguments.output,
         columns=flags.columns(arguments),
         **{name: getattr(arguments, name) for name in names},

@@ -20,12 +20,10 @@ dataset_train_split, dataset_test_split, ...
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     add_command_of_settings(commands, "train", "train a reward model; writes a Hub-ready folder", run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     if {"-h", "--help", "--help-all"} & set(arguments.settings):
         print(_help("--help-all" in arguments.settings))
         return
