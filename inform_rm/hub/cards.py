@@ -18,7 +18,6 @@ from inform_rm.util.page import (
     Table,
     cell_text,
     fill_markdown,
-    format_interval,
     markdown_paragraph,
     markdown_table,
     words_table,
@@ -56,10 +55,15 @@ def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | N
         datasets=list({parse_source(source).name: 0 for source in settings.get("data", ()) if not is_local(source)})
         or None,
     )
-    values: dict[str, Any] = {"load_template": _LOAD_ADAPTERS if is_adapter else _LOAD_MODEL}
-    if result is not None:
-        values |= _training_values(settings, result)
-    body = _card_body(config=config, result=result, trl_trains_bt=Markdown(TRL_TRAINS_BT), **values)
+    body = fill_markdown(
+        "model_card.md.j2",
+        config=config,
+        result=result,
+        averaged=None,
+        load_template=_LOAD_ADAPTERS if is_adapter else _LOAD_MODEL,
+        trl_trains_bt=Markdown(TRL_TRAINS_BT),
+        **({} if result is None else _training_values(settings, result)),
+    )
     if result is None or "accuracy" not in (result["evaluation"] or ()):
         return card_text(metadata, body)
     return _with_results(metadata, body, [evaluation_of_run(result)], Path(settings["output_dir"]).resolve().name)
@@ -71,25 +75,20 @@ def average_card(inform_config: Any, number: int, result_file: str) -> str:
     ``inform_config`` is ``None`` for a model of transformers itself.
     """
     tags = TAGS if inform_config is not None else TAGS[:1]
-    return card_text(_metadata(tags), _card_body(config=inform_config, averaged=number, result_file=result_file))
+    body = fill_markdown(
+        "model_card.md.j2",
+        config=inform_config,
+        result=None,
+        averaged=number,
+        result_file=result_file,
+        load_template=_LOAD_MODEL,
+        trl_trains_bt=None,
+    )
+    return card_text(_metadata(tags), body)
 
 
 def _metadata(tags: Sequence[str], library_name: str = "transformers", **values: Any) -> ModelCardData:
     return ModelCardData(library_name=library_name, pipeline_tag="text-classification", tags=list(tags), **values)
-
-
-def _card_body(**values: Any) -> str:
-    defaults = {
-        "result": None,
-        "trl_trains_bt": None,
-        "differences": (),
-        "averaged": None,
-        "load_template": _LOAD_MODEL,
-        "accuracy": None,
-        "kendall_tau": None,
-        "rmse": None,
-    }
-    return fill_markdown("model_card.md.j2", **{**defaults, **values})
 
 
 def _training_values(settings: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
@@ -99,16 +98,14 @@ def _training_values(settings: dict[str, Any], result: dict[str, Any]) -> dict[s
         for name, value in settings.items()
         if name != "output_dir"
     ]
-    values: dict[str, Any] = {
+    evaluation = result.get("evaluation") or {}
+    measured = ("accuracy", "accuracy_interval", "kendall_tau", "rmse")
+    return {
         "settings_table": markdown_table(words_table(("setting", "value"), shown)),
         "software": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        "differences": differences_of_run(settings),
+        **{name: cell_text(evaluation.get(name)) for name in measured},
     }
-    evaluation = result.get("evaluation") or {}
-    values["differences"] = differences_of_run(settings)
-    values |= {name: cell_text(evaluation[name]) for name in ("accuracy", "kendall_tau", "rmse") if name in evaluation}
-    if "accuracy" in evaluation:
-        values["interval"] = format_interval(evaluation["accuracy_interval"])
-    return values
 
 
 def whole_model_card(path: Path) -> None:

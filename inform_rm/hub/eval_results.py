@@ -51,19 +51,13 @@ def refuse_other_models(folders: Sequence[ResultFolder], model: str, revision: s
     for folder in folders:
         with naming_damage("results", folder.path / RESULT_FILE):
             found, name = folder.result["model_fingerprint"], folder.result["model"]
-            stated = folder.result["settings"].get("dtype")
-        # `detect` does not say: the type that a CPU takes, and the checkpoint's own.
-        dtypes = ("float32", "auto") if stated is None else (str(stated),)
-        for dtype in dtypes:
-            if dtype not in known:
-                known[dtype] = fingerprint_model(
-                    load_reward_model(model, dtype=dtype, device="cpu", revision=revision)
-                )
-        if found not in [known[dtype] for dtype in dtypes]:
+            dtype = str(folder.result["settings"]["dtype"])
+        if dtype not in known:
+            known[dtype] = fingerprint_model(load_reward_model(model, dtype=dtype, device="cpu", revision=revision))
+        if found != known[dtype]:
             raise InputError(
                 f"results: {folder.path} is about another model, {name}: its weights have the fingerprint "
-                f"{str(found)[:12]}, those of {model} {', '.join(known[dtype][:12] for dtype in dtypes)}. "
-                f"Run it for {model}, or leave it out."
+                f"{str(found)[:12]}, those of {model} {known[dtype][:12]}. Run it for {model}, or leave it out."
             )
 
 

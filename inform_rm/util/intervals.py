@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -78,14 +77,3 @@ def confidence_bins(margins: ArrayLike, num_bins: int) -> tuple[np.ndarray, np.n
     confidence = 1.0 / (1.0 + np.exp(-np.abs(margins)))
     bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
     return confidence, 0.5 + 0.5 * np.sign(margins), bins
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A statistic with a 95 % interval: of what, over how many points, from how many resamples (0: in closed form)."""
-
-    estimate: float
-    low: float
-    high: float
-    num_points: int
-    num_resamples: int

@@ -15,7 +15,7 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 DATA = {"source": "org/pairs[en/test]", "fingerprint": "1" * 64, "is_local": False, "bad_rows": 0, "dropped": 0}
 PAIRS = {
     "data": [DATA],
-    "settings": {"data_revision": COMMIT}, "seed": 0,
+    "settings": {"data_revision": COMMIT, "dtype": "float32"}, "seed": 0,
     "accuracy": 0.75, "num_pairs": 8, "accuracy_interval": [0.41, 0.93], "calibration": {}, "model": "m",
 }  # fmt: skip
 SUITE = {

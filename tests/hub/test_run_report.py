@@ -25,7 +25,8 @@ WORDS = ["sun", "moon", "sea", "sky", "tree", "bird", "rain", "snow"]
 SUITE = {
     "suite": "rewardbench", "title": NASTY, "complete": False, "score": None, "missing": [f"Chat: {NASTY}"],
     "sections": {NASTY: {"score": 0.5, "num_items": 20, "interval": [0.4, 0.6]}},
-    "subsets": {"one": {"accuracy": 0.25, "num_items": 20, "published_items": 30}}, "model": "m", "settings": {},
+    "subsets": {"one": {"accuracy": 0.25, "num_items": 20, "published_items": 30}}, "model": "m",
+    "settings": {"dtype": "float32"},
 }  # fmt: skip
 
 
