@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from inform_rm.eval.frame import ModelResult, unwritten
 from inform_rm.util.colors import GREY, ORANGE, SERIES, SKY, VERMILION
-from inform_rm.util.page import Heading, Image, Page, Table, figure_png
+from inform_rm.util.page import Block, Heading, Image, Table, figure_png
 from inform_rm.util.papers import GAP_DERIVED
 
 _GAPS = ("reward_gap", "prompt_free_gap", "prompt_related_gap")
@@ -101,8 +101,7 @@ class DecompositionResult(ModelResult):
         """The plane of D2 and D1, one point a pair."""
         return plane_figure(self.pairs, self.color)
 
-    def page(self) -> Page:
-        """All of it."""
+    def _blocks(self) -> list[Block]:
         correlations = [
             (name, *(f"{values[gap]:.2f}" if gap in values else None for gap in _GAPS))
             for name, values in self.correlations.items()
@@ -110,25 +109,20 @@ class DecompositionResult(ModelResult):
         columns = (*_GAPS[1:], "num_pairs", "accuracy")
         quadrants = [[part[column] for column in columns] for part in self.quadrants]
         information = [(_INFORMATION[name], part["nats"], part["interval"]) for name, part in self.information.items()]
-        return Page(
-            self.title,
-            [
-                self.table(),
-                *notes(self.to_dict()),
-                Image(figure_png(spread_figure(self.pairs)), _SPREAD_CAPTION, "spread.png"),
-                Image(figure_png(self.figure()), PLANE_CAPTION, "plane.png"),
-                Heading("What the gaps go with"),
-                "Spearman rank correlation with the difference (chosen - rejected) of what the response alone has.",
-                Table(("difference in", "reward gap D", "prompt-free D2", "prompt-related D1"), correlations),
-                Heading("Information"),
-                _INFORMATION_NOTE,
-                Table(("mutual information", "nats", "95 % interval"), information),
-                Heading("Accuracy by quadrant"),
-                Table(("prompt-free gap D2", "prompt-related gap D1", "n", "accuracy"), quadrants, align="llrr"),
-                Heading("Settings"),
-                self.settings_table(),
-            ],
-        )
+        return [
+            self.table(),
+            *notes(self.to_dict()),
+            Image(figure_png(spread_figure(self.pairs)), _SPREAD_CAPTION, "spread.png"),
+            self._drawn(PLANE_CAPTION, "plane.png"),
+            Heading("What the gaps go with"),
+            "Spearman rank correlation with the difference (chosen - rejected) of what the response alone has.",
+            Table(("difference in", "reward gap D", "prompt-free D2", "prompt-related D1"), correlations),
+            Heading("Information"),
+            _INFORMATION_NOTE,
+            Table(("mutual information", "nats", "95 % interval"), information),
+            Heading("Accuracy by quadrant"),
+            Table(("prompt-free gap D2", "prompt-related gap D1", "n", "accuracy"), quadrants, align="llrr"),
+        ]
 
 
 def spread_figure(table: dict[str, np.ndarray]) -> Figure:

@@ -22,7 +22,7 @@ from inform_rm.eval.settings import RowSettings
 from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer, as_scorer
 from inform_rm.util.files import atomic_write_bytes, check_output_directory, versions, write_json
 from inform_rm.util.journal import RewardJournal
-from inform_rm.util.page import Image, Page, Table, settings_table
+from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png, settings_table
 from inform_rm.util.processes import is_main_process
 
 RESULT_FILE = "result.json"
@@ -38,8 +38,8 @@ def unwritten(**options: Any) -> Any:
 class Result:
     """What an evaluation found, and what it was computed with.
 
-    A subclass adds its figures as fields, which JSON can hold, and says ``title`` (one line), `table`, `page` and
-    `figure`. A field whose default is ``None`` is absent from the JSON where it was not measured.
+    A subclass adds its figures as fields, which JSON can hold, and says ``title`` (one line), `table`, `figure` and
+    what is on the page. A field whose default is ``None`` is absent from the JSON where it was not measured.
 
     Attributes:
         settings: those that were given, by name.
@@ -66,9 +66,13 @@ class Result:
         """The main figures."""
         raise NotImplementedError
 
-    def page(self) -> Page:
-        """All that a reader should see; its images are named, so that they can lie beside a Markdown page."""
+    def _blocks(self) -> list[Block]:
+        """What the page shows above the settings; images are named, so that they can lie beside a Markdown page."""
         raise NotImplementedError
+
+    def page(self) -> Page:
+        """All that a reader should see."""
+        return Page(self.title, [*self._blocks(), Heading("Settings"), self.settings_table()])
 
     def figure(self) -> Figure:
         """The main figures as a drawing."""
@@ -79,6 +83,9 @@ class Result:
         fingerprint = getattr(self, "model_fingerprint", None)
         weights = {} if fingerprint is None else {"model fingerprint": fingerprint[:12]}
         return settings_table(self.settings, {"seed": self.seed}, weights, self.versions)
+
+    def _drawn(self, caption: str, file: str) -> Image:
+        return Image(figure_png(self.figure()), caption, file)
 
     def _repr_html_(self) -> str:
         return replace(self.table(), caption=self.title).html()

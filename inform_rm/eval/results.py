@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from inform_rm.eval.frame import ModelResult, unwritten
 from inform_rm.util.colors import SKY
-from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png
+from inform_rm.util.page import Block, Heading, Table
 
 _LENGTH_PARTS = {
     "chosen_longer": "chosen is longer",
@@ -75,11 +75,7 @@ class EvaluationResult(ModelResult):
         """Accuracy against predicted probability."""
         return reliability_figure(self.calibration["bins"])
 
-    def page(self) -> Page:
-        """All of it."""
-        return self._page([], "Wilson intervals")
-
-    def _page(self, before: Sequence[Block], intervals: str) -> Page:
+    def _blocks(self, intervals: str = "Wilson intervals") -> list[Block]:
         notes = [
             "A tie (equal rewards) counts half in the accuracy, and as wrong in the column named so. "
             f"Intervals are 95 % {intervals}.",
@@ -87,14 +83,8 @@ class EvaluationResult(ModelResult):
         ]
         if self.longer_wins_accuracy is not None:
             notes.append(f'The rule "the longer response wins" has accuracy {self.longer_wins_accuracy:.3f} here.')
-        image = Image(figure_png(self.figure()), _CAPTION, "reliability.png")
-        return Page(
-            self.title,
-            [
-                *before, accuracy_table(self.to_dict()), *notes, image, Heading("Data"), _data_table(self.data),
-                Heading("Settings"), self.settings_table(),
-            ],
-        )  # fmt: skip
+        image = self._drawn(_CAPTION, "reliability.png")
+        return [accuracy_table(self.to_dict()), *notes, image, Heading("Data"), _data_table(self.data)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +122,8 @@ class RankingResult(EvaluationResult):
         """All prompts and each subset."""
         return ranking_table(self.to_dict())
 
-    def page(self) -> Page:
-        """All of it."""
-        return self._page(
-            [self.table(), _RANKING_NOTE, Heading("Untied pairs")], "bootstraps over prompts (2,000 resamples)"
-        )
+    def _blocks(self, intervals: str = "bootstraps over prompts (2,000 resamples)") -> list[Block]:
+        return [self.table(), _RANKING_NOTE, Heading("Untied pairs"), *super()._blocks(intervals)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,17 +174,10 @@ class ScoreResult(ModelResult):
         axes.legend(loc="upper left")
         return figure
 
-    def page(self) -> Page:
-        """All of it."""
+    def _blocks(self) -> list[Block]:
         note = "Scores are as they were given. The interval of Pearson's correlation is Fisher's."
-        image = Image(figure_png(self.figure()), "Rewards against scores, a point a response.", "scores.png")
-        return Page(
-            self.title,
-            [
-                self.table(), note, image, Heading("Data"), _data_table(self.data), Heading("Settings"),
-                self.settings_table(),
-            ],
-        )  # fmt: skip
+        image = self._drawn("Rewards against scores, a point a response.", "scores.png")
+        return [self.table(), note, image, Heading("Data"), _data_table(self.data)]
 
 
 def accuracy_table(result: dict[str, Any]) -> Table:

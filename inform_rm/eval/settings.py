@@ -121,9 +121,6 @@ class SimulationSettings:
         ns: numbers to choose from, at most N; by default powers of two up to N.
         temperature: of a policy named by folder or Hub id, as is ``max_new_tokens``.
         seed: of prompts, responses and bootstrap.
-
-    Raises:
-        InputError: a value out of range, by name.
     """
 
     columns: Mapping[str, str] | None = None

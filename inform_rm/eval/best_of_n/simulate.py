@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from inform_rm.data.sources import Source, source_label, source_list
 from inform_rm.errors import InputError
-from inform_rm.eval.best_of_n.policies import CausalLMPolicy, Policy, choose_prompts
-from inform_rm.eval.best_of_n.recorded import RecordedPolicy, is_recorded
+from inform_rm.eval.best_of_n.policies import CausalLMPolicy, Policy, RecordedPolicy, choose_prompts, is_recorded
 from inform_rm.eval.best_of_n.report import BestOfNResult
 from inform_rm.eval.frame import parquet, settings_of
 from inform_rm.eval.settings import SimulationSettings, check_numbers

@@ -203,8 +203,7 @@ def _groups(rows: list[ResultRows], num_resamples: int, seed: int) -> list[dict[
         "section": np.array(["" if name is None else name for name in rows[0].sections], dtype=object),
         "subset": np.array([subset for _, subset, _ in rows[0].keys], dtype=object),
     }
-    # Lengths belong to the rows: one folder that holds them serves all.
-    lengths = max((part.length_differences for part in rows), key=lambda values: np.isfinite(values).any())
+    lengths = rows[0].length_differences
     known = lengths[np.isfinite(lengths)]
     scale = length_scale(known) if len(known) else None
     groups = []

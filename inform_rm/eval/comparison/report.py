@@ -168,10 +168,7 @@ class ComparisonResult(Result):
                "credit of rows is not the published score, which weighs them in its own way.")
         )  # fmt: skip
         if not has_lengths:
-            why = "no group of rows consists of pairs"
-            if self.suite is None:
-                why = "the folders are of an earlier version and hold no lengths; evaluate again"
-            notes.append(f"Accuracy at equal length was not measured: {why}.")
+            notes.append("Accuracy at equal length was not measured: no group of rows consists of pairs.")
         return notes
 
     def _limits_table(self) -> Table:

@@ -32,8 +32,7 @@ class ResultRows:
         keys: what tells rows apart.
         credits: ``(N,)`` from 0 (wrong) to 1 (right); of a pair of ``--data`` 0.5 for a tie.
         margins: ``(N,)`` lowest reward of the right candidates minus the highest of the others; NaN without both.
-        length_differences: ``(N,)`` characters of the chosen minus the rejected response; NaN where the row is no
-            pair, or the folder holds no lengths.
+        length_differences: ``(N,)`` characters of the chosen minus the rejected response; NaN where a row is no pair.
         candidates: what is known of a row's candidates apart from rewards; differs only if the data differs.
     """
 
@@ -102,7 +101,7 @@ def matched(folders: Sequence[ResultRows]) -> list[ResultRows]:
             _check_same_keys(who, first, other)
             together.append(other.reordered(first.keys))
             for key, one, two in zip(first.keys, first.candidates, together[-1].candidates, strict=True):
-                if one and two and one != two:
+                if one != two:
                     fault = f"row {_shown([key])} has other responses"
                     break
         if fault:
@@ -136,10 +135,8 @@ def _pair_rows(lines: list[dict[str, Any]], result: dict[str, Any]) -> tuple[Any
     margins = np.array([float(line["chosen_reward"]) - float(line["rejected_reward"]) for line in lines])
     if not np.isfinite(margins).all():
         raise ValueError("a reward that is no finite number")
-    # Earlier versions wrote no lengths.
-    names = ("chosen_characters", "rejected_characters")
-    candidates: list[tuple[int, ...]] = [tuple(line[name] for name in names if name in line) for line in lines]
-    differences = np.array([pair[0] - pair[1] if pair else math.nan for pair in candidates])
+    candidates = [(line["chosen_characters"], line["rejected_characters"]) for line in lines]
+    differences = np.array([float(chosen - rejected) for chosen, rejected in candidates])
     return keys, [None] * len(keys), 0.5 + 0.5 * np.sign(margins), margins, differences, candidates
 
 
@@ -150,7 +147,7 @@ def _suite_rows(lines: list[dict[str, Any]], suite: str) -> tuple[Any, ...]:
     keys = [(suite, line["subset"], line["id"]) for line in lines]
     margins, differences, candidates = [], [], []
     for line in lines:
-        rewards, num_correct, characters = line["rewards"], line["num_correct"], line.get("characters") or []
+        rewards, num_correct, characters = line["rewards"], line["num_correct"], line["characters"]
         right, others = rewards[:num_correct], rewards[num_correct:]
         margins.append(min(right) - max(others) if right and others else math.nan)
         is_pair = len(rewards) == len(characters) == 2 and num_correct == 1

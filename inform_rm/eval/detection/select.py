@@ -23,7 +23,7 @@ from inform_rm.eval.frame import Result, settings_of
 from inform_rm.scoring.scorer import RewardScorer, as_scorer
 from inform_rm.util.colors import SKY, VERMILION
 from inform_rm.util.files import check_output_directory
-from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png
+from inform_rm.util.page import Block, Table
 
 _CAPTION = (
     "CSI of each model's candidate responses over the mean CSI of halves of the reference in the same latents; bars "
@@ -85,13 +85,7 @@ class SelectionResult(Result):
         axes.set_xlabel("CSI / CSI of halves of the reference")
         return figure
 
-    def page(self) -> Page:
-        """Table, figure, notes and settings."""
-        image = Image(figure_png(self.figure()), _CAPTION, "models.png")
-        blocks: list[Block] = [self.table(), *self._notes(), image, Heading("Settings"), self.settings_table()]
-        return Page(self.title, blocks)
-
-    def _notes(self) -> list[str]:
+    def _blocks(self) -> list[Block]:
         texts = [
             "Order: by rank in the null, the share of the reference's halves with at least the candidate's CSI (1: "
             f"like the reference; the smallest there is is 1 / {self.settings['num_splits'] + 1}), then by CSI over "
@@ -111,7 +105,7 @@ class SelectionResult(Result):
                 "A model without a latent space is measured by hidden states, where overoptimized responses need not "
                 "stand out (arXiv:2402.09345, appendix F)."
             )
-        return texts
+        return [self.table(), *texts, self._drawn(_CAPTION, "models.png")]
 
 
 def select(

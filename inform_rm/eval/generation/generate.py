@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,14 +126,15 @@ def generate(
     if endpoint is not None:
         asked = EndpointSettings(endpoint, **others)
         writer = asked.open(str(model))
-        identity: dict[str, Any] = {"endpoint": writer.base, "model": writer.model}
+        name, identity = writer.model, {"endpoint": writer.base, "model": writer.model}
     else:
         asked = None
         policy = CausalLMPolicy(model, tokenizer, max_new_tokens=settings.max_new_tokens, **others)
         writer = LocalModel(policy, settings)
-        identity = writer.identity()
-    drawn = {name: getattr(settings, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
-    identity = {**identity, **drawn}
+        own = policy.identity()
+        name, identity = policy.name, {"model": own["model"], "tokenizer": own["tokenizer"]}
+    drawn = ("temperature", "top_p", "max_new_tokens", "seed")
+    identity |= {setting: getattr(settings, setting) for setting in drawn}
     slots = [_slot(row, sample, settings.seed) for row in found.rows for sample in range(settings.num_samples)]
     earlier = _rows_of_earlier_output(output, identity)
     reused = sum(slot.name in earlier for slot in slots)
@@ -158,7 +159,6 @@ def generate(
                 "leaves them out and lists them. What is finished is kept.)"
             )
         records = {**finished, **earlier}
-        name = writer.model if isinstance(writer, ChatEndpoint) else writer.name
         rows = [_row(slot, records[slot.name], name, settings.num_samples) for slot in slots if slot.name in records]
         if not rows:
             raise InputError(f"prompts: none could be answered. {next(iter(refused.values()), '')}")
@@ -281,15 +281,12 @@ def _rows_of_earlier_output(output: Path, identity: Mapping[str, Any]) -> dict[s
         about = json.loads(_about(output).read_text(encoding="utf-8"))
         if about["identity"] != json.loads(json.dumps(identity)) or about["sha256"] != file_digest(output):
             return {}
-        return dict(_records(output))
+        records = {}
+        with output.open(encoding="utf-8") as file:
+            for row in map(json.loads, file):
+                prompt = PromptRow(to_messages(row["prompt"]), None, "")
+                reply = Reply(row["response"], row["finish_reason"], 0, row["tokens"])
+                records[_slot(prompt, row["sample"], 0).name] = asdict(reply)
+        return records
     except (OSError, ValueError, LookupError, TypeError):
         return {}
-
-
-def _records(output: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with output.open(encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            prompt = PromptRow(to_messages(row["prompt"]), None, "")
-            reply = Reply(row["response"], row["finish_reason"], 0, row["tokens"])
-            yield _slot(prompt, row["sample"], 0).name, asdict(reply)

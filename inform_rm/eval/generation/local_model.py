@@ -4,13 +4,21 @@ import copy
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TopPLogitsWarper,
+)
 
 from inform_rm.data.messages import Message
 from inform_rm.errors import InputError
 from inform_rm.eval.best_of_n.policies import TOKENS_PER_BATCH, CausalLMPolicy
-from inform_rm.eval.generation.seeded_sampling import SeededSampler
 from inform_rm.eval.generation.settings import GenerationSettings
 from inform_rm.scoring.packing import eval_mode_of
 from inform_rm.scoring.reward_models import checked_max_length
@@ -38,16 +46,6 @@ class LocalModel:
             do_sample=False, max_new_tokens=settings.max_new_tokens, eos_token_id=policy.end_ids or None,
             pad_token_id=policy.tokenizer.pad_token_id,
         )  # fmt: skip
-
-    @property
-    def name(self) -> str:
-        """Of the model, as it was given."""
-        return self._policy.name
-
-    def identity(self) -> dict[str, Any]:
-        """What decides a response apart from prompt and seed, as JSON values."""
-        own = self._policy.identity()
-        return {name: own[name] for name in ("model", "tokenizer")}
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """Token ids; `InputError` for a prompt that cannot be rendered, or leaves no room for ``max_new_tokens``."""
@@ -111,6 +109,34 @@ class LocalModel:
             Reply(text, "stop" if has_end else "length", len(task.prompt_ids), length)
             for text, has_end, task, length in zip(texts, ended, tasks, lengths, strict=True)
         ]
+
+
+class SeededSampler(LogitsProcessor):
+    """Leaves each row one token, drawn from ``softmax(logits / temperature)`` cut to the ``top_p`` nucleus.
+
+    Row i draws one uniform number a step from a generator with seed i, and takes the token at which the distribution
+    function passes it (inversion). `generate` itself draws all rows of a batch from one generator. There are
+    ``max_new_tokens`` steps at most; the temperature is above 0.
+    """
+
+    def __init__(self, seeds: Sequence[int], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0):
+        self._uniforms = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
+        self._temperature = temperature
+        self._nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
+        self._step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """``(N, V)`` logits; all but the drawn token of each row become ``-inf``."""
+        scaled = scores.float() / self._temperature
+        if self._nucleus is not None:
+            scaled = self._nucleus(input_ids, scaled)
+        precise = torch.float32 if scores.device.type == "mps" else torch.float64
+        summed = torch.softmax(scaled, dim=-1).to(precise).cumsum(dim=-1)
+        uniforms = torch.as_tensor(self._uniforms[:, self._step], dtype=precise, device=scores.device)[:, None]
+        # The first token whose sum exceeds the number: one of probability 0 adds nothing and is never it.
+        chosen = torch.searchsorted(summed, uniforms * summed[:, -1:], right=True).clamp_max(scores.shape[-1] - 1)
+        self._step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
 class _Watch(StoppingCriteria):

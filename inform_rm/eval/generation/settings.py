@@ -51,9 +51,6 @@ class GenerationSettings:
         on_bad_row: ``"error"``, or ``"skip"``: prompts that cannot be read, rendered or answered are left out, counted
             and listed.
         seed: of the subset of prompts, and of every row's own seed.
-
-    Raises:
-        InputError: a value out of range, by name.
     """
 
     columns: Mapping[str, str] | None = None

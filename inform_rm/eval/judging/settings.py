@@ -22,9 +22,6 @@ class JudgeSettings:
             answered ones.
         on_bad_row: ``"error"``, or ``"skip"``, which leaves out, counts and lists rows that cannot be read.
         seed: sent with each request, and of resamples.
-
-    Raises:
-        InputError: a value out of range, by name.
     """
 
     columns: Mapping[str, str] | None = None

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from inform_rm.eval.frame import ModelResult, unwritten
 from inform_rm.eval.suites.tables import suite_named
 from inform_rm.util.colors import BLUE, SKY
-from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png, format_interval
+from inform_rm.util.page import Block, Heading, Page, Table, format_interval
 
 _CAPTION = "Sections that are whole (dark), then the subsets that are there (light), with 95 % intervals."
 
@@ -100,7 +100,7 @@ class SuiteResult(ModelResult):
     def page(self) -> Page:
         """All of it."""
         suite = suite_named(self.suite)
-        blocks: list[Block] = [self.headline, Image(figure_png(self.figure()), _CAPTION, "sections.png")]
+        blocks: list[Block] = [self.headline, self._drawn(_CAPTION, "sections.png")]
         for title, table in self._tables().items():
             if table.rows:
                 blocks += [Heading(title), table] if title else [table]

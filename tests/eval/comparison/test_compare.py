@@ -19,15 +19,14 @@ from inform_rm.util.intervals import wilson_interval
 FINGERPRINT = "f" * 64
 
 
-def write_pairs(folder, margins, *, lengths=True, fingerprint=FINGERPRINT, ids=None, subsets="abc"):
+def write_pairs(folder, margins, *, fingerprint=FINGERPRINT, ids=None, subsets="abc"):
     """A folder as `evaluate --data` leaves it: row i has margin ``margins[i]`` and subset i modulo their number."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for row, margin in enumerate(margins):
         subset = subsets[row % len(subsets)]
         line = {"source": "data.jsonl", "id": ids[row] if ids else f"row-{row}", "subset": subset}
-        if lengths:
-            line |= {"chosen_characters": 40 + (7 * row) % 90, "rejected_characters": 60 + (11 * row) % 50}
+        line |= {"chosen_characters": 40 + (7 * row) % 90, "rejected_characters": 60 + (11 * row) % 50}
         lines.append({**line, "chosen_reward": 1.0 + margin, "rejected_reward": 1.0})
     (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     credits = [0.5 + 0.5 * np.sign(margin) for margin in margins]
@@ -185,17 +184,6 @@ def test_a_suite_gives_published_scores_sections_and_length_control_of_pairs_onl
     assert result.flips["two"] == {"gained": 3, "lost": 3}
     page = result.page().markdown()
     assert "| rewardbench | 0.7500 | incomplete |" in page and "| Safety | 0.6000 | incomplete |" in page
-
-
-def test_lengths_that_one_folder_holds_serve_all_and_without_any_length_control_is_absent(tmp_path):
-    one = write_pairs(tmp_path / "one", random_margins(0), lengths=False)
-    two = write_pairs(tmp_path / "two", random_margins(1))
-    with_lengths = compare([one, two], num_resamples=10)
-    assert all("length_coefficient" in entry for part in with_lengths.groups for entry in part["models"].values())
-    write_pairs(two, random_margins(1), lengths=False)
-    without = compare([one, two], num_resamples=10)
-    assert not any("length_coefficient" in entry for part in without.groups for entry in part["models"].values())
-    assert "no lengths; evaluate again" in without.page().markdown()
 
 
 def test_one_folder_alone_has_accuracies_and_no_differences(tmp_path):

@@ -17,8 +17,7 @@ from inform_rm.data.prompt_rows import read_prompts, written_prompt
 from inform_rm.data.response_rows import score_rows_or_faults
 from inform_rm.errors import InputError
 from inform_rm.eval.best_of_n.policies import CausalLMPolicy
-from inform_rm.eval.generation.local_model import LocalModel, Task
-from inform_rm.eval.generation.seeded_sampling import SeededSampler
+from inform_rm.eval.generation.local_model import LocalModel, SeededSampler, Task
 from inform_rm.eval.generation.settings import GenerationSettings
 from inform_rm.util.endpoint import EndpointError
 from inform_rm.util.journal import RecordJournal
