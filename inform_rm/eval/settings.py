@@ -17,13 +17,9 @@ if TYPE_CHECKING:
 class RowSettings:
     """How the rows of an evaluation are read.
 
-    Attributes:
-        data_revision: revision of the data on the Hub.
-        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists bad rows, those among them that
-            cannot be encoded or do not fit (see `inform_rm.data.encoding.encode_pairs`).
-        overlong: what becomes of rows over the scorer's ``max_length``: ``"error"``, ``"drop"`` or
-            ``"truncate_prompt"``, which takes the same tokens from the left of the prompt for all responses; counted.
-        seed: of all that is random.
+    Rows that are skipped are those, too, that cannot be encoded or do not fit (see
+    `inform_rm.data.encoding.encode_pairs`). ``overlong="truncate_prompt"`` takes the same tokens from the left of the
+    prompt for all responses. All of it is counted.
     """
 
     data_revision: str | None = setting(None, "revision of the data on the Hub")
@@ -46,10 +42,8 @@ class RowSettings:
 class PairSettings(RowSettings):
     """Which preference pairs are evaluated: keywords of `evaluate`.
 
-    Attributes:
-        columns: which columns are prompt, chosen, rejected, ...: see `inform_rm.data.columns.Columns.of`.
-        score_weights: of scored responses, columns whose weighted sum is the score.
-        max_pairs: use a random subset of this many pairs of each source; ``seed`` is that of the subset.
+    ``columns`` says which are prompt, chosen, rejected, ... (`inform_rm.data.columns.Columns.of`); ``score_weights``,
+    of scored responses, columns whose weighted sum is the score.
     """
 
     columns: Mapping[str, str] | None = None
@@ -61,9 +55,7 @@ class PairSettings(RowSettings):
 class SuiteSettings(RowSettings):
     """How a suite is evaluated: keywords of `evaluate_suite`; what is left out makes the suite incomplete.
 
-    Attributes:
-        ties: what equal rewards give in suites of pairs: nothing (``"wrong"``, as published), or ``"half"``
-            (RewardBench only).
+    ``ties``: what equal rewards give in suites of pairs: nothing (as published), or half (RewardBench only).
     """
 
     ties: str = setting("wrong", choices=("wrong", "half"))
@@ -73,16 +65,10 @@ class SuiteSettings(RowSettings):
 class DecompositionSettings(PairSettings):
     """How reward gaps are decomposed: keywords of `decompose`.
 
-    Attributes:
-        num_prompts: prompts for each pair, its own among them.
-        stratify: draw only prompts of the same ``subset``: those of a maths set say little about a chat pair.
-        weights: ``"uniform"``: all prompts of a pair count the same; ``"behavior"``: as likely as ``behavior_model``
-            finds both responses under them, tempered (`inform_rm.decomposition.prompt_free_gap.tempered_weights`).
-        behavior_model: causal language model that is near what wrote the responses: a folder, Hub id or loaded model;
-            a loaded one must have the reward model's tokenizer.
-        length_normalized: use mean log-likelihoods of the tokens instead of sums.
-        ess_target: effective sample size that tempering keeps, as a share of the prompts.
-        color: what colours the plane of D1 and D2: ``"length"`` (characters, chosen - rejected) or ``"subset"``.
+    With ``weights="uniform"`` all prompts of a pair count the same; with ``"behavior"`` as much as ``behavior_model``
+    finds both responses likely under them, tempered (`inform_rm.decomposition.prompt_free_gap.tempered_weights`). That
+    is a causal language model near what wrote the responses: a folder, Hub id or loaded model, which must have the
+    reward model's tokenizer. ``stratify``, because prompts of a maths set say little about a chat pair.
     """
 
     num_prompts: int = setting(16, "prompts for each pair, its own among them", least=2)
@@ -114,13 +100,8 @@ class DecompositionSettings(PairSettings):
 class SimulationSettings:
     """How hard and how often best-of-n chooses.
 
-    Attributes:
-        columns: which columns of the data are what, see `inform_rm.data.columns.Columns.of`.
-        num_prompts: use a random subset of this many prompts; ``None``: all.
-        num_responses: N, responses to each prompt.
-        ns: numbers to choose from, at most N; by default powers of two up to N.
-        temperature: of a policy named by folder or Hub id, as is ``max_new_tokens``.
-        seed: of prompts, responses and bootstrap.
+    ``ns`` are the numbers to choose from, at most ``num_responses``; by default powers of two up to that. Temperature
+    and ``max_new_tokens`` are those of a policy named by folder or Hub id.
     """
 
     columns: Mapping[str, str] | None = None

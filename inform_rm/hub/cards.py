@@ -36,13 +36,8 @@ _MOST_CARD_CHARACTERS, _DEEPEST_YAML = 1 << 20, 30
 def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | None) -> str:
     """README of a trained model, filled from its run: Markdown with the Hub's YAML header.
 
-    What is not known is left out, and local paths are shortened to their last part: what leads to it means nothing
-    elsewhere, and may tell a user's name.
-
-    Args:
-        config: the model's `InfoRMConfig`.
-        settings: settings of the run that are worth a line; empty if unknown.
-        result: result of the run with its data counts and evaluation; ``None`` if unknown.
+    What is not known (no ``settings``, a ``result`` of ``None``) is left out, and local paths are shortened to their
+    last part: what leads to it means nothing elsewhere, and may tell a user's name.
     """
     is_adapter = settings.get("merge_adapters") is False
     base_model = settings.get("model")
@@ -123,17 +118,9 @@ def whole_model_card(path: Path) -> None:
 def complete_card(path: Path, model_name: str, folders: Sequence[ResultFolder], license: str | None) -> None:
     """Put results and licence into a model card file: its metadata (``model-index``, ``license``) and a table.
 
-    A result takes the place of one on the same data that the card has; others stay.
-
-    Args:
-        path: Markdown with the Hub's YAML header.
-        model_name: name of the model in the ``model-index``.
-        folders: results of `evaluate`, with data or a suite; that they are this model's is the caller's to know.
-        license: the Hub's name of a licence, such as ``apache-2.0``; ``None`` leaves what the card says.
-
-    Raises:
-        InputError: a licence that cannot be a name, a card whose header cannot be read, a damaged result, or two
-            results on the same data.
+    A result takes the place of one on the same data that the card has; others stay. That the results of `evaluate` are
+    this model's is the caller's to know. A licence of ``None`` leaves what the card says. `InputError` for one that
+    cannot be a name, a card whose header cannot be read, a damaged result, or two results on the same data.
     """
     if license is not None and not _LICENSE.fullmatch(license):
         raise InputError(

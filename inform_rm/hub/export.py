@@ -149,11 +149,7 @@ def push_folder(
 ) -> None:
     """Upload the files of a model folder in one commit; a new repository is private, an existing one stays as it is.
 
-    Args:
-        folder: what `export_model` wrote.
-        repository: Hub id, ``name/model``.
-        token: of the Hub; ``None``: the one that is logged in.
-        commit_message: ``None``: "Upload reward model".
+    Without a ``token`` that of the Hub's login is taken.
 
     Raises:
         InputError: before anything is uploaded: `repository` is no id, the folder holds what must not be uploaded, or

@@ -70,12 +70,8 @@ def write_folded_model(model: Any, tokenizer: Any, folder: str | Path, *, source
 
     The backbone's weights are written as they are. The row vector is written in float32 also beside a half-precision
     backbone: an engine that keeps its head in float32 then gives rewards that differ by less than bfloat16's 0.4 %.
-
-    Args:
-        model: a loaded InfoRM model on the CPU. If a pad token is added, its embeddings may grow by a row.
-        tokenizer: its tokenizer; it may get a pad token.
-        folder: where to write.
-        source: Hub id of the model, for the card; ``None`` for a local folder, whose name is not told.
+    The tokenizer may get a pad token, and the model's embeddings then a row. ``source`` is the model's Hub id, for the
+    card; ``None`` for a local folder, whose name is not told.
 
     Raises:
         InputError: if the model cannot be folded: its decoder is not linear, it is quantized, transformers has no

@@ -77,14 +77,9 @@ def demo_page(
 ) -> Page:
     """The demo's page.
 
-    Args:
-        result: what the demo measured.
-        rows: test set to its pairs, with gold columns.
-        rewards: model to test set to ``(N, 2)`` rewards, chosen and rejected.
-        logs: model to the log lines of its training.
-        gaps: model to the columns of `inform_rm.eval.decompose_report.DecompositionResult.pairs`.
-        curves: best-of-n with both models (see `inform_rm.eval.best_of_n.simulate.simulate`).
-        points: of the map (see `inform_rm.eval.detection.report.map_figure`).
+    Of the result, the pairs of each test set with their gold columns, ``(N, 2)`` rewards (chosen and rejected) by
+    model and test set, the models' training logs, the columns of `DecompositionResult.pairs` by model, best-of-n with
+    both models, and the points of the map (`inform_rm.eval.detection.report.map_figure`).
     """
     figures: list[Callable[[], Figure]] = [
         lambda: _accuracy_figure(result), lambda: _margin_figure(rows, rewards), lambda: _plane_figure(gaps),

@@ -106,14 +106,8 @@ class CausalLMPolicy:
         )  # fmt: skip
 
     def sample(self, prompt: Prompt, num_responses: int, seed: int) -> list[str]:
-        """Responses to one prompt; `InputError` if it cannot be rendered, or leaves no room for ``max_new_tokens``."""
+        """Responses to one prompt; `InputError` as of `prompt_ids`."""
         ids = self.prompt_ids(prompt)
-        limit = checked_max_length(self.model, None)
-        if limit is not None and len(ids) + self.max_new_tokens > limit:
-            raise InputError(
-                f"policy: a prompt of {len(ids)} tokens and max_new_tokens={self.max_new_tokens} exceed the {limit} "
-                "tokens that the model can take. Lower max_new_tokens or leave out the prompt."
-            )
         device = self.model.get_input_embeddings().weight.device
         batch = max(1, TOKENS_PER_BATCH // (len(ids) + self.max_new_tokens))
         key = hashlib.sha256(f"policy/{seed}/{ids}".encode()).digest()
@@ -151,16 +145,26 @@ class CausalLMPolicy:
         return [text.strip() for text in texts] if self.tokenizer.chat_template else texts
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids that the model goes on from; `InputError` on a prompt that cannot be rendered."""
+        """Token ids to go on from; `InputError` if it cannot be rendered, or leaves no room for ``max_new_tokens``."""
         messages = to_messages(prompt)
         if self.tokenizer.chat_template is not None:
-            return list(render(self.tokenizer, [messages], add_generation_prompt=True)[0])
-        if len(messages) > 1:
+            ids = list(render(self.tokenizer, [messages], add_generation_prompt=True)[0])
+        elif len(messages) > 1:
             raise InputError(
                 f"policy: a prompt of {len(messages)} messages needs a chat template and the tokenizer has none."
             )
-        ids = list(self.tokenizer(messages[0]["content"])["input_ids"])
-        return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
+        else:
+            ids = list(self.tokenizer(messages[0]["content"])["input_ids"])
+            ids = ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
+        limit = checked_max_length(self.model, None)
+        if not ids:
+            raise InputError("the prompt has no tokens.")
+        if limit is not None and len(ids) + self.max_new_tokens > limit:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens; these and max_new_tokens={self.max_new_tokens} exceed the {limit} "
+                "that the model can take. Lower max_new_tokens or leave out the prompt."
+            )
+        return ids
 
 
 def is_recorded(policy: Any) -> bool:

@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from inform_rm.data.sources import Sources, source_digest, source_label, source_
 from inform_rm.errors import InputError
 from inform_rm.eval.best_of_n.policies import CausalLMPolicy
 from inform_rm.eval.frame import json_lines, settings_of
-from inform_rm.eval.generation.local_model import LocalModel, Task
+from inform_rm.eval.generation.local_model import Task, write_locally
 from inform_rm.eval.generation.settings import EndpointSettings, GenerationSettings
 from inform_rm.util.endpoint import ChatEndpoint, RefusedRequest, Reply, ask_all
 from inform_rm.util.files import atomic_write_text, check_output_directory, file_digest, versions, write_json
@@ -122,16 +123,15 @@ def generate(
     found = read_prompts(
         prompts, settings.columns, num_prompts=settings.num_prompts, seed=settings.seed, on_bad_row=settings.on_bad_row
     )
-    writer: LocalModel | ChatEndpoint
+    write: Callable[..., dict[str, str]]
     if endpoint is not None:
         asked = EndpointSettings(endpoint, **others)
-        writer = asked.open(str(model))
-        name, identity = writer.model, {"endpoint": writer.base, "model": writer.model}
+        others, chat = asdict(asked), asked.open(str(model))
+        write = partial(_ask, chat, asked.concurrency)
+        name, identity = chat.model, {"endpoint": chat.base, "model": chat.model}
     else:
-        asked = None
         policy = CausalLMPolicy(model, tokenizer, max_new_tokens=settings.max_new_tokens, **others)
-        writer = LocalModel(policy, settings)
-        own = policy.identity()
+        write, own = partial(_write_locally, policy), policy.identity()
         name, identity = policy.name, {"model": own["model"], "tokenizer": own["tokenizer"]}
     drawn = ("temperature", "top_p", "max_new_tokens", "seed")
     identity |= {setting: getattr(settings, setting) for setting in drawn}
@@ -148,11 +148,7 @@ def generate(
     try:
         reused += sum(slot.name in finished for slot in todo)
         with tqdm(total=len(slots), initial=reused, unit="response", desc="generate", disable=not progress) as bar:
-            if isinstance(writer, LocalModel):
-                refused = _write_locally(writer, todo, finished, journal, bar, settings.on_bad_row)
-            else:
-                assert asked is not None
-                refused = _ask(writer, todo, finished, journal, bar, settings, asked.concurrency)
+            refused = write(settings, todo, finished, journal, bar)
         if refused and settings.on_bad_row == "error":
             raise InputError(
                 f"prompts: {len(refused)} cannot be answered. {next(iter(refused.values()))} (on_bad_row='skip' "
@@ -170,7 +166,7 @@ def generate(
             reused=reused,
             data=[{"source": source_label(each), "digest": source_digest(each)} for each in source_list(prompts)],
             identity=identity, seed=settings.seed,
-            settings={**asdict(settings), **({} if asked is None else asdict(asked)), **others},
+            settings={**asdict(settings), **others},
         )  # fmt: skip
         write_json(_about(output), result.to_dict())
         journal.delete()
@@ -195,30 +191,30 @@ def _slot(row: PromptRow, sample: int, seed: int) -> _Slot:
 
 
 def _write_locally(
-    writer: LocalModel, todo: list[_Slot], finished: dict[str, Any], journal: RecordJournal, bar: Any, on_bad_row: str
-) -> dict[str, str]:
+    policy: CausalLMPolicy, settings: GenerationSettings, todo: list[_Slot], finished: dict[str, Any],
+    journal: RecordJournal, bar: Any,
+) -> dict[str, str]:  # fmt: skip
     """Fill ``finished``; gives what cannot be written, by name with the reason: under ``"error"`` before all else."""
     tasks, refused = [], {}
     for slot in todo:
         try:
-            tasks.append(Task(slot.name, writer.prompt_ids(slot.prompt.messages), slot.seed))
+            tasks.append(Task(slot.name, policy.prompt_ids(slot.prompt.messages), slot.seed))
         except InputError as error:
             refused[slot.name] = f"{slot.prompt.where}: {error}"
-
-    if refused and on_bad_row == "error":
+    if refused and settings.on_bad_row == "error":
         return refused
 
     def show(step: int) -> None:
         bar.set_postfix_str(f"token {step} of this batch")
 
-    for replies in writer.write(tasks, frozenset(finished), show):
+    for replies in write_locally(policy, settings, tasks, frozenset(finished), show):
         _keep(replies, finished, journal, bar)
     return refused
 
 
 def _ask(
-    endpoint: ChatEndpoint, todo: list[_Slot], finished: dict[str, Any], journal: RecordJournal, bar: Any,
-    settings: GenerationSettings, concurrency: int,
+    endpoint: ChatEndpoint, concurrency: int, settings: GenerationSettings, todo: list[_Slot],
+    finished: dict[str, Any], journal: RecordJournal, bar: Any,
 ) -> dict[str, str]:  # fmt: skip
     """The same of an endpoint, one request a response."""
     requests = {
