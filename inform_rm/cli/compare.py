@@ -34,16 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     limits = arguments.fail_below or []
     if len(dict(limits)) < len(limits):
         raise InputError("fail_below: two limits on the same name. Keep one of them.")
-    # What is left at its default is not passed on: with --results it would be of no use, and that is refused.
-    options = {**flags.scoring_options(arguments), "columns": flags.columns(arguments), "data": arguments.data}
-    options = {name: value for name, value in options.items() if value is not None and value is not False}
-    result = compare(
-        **{"models" if arguments.model else "results": models},
-        output=arguments.output,
-        fail_below=dict(limits),
-        **options,
-        **flags.given_settings(arguments, PairSettings),
-    )
+    given = {name: value for name, value in flags.given(arguments).items() if name not in ("model", "results")}
+    given |= {"models" if arguments.model else "results": models, "fail_below": dict(limits)}
+    result = compare(**given)
     for name, entry in result.groups[0]["models"].items():
         line = f"{name}: accuracy {entry['accuracy']:.3f}"
         if "difference" in entry:

@@ -22,17 +22,8 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from inform_rm import decompose
 
-    result = decompose(
-        arguments.model,
-        arguments.data,
-        arguments.output,
-        weights="behavior" if arguments.behavior_model else "uniform",
-        behavior_model=arguments.behavior_model,
-        columns=flags.columns(arguments),
-        **flags.given_settings(arguments, DecompositionSettings),
-        **flags.scoring_options(arguments),
-        split_over_processes=True,
-    )
+    weights = "behavior" if arguments.behavior_model else "uniform"
+    result = decompose(**flags.given(arguments), weights=weights, split_over_processes=True)
     flags.print_once(
         f"response decides {result.response_decides:.3f}, sign flips {result.sign_flips:.3f}, "
         f"accuracy {result.accuracy:.3f}",

@@ -26,16 +26,8 @@ def run(arguments: argparse.Namespace) -> None:
     from inform_rm import detect
     from inform_rm.eval.detection.statistic import STATISTICS
 
-    result = detect(
-        arguments.model,
-        arguments.reference,
-        arguments.candidate,
-        arguments.output,
-        labels=arguments.labels,
-        columns=flags.columns(arguments),
-        **flags.given_settings(arguments, DetectionSettings),
-        **flags.scoring_options(arguments),
-    )
+    given = flags.given(arguments)
+    result = detect(candidates=given.pop("candidate"), **given)
     for part in result.candidates:
         found = [
             f"{each.title} {part[each.name]:.3f} (chance {part[f'{each.name}_null_rank']:.2f})" for each in STATISTICS

@@ -26,35 +26,26 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    policy = flags.given_settings(arguments, PairSettings)
-    columns, weights = flags.columns(arguments), flags.score_weights(arguments)
-    options = {**flags.scoring_options(arguments), "split_over_processes": True}
-    if arguments.suite is None:
-        if not arguments.data:
+    given = {**flags.given(arguments), "split_over_processes": True}
+    if "suite" not in given:
+        if "data" not in given:
             raise InputError("data: name the pairs with --data FILES, or a benchmark with --suite NAME.")
-        if arguments.ties is not None:
+        if "ties" in given:
             raise InputError("ties: an option of --suite rewardbench. Leave it out; the result has both conventions.")
         from inform_rm import evaluate
 
-        found = evaluate(
-            arguments.model, arguments.data, arguments.output, columns=columns, score_weights=weights, **policy,
-            **options,
-        )  # fmt: skip
-        lines, done = _found(found.to_dict())
+        lines, done = _found(evaluate(**given).to_dict())
         flags.print_once(*lines, done, see=f"{arguments.output}/result.html")
         return
-    if "max_pairs" in policy:
+    if "max_pairs" in given:
         raise InputError("max_pairs: a suite is evaluated whole. Leave it out, or evaluate the pairs without --suite.")
-    if columns is not None:
+    if "columns" in given:
         raise InputError("columns: the rows of a suite have their published columns. Leave it out.")
-    if weights is not None:
+    if "score_weights" in given:
         raise InputError("score_weights: for scored responses; a suite has none. Leave it out.")
     from inform_rm import evaluate_suite
 
-    ties = arguments.ties or "wrong"
-    result = evaluate_suite(
-        arguments.model, arguments.suite, arguments.data, arguments.output, ties=ties, **policy, **options
-    )
+    result = evaluate_suite(**given)
     flags.print_once(result.headline, f"evaluated suite {arguments.suite}", see=f"{arguments.output}/result.html")
 
 

@@ -22,8 +22,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from inform_rm import export_model
 
-    names = ("folded", "push_to", "revision", "results", "license")
-    files = export_model(arguments.model, arguments.output, **{name: getattr(arguments, name) for name in names})
+    files = export_model(**flags.given(arguments))
     for name, size in files.items():
         print(f"{size:>12,} {name}")
     if arguments.folded:

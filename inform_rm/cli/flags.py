@@ -49,7 +49,7 @@ def add_loading(command: argparse.ArgumentParser) -> None:
 
 
 def add_scoring(command: argparse.ArgumentParser) -> None:
-    """How a reward model scores; `scoring_options` reads these."""
+    """How a reward model scores."""
     command.add_argument("--max-length", type=int, help="longest allowed input in tokens (default: the model's)")
     command.add_argument(
         "--tokens-per-batch", type=int, help="tokens computed at once (default: 2048 on a CPU, else 8192)"
@@ -83,11 +83,18 @@ def add_settings(command: argparse.ArgumentParser, kind: Any) -> None:
             )
 
 
-def given_settings(arguments: argparse.Namespace, *kinds: Any) -> dict[str, Any]:
-    """What `add_settings` adds and is not as by default, as arguments of the functions."""
-    found = [(spec, getattr(arguments, spec.name)) for kind in kinds for spec in fields(kind)
-             if spec.metadata.get("help")]  # fmt: skip
-    return {spec.name: value for spec, value in found if value != spec.default}
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is not as by default, under the names that the command's function has for it, too."""
+    defaults = {"command": arguments.command, "run": arguments.run, "defaults": arguments.defaults}
+    defaults |= arguments.defaults
+    found = {name: value for name, value in vars(arguments).items() if value != defaults[name]}
+    for name, read in (("columns", read_columns), ("score_weights", read_weights)):
+        if name in found:
+            try:
+                found[name] = read(found[name])
+            except ValueError as error:
+                raise InputError(f"{name}: {error}.") from None
+    return found
 
 
 def add_switch(command: argparse.ArgumentParser, flag: str, text: str) -> None:
@@ -96,32 +103,15 @@ def add_switch(command: argparse.ArgumentParser, flag: str, text: str) -> None:
 
 
 def add_columns(command: argparse.ArgumentParser, names: str) -> None:
-    """``--columns``; `columns` reads it."""
+    """``--columns``, which `given` reads."""
     command.add_argument("--columns", nargs="+", metavar="FIELD=COLUMN", help=f"which columns are {names}; "
                          "ignore=COLUMN leaves one out knowingly (default: columns of these names)")  # fmt: skip
 
 
 def add_score_weights(command: argparse.ArgumentParser) -> None:
-    """``--score-weights``; `score_weights` reads it."""
+    """``--score-weights``, which `given` reads."""
     command.add_argument("--score-weights", nargs="+", metavar="COLUMN=WEIGHT", help="scored responses: columns whose "
                          "weighted sum is the score (default: the column score)")  # fmt: skip
-
-
-def score_weights(arguments: argparse.Namespace) -> dict[str, float] | None:
-    """Column to weight."""
-    return _mapping("score_weights", arguments.score_weights, read_weights)
-
-
-def columns(arguments: argparse.Namespace) -> dict[str, str] | None:
-    """Field to column."""
-    return _mapping("columns", arguments.columns, read_columns)
-
-
-def _mapping(name: str, given: Any, read: Callable[[Any], Any]) -> Any:
-    try:
-        return None if given is None else read(given)
-    except ValueError as error:
-        raise InputError(f"{name}: {error}.") from None
 
 
 def named(text: str) -> tuple[str, str]:
@@ -135,12 +125,6 @@ def by_name(argument: str, pairs: Sequence[tuple[str, str]], way_out: str) -> di
     if len(dict(pairs)) < len(pairs):
         raise InputError(f"{argument}: two of them have the same name. Name them apart: {way_out}.")
     return dict(pairs)
-
-
-def scoring_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `add_scoring` adds, as arguments of the functions."""
-    names = ("max_length", "tokens_per_batch", "device", "dtype", "chat_template", "revision", "trust_remote_code")
-    return {name: getattr(arguments, name) for name in names}
 
 
 def accuracy_line(result: dict[str, Any]) -> str:

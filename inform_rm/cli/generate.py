@@ -27,17 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if os.path.exists(arguments.output):
         flags.print_once(f"{arguments.output} exists and is replaced at the end; another --output keeps it")
-    local = ("device", "chat_template", "revision", "trust_remote_code")
-    given = {name: getattr(arguments, name) for name in local if getattr(arguments, name) not in (None, False)}
-    result = generate(
-        arguments.model,
-        arguments.prompts,
-        arguments.output,
-        endpoint=arguments.endpoint,
-        columns=flags.columns(arguments),
-        **flags.given_settings(arguments, GenerationSettings, EndpointSettings),
-        **given,
-    )
+    result = generate(**flags.given(arguments))
     cut, left_out = result.finish_reasons.get("length", 0), result.prompts["bad_rows"] + result.prompts["unanswered"]
     earlier = f" ({result.reused} by an earlier call)" if result.reused else ""
     flags.print_once(

@@ -27,15 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     from inform_rm import judge
     from inform_rm.util.page import with_interval
 
-    result = judge(
-        arguments.responses,
-        arguments.output,
-        baseline=arguments.baseline,
-        model=arguments.model,
-        endpoint=arguments.endpoint,
-        columns=flags.columns(arguments),
-        **flags.given_settings(arguments, JudgeSettings, EndpointSettings),
-    )
+    result = judge(**flags.given(arguments))
     if arguments.baseline is None:
         print(f"exploit a reward: {result.hacked} of {result.num_labelled}, share "
               f"{with_interval(result.share, result.share_interval)}")  # fmt: skip

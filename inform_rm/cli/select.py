@@ -28,14 +28,11 @@ def run(arguments: argparse.Namespace) -> None:
     from inform_rm import select
 
     named = flags.by_name("model", arguments.model, "one=FOLDER other=FOLDER")
-    given: Any = dict(arguments.candidate)
-    if len(arguments.candidate) == 1 and not set(given) <= set(named):
-        ((_, given),) = arguments.candidate
-    result = select(
-        named, arguments.reference, given, arguments.output, gold=arguments.gold,
-        columns=flags.columns(arguments), **flags.given_settings(arguments, DetectionSettings),
-        **flags.scoring_options(arguments),
-    )  # fmt: skip
+    candidates: Any = dict(arguments.candidate)
+    if len(arguments.candidate) == 1 and not set(candidates) <= set(named):
+        ((_, candidates),) = arguments.candidate
+    given = {name: value for name, value in flags.given(arguments).items() if name not in ("model", "candidate")}
+    result = select(named, candidates=candidates, **given)
     for place, entry in enumerate(result.models, start=1):
         gold = f", gold {entry['gold']:.3f} (place {entry['gold_place']})" if "gold" in entry else ""
         print(

@@ -22,11 +22,6 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from inform_rm.serving.server import read_token, serve
 
-    names = ("host", "port", "max_body_bytes", "max_rows", "max_queued_rows")
-    serve(
-        arguments.model,
-        token=read_token(arguments.token_file),
-        **{name: getattr(arguments, name) for name in names},
-        **flags.scoring_options(arguments),
-    )
+    given = flags.given(arguments)
+    serve(token=read_token(given.pop("token_file", None)), **given)
     print(f"stopped serving {arguments.model}")

@@ -26,15 +26,9 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from inform_rm.world.policy import attack
 
-    names = ("gold", "policy", "data")
-    result = attack(
-        flags.by_name("proxy", arguments.proxy, "--proxy one=FOLDER other=FOLDER"),
-        arguments.output,
-        columns=flags.columns(arguments),
-        **{name: getattr(arguments, name) for name in names},
-        **flags.given_settings(arguments, SimulationSettings),
-        **flags.scoring_options(arguments),
-    )
+    given = flags.given(arguments)
+    given["proxy"] = flags.by_name("proxy", arguments.proxy, "--proxy one=FOLDER other=FOLDER")
+    result = attack(**given)
     for name, part in result.proxies.items():
         peak = part["peak"]
         low, high = peak["fall_interval"]

@@ -61,7 +61,7 @@ def ask_judge(
             for name, messages in zip(names, requests, strict=True)
             if name not in records
         }
-        refused = {}
+        answers = {}
         tokens = {"prompt": 0, "completion": 0}
         for record in records.values():
             _add(tokens, record)
@@ -69,7 +69,7 @@ def ask_judge(
         with tqdm(total=whole, initial=len(records), unit="answer", desc="judge", disable=not progress) as bar:
             for name, reply in ask_all(endpoint, todo, concurrency):
                 if isinstance(reply, RefusedRequest):
-                    refused[name] = Answer(None, str(reply))
+                    answers[name] = Answer(None, str(reply))
                 else:
                     records[name] = asdict(reply)
                     _add(tokens, records[name])
@@ -77,8 +77,9 @@ def ask_judge(
                         journal.add({name: records[name]})
                 bar.update()
                 bar.set_postfix_str(_spent(tokens, settings), refresh=False)
-    answers = {name: Answer(each["text"], "", each["finish_reason"] == "length") for name, each in records.items()}
-    return Answers([(answers | refused)[name] for name in names], len(todo), tokens)
+    for name, record in records.items():
+        answers[name] = Answer(record["text"], is_cut=record["finish_reason"] == "length")
+    return Answers([answers[name] for name in names], len(todo), tokens)
 
 
 def _name(endpoint: ChatEndpoint, settings: JudgeSettings, messages: list[Message]) -> str:
