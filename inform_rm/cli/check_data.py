@@ -7,7 +7,6 @@ from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     command = flags.add_command(commands, "check-data", "what is in preference data, and what would go wrong", run)
     flags.add_data(command, required=True, nargs="+", help=f"{flags.SOURCES}; name splits apart")
     flags.add_columns(command, flags.PAIR_FIELDS + flags.GROUP_FIELDS)
@@ -25,18 +24,11 @@ def run(arguments: argparse.Namespace) -> int:
     from inform_rm.data.check_data import check_data, write_report
     from inform_rm.data.check_data_text import format_report
 
-    report = check_data(
-        arguments.data,
-        arguments.tokenizer,
-        arguments.max_length,
-        columns=flags.columns(arguments),
-        score_weights=flags.score_weights(arguments),
-        chat_template=arguments.chat_template,
-        revision=arguments.revision,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    given = flags.given(arguments)
+    output = given.pop("output", None)
+    report = check_data(given.pop("data"), **given)
     print(format_report(report))
     rows = sum(source["rows"] for source in report["sources"])
     done = f"checked {rows} rows, {report['unusable_rows']} that training would stop at"
-    flags.print_once(done, see=write_report(report, arguments.output))
+    flags.print_once(done, see=write_report(report, output))
     return 1 if report["unusable_rows"] else 0

@@ -6,10 +6,10 @@ from typing import Any
 
 from inform_rm.cli import flags
 from inform_rm.errors import InputError
+from inform_rm.eval.settings import PairSettings
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     text = "several models on the same rows: differences, tests, flipped rows"
     command = flags.add_command(commands, "compare", text, run)
     what = command.add_mutually_exclusive_group(required=True)
@@ -21,7 +21,8 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--output", required=True, help="folder for result.json, flips.jsonl, plot and page")
     command.add_argument("--fail-below", nargs="+", action="extend", type=_limit, metavar="NAME=LIMIT",
                          help="exit with 1 if less; NAME: suite, suite.section, accuracy or a subset")  # fmt: skip
-    flags.add_pairs(command)
+    flags.add_columns(command, flags.PAIR_FIELDS)
+    flags.add_settings(command, PairSettings)
     flags.add_scoring(command)
 
 
@@ -29,21 +30,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Run it; 1 if a model is below a limit."""
     from inform_rm import compare
 
-    models = arguments.results or arguments.model
-    if len(dict(models)) < len(models):
-        raise InputError("compare: two of them have the same name. Name them apart: one=FOLDER other=FOLDER.")
+    models = flags.by_name("compare", arguments.results or arguments.model, "one=FOLDER other=FOLDER")
     limits = arguments.fail_below or []
     if len(dict(limits)) < len(limits):
         raise InputError("fail_below: two limits on the same name. Keep one of them.")
-    options = {**flags.pairs_options(arguments), **flags.scoring_options(arguments), "data": arguments.data}
-    # What is left at its default is not passed on: with --results it would be of no use, and that is refused.
-    options = {name: value for name, value in options.items() if value not in (None, "error") and value is not False}
-    result = compare(
-        **{"models" if arguments.model else "results": dict(models)},
-        output=arguments.output,
-        fail_below=dict(limits),
-        **options,
-    )
+    given = {name: value for name, value in flags.given(arguments).items() if name not in ("model", "results")}
+    given |= {"models" if arguments.model else "results": models, "fail_below": dict(limits)}
+    result = compare(**given)
     for name, entry in result.groups[0]["models"].items():
         line = f"{name}: accuracy {entry['accuracy']:.3f}"
         if "difference" in entry:

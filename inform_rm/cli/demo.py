@@ -7,7 +7,6 @@ from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     text = "train, evaluate and report on a generated world; needs no download"
     command = flags.add_command(commands, "demo", text, run)
     command.add_argument("--output", default="demo-output", help="folder for models and report (default: %(default)s)")
@@ -18,7 +17,6 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm.world.demo import demo
 
     demo(arguments.output, backbone=arguments.backbone, seed=arguments.seed)

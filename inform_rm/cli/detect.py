@@ -9,7 +9,6 @@ from inform_rm.util.papers import MOP_DIFFERS
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     text = "does a policy exploit its reward model? latents of its responses"
     command = flags.add_command(commands, "detect", text, run)
     command.epilog = MOP_DIFFERS
@@ -24,20 +23,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm import detect
     from inform_rm.eval.detection.statistic import STATISTICS
 
-    result = detect(
-        arguments.model,
-        arguments.reference,
-        arguments.candidate,
-        arguments.output,
-        labels=arguments.labels,
-        columns=flags.columns(arguments),
-        **flags.given_settings(arguments, DetectionSettings),
-        **flags.scoring_options(arguments),
-    )
+    given = flags.given(arguments)
+    result = detect(candidates=given.pop("candidate"), **given)
     for part in result.candidates:
         found = [
             f"{each.title} {part[each.name]:.3f} (chance {part[f'{each.name}_null_rank']:.2f})" for each in STATISTICS

@@ -67,11 +67,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
-
-    Args:
-        argv: arguments without the program's name; ``None`` takes those of the process.
-    """
+    """Run one command and return its exit code; ``None`` takes the process's arguments."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
     silence_normal_messages()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

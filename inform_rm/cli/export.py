@@ -7,7 +7,6 @@ from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     command = flags.add_command(commands, "export", "complete Hub folder of an InfoRM model: weights, code, card", run)
     command.add_argument("--model", required=True, help="InfoRM model: folder, checkpoint or Hub id")
     command.add_argument("--output", required=True, help="new folder")
@@ -21,15 +20,13 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm import export_model
 
-    names = ("folded", "push_to", "revision", "results", "license")
-    files = export_model(arguments.model, arguments.output, **{name: getattr(arguments, name) for name in names})
+    files = export_model(**flags.given(arguments))
     for name, size in files.items():
         print(f"{size:>12,} {name}")
     if arguments.folded:
-        from inform_rm.hub.engine_advice import engine_advice
+        from inform_rm.hub.engine_inputs import engine_advice
 
         print("\n".join(engine_advice(arguments.output)))
     uploaded = f", uploaded to {arguments.push_to}" if arguments.push_to else ""

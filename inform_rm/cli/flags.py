@@ -1,7 +1,7 @@
 """Flags that several commands share, and what they give to the functions. Imports nothing heavy."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -49,7 +49,7 @@ def add_loading(command: argparse.ArgumentParser) -> None:
 
 
 def add_scoring(command: argparse.ArgumentParser) -> None:
-    """How a reward model scores; `scoring_options` reads these."""
+    """How a reward model scores."""
     command.add_argument("--max-length", type=int, help="longest allowed input in tokens (default: the model's)")
     command.add_argument(
         "--tokens-per-batch", type=int, help="tokens computed at once (default: 2048 on a CPU, else 8192)"
@@ -70,8 +70,12 @@ def add_settings(command: argparse.ArgumentParser, kind: Any) -> None:
     """The flags of a dataclass of settings, whose fields say them (`inform_rm.util.settings`)."""
     for spec in fields(kind):
         if text := spec.metadata.get("help"):
+            flag = f"--{spec.name.replace('_', '-')}"
+            if spec.type is bool:
+                add_switch(command, flag, text)
+                continue
             command.add_argument(
-                f"--{spec.name.replace('_', '-')}",
+                flag,
                 type=_TYPES[spec.type],
                 choices=spec.metadata["choices"] or None,
                 default=spec.default,
@@ -79,11 +83,18 @@ def add_settings(command: argparse.ArgumentParser, kind: Any) -> None:
             )
 
 
-def given_settings(arguments: argparse.Namespace, *kinds: Any) -> dict[str, Any]:
-    """What `add_settings` adds and is not as by default, as arguments of the functions."""
-    found = [(spec, getattr(arguments, spec.name)) for kind in kinds for spec in fields(kind)
-             if spec.metadata.get("help")]  # fmt: skip
-    return {spec.name: value for spec, value in found if value != spec.default}
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is not as by default, under the names that the command's function has for it, too."""
+    defaults = {"command": arguments.command, "run": arguments.run, "defaults": arguments.defaults}
+    defaults |= arguments.defaults
+    found = {name: value for name, value in vars(arguments).items() if value != defaults[name]}
+    for name, read in (("columns", read_columns), ("score_weights", read_weights)):
+        if name in found:
+            try:
+                found[name] = read(found[name])
+            except ValueError as error:
+                raise InputError(f"{name}: {error}.") from None
+    return found
 
 
 def add_switch(command: argparse.ArgumentParser, flag: str, text: str) -> None:
@@ -92,42 +103,15 @@ def add_switch(command: argparse.ArgumentParser, flag: str, text: str) -> None:
 
 
 def add_columns(command: argparse.ArgumentParser, names: str) -> None:
-    """``--columns``; `columns` reads it."""
+    """``--columns``, which `given` reads."""
     command.add_argument("--columns", nargs="+", metavar="FIELD=COLUMN", help=f"which columns are {names}; "
                          "ignore=COLUMN leaves one out knowingly (default: columns of these names)")  # fmt: skip
 
 
 def add_score_weights(command: argparse.ArgumentParser) -> None:
-    """``--score-weights``; `score_weights` reads it."""
+    """``--score-weights``, which `given` reads."""
     command.add_argument("--score-weights", nargs="+", metavar="COLUMN=WEIGHT", help="scored responses: columns whose "
                          "weighted sum is the score (default: the column score)")  # fmt: skip
-
-
-def score_weights(arguments: argparse.Namespace) -> dict[str, float] | None:
-    """Column to weight."""
-    return _mapping("score_weights", arguments.score_weights, read_weights)
-
-
-def columns(arguments: argparse.Namespace) -> dict[str, str] | None:
-    """Field to column."""
-    return _mapping("columns", arguments.columns, read_columns)
-
-
-def _mapping(name: str, given: Any, read: Callable[[Any], Any]) -> Any:
-    try:
-        return None if given is None else read(given)
-    except ValueError as error:
-        raise InputError(f"{name}: {error}.") from None
-
-
-def add_pairs(command: argparse.ArgumentParser, names: str = PAIR_FIELDS) -> None:
-    """How pairs are read; `pairs_options` reads these."""
-    add_columns(command, names)
-    command.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="default: %(default)s")
-    command.add_argument("--overlong", choices=("error", "drop", "truncate_prompt"), default="error",
-                         help="pairs over --max-length (default: %(default)s)")  # fmt: skip
-    command.add_argument("--max-pairs", type=int, help="use a seeded random subset of each item of data")
-    command.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
 
 
 def named(text: str) -> tuple[str, str]:
@@ -136,16 +120,11 @@ def named(text: str) -> tuple[str, str]:
     return (name, model) if separator else (text.rstrip("/").rpartition("/")[2], text)
 
 
-def pairs_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `add_pairs` adds, as arguments of the functions."""
-    names = ("on_bad_row", "overlong", "max_pairs", "seed")
-    return {**{name: getattr(arguments, name) for name in names}, "columns": columns(arguments)}
-
-
-def scoring_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `add_scoring` adds, as arguments of the functions."""
-    names = ("max_length", "tokens_per_batch", "device", "dtype", "chat_template", "revision", "trust_remote_code")
-    return {name: getattr(arguments, name) for name in names}
+def by_name(argument: str, pairs: Sequence[tuple[str, str]], way_out: str) -> dict[str, str]:
+    """Models or folders by name, `InputError` where one comes twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise InputError(f"{argument}: two of them have the same name. Name them apart: {way_out}.")
+    return dict(pairs)
 
 
 def accuracy_line(result: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from inform_rm.eval.generation.settings import EndpointSettings, GenerationSetti
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     text = "responses of a policy to a set of prompts, for detect, judge and score"
     command = flags.add_command(commands, "generate", text, run)
     command.add_argument("--model", required=True, help="causal language model: folder or Hub id; with --endpoint the "
@@ -24,22 +23,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm import generate
 
     if os.path.exists(arguments.output):
         flags.print_once(f"{arguments.output} exists and is replaced at the end; another --output keeps it")
-    local = ("device", "chat_template", "revision", "trust_remote_code")
-    given = {name: getattr(arguments, name) for name in local if getattr(arguments, name) not in (None, False)}
-    result = generate(
-        arguments.model,
-        arguments.prompts,
-        arguments.output,
-        endpoint=arguments.endpoint,
-        columns=flags.columns(arguments),
-        **flags.given_settings(arguments, GenerationSettings, EndpointSettings),
-        **given,
-    )
+    result = generate(**flags.given(arguments))
     cut, left_out = result.finish_reasons.get("length", 0), result.prompts["bad_rows"] + result.prompts["unanswered"]
     earlier = f" ({result.reused} by an earlier call)" if result.reused else ""
     flags.print_once(

@@ -9,7 +9,6 @@ from inform_rm.eval.judging.settings import JudgeSettings
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     text = "a language model as judge: win rates of responses, or which of them exploit a reward"
     command = flags.add_command(commands, "judge", text, run)
     command.add_argument("--model", required=True, help="name under which the endpoint serves the judge")
@@ -25,19 +24,10 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm import judge
     from inform_rm.util.page import with_interval
 
-    result = judge(
-        arguments.responses,
-        arguments.output,
-        baseline=arguments.baseline,
-        model=arguments.model,
-        endpoint=arguments.endpoint,
-        columns=flags.columns(arguments),
-        **flags.given_settings(arguments, JudgeSettings, EndpointSettings),
-    )
+    result = judge(**flags.given(arguments))
     if arguments.baseline is None:
         print(f"exploit a reward: {result.hacked} of {result.num_labelled}, share "
               f"{with_interval(result.share, result.share_interval)}")  # fmt: skip

@@ -35,6 +35,7 @@ class CommandParser(argparse.ArgumentParser):
         if rest:
             self.error(f"unexpected argument {rest[0]!r}{self._nearest(rest[0])}")
         self._read_splits(found)
+        found.defaults = {action.dest: action.default for action in self._actions}
         return found, rest
 
     def canonical(self, args: Iterable[str]) -> list[str]:

@@ -59,7 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
     alone, together = ([], None) if found.fits else advise(args, config, machine, lengths)
     if own["json"]:
         settings = {**flags, "recipe": recipe, "model": args.model}
-        advice = [_advice_as_dict(each) for each in (*alone, *([together] if together else []))]
+        advice = [
+            {"settings": each.settings, **_as_dict(each.plan)} for each in (*alone, *([together] if together else []))
+        ]
         print(json.dumps(_as_dict(found) | {"settings": settings, "assumed": own, "advice": advice}, indent=2))
     else:
         print("\n".join(_text(found, args, own, alone, together)))
@@ -145,7 +147,3 @@ def _shown(value: Any) -> str:
 def _as_dict(found: Any) -> dict[str, Any]:
     more = ("total", "need", "fits", "pairs_per_second", "hours")
     return dataclasses.asdict(found) | {name: getattr(found, name) for name in more}
-
-
-def _advice_as_dict(advice: Any) -> dict[str, Any]:
-    return {"settings": advice.settings, **_as_dict(advice.plan)}

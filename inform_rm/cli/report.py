@@ -7,7 +7,6 @@ from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     command = flags.add_command(commands, "report", "one page about a training run and results of its model", run)
     command.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="folder that train wrote")
     command.add_argument("--results", nargs="+", default=(), metavar="DIR",
@@ -16,7 +15,6 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm import write_report
 
     write_report(arguments.run_folder, arguments.output, arguments.results)

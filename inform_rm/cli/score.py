@@ -8,7 +8,6 @@ from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     command = flags.add_command(commands, "score", "rewards for rows of prompt and response", run)
     flags.add_model(command)
     flags.add_data(command, "--input", required=True, help="JSONL(.gz), CSV or Parquet with 'prompt' and 'response'")
@@ -20,21 +19,15 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm.scoring.score_files import score_file
     from inform_rm.scoring.scorer import RewardScorer
 
     if os.path.exists(arguments.output):
         flags.print_once(f"{arguments.output} exists and is replaced at the end; another --output keeps it")
-    scorer = RewardScorer(arguments.model, **flags.scoring_options(arguments), split_over_processes=True)
-    found = score_file(
-        scorer,
-        arguments.input,
-        arguments.output,
-        arguments.uncertainty,
-        on_bad_row=arguments.on_bad_row,
-        columns=flags.columns(arguments),
-    )
+    given = flags.given(arguments)
+    names = ("input", "output", "uncertainty", "on_bad_row", "columns")
+    of_file = {name: given.pop(name) for name in names if name in given}
+    found = score_file(RewardScorer(**given, split_over_processes=True), **of_file)
     earlier = f" ({found['resumed_rows']} by an earlier call)" if found["resumed_rows"] else ""
     done = f"scored {found['rows'] - found['bad_rows']} rows{earlier}, {found['bad_rows']} bad rows without a reward"
     flags.print_once(done, see=arguments.output)

@@ -4,12 +4,10 @@ import argparse
 from typing import Any
 
 from inform_rm.cli import flags
-from inform_rm.errors import InputError
 from inform_rm.eval.detection.settings import DetectionSettings
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     text = "which of several trained models (other K, beta): by CSI's rank in the null"
     command = flags.add_command(commands, "select", text, run)
     command.add_argument("--model", required=True, nargs="+", type=flags.named, metavar="[NAME=]MODEL",
@@ -27,20 +25,14 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm import select
 
-    named = dict(arguments.model)
-    if len(named) < len(arguments.model):
-        raise InputError("model: two of them have the same name. Name them apart: one=FOLDER other=FOLDER.")
-    given: Any = dict(arguments.candidate)
-    if len(arguments.candidate) == 1 and not set(given) <= set(named):
-        ((_, given),) = arguments.candidate
-    result = select(
-        named, arguments.reference, given, arguments.output, gold=arguments.gold,
-        columns=flags.columns(arguments), **flags.given_settings(arguments, DetectionSettings),
-        **flags.scoring_options(arguments),
-    )  # fmt: skip
+    named = flags.by_name("model", arguments.model, "one=FOLDER other=FOLDER")
+    candidates: Any = dict(arguments.candidate)
+    if len(arguments.candidate) == 1 and not set(candidates) <= set(named):
+        ((_, candidates),) = arguments.candidate
+    given = {name: value for name, value in flags.given(arguments).items() if name not in ("model", "candidate")}
+    result = select(named, candidates=candidates, **given)
     for place, entry in enumerate(result.models, start=1):
         gold = f", gold {entry['gold']:.3f} (place {entry['gold_place']})" if "gold" in entry else ""
         print(

@@ -7,7 +7,6 @@ from inform_rm.cli import flags
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     command = flags.add_command(commands, "serve", "a reward model over HTTP: /score, /get_reward, /classify", run)
     flags.add_model(command)
     command.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, which only "
@@ -21,14 +20,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm.serving.server import read_token, serve
 
-    names = ("host", "port", "max_body_bytes", "max_rows", "max_queued_rows")
-    serve(
-        arguments.model,
-        token=read_token(arguments.token_file),
-        **{name: getattr(arguments, name) for name in names},
-        **flags.scoring_options(arguments),
-    )
+    given = flags.given(arguments)
+    serve(token=read_token(given.pop("token_file", None)), **given)
     print(f"stopped serving {arguments.model}")

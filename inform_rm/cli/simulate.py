@@ -4,11 +4,10 @@ import argparse
 from typing import Any
 
 from inform_rm.cli import flags
-from inform_rm.errors import InputError
+from inform_rm.eval.settings import SimulationSettings
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     text = "best-of-n against reward models: what the gold reward says"
     command = flags.add_command(commands, "simulate", text, run)
     command.add_argument("--proxy", required=True, nargs="+", type=flags.named, metavar="[NAME=]MODEL",
@@ -20,28 +19,16 @@ def add_parser(commands: Any) -> None:
     flags.add_data(command, nargs="+", help=f"pairs whose prompts are used: {flags.SOURCES} (default: prompts of "
                          "the world)")  # fmt: skip
     flags.add_columns(command, flags.PAIR_FIELDS)
-    command.add_argument("--num-prompts", type=int, help="use so many prompts, drawn at random")
-    command.add_argument("--num-responses", type=int, default=1024, help="for each prompt (default: %(default)s)")
-    command.add_argument("--temperature", type=float, default=1.0, help="of the policy (default: %(default)s)")
-    command.add_argument("--max-new-tokens", type=int, default=128, help="of the policy (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
+    flags.add_settings(command, SimulationSettings)
     flags.add_scoring(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     from inform_rm.world.policy import attack
 
-    if len(dict(arguments.proxy)) < len(arguments.proxy):
-        raise InputError("proxy: two models have the same name. Name them apart: --proxy one=FOLDER other=FOLDER.")
-    names = ("gold", "policy", "data", "num_prompts", "num_responses", "temperature", "max_new_tokens", "seed")
-    result = attack(
-        dict(arguments.proxy),
-        arguments.output,
-        columns=flags.columns(arguments),
-        **{name: getattr(arguments, name) for name in names},
-        **flags.scoring_options(arguments),
-    )
+    given = flags.given(arguments)
+    given["proxy"] = flags.by_name("proxy", arguments.proxy, "--proxy one=FOLDER other=FOLDER")
+    result = attack(**given)
     for name, part in result.proxies.items():
         peak = part["peak"]
         low, high = peak["fall_interval"]

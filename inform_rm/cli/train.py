@@ -20,12 +20,10 @@ dataset_train_split, dataset_test_split, ...
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
     add_command_of_settings(commands, "train", "train a reward model; writes a Hub-ready folder", run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run it."""
     if {"-h", "--help", "--help-all"} & set(arguments.settings):
         print(_help("--help-all" in arguments.settings))
         return
@@ -59,11 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_flags(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """The file of settings, and the flags: one value is text, several are a list, none is ``True``.
-
-    Raises:
-        InputError: a word that belongs to no flag, or a flag that is given twice.
-    """
+    """The file of settings, and the flags: one value is text, several are a list, none is ``True``."""
     config, rest = (words[0], words[1:]) if words and not words[0].startswith("--") else (None, words)
     found: dict[str, list[str]] = {}
     name = None

@@ -31,11 +31,9 @@ def pairwise_accuracy(
         rejected_lengths: ``(N,)`` lengths of the others, in the same unit.
 
     Returns:
-        ``num_pairs``, ``accuracy``, ``accuracy_interval``, ``accuracy_ties_wrong``, ``accuracy_ties_wrong_interval``,
-        ``num_ties``, ``mean_margin`` (reward units), ``calibration`` (``expected_calibration_error`` and ``bins`` of
-        `reliability_bins`); where lengths are given ``by_length`` with the parts that have pairs
-        (``chosen_longer``, ``chosen_shorter``, ``same_length``) and ``longer_wins_accuracy``, that of the rule "the
-        longer response wins" (same length: half right); where subsets are given ``subsets``.
+        The figures of `inform_rm.eval.results.EvaluationResult`, those by length and subset where these are given.
+        ``by_length`` has the parts that have pairs (``chosen_longer``, ``chosen_shorter``, ``same_length``); the rule
+        "the longer response wins" is half right at the same length.
 
     Raises:
         InputError: if there are no pairs, the numbers of values differ, or a reward is not finite.

@@ -2,14 +2,13 @@
 
 import itertools
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -19,16 +18,15 @@ from inform_rm.decomposition.information import InformationTerms, information_te
 from inform_rm.decomposition.likelihoods import ResponseLikelihood, load_likelihood
 from inform_rm.decomposition.prompt_free_gap import decompose_gaps, sample_prompts, tempered_weights
 from inform_rm.errors import InputError
-from inform_rm.eval import decompose_report as report
 from inform_rm.eval.accuracy import share_right
-from inform_rm.eval.frame import JOURNAL_FILE, Frame, ModelResult, parquet, progress_bars, settings_of, unwritten
-from inform_rm.eval.sources import PairSettings, load_sources, warn_of_left_out
+from inform_rm.eval.decompose_report import DecompositionResult
+from inform_rm.eval.frame import JOURNAL_FILE, Frame, parquet, progress_bars, settings_of
+from inform_rm.eval.settings import DecompositionSettings
+from inform_rm.eval.sources import load_sources, warn_of_left_out
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.intervals import wilson_interval
-from inform_rm.util.page import Page, Table, figure_png
 
 LIKELIHOOD_JOURNAL_FILE = "likelihoods.partial"
-WEIGHTS = ("uniform", "behavior")
 _LIST_ITEM = re.compile(r"^\s*([-*•]|\d+[.)])\s", re.MULTILINE)
 FEATURES = {
     "characters": len,
@@ -39,123 +37,6 @@ FEATURES = {
 }
 _SHOWN_PAIRS = 20
 _TERM = "_term"  # ends the columns of `InformationTerms`
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecompositionSettings(PairSettings):
-    """How reward gaps are decomposed: keywords of `decompose`.
-
-    Attributes:
-        num_prompts: prompts for each pair, its own among them.
-        stratify: draw only prompts of the same ``subset``: those of a maths set say little about a chat pair.
-        weights: ``"uniform"``: all prompts of a pair count the same; ``"behavior"``: as likely as ``behavior_model``
-            finds both responses under them, tempered (`inform_rm.decomposition.prompt_free_gap.tempered_weights`).
-        behavior_model: causal language model that is near what wrote the responses: a folder, Hub id or loaded model;
-            a loaded one must have the reward model's tokenizer.
-        length_normalized: use mean log-likelihoods of the tokens instead of sums.
-        ess_target: effective sample size that tempering keeps, as a share of the prompts.
-        color: what colours the plane of D1 and D2: ``"length"`` (characters, chosen - rejected) or ``"subset"``.
-    """
-
-    num_prompts: int = 16
-    stratify: bool = False
-    weights: str = "uniform"
-    behavior_model: str | Path | torch.nn.Module | None = None
-    length_normalized: bool = False
-    ess_target: float = 0.25
-    color: str = "length"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.num_prompts, bool) or not isinstance(self.num_prompts, int) or self.num_prompts < 2:
-            raise InputError(f"num_prompts: {self.num_prompts!r}; expected at least 2, the pair's own and one other.")
-        if self.weights not in WEIGHTS or (self.weights == "behavior") != (self.behavior_model is not None):
-            raise InputError(
-                f"weights: {self.weights!r} with behavior_model {self.behavior_model!r}; expected 'uniform' without "
-                "one, or 'behavior' with one."
-            )
-        if not 0 < self.ess_target <= 1:
-            raise InputError(f"ess_target: {self.ess_target!r}; it is a share of the prompts, above 0 and at most 1.")
-        if self.color not in report.COLORS:
-            raise InputError(f"color: {self.color!r}; expected one of {', '.join(report.COLORS)}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """What decides the figures."""
-        without = {"behavior_model", "color"}
-        without |= {"length_normalized", "ess_target"} if self.behavior_model is None else set()
-        return {name: value for name, value in super().to_dict().items() if name not in without}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecompositionResult(ModelResult):
-    """How much of a reward model's preference the response alone decides.
-
-    Attributes:
-        data: per source what was read and left out.
-        distinct_prompts: from which the other prompts of a pair are drawn.
-        num_pairs: that were decomposed.
-        left_out: pairs by reason, non-finite rewards with the pairs' ids.
-        cost: tokens that were computed, and that one pass a reward would take.
-        accuracy: share of pairs with the larger reward for the chosen response, ties half.
-        accuracy_interval: 95 %, Wilson, as those of the other shares.
-        response_decides_interval: see above.
-        sign_flips_interval: see above.
-        mean_standard_error: of D2, from the choice of the prompts.
-        mean_effective_sample_size: of the prompts' weights, as a number of prompts.
-        response_decides: share of pairs with abs(D2) > abs(D1): no prompt-related part of this size could turn the
-            preference.
-        prompt_sensitivity: share of the gaps' variance that lies between prompts of one pair; 0 for a model blind to
-            prompts.
-        sign_flips: share of pairs whose preference is another one under at least one other prompt.
-        not_converged: gaps whose root was not found.
-        correlations: Spearman, of each gap with differences of features that the response alone has.
-        quadrants: pairs and accuracy by the signs of both parts.
-        information: mutual information in nats, each with a 95 % interval over pairs: ``preference``, of which
-            ``responses`` are told by the responses alone and ``prompt`` is added by the prompt; ``prompt_free`` and
-            ``prompt_related`` of the two parts (`inform_rm.decomposition.information`).
-        subsets: shares by subset, where there are several.
-        pairs: column by name, one row a pair: the content of ``pairs.parquet``.
-    """
-
-    data: list[dict[str, Any]]
-    distinct_prompts: int
-    left_out: dict[str, Any]
-    cost: dict[str, int]
-    num_pairs: int
-    accuracy: float
-    accuracy_interval: list[float]
-    response_decides: float
-    response_decides_interval: list[float]
-    sign_flips: float
-    sign_flips_interval: list[float]
-    mean_standard_error: float
-    mean_effective_sample_size: float
-    not_converged: int
-    correlations: dict[str, dict[str, float]]
-    quadrants: list[dict[str, Any]]
-    information: dict[str, dict[str, Any]]
-    prompt_sensitivity: float | None = None
-    subsets: dict[str, dict[str, Any]] | None = None
-    pairs: dict[str, np.ndarray] = unwritten()
-    color: str = unwritten(default="length")
-
-    @property
-    def title(self) -> str:
-        """What was decomposed."""
-        return f"Prompt-free and prompt-related reward of {self.model}"
-
-    def table(self) -> Table:
-        """The shares of all pairs and of each subset."""
-        return report.share_table(self.to_dict())
-
-    def figure(self) -> Figure:
-        """The plane of D2 and D1, one point a pair."""
-        return report.plane_figure(self.pairs, self.color)
-
-    def page(self) -> Page:
-        """All of it."""
-        spread = figure_png(report.spread_figure(self.pairs))
-        return report.result_page(self.to_dict(), spread, figure_png(self.figure()))
 
 
 def decompose(
@@ -182,8 +63,8 @@ def decompose(
         tokenizer: see `RewardScorer`.
         progress: show progress bars.
         options: fields of `DecompositionSettings` (``num_prompts``, ``stratify``, ``weights``, ...; those of
-            `inform_rm.eval.sources.PairSettings` are among them) and keywords of `RewardScorer`. A pair that cannot be
-            rendered under another's prompt, or becomes too long, does without it.
+            `inform_rm.eval.settings.PairSettings` are among them) and keywords of `RewardScorer`. A pair that cannot
+            be rendered under another's prompt, or becomes too long, does without it.
 
     Returns:
         The shares, what was left out, and what they were computed with.

@@ -1,17 +1,23 @@
-"""Plots and page of `inform-rm decompose`."""
+"""Result, plots and page of `inform-rm decompose`."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from inform_rm.eval.report import result_settings
+from inform_rm.eval.frame import ModelResult, unwritten
 from inform_rm.util.colors import GREY, ORANGE, SERIES, SKY, VERMILION
-from inform_rm.util.page import Heading, Image, Page, Table
+from inform_rm.util.page import Block, Heading, Image, Table, figure_png
 from inform_rm.util.papers import GAP_DERIVED
 
-COLORS = ("length", "subset")
+_GAPS = ("reward_gap", "prompt_free_gap", "prompt_related_gap")
+_INFORMATION = {
+    "preference": "the preference, given responses and prompt", "responses": "of this the responses alone tell",
+    "prompt": "and the prompt adds", "prompt_free": "prompt-free part, with the mean over prompts",
+    "prompt_related": "prompt-related part, with the mean over prompts",
+}  # fmt: skip
 _MOST_BARS = 200
 _MOST_SUBSETS = len(SERIES)
 _INFORMATION_NOTE = (
@@ -27,6 +33,96 @@ PLANE_CAPTION = (
     "Prompt-free gap D2 and prompt-related gap D1 of each pair. Above the diagonal line the model ranks the pair "
     "right (D1 + D2 > 0); in the shaded parts the response alone decides (the prompt-free gap is the larger one)."
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecompositionResult(ModelResult):
+    """How much of a reward model's preference the response alone decides.
+
+    Attributes:
+        data: per source what was read and left out.
+        distinct_prompts: from which the other prompts of a pair are drawn.
+        num_pairs: that were decomposed.
+        left_out: pairs by reason, non-finite rewards with the pairs' ids.
+        cost: tokens that were computed, and that one pass a reward would take.
+        accuracy: share of pairs with the larger reward for the chosen response, ties half.
+        accuracy_interval: 95 %, Wilson, as those of the other shares.
+        response_decides_interval: see above.
+        sign_flips_interval: see above.
+        mean_standard_error: of D2, from the choice of the prompts.
+        mean_effective_sample_size: of the prompts' weights, as a number of prompts.
+        response_decides: share of pairs with abs(D2) > abs(D1): no prompt-related part of this size could turn the
+            preference.
+        prompt_sensitivity: share of the gaps' variance that lies between prompts of one pair; 0 for a model blind to
+            prompts.
+        sign_flips: share of pairs whose preference is another one under at least one other prompt.
+        not_converged: gaps whose root was not found.
+        correlations: Spearman, of each gap with differences of features that the response alone has.
+        quadrants: pairs and accuracy by the signs of both parts.
+        information: mutual information in nats, each with a 95 % interval over pairs: ``preference``, of which
+            ``responses`` are told by the responses alone and ``prompt`` is added by the prompt; ``prompt_free`` and
+            ``prompt_related`` of the two parts (`inform_rm.decomposition.information`).
+        subsets: shares by subset, where there are several.
+        pairs: column by name, one row a pair: the content of ``pairs.parquet``.
+    """
+
+    data: list[dict[str, Any]]
+    distinct_prompts: int
+    left_out: dict[str, Any]
+    cost: dict[str, int]
+    num_pairs: int
+    accuracy: float
+    accuracy_interval: list[float]
+    response_decides: float
+    response_decides_interval: list[float]
+    sign_flips: float
+    sign_flips_interval: list[float]
+    mean_standard_error: float
+    mean_effective_sample_size: float
+    not_converged: int
+    correlations: dict[str, dict[str, float]]
+    quadrants: list[dict[str, Any]]
+    information: dict[str, dict[str, Any]]
+    prompt_sensitivity: float | None = None
+    subsets: dict[str, dict[str, Any]] | None = None
+    pairs: dict[str, np.ndarray] = unwritten()
+    color: str = unwritten(default="length")
+
+    @property
+    def title(self) -> str:
+        """What was decomposed."""
+        return f"Prompt-free and prompt-related reward of {self.model}"
+
+    def table(self) -> Table:
+        """The shares of all pairs and of each subset."""
+        return share_table(self.to_dict())
+
+    def figure(self) -> Figure:
+        """The plane of D2 and D1, one point a pair."""
+        return plane_figure(self.pairs, self.color)
+
+    def _blocks(self) -> list[Block]:
+        correlations = [
+            (name, *(f"{values[gap]:.2f}" if gap in values else None for gap in _GAPS))
+            for name, values in self.correlations.items()
+        ]
+        columns = (*_GAPS[1:], "num_pairs", "accuracy")
+        quadrants = [[part[column] for column in columns] for part in self.quadrants]
+        information = [(_INFORMATION[name], part["nats"], part["interval"]) for name, part in self.information.items()]
+        return [
+            self.table(),
+            *notes(self.to_dict()),
+            Image(figure_png(spread_figure(self.pairs)), _SPREAD_CAPTION, "spread.png"),
+            self._drawn(PLANE_CAPTION, "plane.png"),
+            Heading("What the gaps go with"),
+            "Spearman rank correlation with the difference (chosen - rejected) of what the response alone has.",
+            Table(("difference in", "reward gap D", "prompt-free D2", "prompt-related D1"), correlations),
+            Heading("Information"),
+            _INFORMATION_NOTE,
+            Table(("mutual information", "nats", "95 % interval"), information),
+            Heading("Accuracy by quadrant"),
+            Table(("prompt-free gap D2", "prompt-related gap D1", "n", "accuracy"), quadrants, align="llrr"),
+        ]
 
 
 def spread_figure(table: dict[str, np.ndarray]) -> Figure:
@@ -46,7 +142,7 @@ def spread_figure(table: dict[str, np.ndarray]) -> Figure:
 
 
 def plane_figure(table: dict[str, np.ndarray], color: str) -> Figure:
-    """D2 against D1, one point a pair (arXiv:2504.06020, Fig. 3 and 4), coloured by one of `COLORS`."""
+    """D2 against D1, one point a pair (arXiv:2504.06020, Fig. 3 and 4), coloured by length or by subset."""
     free, related = table["prompt_free_gap"], table["prompt_related_gap"]
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     axes = figure.subplots()
@@ -81,36 +177,6 @@ def draw_plane(axes: Axes, reach: float) -> None:
     axes.set(xlabel="prompt-free gap D2", ylabel="prompt-related gap D1")
 
 
-def result_page(result: dict[str, Any], spread_png: bytes, plane_png: bytes) -> Page:
-    """The result of `decompose`."""
-    gaps = ("reward_gap", "prompt_free_gap", "prompt_related_gap")
-    correlations = [
-        (name, *(f"{values[gap]:.2f}" if gap in values else None for gap in gaps))
-        for name, values in result["correlations"].items()
-    ]
-    columns = (*gaps[1:], "num_pairs", "accuracy")
-    quadrants = [[part[column] for column in columns] for part in result["quadrants"]]
-    return Page(
-        f"Prompt-free and prompt-related reward of {result['model']}",
-        [
-            share_table(result),
-            *notes(result),
-            Image(spread_png, _SPREAD_CAPTION, "spread.png"),
-            Image(plane_png, PLANE_CAPTION, "plane.png"),
-            Heading("What the gaps go with"),
-            "Spearman rank correlation with the difference (chosen - rejected) of what the response alone has.",
-            Table(("difference in", "reward gap D", "prompt-free D2", "prompt-related D1"), correlations),
-            Heading("Information"),
-            _INFORMATION_NOTE,
-            information_table(result),
-            Heading("Accuracy by quadrant"),
-            Table(("prompt-free gap D2", "prompt-related gap D1", "n", "accuracy"), quadrants, align="llrr"),
-            Heading("Settings"),
-            result_settings(result),
-        ],
-    )
-
-
 def share_table(result: dict[str, Any]) -> Table:
     """All pairs, then each subset."""
     parts = {"all": result, **result.get("subsets", {})}
@@ -118,17 +184,6 @@ def share_table(result: dict[str, Any]) -> Table:
     columns = ("num_pairs", "accuracy", "response_decides", "response_decides_interval", "sign_flips",
                "prompt_sensitivity")  # fmt: skip
     return Table(header, [(name, *map(part.get, columns)) for name, part in parts.items()])
-
-
-def information_table(result: dict[str, Any]) -> Table:
-    """Mutual informations in nats, with their intervals."""
-    named = {
-        "preference": "the preference, given responses and prompt", "responses": "of this the responses alone tell",
-        "prompt": "and the prompt adds", "prompt_free": "prompt-free part, with the mean over prompts",
-        "prompt_related": "prompt-related part, with the mean over prompts",
-    }  # fmt: skip
-    rows = [(named[name], part["nats"], part["interval"]) for name, part in result["information"].items()]
-    return Table(("mutual information", "nats", "95 % interval"), rows)
 
 
 def notes(result: dict[str, Any]) -> list[str]:

@@ -14,14 +14,20 @@ from inform_rm.eval.accuracy import pairwise_accuracy
 from inform_rm.eval.frame import Frame, json_lines, progress_bars, settings_of
 from inform_rm.eval.group_statistics import ranking_statistics, score_statistics
 from inform_rm.eval.results import EvaluationResult, RankingResult, ScoreResult
-from inform_rm.eval.sources import PairSettings, load_sources, warn_of_left_out
+from inform_rm.eval.settings import PairSettings
+from inform_rm.eval.sources import load_sources, warn_of_left_out
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import shortest_float
 
 _CHUNK_ROWS = 2048
 _SIDES = ("chosen", "rejected")
 _COUNTS = ("overlong", "dropped", "truncated")
-_ROW = ("id", "subset", "chosen_characters", "rejected_characters")
+# Of each layout the columns that a result's rows have, and the file that they go to.
+_COLUMNS = {
+    "pair": ("id", "subset", "chosen_characters", "rejected_characters"),
+    **dict.fromkeys(("ranking", "scored"), ("id", "subset", "labels", "characters")),
+}
+_FILES = {"pair": "pairs.jsonl", "ranking": "rankings.jsonl", "scored": "scored.jsonl"}
 
 
 def evaluate(
@@ -50,7 +56,7 @@ def evaluate(
         output: folder for the results; ``None`` only returns them.
         tokenizer: see `RewardScorer`.
         progress: show progress bars.
-        options: fields of `inform_rm.eval.sources.PairSettings` (``columns``, ``data_revision``, ``on_bad_row``,
+        options: fields of `inform_rm.eval.settings.PairSettings` (``columns``, ``data_revision``, ``on_bad_row``,
             ``overlong``, ``max_pairs``, ``score_weights``, ``seed``) and keywords of `RewardScorer`
             (``max_length``, ``device``, ``trust_remote_code``, ...).
 
@@ -78,25 +84,45 @@ def evaluate(
             warn_of_left_out(records[-1])
             parts.append(encoded.dataset)
     described, run = frame.described_with(settings, records)
-    if sources[0].layout != "pair":
-        return _evaluate_groups(frame, parts, described, run, sources[0].layout)
-    rows = [
-        {"source": record["source"], **dict(zip(_ROW, values, strict=True))}
+    layout = sources[0].layout
+    rows: list[dict[str, Any]] = [
+        {"source": record["source"], **dict(zip(_COLUMNS[layout], values, strict=True))}
         for record, part in zip(records, parts, strict=True)
-        for values in zip(*(part[column] for column in _ROW), strict=True)
+        for values in zip(*(part[column] for column in _COLUMNS[layout]), strict=True)
     ]
+    first = np.cumsum([0, *(2 if layout == "pair" else len(row["labels"]) for row in rows)])
 
     def where(entry: int) -> str:
-        return f"the {_SIDES[entry % 2]} response of pair {rows[entry // 2]['id']}"
+        row = int(np.searchsorted(first, entry, side="right")) - 1
+        place = int(entry - first[row])
+        name = f"the {_SIDES[place]} response of pair" if layout == "pair" else f"response {place + 1} of row"
+        return f"{name} {rows[row]['id']}"
 
-    rewards = frame.rewards(_chunks(parts), 2 * len(rows), run, where).reshape(-1, 2)
-    for row, values in zip(rows, rewards, strict=True):
-        row |= {f"{side}_reward": shortest_float(value) for side, value in zip(_SIDES, values, strict=True)}
-    lengths = ([row[f"{side}_characters"] for row in rows] for side in _SIDES)
-    statistics = pairwise_accuracy(rewards[:, 0], rewards[:, 1], [row["subset"] for row in rows], *lengths)
-    result = EvaluationResult(**described, **statistics, rows=rows)
-    frame.finish(result, {"pairs.jsonl": json_lines(rows)})
+    rewards = frame.rewards(_chunks(parts), int(first[-1]), run, where)
+    result = _result(layout, rows, rewards, first, described)
+    frame.finish(result, {_FILES[layout]: json_lines(rows)})
     return result
+
+
+def _result(
+    layout: str, rows: list[dict[str, Any]], rewards: np.ndarray, first: np.ndarray, described: dict[str, Any]
+) -> EvaluationResult | ScoreResult:
+    """The statistics of rows, which get their rewards; those of row i begin at ``first[i]``."""
+    subsets = [row["subset"] for row in rows]
+    if layout == "pair":
+        chosen, rejected = rewards.reshape(-1, 2).T
+        for row, *values in zip(rows, chosen, rejected, strict=True):
+            row |= {f"{side}_reward": shortest_float(value) for side, value in zip(_SIDES, values, strict=True)}
+        lengths = ([row[f"{side}_characters"] for row in rows] for side in _SIDES)
+        return EvaluationResult(**described, **pairwise_accuracy(chosen, rejected, subsets, *lengths), rows=rows)
+    groups = np.split(rewards, first[1:-1])
+    for row, group in zip(rows, groups, strict=True):
+        row["rewards"] = list(map(shortest_float, group))
+    labels = [row["labels"] for row in rows]
+    if layout == "ranking":
+        statistics = ranking_statistics(groups, labels, subsets, described["seed"])
+        return RankingResult(**described, **statistics, rows=rows)
+    return ScoreResult(**described, **score_statistics(rewards, np.concatenate(labels), subsets), rows=rows)
 
 
 def _chunks(parts: list[Any]) -> Iterator[tuple[list[list[int]], list[int]]]:
@@ -109,33 +135,3 @@ def _chunks(parts: list[Any]) -> Iterator[tuple[list[list[int]], list[int]]]:
                 groups = list(zip(chunk["chosen_input_ids"], chunk["rejected_input_ids"], strict=True))
             lengths = zip(chunk["prompt_length"], groups, strict=True)
             yield [ids for group in groups for ids in group], [length for length, group in lengths for _ in group]
-
-
-def _evaluate_groups(
-    frame: Frame, parts: list[Any], described: dict[str, Any], run: dict[str, Any], layout: str
-) -> RankingResult | ScoreResult:
-    """The same for rankings or scored responses."""
-    rows = [
-        {"source": record["source"], **{name: row[name] for name in ("id", "subset", "labels", "characters")}}
-        for record, part in zip(described["data"], parts, strict=True)
-        for row in part.select_columns(["id", "subset", "labels", "characters"])
-    ]
-    first = np.cumsum([0, *(len(row["labels"]) for row in rows)])
-
-    def where(entry: int) -> str:
-        row = int(np.searchsorted(first, entry, side="right")) - 1
-        return f"response {entry - first[row] + 1} of row {rows[row]['id']}"
-
-    rewards = np.split(frame.rewards(_chunks(parts), int(first[-1]), run, where), first[1:-1])
-    for row, values in zip(rows, rewards, strict=True):
-        row["rewards"] = list(map(shortest_float, values))
-    labels, subsets = ([row[name] for row in rows] for name in ("labels", "subset"))
-    result: RankingResult | ScoreResult
-    if layout == "ranking":
-        found = ranking_statistics(rewards, labels, subsets, described["seed"])
-        result = RankingResult(**described, **found, rows=rows)
-    else:
-        scores = np.concatenate([np.asarray(label) for label in labels])
-        result = ScoreResult(**described, **score_statistics(np.concatenate(rewards), scores, subsets), rows=rows)
-    frame.finish(result, {"rankings.jsonl" if layout == "ranking" else "scored.jsonl": json_lines(rows)})
-    return result

@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from inform_rm.data.encoding import BAD_ROW_POLICIES, OVERLONG_POLICIES
 from inform_rm.errors import InputError
+from inform_rm.eval.settings import RowSettings
 from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer, as_scorer
 from inform_rm.util.files import atomic_write_bytes, check_output_directory, versions, write_json
 from inform_rm.util.journal import RewardJournal
-from inform_rm.util.page import Image, Page, Table
+from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png, settings_table
 from inform_rm.util.processes import is_main_process
 
 RESULT_FILE = "result.json"
@@ -38,8 +38,8 @@ def unwritten(**options: Any) -> Any:
 class Result:
     """What an evaluation found, and what it was computed with.
 
-    A subclass adds its figures as fields, which JSON can hold, and says ``title`` (one line), `table`, `page` and
-    `figure`. A field whose default is ``None`` is absent from the JSON where it was not measured.
+    A subclass adds its figures as fields, which JSON can hold, and says ``title`` (one line), `table`, `figure` and
+    what is on the page. A field whose default is ``None`` is absent from the JSON where it was not measured.
 
     Attributes:
         settings: those that were given, by name.
@@ -66,13 +66,26 @@ class Result:
         """The main figures."""
         raise NotImplementedError
 
-    def page(self) -> Page:
-        """All that a reader should see; its images are named, so that they can lie beside a Markdown page."""
+    def _blocks(self) -> list[Block]:
+        """What the page shows above the settings; images are named, so that they can lie beside a Markdown page."""
         raise NotImplementedError
+
+    def page(self) -> Page:
+        """All that a reader should see."""
+        return Page(self.title, [*self._blocks(), Heading("Settings"), self.settings_table()])
 
     def figure(self) -> Figure:
         """The main figures as a drawing."""
         raise NotImplementedError
+
+    def settings_table(self) -> Table:
+        """What it was computed with: settings, seed, the model's weights and versions."""
+        fingerprint = getattr(self, "model_fingerprint", None)
+        weights = {} if fingerprint is None else {"model fingerprint": fingerprint[:12]}
+        return settings_table(self.settings, {"seed": self.seed}, weights, self.versions)
+
+    def _drawn(self, caption: str, file: str) -> Image:
+        return Image(figure_png(self.figure()), caption, file)
 
     def _repr_html_(self) -> str:
         return replace(self.table(), caption=self.title).html()
@@ -100,35 +113,6 @@ class ModelResult(Result):
     model: str
     model_fingerprint: str
     tokenizer_fingerprint: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowSettings:
-    """How the rows of an evaluation are read.
-
-    Attributes:
-        data_revision: revision of the data on the Hub.
-        on_bad_row: ``"error"`` or ``"skip"``, which leaves out, counts and lists bad rows, those among them that
-            cannot be encoded or do not fit (see `inform_rm.data.encoding.encode_pairs`).
-        overlong: what becomes of rows over the scorer's ``max_length``: ``"error"``, ``"drop"`` or
-            ``"truncate_prompt"``, which takes the same tokens from the left of the prompt for all responses; counted.
-        seed: of all that is random.
-    """
-
-    data_revision: str | None = None
-    on_bad_row: str = "error"
-    overlong: str = "error"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, choices in (("on_bad_row", BAD_ROW_POLICIES), ("overlong", OVERLONG_POLICIES)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name}: got {getattr(self, name)!r}; expected one of {', '.join(choices)}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """All but the seed, as JSON can hold them."""
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "seed"}
-        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
 Settings = TypeVar("Settings")

@@ -19,11 +19,8 @@ def ranking_statistics(
 ) -> dict[str, Any]:
     """The figures of `inform_rm.eval.results.RankingResult`.
 
-    Args:
-        rewards: of each of N prompts those of its responses.
-        labels: likewise; the higher is better, and at least two differ.
-        subsets: N names.
-        seed: of the bootstrap.
+    ``rewards`` and ``labels`` hold those of each prompt's responses, labels the higher the better, at least two of
+    them different; ``subsets`` names each prompt's; ``seed`` is that of the bootstrap.
     """
     names = np.asarray(list(map(str, subsets)), dtype=object)
     result = _of_prompts(rewards, labels, seed)

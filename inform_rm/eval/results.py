@@ -1,13 +1,29 @@
-"""What `inform_rm.evaluate` found, on pairs, on rankings and on scored responses."""
+"""What `inform_rm.evaluate` found, on pairs, on rankings and on scored responses; its tables, plots and pages."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from inform_rm.eval import report
 from inform_rm.eval.frame import ModelResult, unwritten
-from inform_rm.util.page import Page, Table, figure_png
+from inform_rm.util.colors import SKY
+from inform_rm.util.page import Block, Heading, Table
+
+_LENGTH_PARTS = {
+    "chosen_longer": "chosen is longer",
+    "chosen_shorter": "chosen is shorter",
+    "same_length": "same length",
+}
+_ACCURACY_HEADER = ("pairs", "n", "accuracy", "95 % interval", "ties", "accuracy, ties wrong", "mean margin")
+_CAPTION = (
+    "Accuracy of pairs against the predicted probability, with 95 % Wilson intervals; the dashed line is perfect."
+)
+_RANKING_NOTE = (
+    "Kendall's tau-b is the mean over prompts of the rank correlation of rewards and labels, 0 where all rewards are "
+    "equal. Top-1 accuracy: the response with the largest reward is among the best."
+)
+_COUNTS = ("pairs_read", "bad_rows", "not_sampled", "overlong", "dropped", "truncated", "evaluated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +69,22 @@ class EvaluationResult(ModelResult):
 
     def table(self) -> Table:
         """All pairs, each subset, each part by length."""
-        return report.accuracy_table(self.to_dict())
+        return accuracy_table(self.to_dict())
 
     def figure(self) -> Figure:
         """Accuracy against predicted probability."""
-        return report.reliability_figure(self.calibration["bins"])
+        return reliability_figure(self.calibration["bins"])
 
-    def page(self) -> Page:
-        """All of it."""
-        return report.result_page(self.to_dict(), figure_png(self.figure()))
+    def _blocks(self, intervals: str = "Wilson intervals") -> list[Block]:
+        notes = [
+            "A tie (equal rewards) counts half in the accuracy, and as wrong in the column named so. "
+            f"Intervals are 95 % {intervals}.",
+            f"Expected calibration error (10 bins): {self.calibration['expected_calibration_error']:.3f}.",
+        ]
+        if self.longer_wins_accuracy is not None:
+            notes.append(f'The rule "the longer response wins" has accuracy {self.longer_wins_accuracy:.3f} here.')
+        image = self._drawn(_CAPTION, "reliability.png")
+        return [accuracy_table(self.to_dict()), *notes, image, Heading("Data"), _data_table(self.data)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +120,10 @@ class RankingResult(EvaluationResult):
 
     def table(self) -> Table:
         """All prompts and each subset."""
-        return report.ranking_table(self.to_dict())
+        return ranking_table(self.to_dict())
+
+    def _blocks(self, intervals: str = "bootstraps over prompts (2,000 resamples)") -> list[Block]:
+        return [self.table(), _RANKING_NOTE, Heading("Untied pairs"), *super()._blocks(intervals)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +160,75 @@ class ScoreResult(ModelResult):
 
     def table(self) -> Table:
         """All responses and each subset."""
-        return report.score_table(self.to_dict())
+        return score_table(self.to_dict())
 
     def figure(self) -> Figure:
-        """Rewards against scores."""
-        return report.score_figure(self.rows)
+        """Rewards against scores; the dashed line is equality."""
+        figure = Figure(figsize=(5.5, 5.0), layout="constrained")
+        axes = figure.subplots()
+        scores, rewards = ([row[name][0] for row in self.rows] for name in ("labels", "rewards"))
+        axes.plot(scores, rewards, ".", alpha=0.4, rasterized=True)
+        low, high = min(scores), max(scores)
+        axes.plot([low, high], [low, high], linestyle="--", color="grey", label="reward = score")
+        axes.set(xlabel="score", ylabel="reward")
+        axes.legend(loc="upper left")
+        return figure
 
-    def page(self) -> Page:
-        """All of it."""
-        return report.score_page(self.to_dict(), figure_png(self.figure()))
+    def _blocks(self) -> list[Block]:
+        note = "Scores are as they were given. The interval of Pearson's correlation is Fisher's."
+        image = self._drawn("Rewards against scores, a point a response.", "scores.png")
+        return [self.table(), note, image, Heading("Data"), _data_table(self.data)]
+
+
+def accuracy_table(result: dict[str, Any]) -> Table:
+    """All pairs, each subset, each part by length: of an `EvaluationResult` as a dictionary, as is the next."""
+    parts = {"all": result, **result.get("subsets", {})}
+    parts |= {_LENGTH_PARTS[name]: part for name, part in result.get("by_length", {}).items()}
+    columns = ("num_pairs", "accuracy", "accuracy_interval", "num_ties", "accuracy_ties_wrong", "mean_margin")
+    return Table(_ACCURACY_HEADER, [(name, *(part[column] for column in columns)) for name, part in parts.items()])
+
+
+def ranking_table(result: dict[str, Any]) -> Table:
+    """A `RankingResult`: all prompts and each subset."""
+    columns = (
+        "num_prompts", "num_responses", "kendall_tau", "kendall_tau_interval", "top_1_accuracy",
+        "top_1_accuracy_interval", "accuracy",
+    )  # fmt: skip
+    header = ("prompts", "n", "responses", "Kendall's tau-b", "95 % interval", "top-1 accuracy", "95 % interval",
+              "accuracy of untied pairs")  # fmt: skip
+    parts = {"all": result, **result.get("subsets", {})}
+    return Table(header, [(name, *(part[column] for column in columns)) for name, part in parts.items()])
+
+
+def score_table(result: dict[str, Any]) -> Table:
+    """A `ScoreResult`: all responses and each subset."""
+    columns = ("num_scored", "rmse", "mean_error", "pearson", "pearson_interval", "spearman")
+    header = ("responses", "n", "RMSE", "mean error", "Pearson", "95 % interval", "Spearman")
+    parts = {"all": result, **result.get("subsets", {})}
+    return Table(header, [(name, *(part.get(column) for column in columns)) for name, part in parts.items()])
+
+
+def reliability_figure(bins: Sequence[dict[str, Any]]) -> Figure:
+    """Accuracy of pairs against predicted probability, one point a bin of `reliability_bins`, with its interval."""
+    figure = Figure(figsize=(5.5, 5.0), layout="constrained")
+    axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    confidence = [part["mean_confidence"] for part in bins]
+    accuracy = [part["accuracy"] for part in bins]
+    below = [part["accuracy"] - part["accuracy_interval"][0] for part in bins]
+    above = [part["accuracy_interval"][1] - part["accuracy"] for part in bins]
+    axes.plot([0.5, 1.0], [0.5, 1.0], linestyle="--", color="grey", label="perfectly calibrated")
+    axes.errorbar(confidence, accuracy, yerr=[below, above], fmt="o-", capsize=3, label="model, 95 % interval")
+    axes.set(ylabel="share of pairs ranked right", ylim=(0.0, 1.02), xlim=(0.49, 1.01))
+    axes.legend(loc="lower right")
+    centers = [(part["low"] + part["high"]) / 2 for part in bins]
+    widths = [0.9 * (part["high"] - part["low"]) for part in bins]
+    counts.bar(centers, [part["num_pairs"] for part in bins], width=widths, color=SKY)
+    counts.set(xlabel="predicted probability, sigmoid(|margin|)", ylabel="pairs")
+    return figure
+
+
+def _data_table(sources: Sequence[dict[str, Any]]) -> Table:
+    """Counts of each source."""
+    counts = [name if name in sources[0] else "rows_read" for name in _COUNTS]
+    rows = [(item["source"], *(item[name] for name in counts), item["fingerprint"][:12]) for item in sources]
+    return Table(["source", *(name.replace("_", " ") for name in counts), "fingerprint"], rows)

@@ -1,7 +1,7 @@
 """The preference pairs that an evaluation is asked for, with a record of what was read and left out."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,31 +13,11 @@ from inform_rm.data.encoding import EncodedPairs, encode_pairs
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import load_preferences
 from inform_rm.data.sources import Sources, parse_source, source_label, source_list
-from inform_rm.errors import InputError, check_whole_number
-from inform_rm.eval.frame import RowSettings
+from inform_rm.errors import InputError
+from inform_rm.eval.settings import PairSettings
 from inform_rm.scoring.scorer import RewardScorer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairSettings(RowSettings):
-    """Which preference pairs are evaluated: keywords of `evaluate`.
-
-    Attributes:
-        columns: which columns are prompt, chosen, rejected, ...: see `inform_rm.data.columns.Columns.of`.
-        score_weights: of scored responses, columns whose weighted sum is the score.
-        max_pairs: use a random subset of this many pairs of each source; ``seed`` is that of the subset.
-    """
-
-    columns: Mapping[str, str] | None = None
-    max_pairs: int | None = None
-    score_weights: Mapping[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_pairs is not None:
-            check_whole_number("max_pairs", self.max_pairs)
 
 
 @dataclass(frozen=True)

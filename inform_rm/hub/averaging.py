@@ -21,6 +21,7 @@ from inform_rm.hub.export import add_remote_code, check_new_folder
 from inform_rm.safety.checkpoints import check_checkpoint, weight_files
 from inform_rm.scoring.reward_models import fingerprint_tokenizer, load_reward_model
 from inform_rm.util.files import atomic_directory, atomic_write_text, file_digest, versions, write_json
+from inform_rm.util.result_folders import naming_damage
 
 RESULT_FILE = "average_result.json"
 # Measured on ten pairs of trained models: backbones of one start 0.84 (1800 steps at 1e-3 from random weights) to
@@ -77,7 +78,11 @@ def average_weights(
     config, prefix = first.config, f"{first.base_model_prefix}."
     del first
     _check_configs(folders)
-    _check_weight_files(folders[1:])
+    for member in folders[1:]:
+        try:
+            check_checkpoint(member)
+        except InputError as error:
+            raise InputError(f"members: cannot read the weights of {member} ({error})") from error
     tokenizer = _common_tokenizer(folders)
     if not same_start:
         _check_recorded_starts(folders)
@@ -123,14 +128,6 @@ def _check_configs(folders: Sequence[Path]) -> None:
             raise InputError(f"members: {folder} is of another kind than {folders[0]}: {listed}. Leave it out.")
 
 
-def _check_weight_files(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        try:
-            check_checkpoint(folder)
-        except InputError as error:
-            raise InputError(f"members: cannot read the weights of {folder} ({error})") from error
-
-
 def _changed(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
     return sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
 
@@ -169,11 +166,9 @@ def _recorded_start(folder: Path) -> str | None:
     path = folder / "train_result.json"
     if not path.is_file():
         return None
-    try:
+    with naming_damage("members", path):
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
         model, revision = settings["model"], settings.get("revision")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"members: {path} is not a record of train ({error!r}). Restore or remove it.") from error
     name = str(Path(model).resolve()) if Path(model).exists() else model
     return name if revision is None else f"{name} at {revision}"
 
@@ -230,7 +225,11 @@ def _write_average(
             save_file(means, output / name, metadata={"format": "pt"})
     if (folders[0] / _INDEX_FILE).is_file() and _files(folders[0]) != ["model.safetensors"]:
         shutil.copyfile(folders[0] / _INDEX_FILE, output / _INDEX_FILE)
-    return {part: _least_cosine(product) for part, product in products.items()}
+    cosines: dict[str, float | None] = {}
+    for part, product in products.items():
+        norms = product.diagonal().sqrt()
+        cosines[part] = float((product / norms.outer(norms)).min()) if (norms > 0).all() else None
+    return cosines
 
 
 def _mean(tensors: Sequence[Tensor], key: str, folders: Sequence[Path]) -> tuple[Tensor, Tensor]:
@@ -250,11 +249,6 @@ def _mean(tensors: Sequence[Tensor], key: str, folders: Sequence[Path]) -> tuple
         mean[start : start + _NUMBERS_AT_ONCE] = part.mean(dim=0)
         products += part @ part.T
     return mean.view(tensors[0].shape), products
-
-
-def _least_cosine(products: Tensor) -> float | None:
-    norms = products.diagonal().sqrt()
-    return float((products / norms.outer(norms)).min()) if (norms > 0).all() else None
 
 
 def _check_cosines(folders: Sequence[Path], cosines: dict[str, float | None]) -> None:

@@ -12,19 +12,18 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from inform_rm.data.sources import parse_source
 from inform_rm.errors import InputError
 from inform_rm.hub.eval_results import LEFT_OUT, eval_results, evaluation_of_run, is_local, public_name
-from inform_rm.hub.result_folders import RESULT_FILE, ResultFolder, naming_damage
 from inform_rm.util.files import atomic_write_text
 from inform_rm.util.page import (
     Markdown,
     Table,
     cell_text,
     fill_markdown,
-    format_interval,
     markdown_paragraph,
     markdown_table,
     words_table,
 )
 from inform_rm.util.papers import TRL_TRAINS_BT, differences_of_run
+from inform_rm.util.result_folders import RESULT_FILE, ResultFolder, naming_damage
 
 TAGS = ("reward-model", "inform", "rlhf")
 _RESULTS_START, _RESULTS_END = "<!-- results, from the metadata above -->", "<!-- end of results -->"
@@ -35,16 +34,10 @@ _MOST_CARD_CHARACTERS, _DEEPEST_YAML = 1 << 20, 30
 
 
 def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | None) -> str:
-    """README of a trained model, filled from its run.
+    """README of a trained model, filled from its run: Markdown with the Hub's YAML header.
 
-    Args:
-        config: the model's `InfoRMConfig`.
-        settings: settings of the run that are worth a line; empty if unknown.
-        result: result of the run with its data counts and evaluation; ``None`` if unknown.
-
-    Returns:
-        Markdown with the Hub's YAML header. What is not known is left out, and local paths are shortened to their
-        last part: what leads to it means nothing elsewhere, and may tell a user's name.
+    What is not known (no ``settings``, a ``result`` of ``None``) is left out, and local paths are shortened to their
+    last part: what leads to it means nothing elsewhere, and may tell a user's name.
     """
     is_adapter = settings.get("merge_adapters") is False
     base_model = settings.get("model")
@@ -57,43 +50,40 @@ def model_card(config: Any, settings: dict[str, Any], result: dict[str, Any] | N
         datasets=list({parse_source(source).name: 0 for source in settings.get("data", ()) if not is_local(source)})
         or None,
     )
-    values: dict[str, Any] = {"load_template": _LOAD_ADAPTERS if is_adapter else _LOAD_MODEL}
-    if result is not None:
-        values |= _training_values(settings, result)
-    body = _card_body(config=config, result=result, trl_trains_bt=Markdown(TRL_TRAINS_BT), **values)
+    body = fill_markdown(
+        "model_card.md.j2",
+        config=config,
+        result=result,
+        averaged=None,
+        load_template=_LOAD_ADAPTERS if is_adapter else _LOAD_MODEL,
+        trl_trains_bt=Markdown(TRL_TRAINS_BT),
+        **({} if result is None else _training_values(settings, result)),
+    )
     if result is None or "accuracy" not in (result["evaluation"] or ()):
         return card_text(metadata, body)
     return _with_results(metadata, body, [evaluation_of_run(result)], Path(settings["output_dir"]).resolve().name)
 
 
 def average_card(inform_config: Any, number: int, result_file: str) -> str:
-    """README of averaged weights (see `inform_rm.hub.averaging.average_weights`).
+    """README of averaged weights (`inform_rm.hub.averaging.average_weights`) of so many models, named in a file.
 
-    Args:
-        inform_config: ``None`` for a model of transformers itself.
-        number: how many models were averaged.
-        result_file: file that names them.
+    ``inform_config`` is ``None`` for a model of transformers itself.
     """
     tags = TAGS if inform_config is not None else TAGS[:1]
-    return card_text(_metadata(tags), _card_body(config=inform_config, averaged=number, result_file=result_file))
+    body = fill_markdown(
+        "model_card.md.j2",
+        config=inform_config,
+        result=None,
+        averaged=number,
+        result_file=result_file,
+        load_template=_LOAD_MODEL,
+        trl_trains_bt=None,
+    )
+    return card_text(_metadata(tags), body)
 
 
 def _metadata(tags: Sequence[str], library_name: str = "transformers", **values: Any) -> ModelCardData:
     return ModelCardData(library_name=library_name, pipeline_tag="text-classification", tags=list(tags), **values)
-
-
-def _card_body(**values: Any) -> str:
-    defaults = {
-        "result": None,
-        "trl_trains_bt": None,
-        "differences": (),
-        "averaged": None,
-        "load_template": _LOAD_MODEL,
-        "accuracy": None,
-        "kendall_tau": None,
-        "rmse": None,
-    }
-    return fill_markdown("model_card.md.j2", **{**defaults, **values})
 
 
 def _training_values(settings: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
@@ -103,24 +93,18 @@ def _training_values(settings: dict[str, Any], result: dict[str, Any]) -> dict[s
         for name, value in settings.items()
         if name != "output_dir"
     ]
-    values: dict[str, Any] = {
+    evaluation = result.get("evaluation") or {}
+    measured = ("accuracy", "accuracy_interval", "kendall_tau", "rmse")
+    return {
         "settings_table": markdown_table(words_table(("setting", "value"), shown)),
         "software": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        "differences": differences_of_run(settings),
+        **{name: cell_text(evaluation.get(name)) for name in measured},
     }
-    evaluation = result.get("evaluation") or {}
-    values["differences"] = differences_of_run(settings)
-    values |= {name: cell_text(evaluation[name]) for name in ("accuracy", "kendall_tau", "rmse") if name in evaluation}
-    if "accuracy" in evaluation:
-        values["interval"] = format_interval(evaluation["accuracy_interval"])
-    return values
 
 
 def whole_model_card(path: Path) -> None:
-    """Turn the card of an adapter folder into that of the whole model that was made from it: how it is loaded.
-
-    Raises:
-        InputError: its header cannot be read.
-    """
+    """Turn the card of an adapter folder into that of the whole model that was made from it: how it is loaded."""
 
     def change(data: ModelCardData, text: str) -> str:
         data.library_name = "transformers"
@@ -134,17 +118,9 @@ def whole_model_card(path: Path) -> None:
 def complete_card(path: Path, model_name: str, folders: Sequence[ResultFolder], license: str | None) -> None:
     """Put results and licence into a model card file: its metadata (``model-index``, ``license``) and a table.
 
-    A result takes the place of one on the same data that the card has; others stay.
-
-    Args:
-        path: Markdown with the Hub's YAML header.
-        model_name: name of the model in the ``model-index``.
-        folders: results of `evaluate`, with data or a suite; that they are this model's is the caller's to know.
-        license: the Hub's name of a licence, such as ``apache-2.0``; ``None`` leaves what the card says.
-
-    Raises:
-        InputError: a licence that cannot be a name, a card whose header cannot be read, a damaged result, or two
-            results on the same data.
+    A result takes the place of one on the same data that the card has; others stay. That the results of `evaluate` are
+    this model's is the caller's to know. A licence of ``None`` leaves what the card says. `InputError` for one that
+    cannot be a name, a card whose header cannot be read, a damaged result, or two results on the same data.
     """
     if license is not None and not _LICENSE.fullmatch(license):
         raise InputError(

@@ -2,14 +2,19 @@
 
 An engine that renders or tokenizes otherwise gives the reward of other tokens, and nothing in its answer says so. The
 rules stand in the functions below, each with the source that it was read from. `compare_engine_inputs` applies them to
-a few conversations; `drop_bos_token` mends what verl does to tokenizers whose template begins with the BOS token.
+a few conversations; `drop_bos_token` mends what verl does to tokenizers whose template begins with the BOS token;
+`engine_advice` is what ``inform-rm export --folded`` prints.
 """
 
 import copy
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from transformers import AutoTokenizer
 
 from inform_rm.data.encoding import encode, shared_prefix_length
 from inform_rm.data.messages import Message
@@ -23,6 +28,8 @@ _FIRST_TURNS = [_USER, {"role": "assistant", "content": "Seven."}, {"role": "use
 # policy's tokens keep and many templates trim.
 _CONVERSATIONS: tuple[list[Message], ...] = ([_USER], _FIRST_TURNS, [_SYSTEM, _USER])
 _RESPONSE = "It is 11, and 13."
+# Classes that vLLM 0.32.0 does not load by themselves, and the one around which it builds the same classifier.
+_VLLM_CLASSES = {"Gemma3TextForSequenceClassification": "Gemma3ForCausalLM"}
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,7 @@ def feed_messages(tokenizer: Any, prompt: list[Message], response: str) -> list[
 
     vLLM 0.32.0, ``vllm/entrypoints/pooling/base/protocol.py``: ``add_generation_prompt`` and ``add_special_tokens`` of
     a request with ``messages`` are false. Taken for granted: vLLM hands the template texts, not lists of parts, which
-    it decides by reading the template.
-
-    Raises:
-        InputError: there is no template; vLLM refuses such a request, too.
+    it decides by reading the template. Without a template it refuses such a request.
     """
     if tokenizer.chat_template is None:
         raise InputError("the tokenizer has no chat template")
@@ -84,10 +88,8 @@ def feed_verl(tokenizer: Any, prompt: list[Message], response: str) -> list[int]
     """verl: the template's text without a BOS token in front, to vLLM's ``/classify`` or SGLang's embeddings.
 
     verl 0.9.1, ``verl/experimental/reward_loop/reward_loop.py``, ``_preprocess_reward_inputs``: a text that begins
-    with ``bos_token`` loses it, for the engine's tokenizer to add it again, which not every tokenizer does.
-
-    Raises:
-        InputError: there is no template; verl fails on it, too.
+    with ``bos_token`` loses it, for the engine's tokenizer to add it again, which not every tokenizer does. Without a
+    template it fails.
     """
     if tokenizer.chat_template is None:
         raise InputError("the tokenizer has no chat template")
@@ -134,11 +136,7 @@ _WAYS: tuple[tuple[str, Feed, str, bool], ...] = (
 
 
 def compare_engine_inputs(tokenizer: Any) -> list[EngineInput]:
-    """What each engine makes of a few conversations, against `encode`; conversations that a template refuses are left.
-
-    Args:
-        tokenizer: as the engine reads it from the model's folder.
-    """
+    """What each engine makes of a few conversations, against `encode`; those that a template refuses are left out."""
     return [
         EngineInput(way, _first_difference(tokenizer, feed), remedy, is_avoidable)
         for way, feed, remedy, is_avoidable in _WAYS
@@ -207,3 +205,37 @@ def _describe(tokenizer: Any, ids: list[int], fed: list[int]) -> str:
 
 def _ids(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
     return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+
+
+def engine_advice(folder: str | Path) -> list[str]:
+    """Lines about a folded model: its constant, vLLM's command, and what must be said in a request.
+
+    Ways in which an engine feeds other tokens whatever is said were warned of when the folder was written.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (class_name,), offset = config["architectures"], config["reward_offset"]
+    constant = f" {'-' if offset < 0 else '+'} {abs(offset)!r}" if offset else ""
+    inputs = compare_engine_inputs(AutoTokenizer.from_pretrained(folder))
+    said = [
+        f"{item.way}: {item.difference}. {item.remedy}" for item in inputs if item.difference and item.is_avoidable
+    ]
+    return [
+        f"{class_name}: reward of the model = folded reward{constant}",
+        f"vLLM: {vllm_command(str(folder), class_name, offset)}",
+        *said,
+    ]
+
+
+def vllm_command(model: str, class_name: str, offset: float) -> str:
+    """The command that serves a folded model with its constant added.
+
+    vLLM 0.32.0, ``vllm/config/pooler.py``: what ``logit_mean`` holds is subtracted.
+    """
+    command = ["vllm", "serve", model, "--runner", "pooling"]
+    if class_name in _VLLM_CLASSES:
+        overrides = json.dumps({"architectures": [_VLLM_CLASSES[class_name]]})
+        command += ["--convert", "classify", "--hf-overrides", overrides]
+    if offset:
+        command += ["--pooler-config", json.dumps({"logit_mean": -offset})]
+    return shlex.join(command)

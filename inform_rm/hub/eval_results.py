@@ -5,7 +5,7 @@ The Hub calls ``model-index`` legacy, yet only there is room for every subset, i
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 
 from inform_rm.data.sources import SourceName, check_hub_id, parse_source
 from inform_rm.errors import InputError
-from inform_rm.hub.result_folders import RESULT_FILE, ResultFolder, naming_damage
+from inform_rm.scoring.reward_models import fingerprint_model, load_reward_model
 from inform_rm.util.files import atomic_write_text
 from inform_rm.util.page import format_interval
+from inform_rm.util.result_folders import RESULT_FILE, ResultFolder, naming_damage
 
 ENTRIES_FOLDER = ".eval_results"
 LEFT_OUT = {"bad_rows": "bad rows left out", "dropped": "over-long pairs left out", "truncated": "prompts cut"}
@@ -39,6 +40,25 @@ def is_local(source: str) -> bool:
 def public_name(value: Any) -> str:
     """A local path's last part, and anything else as it is."""
     return Path(value).name if isinstance(value, str) and is_local(value) else str(value)
+
+
+def refuse_other_models(folders: Sequence[ResultFolder], model: str, revision: str | None = None) -> None:
+    """`InputError` if a result is about other weights than those of this folder or Hub id.
+
+    The fingerprints are compared in the float type in which the model was scored.
+    """
+    known: dict[str, str] = {}
+    for folder in folders:
+        with naming_damage("results", folder.path / RESULT_FILE):
+            found, name = folder.result["model_fingerprint"], folder.result["model"]
+            dtype = str(folder.result["settings"]["dtype"])
+        if dtype not in known:
+            known[dtype] = fingerprint_model(load_reward_model(model, dtype=dtype, device="cpu", revision=revision))
+        if found != known[dtype]:
+            raise InputError(
+                f"results: {folder.path} is about another model, {name}: its weights have the fingerprint "
+                f"{str(found)[:12]}, those of {model} {known[dtype][:12]}. Run it for {model}, or leave it out."
+            )
 
 
 def eval_results(folder: ResultFolder) -> list[EvalResult]:

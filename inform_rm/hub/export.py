@@ -15,14 +15,14 @@ from inform_rm import configuration_inform, modeling_inform
 from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.hub.cards import complete_card, model_card, whole_model_card
-from inform_rm.hub.eval_results import ENTRIES_FOLDER, eval_entries, is_local, write_entries
+from inform_rm.hub.eval_results import ENTRIES_FOLDER, eval_entries, is_local, refuse_other_models, write_entries
 from inform_rm.hub.folding import write_folded_model
-from inform_rm.hub.result_folders import read_result_folder, refuse_other_models
 from inform_rm.safety.checkpoints import check_own_file
 from inform_rm.safety.uploads import scan_folder
 from inform_rm.scoring.adapters import holds_adapters
 from inform_rm.scoring.reward_models import load_reward_model
 from inform_rm.util.files import atomic_directory, atomic_write_text, write_json
+from inform_rm.util.result_folders import read_result_folder
 
 logger = logging.getLogger(__name__)
 
@@ -149,11 +149,7 @@ def push_folder(
 ) -> None:
     """Upload the files of a model folder in one commit; a new repository is private, an existing one stays as it is.
 
-    Args:
-        folder: what `export_model` wrote.
-        repository: Hub id, ``name/model``.
-        token: of the Hub; ``None``: the one that is logged in.
-        commit_message: ``None``: "Upload reward model".
+    Without a ``token`` that of the Hub's login is taken.
 
     Raises:
         InputError: before anything is uploaded: `repository` is no id, the folder holds what must not be uploaded, or

@@ -24,8 +24,13 @@ from transformers import (
 from inform_rm.data.encoding import encode
 from inform_rm.errors import InputError
 from inform_rm.hub.cards import TAGS, card_text
-from inform_rm.hub.engine_advice import vllm_command
-from inform_rm.hub.engine_inputs import EngineInput, compare_engine_inputs, drop_bos_token, reads_the_same
+from inform_rm.hub.engine_inputs import (
+    EngineInput,
+    compare_engine_inputs,
+    drop_bos_token,
+    reads_the_same,
+    vllm_command,
+)
 from inform_rm.scoring.reward_models import fingerprint_model
 from inform_rm.util.files import atomic_write_text, write_json
 from inform_rm.util.page import Markdown, fill_markdown
@@ -41,8 +46,7 @@ _EXAMPLE_ENDS = ("Yes.", "a", "\U000f0000")
 def fold_head(model: Any) -> tuple[Tensor, float]:
     """Row vector ``(1, H)`` and constant of an InfoRM model's reward in eval, ``weight @ h + offset``, in float64.
 
-    Raises:
-        InputError: if the reward is not linear in the hidden state.
+    `InputError` if the reward is not linear in the hidden state.
     """
     config, head = model.config, model.score
     with torch.no_grad():
@@ -66,12 +70,8 @@ def write_folded_model(model: Any, tokenizer: Any, folder: str | Path, *, source
 
     The backbone's weights are written as they are. The row vector is written in float32 also beside a half-precision
     backbone: an engine that keeps its head in float32 then gives rewards that differ by less than bfloat16's 0.4 %.
-
-    Args:
-        model: a loaded InfoRM model on the CPU. If a pad token is added, its embeddings may grow by a row.
-        tokenizer: its tokenizer; it may get a pad token.
-        folder: where to write.
-        source: Hub id of the model, for the card; ``None`` for a local folder, whose name is not told.
+    The tokenizer may get a pad token, and the model's embeddings then a row. ``source`` is the model's Hub id, for the
+    card; ``None`` for a local folder, whose name is not told.
 
     Raises:
         InputError: if the model cannot be folded: its decoder is not linear, it is quantized, transformers has no
@@ -79,7 +79,11 @@ def write_folded_model(model: Any, tokenizer: Any, folder: str | Path, *, source
             is no longer the same once it is saved.
     """
     folder = Path(folder)
-    _refuse_quantized(model)
+    if any(getattr(config, "quantization_config", None) for config in (model.config, model.config.get_text_config())):
+        raise InputError(
+            "folded: this model's backbone is quantized; its weights only mean something to the library that packed "
+            "them. Fold the adapters of a QLoRA run (merge_adapters: false) or a model in full precision."
+        )
     weight, offset = fold_head(model)
     fingerprint = fingerprint_model(model)
     added_pad_token = _separate_pad_token(tokenizer, model)
@@ -105,15 +109,6 @@ def write_folded_model(model: Any, tokenizer: Any, folder: str | Path, *, source
         vllm_command=Markdown(vllm_command("NAME", type(classifier).__name__, offset)),
     )
     atomic_write_text(folder / "README.md", card_text(metadata, body))
-
-
-def _refuse_quantized(model: Any) -> None:
-    for config in (model.config, model.config.get_text_config()):
-        if getattr(config, "quantization_config", None) is not None:
-            raise InputError(
-                "folded: this model's backbone is quantized; its weights only mean something to the library that "
-                "packed them. Fold the adapters of a QLoRA run (merge_adapters: false) or a model in full precision."
-            )
 
 
 def _separate_pad_token(tokenizer: Any, model: Any) -> str | None:
@@ -222,7 +217,10 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> tuple[str | None, list[Engi
     """Write the tokenizer so that as many engines as can be feed the model's own tokens, and say which do not."""
     mended, dropped = drop_bos_token(tokenizer)
     mended.save_pretrained(folder)
-    _leave_out_token_types(folder / "tokenizer_config.json")
+    # Transformers 4 would hand token types to the model: most refuse them, and GPT-2 adds embeddings.
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    write_json(folder / "tokenizer_config.json", settings)
     loaded = AutoTokenizer.from_pretrained(folder)
     if not reads_the_same(tokenizer, loaded):
         raise InputError(
@@ -240,10 +238,3 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> tuple[str | None, list[Engi
     if wrong:
         logger.warning("folded: not fed what the model was trained on: %s", " ".join(wrong))
     return dropped, inputs
-
-
-def _leave_out_token_types(path: Path) -> None:
-    """Keep transformers 4 from handing token types to the model: most refuse them, and GPT-2 adds embeddings."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["model_input_names"] = ["input_ids", "attention_mask"]
-    write_json(path, settings)

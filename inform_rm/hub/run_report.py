@@ -13,14 +13,8 @@ from matplotlib.figure import Figure
 from inform_rm.errors import InputError
 from inform_rm.eval import decompose_report
 from inform_rm.eval.detection import report as detect_report
-from inform_rm.eval.report import accuracy_table, ranking_table, score_table
-from inform_rm.hub.result_folders import (
-    RESULT_FILE,
-    ResultFolder,
-    naming_damage,
-    read_result_folder,
-    refuse_other_models,
-)
+from inform_rm.eval.results import accuracy_table, ranking_table, score_table
+from inform_rm.hub.eval_results import refuse_other_models
 from inform_rm.util.checkpoints import last_complete
 from inform_rm.util.colors import BLUE, VERMILION
 from inform_rm.util.files import atomic_write_text
@@ -36,6 +30,12 @@ from inform_rm.util.page import (
     words_table,
 )
 from inform_rm.util.papers import differences_of_run
+from inform_rm.util.result_folders import (
+    RESULT_FILE,
+    ResultFolder,
+    naming_damage,
+    read_result_folder,
+)
 
 RUN_RESULT_FILE = "train_result.json"
 # Title, and (key in the log, label) of its lines.

@@ -20,11 +20,9 @@ from inform_rm.errors import InputError, check_whole_number, shortened
 from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer
 from inform_rm.serving import wire
 from inform_rm.serving.batcher import QueueFullError, Scored, TokenBatcher
-from inform_rm.serving.errors import RequestError, RowError
-from inform_rm.serving.gate import Gate, refusal
+from inform_rm.serving.gate import Gate, RequestError, refusal
 from inform_rm.serving.metrics import CONTENT_TYPE, Metrics
-from inform_rm.serving.openrlhf import warn_of_template_end
-from inform_rm.serving.rows import encode_ids, encode_rows, encode_texts
+from inform_rm.serving.rows import RowError, encode_ids, encode_rows, encode_texts, warn_of_template_end
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +111,9 @@ def create_app(scorer: RewardScorer, limits: Limits | None = None, token: str | 
 def _add_endpoints(
     app: FastAPI, scorer: RewardScorer, limits: Limits, batcher: TokenBatcher, metrics: Metrics, bearer: list[Any]
 ) -> None:
-    name, label = _served_name(scorer), _label(scorer)
+    # A folder's own name, without those that lead to it: a client need not know where the model lies.
+    name = Path(scorer.name).resolve().name if Path(scorer.name).is_dir() else scorer.name
+    label = (getattr(getattr(scorer.model, "config", None), "id2label", None) or {}).get(0)
 
     async def scored(num_rows: int, encode: Callable[[], list[Encoded]]) -> Scored:
         if num_rows > limits.max_rows:
@@ -196,16 +196,6 @@ def _classify_rows(scorer: RewardScorer, request: wire.ClassifyRequest) -> tuple
     if rows and isinstance(rows[0], list):
         return len(rows), lambda: encode_ids(scorer, rows)
     return len(rows), lambda: encode_texts(scorer, rows, request.add_special_tokens)
-
-
-def _served_name(scorer: RewardScorer) -> str:
-    """A folder's own name, without those that lead to it: a client need not know where the model lies."""
-    return Path(scorer.name).resolve().name if Path(scorer.name).is_dir() else scorer.name
-
-
-def _label(scorer: RewardScorer) -> str | None:
-    labels = getattr(getattr(scorer.model, "config", None), "id2label", None) or {}
-    return labels.get(0)
 
 
 async def _refuse(_: Request, error: Any) -> JSONResponse:

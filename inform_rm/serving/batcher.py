@@ -78,13 +78,7 @@ class TokenBatcher:
     def submit(self, num_rows: int, encode: Callable[[], list[Encoded]]) -> "Future[Scored]":
         """Accept a request; its future gets the rewards, or the exception that ``encode`` or the model raised.
 
-        Args:
-            num_rows: how many rows ``encode`` will give.
-            encode: makes the rows; called in the encoding thread.
-
-        Raises:
-            QueueFullError: if the queue has no place for that many rows.
-            RuntimeError: after `close`.
+        ``encode`` makes so many rows, in the encoding thread. `QueueFullError` if the queue has no place for them.
         """
         with self._changed:
             if not self._accepts:

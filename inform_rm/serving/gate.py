@@ -6,18 +6,24 @@ import binascii
 import contextlib
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi.responses import JSONResponse
-
-from inform_rm.serving.errors import RequestError
 
 OPEN_PATHS = ("/health",)
 _BODY_SECONDS = 30.0  # for a whole body to arrive: a client that trickles it holds memory
 _DISCARD_SECONDS = 5.0  # a client that still sends cannot read the refusal
 _NO_ANSWER = 499  # for the metrics, as nginx logs it: the client went away
 _BODIES_HELD = 8  # times the largest body: what all requests together may hold
+
+
+class RequestError(Exception):
+    """Answered with this status and ``{"error": message, "row": row}``."""
+
+    def __init__(self, status: int, message: str, row: int | None = None, headers: Mapping[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.row, self.headers = status, message, row, headers
 
 
 class Gate:

@@ -85,10 +85,7 @@ def serve(
 def read_token(path: str | Path | None) -> str | None:
     """The bearer token: the first line of a file, else the variable ``INFORM_RM_TOKEN``, else none.
 
-    Not an argument of the command line, which every user of the machine can list.
-
-    Raises:
-        InputError: no such file, or no token in it.
+    Not an argument of the command line, which every user of the machine can list. `InputError` for a file without one.
     """
     if path is None:
         return os.environ.get(TOKEN_VARIABLE)

@@ -82,11 +82,12 @@ class ChatEndpoint:
         check_whole_number("tries", tries)
         self.model, self.base, self._timeout, self._tries = model, checked_url(url), float(timeout), tries
         self._key = _read_key(api_key_env)
-        self._opener = _opener()
+        self._opener = urllib.request.build_opener(_NoRedirect)
         self._stopped = threading.Event()
         self._limit_field = "max_tokens"
         host = urllib.parse.urlsplit(self.base).hostname or ""
-        if self._key and self.base.startswith("http:") and not _is_this_machine(host):
+        is_here = host in ("localhost", "::1") or host.startswith("127.")
+        if self._key and self.base.startswith("http:") and not is_here:
             warnings.warn(f"endpoint: the key goes to {host} unencrypted (http); use https if it can.", stacklevel=2)
 
     def __repr__(self) -> str:
@@ -183,9 +184,7 @@ def ask_all(
 ) -> Iterator[tuple[str, Reply | RefusedRequest]]:
     """What `ChatEndpoint.ask` gives to each request (its arguments by name), as the replies come; refusals as such.
 
-    Raises:
-        InputError: see `ChatEndpoint.ask`; replies that were under way are still given before.
-        EndpointError: likewise.
+    It raises what that raises; replies that were under way are still given before.
     """
 
     def ask(name: str) -> Reply | RefusedRequest:
@@ -203,8 +202,7 @@ def ask_all(
 def checked_url(url: str) -> str:
     """The base address of an endpoint, without a slash at its end.
 
-    Raises:
-        InputError: not http or https, or it holds a password or query, which would be written into results.
+    `InputError` unless it is http or https, without a password or query, which would be written into results.
 
     Example:
         >>> checked_url("http://localhost:8000"), checked_url("https://host/api/v1/chat/completions")
@@ -236,10 +234,9 @@ def _reply(body: bytes, clean: Any) -> Reply:
         found = json.loads(body)
         choice = found["choices"][0]
         text = choice["message"].get("content")
-        if text is None:
-            text = ""
-        if not isinstance(text, str):
+        if not isinstance(text, str | None):
             raise TypeError("content is no text")
+        text = text or ""
         text.encode()
         usage = found.get("usage") or {}
         counts = [usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
@@ -265,20 +262,11 @@ def _read(response: Any, deadline: float) -> bytes:
     return b"".join(parts)
 
 
-def _opener() -> Any:
-    """Opens http and https addresses and follows no redirect."""
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Leaves a redirect the error that it then is."""
 
-    class NoRedirect(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, *_: Any) -> None:
-            return None
-
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(), NoRedirect(),
-        urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor(),
-    ):  # fmt: skip
-        opener.add_handler(handler)
-    return opener
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 def _raise_certificate(error: Exception) -> None:
@@ -313,7 +301,3 @@ def _read_key(name: str | None) -> str | None:
     if not key.isascii() or not key.isprintable() or " " in key:
         raise InputError(f"api_key_env: what {name} holds is no key: it has blanks, line ends or other characters.")
     return key
-
-
-def _is_this_machine(host: str) -> bool:
-    return host == "localhost" or host.startswith("127.") or host == "::1"

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -37,13 +36,9 @@ def wilson_interval(num_correct: float, n: int) -> tuple[float, float]:
 def grouped_bootstrap(
     values: ArrayLike, groups: Sequence[str], *, num_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a mean whose values are alike within groups: whole groups are drawn again.
+    """95 % percentile bootstrap interval of the mean of ``(N,)`` values that are alike within groups, such as prompts.
 
-    Args:
-        values: ``(N,)``, at least one.
-        groups: to which group each belongs, such as its prompt.
-        num_resamples: resamples.
-        seed: of the resamples.
+    Whole groups are drawn again.
 
     Example:
         >>> grouped_bootstrap([1.0, 1.0, 1.0], ["a", "a", "b"])
@@ -82,14 +77,3 @@ def confidence_bins(margins: ArrayLike, num_bins: int) -> tuple[np.ndarray, np.n
     confidence = 1.0 / (1.0 + np.exp(-np.abs(margins)))
     bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
     return confidence, 0.5 + 0.5 * np.sign(margins), bins
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A statistic with a 95 % interval: of what, over how many points, from how many resamples (0: in closed form)."""
-
-    estimate: float
-    low: float
-    high: float
-    num_points: int
-    num_resamples: int

@@ -20,15 +20,13 @@ Entry = TypeVar("Entry")
 class Journal:
     """Entries of one run, appended as they are made; what they are, the subclasses say.
 
-    The first line says which run the entries belong to. A line cut short by a kill is dropped.
+    The first line says which run the entries belong to. A line cut short by a kill is dropped. `InputError` if the
+    file belongs to another run or is no journal.
 
     Args:
         path: the journal's file; made if absent.
         identity: everything that decides an entry (model, input, settings); a journal with another one is refused.
         shared: all processes of the launch keep this one journal: the main one writes it, all read the same from it.
-
-    Raises:
-        InputError: if the file belongs to another run or is no journal.
     """
 
     def __init__(self, path: str | Path, identity: dict[str, Any], shared: bool = False):

@@ -22,11 +22,7 @@ TRL_TRAINS_BT = (
 
 
 def differences_of_run(settings: dict[str, Any]) -> list[str]:
-    """What a training run has otherwise than the papers, by its settings; a setting that is not known says nothing.
-
-    Args:
-        settings: by name, as `inform_rm.training` records them.
-    """
+    """What a training run has otherwise than the papers, by its settings; a setting that is not known says nothing."""
     found = []
     if settings.get("architecture") == "inform":
         warmup = settings.get("kl_warmup_steps")

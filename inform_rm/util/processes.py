@@ -19,11 +19,8 @@ Result = TypeVar("Result")
 def join_processes(device: Any = None) -> None:
     """Connect with the other processes of the launch; nothing happens in a single one.
 
-    Args:
-        device: where the caller's model goes. ``None`` is the GPU that belongs to this process, or the CPU.
-
-    Raises:
-        InputError: if ``device`` names one that several processes would share.
+    ``device`` is where the caller's model goes; ``None`` is the GPU that belongs to this process, or the CPU.
+    `InputError` if it is one that several processes would share.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return

@@ -9,11 +9,8 @@ from inform_rm.errors import check_choice, check_whole_number
 def setting(default: Any, help: str = "", least: int | None = None, choices: tuple[str, ...] = ()) -> Any:
     """A field of a dataclass of settings.
 
-    Args:
-        default: its default.
-        help: with it the command has a flag of this name (`inform_rm.cli.flags.add_settings`).
-        least: the smallest whole number that it takes.
-        choices: what it may be.
+    With ``help`` the command has a flag of its name (`inform_rm.cli.flags.add_settings`); ``least`` is the smallest
+    whole number that it takes, ``choices`` what it may be.
     """
     return field(default=default, metadata={"help": help, "least": least, "choices": choices})
 

@@ -70,12 +70,7 @@ def small_llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def write_backbone(folder: str | Path, seed: int = 0) -> None:
-    """Write an untrained `small_llama_config` model and its tokenizer as an ordinary causal-LM folder.
-
-    Args:
-        folder: where they go.
-        seed: seed of the weights.
-    """
+    """Write an untrained `small_llama_config` model and its tokenizer as an ordinary causal-LM folder."""
     tokenizer = train_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

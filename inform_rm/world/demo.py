@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from inform_rm.errors import check_whole_number
 from inform_rm.eval.accuracy import pairwise_accuracy
@@ -166,7 +165,6 @@ def _run(folder: Path, backbone: str | None, world: WorldConfig, budget: DemoBud
     page = demo_page(
         {**result, "seconds": stages.seconds()}, rows, rewards,
         logs={name: run["log_history"] for name, run in runs.items()},
-        latents=_latents(scorers["inform"], rows["in_distribution"]),
         gaps={name: audit.pairs for name, audit in audits.items()},
         curves=best_of_n.to_dict(), points=detection.points,
     )  # fmt: skip
@@ -263,21 +261,6 @@ def _compare(test_set: str, rows: list[dict[str, Any]], rewards: dict[str, dict[
     return {**compared, "inform_minus_standard": difference}
 
 
-@torch.no_grad()
-def _latents(scorer: RewardScorer, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Latent means and KL per dimension ``(2 N, K)`` of chosen, then rejected responses; their gold r1 ``(2 N,)``."""
-    means, kls, gold = [], [], []
-    for side in ("chosen", "rejected"):
-        for row in rows:
-            ids = torch.tensor([scorer.encode(row["prompt"], row[side], row["id"]).input_ids])
-            out = scorer.model(input_ids=ids.to(scorer.model.device), use_cache=False)
-            mean, log_variance = out.latent_mean[0].float().cpu(), out.latent_log_variance[0].float().cpu()
-            means.append(mean.numpy())
-            kls.append((0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)).numpy())
-            gold.append(row[f"gold_r1_{side}"])
-    return {"mean": np.array(means), "kl_nats": np.array(kls), "gold_r1": np.array(gold)}
-
-
 # Runs under `python -I`: no PYTHONPATH, no current folder; the package, if it is installed, is made unimportable.
 _LOAD_ELSEWHERE = """
 import json, sys
@@ -301,16 +284,8 @@ json.dump({"rewards": rewards, "ids_agree": ids_agree, "class": type(model).__mo
 def check_loads_elsewhere(folder: str | Path, rows: list[dict[str, Any]], scorer: RewardScorer) -> dict[str, Any]:
     """Load an exported model in a fresh interpreter that cannot import this package, and compare rewards.
 
-    Args:
-        folder: exported model.
-        rows: pairs whose chosen and rejected responses are scored there.
-        scorer: the model here.
-
-    Returns:
-        ``num_responses``, ``largest_reward_difference`` and the ``module`` that the class came from.
-
-    Raises:
-        RuntimeError: if it does not load, or token ids differ, or rewards by more than `ROUND_TRIP_TOLERANCE`.
+    `RuntimeError` if it does not load, or token ids of the pairs in ``rows`` differ, or rewards by more than
+    `ROUND_TRIP_TOLERANCE`; else ``num_responses``, ``largest_reward_difference`` and the ``module`` of its class.
     """
     texts = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
     input_ids = [scorer.encode(prompt, response, prompt).input_ids for prompt, response in texts]

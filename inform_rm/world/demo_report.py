@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from inform_rm.eval.best_of_n.report import CURVES_CAPTION, curves_figure
 from inform_rm.eval.decompose_report import PLANE_CAPTION, draw_plane
 from inform_rm.eval.detection.report import MAP_CAPTION, map_figure
-from inform_rm.util.colors import BLUE, GREY, ORANGE, VERMILION
+from inform_rm.util.colors import BLUE, GREY, VERMILION
 from inform_rm.util.page import (
     Block,
     Heading,
@@ -45,15 +45,11 @@ _CAPTIONS = (
     "Training. Loss without the KL term and accuracy are those of the validation pairs, which hold no label noise.",
     "Share of in-distribution pairs ranked right against the probability that the model gives, with 95 % Wilson "
     "intervals. On the dashed line a model is as sure as it should be.",
-    "InfoRM: mean KL of each latent dimension from its prior, largest first. Dimensions near 0 carry nothing.",
-    "InfoRM: the latent means of in-distribution responses, on their two main axes, coloured by how many of the two "
-    "requested things the response gets right.",
     f"Best of n responses, chosen by each model. {CURVES_CAPTION}",
     f"InfoRM's choices as candidates, the policy's first responses as reference. {MAP_CAPTION}",
 )
 _MODELS = {"standard": "standard", "inform": "InfoRM"}
 _COLORS = {"standard": BLUE, "inform": VERMILION, "rule": GREY}
-_GOLD_COLORS = (VERMILION, ORANGE, BLUE)
 
 
 def console_table(result: dict[str, Any]) -> str:
@@ -75,27 +71,20 @@ def demo_page(
     rewards: dict[str, dict[str, np.ndarray]],
     *,
     logs: dict[str, list[dict[str, float]]],
-    latents: dict[str, np.ndarray],
     gaps: dict[str, dict[str, np.ndarray]],
     curves: dict[str, Any],
     points: dict[str, list[Any]],
 ) -> Page:
     """The demo's page.
 
-    Args:
-        result: what the demo measured.
-        rows: test set to its pairs, with gold columns.
-        rewards: model to test set to ``(N, 2)`` rewards, chosen and rejected.
-        logs: model to the log lines of its training.
-        latents: ``mean`` and ``kl_nats`` ``(M, K)`` and ``gold_r1`` ``(M,)`` of in-distribution responses.
-        gaps: model to the columns of `inform_rm.eval.decompose.DecompositionResult.pairs`.
-        curves: best-of-n with both models (see `inform_rm.eval.best_of_n.simulate.simulate`).
-        points: of the map (see `inform_rm.eval.detection.report.map_figure`).
+    Of the result, the pairs of each test set with their gold columns, ``(N, 2)`` rewards (chosen and rejected) by
+    model and test set, the models' training logs, the columns of `DecompositionResult.pairs` by model, best-of-n with
+    both models, and the points of the map (`inform_rm.eval.detection.report.map_figure`).
     """
     figures: list[Callable[[], Figure]] = [
         lambda: _accuracy_figure(result), lambda: _margin_figure(rows, rewards), lambda: _plane_figure(gaps),
-        lambda: _training_figure(logs), lambda: _reliability_figure(result), lambda: _kl_figure(latents),
-        lambda: _latent_figure(latents), lambda: curves_figure(curves), lambda: map_figure(points),
+        lambda: _training_figure(logs), lambda: _reliability_figure(result), lambda: curves_figure(curves),
+        lambda: map_figure(points),
     ]  # fmt: skip
     elsewhere = result["loaded_elsewhere"]
     blocks: list[Block] = [
@@ -306,27 +295,4 @@ def _reliability_figure(result: dict[str, Any]) -> Figure:
         axes.errorbar(confidences, *_error_bars(bins), fmt="o-", capsize=3, color=_COLORS[model], label=label)
     axes.set(xlabel="predicted probability, sigmoid(|margin|)", ylabel="pairs ranked right (share)", ylim=(0, 1.02))
     axes.legend(loc="lower right")
-    return figure
-
-
-def _kl_figure(latents: dict[str, np.ndarray]) -> Figure:
-    figure, axes = _panels(3.4)
-    kl = np.sort(latents["kl_nats"].mean(axis=0))[::-1]
-    axes.bar(np.arange(1, len(kl) + 1), kl, color=_COLORS["inform"])
-    axes.set(xlabel="latent dimension, by rank", ylabel="mean KL (nats)")
-    axes.set_title(f"sum {kl.sum():.2f} nats over {len(kl)} dimensions", fontsize=11)
-    return figure
-
-
-def _latent_figure(latents: dict[str, np.ndarray]) -> Figure:
-    figure, axes = _panels(4.8)
-    centered = latents["mean"] - latents["mean"].mean(axis=0)
-    left, scale, _ = np.linalg.svd(centered, full_matrices=False)
-    points = left[:, :2] * scale[:2]
-    shares = scale[:2] ** 2 / max(float((scale**2).sum()), 1e-12)
-    for value, color in enumerate(_GOLD_COLORS):
-        part = points[latents["gold_r1"] == value]
-        axes.scatter(part[:, 0], part[:, 1], s=12, alpha=0.55, linewidths=0, color=color, label=f"{value} of 2 right")
-    axes.set(xlabel=f"first main axis ({shares[0]:.0%} of variance)", ylabel=f"second main axis ({shares[1]:.0%})")
-    figure.legend(loc="outside upper center", ncols=3)
     return figure

@@ -9,7 +9,7 @@ import numpy as np
 
 from inform_rm.data.messages import to_messages
 from inform_rm.errors import InputError
-from inform_rm.eval.best_of_n.recorded import is_recorded
+from inform_rm.eval.best_of_n.policies import is_recorded
 from inform_rm.eval.best_of_n.report import BestOfNResult
 from inform_rm.eval.best_of_n.simulate import simulate
 from inform_rm.scoring.scorer import Prompt
@@ -63,11 +63,7 @@ class WorldGold:
 
 
 def world_text(prompt: Prompt) -> str:
-    """The text of a prompt that may be one of the world: text, or one message.
-
-    Raises:
-        InputError: if it is a conversation.
-    """
+    """The text of a prompt that may be one of the world: text, or one message; `InputError` for a conversation."""
     messages = to_messages(prompt)
     if len(messages) != 1:
         raise InputError(
@@ -78,11 +74,7 @@ def world_text(prompt: Prompt) -> str:
 
 
 def world_prompts(num_prompts: int = WORLD_PROMPTS, seed: int = 0) -> list[str]:
-    """Distinct prompts of the world; a longer list starts with the shorter one.
-
-    Raises:
-        InputError: the world has fewer.
-    """
+    """Distinct prompts of the world, `InputError` if it has fewer; a longer list starts with the shorter one."""
     texts: dict[str, None] = {}
     drawn, before = num_prompts, -1
     while before < len(texts) < num_prompts:  # until a draw of twice the size, which starts alike, finds no new prompt
@@ -97,14 +89,8 @@ def world_prompts(num_prompts: int = WORLD_PROMPTS, seed: int = 0) -> list[str]:
 def attack(proxy: Any, output: str | Path | None = None, **options: Any) -> BestOfNResult:
     """`inform_rm.eval.best_of_n.simulate.simulate` where what is not named is the world's: policy, gold and prompts.
 
-    Args:
-        proxy: see `simulate`.
-        output: see `simulate`.
-        options: of `simulate`; ``gold``, ``policy`` and, without ``data``, ``prompts`` may be left out or ``None``;
-            ``num_prompts`` (128 by default) says how many prompts then.
-
-    Raises:
-        InputError: as `simulate`, and on prompts that are not the world's without a gold reward model.
+    Of its ``options`` ``gold``, ``policy`` and, without ``data``, ``prompts`` may be left out or ``None``;
+    ``num_prompts`` (128 by default) says how many prompts then. Others than the world's need a gold reward model.
     """
     if options.get("prompts") is None and options.get("data") is None and not is_recorded(options.get("policy")):
         wanted = options.get("num_prompts")

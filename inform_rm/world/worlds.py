@@ -97,11 +97,7 @@ def _slot_words(text: str) -> dict[str, set[str]]:
 
 
 def gold_prompt_related(prompt: str, response: str) -> float:
-    """``r1``: how many of the requested words the response uses without naming a rival of the same kind.
-
-    Raises:
-        InputError: if the prompt asks for nothing that this world knows.
-    """
+    """``r1``: how many of the requested words the response uses without naming a rival of the same kind."""
     requested = _slot_words(prompt)
     if not requested:
         raise InputError(f"prompt {prompt!r} asks for nothing this world knows. Use a prompt of `sample_prompt`.")
@@ -245,9 +241,6 @@ def sample_responses(prompt: str, num_responses: int, seed: int = 0, word_accura
     """Responses of the world's policy to one of its prompts; `gold_reward` scores each of them exactly.
 
     Each requested word is met with probability `word_accuracy`, and style is drawn independently of that.
-
-    Raises:
-        InputError: if the prompt does not belong to this world.
     """
     requested = {slot: next(iter(words)) for slot, words in _slot_words(prompt).items()}
     families = [name for name, family in FAMILIES.items() if set(family.slots) == set(requested)]

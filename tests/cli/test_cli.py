@@ -45,7 +45,7 @@ def test_simulate_names_proxies_by_folder_or_as_told(trained, causal_lm_dir, pai
     assert result["proxies"]["run"] == result["proxies"]["again"]
     assert "again: gold peaks at n = " in capsys.readouterr().out
     assert main([*command, "--proxy", str(trained), str(trained)]) == 2
-    assert "two models have the same name" in capsys.readouterr().err
+    assert "two of them have the same name" in capsys.readouterr().err
 
 
 def test_train_evaluate_score_export_in_a_row(trained, pairs_file, tmp_path, capsys):

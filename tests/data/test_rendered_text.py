@@ -16,12 +16,12 @@ from inform_rm.data.preferences import load_preferences
 from inform_rm.data.rendered_text import NotRenderedError, what_is_lost
 from inform_rm.errors import InputError
 from inform_rm.eval.evaluate import evaluate
-from inform_rm.eval.sources import PairSettings, load_sources
+from inform_rm.eval.settings import PairSettings
+from inform_rm.eval.sources import load_sources
 from inform_rm.eval.suites.evaluate_suite import evaluate_suite
 from inform_rm.scoring.score_files import score_file
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.serving.errors import RowError
-from inform_rm.serving.rows import encode_rows
+from inform_rm.serving.rows import RowError, encode_rows
 
 # As published for distilled reasoning models: what precedes </think> in a reply is cut.
 CUTTING_TEMPLATE = (

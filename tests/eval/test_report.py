@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inform_rm.eval import report
 from inform_rm.eval.accuracy import pairwise_accuracy, reliability_bins
+from inform_rm.eval.results import EvaluationResult, accuracy_table, reliability_figure
 from inform_rm.util.page import figure_png, png_data_uri
 
 
@@ -44,8 +44,8 @@ EXPECTED_ROWS = [
 
 def test_markdown_and_html_hold_the_figures(read_page):
     result = make_result()
-    assert report.accuracy_table(result).cells() == EXPECTED_ROWS
-    written = report.result_page(result, b"png")
+    assert accuracy_table(result).cells() == EXPECTED_ROWS
+    written = EvaluationResult(**result, rows=[]).page()
     page, markdown = read_page(written.html()), written.markdown()
     assert page.rows[1:7] == EXPECTED_ROWS
     cells = [re.split(r"\s*\|\s*", line.strip("| ")) for line in markdown.splitlines() if line.startswith("| ")]
@@ -61,14 +61,14 @@ def test_parts_that_were_not_measured_are_absent():
     result = {**make_result(), **pairwise_accuracy([1.0], [0.0])}
     for key in ("subsets", "by_length", "longer_wins_accuracy"):
         result.pop(key)
-    assert len(report.accuracy_table(result).rows) == 1
-    assert "longer" not in report.result_page(result, b"png").markdown()
+    assert len(accuracy_table(result).rows) == 1
+    assert "longer" not in EvaluationResult(**result, rows=[]).page().markdown()
 
 
 @pytest.mark.parametrize("nasty", ["<script>alert(1)</script>", "a\"b'c&amp;", "pipe|new\nline", "é 表"])
 def test_names_from_data_cannot_break_the_page_or_the_table(nasty, read_page):
     result = make_result((nasty, "x", "x", nasty), name=nasty)
-    written = report.result_page(result, b"png")
+    written = EvaluationResult(**result, rows=[]).page()
     page, markdown = read_page(written.html()), written.markdown()
     assert "script" not in page.tags
     assert nasty in [row[0] for row in page.rows]
@@ -78,7 +78,7 @@ def test_names_from_data_cannot_break_the_page_or_the_table(nasty, read_page):
 
 
 def test_html_needs_no_other_file(read_page):
-    page = read_page(report.result_page(make_result(), b"\x89PNG").html())
+    page = read_page(EvaluationResult(**make_result(), rows=[]).page().html())
     sources = page.values("src", "href")
     assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
     assert not set(page.tags) & {"script", "link", "iframe"}
@@ -91,7 +91,7 @@ def test_embedded_image_decodes_to_the_same_bytes(png):
 
 def test_reliability_figure_draws_the_bins():
     bins = reliability_bins(np.random.default_rng(0).normal(1, 2, 500))
-    figure = report.reliability_figure(bins)
+    figure = reliability_figure(bins)
     axes, counts = figure.axes
     line = axes.containers[0].lines[0]
     np.testing.assert_allclose(line.get_xdata(orig=False), [part["mean_confidence"] for part in bins])
@@ -105,7 +105,7 @@ def test_reliability_figure_draws_the_bins():
 
 def test_figure_png_is_an_image_without_a_display(monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
-    png = figure_png(report.reliability_figure(reliability_bins([0.5, -0.2])))
+    png = figure_png(reliability_figure(reliability_bins([0.5, -0.2])))
     assert png.startswith(b"\x89PNG\r\n\x1a\n") and png.endswith(b"IEND\xaeB`\x82")
 
 
@@ -115,4 +115,4 @@ def test_reliability_figure_takes_bins_that_are_all_right_or_all_wrong():
         right = pairwise_accuracy(np.full(n, 9.0), np.zeros(n))
         wrong = pairwise_accuracy(np.zeros(n), np.full(n, 9.0))
         for result in (right, wrong):
-            report.reliability_figure(result["calibration"]["bins"])
+            reliability_figure(result["calibration"]["bins"])

@@ -14,9 +14,9 @@ from inform_rm.errors import InputError
 from inform_rm.hub.cards import average_card, complete_card, model_card, whole_model_card
 from inform_rm.hub.eval_results import eval_results
 from inform_rm.hub.export import export_model
-from inform_rm.hub.result_folders import read_result_folder
 from inform_rm.scoring.reward_models import fingerprint_model, load_reward_model
 from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
+from inform_rm.util.result_folders import read_result_folder
 
 NASTY = "<script>alert('x')</script> [a](javascript:b) `c` | d\nline"
 RUN = {
@@ -195,11 +195,15 @@ def test_what_was_left_out_is_said_once(model_dir, results, tmp_path):
 
 
 def test_hub_data_is_named_by_id_and_revision(results):
-    folder = results(data=[source("org/pairs[test]", "1" * 64, is_local=False)], settings={}, subsets={})
+    folder = results(
+        data=[source("org/pairs[test]", "1" * 64, is_local=False)], settings={"dtype": "float32"}, subsets={}
+    )
     (entry,) = eval_results(read_result_folder(folder))
     assert (entry.dataset_type, entry.dataset_split, entry.dataset_revision) == ("org/pairs", "test", None)
-    pinned = results("pinned", data=[source("org/pairs", "1" * 64, is_local=False), source("x/y.csv", "2" * 64)],
-                     settings={"data_revision": "abc", "max_pairs": 5}, seed=7, subsets={})  # fmt: skip
+    pinned = results(
+        "pinned", data=[source("org/pairs", "1" * 64, is_local=False), source("x/y.csv", "2" * 64)], seed=7,
+        settings={"data_revision": "abc", "max_pairs": 5, "dtype": "float32"}, subsets={},
+    )  # fmt: skip
     (entry,) = eval_results(read_result_folder(pinned))
     assert (entry.dataset_name, entry.dataset_revision) == ("org/pairs + y.csv", "abc")
     assert entry.dataset_args == {"fingerprints": ["1" * 12, "2" * 12], "max_pairs": 5, "seed": 7}

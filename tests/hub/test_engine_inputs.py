@@ -16,7 +16,6 @@ from inform_rm.data.encoding import encode
 from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.hub import engine_inputs, folding
-from inform_rm.hub.engine_advice import vllm_command
 from inform_rm.hub.engine_inputs import (
     compare_engine_inputs,
     drop_bos_token,
@@ -26,6 +25,7 @@ from inform_rm.hub.engine_inputs import (
     feed_verl,
     feed_with_special_tokens,
     reads_the_same,
+    vllm_command,
 )
 
 PROMPT, RESPONSE = [{"role": "user", "content": "hello"}], "bye"

@@ -8,14 +8,14 @@ from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entrie
 
 from inform_rm.hub.eval_results import entries_of_run, eval_entries, is_local, write_entries
 from inform_rm.hub.export import export_model
-from inform_rm.hub.result_folders import ResultFolder
 from inform_rm.scoring.reward_models import fingerprint_model, load_reward_model
+from inform_rm.util.result_folders import ResultFolder
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 DATA = {"source": "org/pairs[en/test]", "fingerprint": "1" * 64, "is_local": False, "bad_rows": 0, "dropped": 0}
 PAIRS = {
     "data": [DATA],
-    "settings": {"data_revision": COMMIT}, "seed": 0,
+    "settings": {"data_revision": COMMIT, "dtype": "float32"}, "seed": 0,
     "accuracy": 0.75, "num_pairs": 8, "accuracy_interval": [0.41, 0.93], "calibration": {}, "model": "m",
 }  # fmt: skip
 SUITE = {

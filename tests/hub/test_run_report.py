@@ -15,17 +15,18 @@ from inform_rm.cli import main
 from inform_rm.errors import InputError
 from inform_rm.eval.decompose import decompose
 from inform_rm.eval.detection.detect import detect
-from inform_rm.hub.result_folders import read_result_folder
 from inform_rm.hub.run_report import curves_figure
 from inform_rm.training.reward_arguments import RewardTrainingArguments, settings_of
 from inform_rm.training.run import train
+from inform_rm.util.result_folders import read_result_folder
 
 NASTY = "<script>document.title='taken'</script><img src=x onerror=alert(1)>&amp;\"'"
 WORDS = ["sun", "moon", "sea", "sky", "tree", "bird", "rain", "snow"]
 SUITE = {
     "suite": "rewardbench", "title": NASTY, "complete": False, "score": None, "missing": [f"Chat: {NASTY}"],
     "sections": {NASTY: {"score": 0.5, "num_items": 20, "interval": [0.4, 0.6]}},
-    "subsets": {"one": {"accuracy": 0.25, "num_items": 20, "published_items": 30}}, "model": "m", "settings": {},
+    "subsets": {"one": {"accuracy": 0.25, "num_items": 20, "published_items": 30}}, "model": "m",
+    "settings": {"dtype": "float32"},
 }  # fmt: skip
 
 

@@ -215,7 +215,7 @@ def test_records_that_name_different_starts_are_refused(members, tmp_path):
     record(1, model="some/backbone", revision=None)
     average_weights(copies, tmp_path / "mean2", progress=False)
     (copies[2] / "train_result.json").write_text("{}")
-    refused(copies, tmp_path / "mean3", "is not a record of train")
+    refused(copies, tmp_path / "mean3", "train_result.json is damaged")
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_a_value_that_a_template_does_not_get_is_an_error():
 
 @pytest.mark.parametrize(
     "name",
-    ["hub.run_report", "hub.cards", "eval.report", "eval.decompose_report", "world.demo_report",
+    ["hub.run_report", "hub.cards", "eval.results", "eval.decompose_report", "world.demo_report",
      *(f"eval.{room}.report" for room in ("comparison", "detection", "best_of_n", "suites"))],
 )  # fmt: skip
 def test_modules_that_build_pages_write_no_markup(name):

@@ -117,19 +117,16 @@ def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(read_p
         for model in ("standard", "inform")
     }
     rng = np.random.default_rng(0)
-    latents = {"mean": rng.normal(size=(80, 4)), "kl_nats": rng.random((80, 4)), "gold_r1": rng.integers(0, 3, 80)}
     columns = ("prompt_free_gap", "prompt_related_gap", "words difference")
     gaps = {model: {name: rng.normal(size=30) for name in columns} for model in ("standard", "inform")}
     points = {"x": [0.0, 1.0, 2.0], "y": [1.0, 0.0, 2.0], "kind": ["reference", "candidate", "outlier"]}
-    source_text = demo_page(
-        result, ROWS, rewards, logs=logs, latents=latents, gaps=gaps, curves=made_up_curves(), points=points
-    ).html()
+    source_text = demo_page(result, ROWS, rewards, logs=logs, gaps=gaps, curves=made_up_curves(), points=points).html()
     page = read_page(source_text)
     sources, alternatives = page.values("src", "srcset", "href"), page.values("alt")
-    assert len(sources) == 18 and len(set(sources)) == 18  # nine figures, each in two schemes
+    assert len(sources) == 14 and len(set(sources)) == 14  # seven figures, each in two schemes
     for source in sources:
         assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
-    assert len(alternatives) == 9 and all(alternatives)
+    assert len(alternatives) == 7 and all(alternatives)
     assert "<b>&amp;" in page.text  # a name with markup in it is shown, not obeyed
     for name in TEST_SETS:
         assert f"{result['test_sets'][name]['inform']['accuracy']:.3f} [" in page.text

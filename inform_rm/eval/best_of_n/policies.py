@@ -1,7 +1,8 @@
-"""Where best-of-n takes prompts and responses from: preference data and a language model."""
+"""Where best-of-n takes prompts and responses from: preference data, a language model, and files of responses."""
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,9 @@ from transformers import GenerationConfig
 
 from inform_rm.data.messages import to_messages
 from inform_rm.data.preferences import load_preferences
-from inform_rm.data.sources import Source, source_list
+from inform_rm.data.records import data_suffix
+from inform_rm.data.response_rows import RowFault, score_rows_or_faults
+from inform_rm.data.sources import Source, source_digest, source_label, source_list
 from inform_rm.data.tokenizer import fix_date, load_tokenizer, render
 from inform_rm.decomposition.gap_grid import distinct_prompts
 from inform_rm.errors import InputError, check_whole_number
@@ -103,18 +106,8 @@ class CausalLMPolicy:
         )  # fmt: skip
 
     def sample(self, prompt: Prompt, num_responses: int, seed: int) -> list[str]:
-        """Responses to one prompt.
-
-        Raises:
-            InputError: on a prompt that cannot be rendered, or leaves no room for ``max_new_tokens``.
-        """
+        """Responses to one prompt; `InputError` as of `prompt_ids`."""
         ids = self.prompt_ids(prompt)
-        limit = checked_max_length(self.model, None)
-        if limit is not None and len(ids) + self.max_new_tokens > limit:
-            raise InputError(
-                f"policy: a prompt of {len(ids)} tokens and max_new_tokens={self.max_new_tokens} exceed the {limit} "
-                "tokens that the model can take. Lower max_new_tokens or leave out the prompt."
-            )
         device = self.model.get_input_embeddings().weight.device
         batch = max(1, TOKENS_PER_BATCH // (len(ids) + self.max_new_tokens))
         key = hashlib.sha256(f"policy/{seed}/{ids}".encode()).digest()
@@ -152,16 +145,70 @@ class CausalLMPolicy:
         return [text.strip() for text in texts] if self.tokenizer.chat_template else texts
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids that the model goes on from; `InputError` on a prompt that cannot be rendered."""
+        """Token ids to go on from; `InputError` if it cannot be rendered, or leaves no room for ``max_new_tokens``."""
         messages = to_messages(prompt)
         if self.tokenizer.chat_template is not None:
-            return list(render(self.tokenizer, [messages], add_generation_prompt=True)[0])
-        if len(messages) > 1:
+            ids = list(render(self.tokenizer, [messages], add_generation_prompt=True)[0])
+        elif len(messages) > 1:
             raise InputError(
                 f"policy: a prompt of {len(messages)} messages needs a chat template and the tokenizer has none."
             )
-        ids = list(self.tokenizer(messages[0]["content"])["input_ids"])
-        return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
+        else:
+            ids = list(self.tokenizer(messages[0]["content"])["input_ids"])
+            ids = ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
+        limit = checked_max_length(self.model, None)
+        if not ids:
+            raise InputError("the prompt has no tokens.")
+        if limit is not None and len(ids) + self.max_new_tokens > limit:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens; these and max_new_tokens={self.max_new_tokens} exceed the {limit} "
+                "that the model can take. Lower max_new_tokens or leave out the prompt."
+            )
+        return ids
+
+
+def is_recorded(policy: Any) -> bool:
+    """Whether a policy is named by a file of responses."""
+    return isinstance(policy, str | Path) and data_suffix(Path(policy).name) is not None
+
+
+class RecordedPolicy:
+    """The responses of a source, as a `Policy`: those to a prompt in order, whatever the seed.
+
+    The source has rows with ``prompt`` and ``response``, see `inform_rm.data.response_rows.score_rows_or_faults`;
+    `InputError` for one that cannot be read.
+
+    Attributes:
+        prompts: distinct prompts, in order.
+        num_cut: responses given so far whose ``finish_reason`` is ``"length"``.
+    """
+
+    def __init__(self, source: Source):
+        self.name, self._digest, self.num_cut = source_label(source), source_digest(source), 0
+        self._responses: dict[str, list[tuple[str, bool]]] = defaultdict(list)
+        found: dict[str, Prompt] = {}
+        for row in score_rows_or_faults(source):
+            if isinstance(row, RowFault):
+                raise InputError(row.reason)
+            key = json.dumps(row.prompt)
+            found.setdefault(key, row.prompt)
+            self._responses[key].append((row.response, row.fields.get("finish_reason") == "length"))
+        self.prompts = list(found.values())
+
+    def sample(self, prompt: Prompt, num_responses: int, seed: int) -> list[str]:
+        """The first ``num_responses`` to a prompt; `InputError` if there are fewer."""
+        own = self._responses.get(json.dumps(to_messages(prompt)), [])
+        if len(own) < num_responses:
+            raise InputError(
+                f"policy: {self.name} has {len(own)} responses to the prompt {str(prompt)[:60]!r}; asked for are "
+                f"{num_responses}. Lower num_responses, or write more: generate with num_samples."
+            )
+        self.num_cut += sum(is_cut for _, is_cut in own[:num_responses])
+        return [text for text, _ in own[:num_responses]]
+
+    def identity(self) -> dict[str, Any]:
+        """Name and digest of the source."""
+        return {"name": self.name, "digest": self._digest}
 
 
 def choose_prompts(
@@ -171,17 +218,10 @@ def choose_prompts(
     seed: int = 0,
     columns: Mapping[str, str] | None = None,
 ) -> list[Prompt]:
-    """Distinct prompts from a list or from preference data.
+    """Distinct prompts (texts or lists of messages) from a list or from the preference pairs of ``data``.
 
-    Args:
-        prompts: texts or lists of messages.
-        data: sources of preference pairs, as `inform_rm.data.preferences.load_preferences` reads them.
-        num_prompts: a random subset of this many.
-        seed: seed of the subset.
-        columns: which columns of the data are what, see `inform_rm.data.columns.Columns.of`.
-
-    Raises:
-        InputError: both, neither or bad sources, an empty or repeated prompt, or fewer than asked for.
+    With ``num_prompts`` a random subset of this many, drawn with ``seed``. `InputError` for both, neither or bad
+    sources, an empty or repeated prompt, or fewer than asked for.
     """
     if (prompts is None) == (data is None):
         given = "neither" if data is None else "both"

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from inform_rm.eval.frame import Result, unwritten
 from inform_rm.util.colors import SERIES
-from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png, settings_table
+from inform_rm.util.page import Block, Heading, Table, settings_table
 
 CURVES_CAPTION = (
     "Gain over a response drawn at random, against KL divergence from the policy, with 95 % intervals over prompts. "
@@ -69,20 +69,15 @@ class BestOfNResult(Result):
         """Gold and proxy against KL."""
         return curves_figure(self.to_dict())
 
-    def page(self) -> Page:
-        """Peaks, curves and the figures at each n."""
-        image = Image(figure_png(self.figure()), CURVES_CAPTION, "curves.png")
-        blocks: list[Block] = [self.table(), *self._notes(), image]
-        columns = ("n", "KL", "proxy", "gold", "gold, 95 % interval", "gold, gain", "gain, 95 % interval", "words")
-        for name, curve in self.proxies.items():
-            gold = [curve["gold"][part] for part in ("mean", "interval", "gain", "gain_interval")]
-            rows = zip(self.ns, self.kl_nats, curve["proxy"]["mean"], *gold, curve["words"]["mean"], strict=True)
-            blocks += [Heading(f"{name}: {curve['model']}"), Table(columns, list(rows))]
-        made_by = {"seed": self.seed, "policy": self.policy, "gold": self.gold}
-        return Page(self.title, [*blocks, Heading("Settings"), settings_table(self.settings, made_by, self.versions)])
+    def settings_table(self) -> Table:
+        """What it was computed with."""
+        return settings_table(
+            self.settings, {"seed": self.seed, "policy": self.policy, "gold": self.gold}, self.versions
+        )
 
-    def _notes(self) -> list[str]:
-        notes = [
+    def _blocks(self) -> list[Block]:
+        blocks: list[Block] = [
+            self.table(),
             f"{self.num_responses} responses to each of {self.num_prompts} prompts by {self.policy['model']}; gold "
             f"reward: {self.gold['model']}. Intervals: {self.intervals}. Of {self.num_prompts * self.num_responses} "
             f"responses {self.distinct_responses} are distinct within their prompt and {self.empty_responses} are "
@@ -91,8 +86,14 @@ class BestOfNResult(Result):
             "of its interval is above 0.",
         ]
         if self.cut_responses is not None:
-            notes.append(f"{self.cut_responses} responses had not ended and were cut.")
-        return notes
+            blocks.append(f"{self.cut_responses} responses had not ended and were cut.")
+        blocks.append(self._drawn(CURVES_CAPTION, "curves.png"))
+        columns = ("n", "KL", "proxy", "gold", "gold, 95 % interval", "gold, gain", "gain, 95 % interval", "words")
+        for name, curve in self.proxies.items():
+            gold = [curve["gold"][part] for part in ("mean", "interval", "gain", "gain_interval")]
+            rows = zip(self.ns, self.kl_nats, curve["proxy"]["mean"], *gold, curve["words"]["mean"], strict=True)
+            blocks += [Heading(f"{name}: {curve['model']}"), Table(columns, list(rows))]
+        return blocks
 
 
 def curves_figure(result: dict[str, Any]) -> Figure:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,11 +12,11 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from inform_rm.data.sources import Source, source_label, source_list
-from inform_rm.errors import InputError, check_whole_number
-from inform_rm.eval.best_of_n.policies import CausalLMPolicy, Policy, choose_prompts
-from inform_rm.eval.best_of_n.recorded import RecordedPolicy, is_recorded
+from inform_rm.errors import InputError
+from inform_rm.eval.best_of_n.policies import CausalLMPolicy, Policy, RecordedPolicy, choose_prompts, is_recorded
 from inform_rm.eval.best_of_n.report import BestOfNResult
 from inform_rm.eval.frame import parquet, settings_of
+from inform_rm.eval.settings import SimulationSettings, check_numbers
 from inform_rm.scoring.scorer import NonFiniteRewardError, Prompt, RewardScorer
 from inform_rm.util.files import check_output_directory
 
@@ -57,7 +56,7 @@ def best_of_n_weights(num_responses: int, ns: Sequence[int]) -> np.ndarray:
         >>> best_of_n_weights(3, [1, 2, 3]).round(3).tolist()
         [[0.333, 0.333, 0.333], [0.0, 0.333, 0.667], [0.0, 0.0, 1.0]]
     """
-    _check_numbers(ns, num_responses)
+    check_numbers(ns, num_responses)
     ranks = np.arange(num_responses, 1, -1, dtype=np.float64)
     weights = np.empty((len(ns), num_responses))
     for row, n in enumerate(ns):
@@ -146,51 +145,6 @@ def overoptimization_curves(
         "gold": float(means[peak]), "fall": float(means.max() - means[-1]), "fall_interval": _interval(falls),
     }  # fmt: skip
     return result
-
-
-def _check_numbers(ns: Sequence[int], num_responses: int) -> None:
-    whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in ns)
-    if not len(ns) or not whole or sorted(set(ns)) != list(ns) or not 1 <= ns[0] <= ns[-1] <= num_responses:
-        raise InputError(
-            f"ns: {list(ns)}; expected rising whole numbers from 1 to at most the {num_responses} responses of each "
-            "prompt. Sample more responses or leave the larger numbers out."
-        )
-
-
-@dataclass(frozen=True)
-class SimulationSettings:
-    """How hard and how often best-of-n chooses.
-
-    Attributes:
-        columns: which columns of the data are what, see `inform_rm.data.columns.Columns.of`.
-        num_prompts: use a random subset of this many prompts; ``None``: all.
-        num_responses: N, responses to each prompt.
-        ns: numbers to choose from, at most N; by default powers of two up to N.
-        temperature: of a policy named by folder or Hub id, as is ``max_new_tokens``.
-        seed: of prompts, responses and bootstrap.
-
-    Raises:
-        InputError: a value out of range, by name.
-    """
-
-    columns: Mapping[str, str] | None = None
-    num_prompts: int | None = None
-    num_responses: int = 1024
-    ns: Sequence[int] | None = None
-    temperature: float = 1.0
-    max_new_tokens: int = 128
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_prompts", 2), ("num_responses", 2), ("seed", 0)):
-            if name != "num_prompts" or self.num_prompts is not None:
-                check_whole_number(name, getattr(self, name), least)
-        _check_numbers(self.numbers, self.num_responses)
-
-    @property
-    def numbers(self) -> list[int]:
-        """The ns."""
-        return [2**power for power in range(self.num_responses.bit_length())] if self.ns is None else list(self.ns)
 
 
 def simulate(

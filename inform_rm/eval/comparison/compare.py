@@ -3,17 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from inform_rm.data.sources import Sources
 from inform_rm.errors import InputError
-from inform_rm.eval.comparison import report
 from inform_rm.eval.comparison.paired import (
     holm_adjusted,
     length_controlled_accuracy,
@@ -21,67 +18,19 @@ from inform_rm.eval.comparison.paired import (
     mcnemar_test,
     paired_bootstrap,
 )
+from inform_rm.eval.comparison.report import ComparisonResult
 from inform_rm.eval.comparison.result_rows import ResultRows, matched, read_result_rows
-from inform_rm.eval.evaluate import EvaluationResult, evaluate
-from inform_rm.eval.frame import Result, json_lines, unwritten
-from inform_rm.eval.results import RankingResult, ScoreResult
-from inform_rm.eval.suites.evaluate_suite import SuiteResult
+from inform_rm.eval.evaluate import evaluate
+from inform_rm.eval.frame import json_lines
+from inform_rm.eval.results import EvaluationResult, RankingResult, ScoreResult
+from inform_rm.eval.suites.report import SuiteResult
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.files import check_output_directory
 from inform_rm.util.intervals import wilson_interval
-from inform_rm.util.page import Page, Table, figure_png
 
 _OWN_FILES = ("result.json", "result.md", "result.html", "forest.png", "flips.jsonl")
 _ROUNDING = 1e-9  # a weighted mean of 0.8 may come out as 0.7999999999999999
-
-
 Evaluated = str | Path | EvaluationResult | SuiteResult
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonResult(Result):
-    """Several reward models on the same rows.
-
-    Attributes:
-        baseline: name of the first model.
-        suite: its name; ``None`` for pairs.
-        models: by name their folders, fingerprints, settings and published scores.
-        groups: each ``level``, ``name``, ``num_rows`` and per model ``accuracy`` with interval, where lengths are
-            known ``length_controlled_accuracy``, and against the baseline ``difference`` and, unless every row has
-            part of a credit, ``mcnemar``.
-        flips: by model how many rows were ``gained`` and ``lost``.
-        limits: least values.
-        below: what is less: ``model``, ``name``, ``value`` and ``limit``.
-        data: of the baseline.
-        flipped_rows: the lines of ``flips.jsonl``: rows that one of model and baseline has right, the other wrong.
-    """
-
-    baseline: str
-    suite: str | None
-    models: dict[str, dict[str, Any]]
-    groups: list[dict[str, Any]]
-    flips: dict[str, dict[str, int]]
-    limits: dict[str, float]
-    below: list[dict[str, Any]]
-    data: list[dict[str, Any]]
-    flipped_rows: list[dict[str, Any]] = unwritten()
-
-    @property
-    def title(self) -> str:
-        """Which models, on what."""
-        return report.title(self.to_dict())
-
-    def table(self) -> Table:
-        """Every group of rows, one line a model."""
-        return report.comparison_table(self.to_dict())
-
-    def figure(self) -> Figure:
-        """Forest plot of accuracies and differences."""
-        return report.forest_figure(self.to_dict())
-
-    def page(self) -> Page:
-        """All of it."""
-        return report.result_page(self.to_dict(), self.flipped_rows, figure_png(self.figure()))
 
 
 def compare(
@@ -254,8 +203,7 @@ def _groups(rows: list[ResultRows], num_resamples: int, seed: int) -> list[dict[
         "section": np.array(["" if name is None else name for name in rows[0].sections], dtype=object),
         "subset": np.array([subset for _, subset, _ in rows[0].keys], dtype=object),
     }
-    # Lengths belong to the rows: one folder that holds them serves all.
-    lengths = max((part.length_differences for part in rows), key=lambda values: np.isfinite(values).any())
+    lengths = rows[0].length_differences
     known = lengths[np.isfinite(lengths)]
     scale = length_scale(known) if len(known) else None
     groups = []

@@ -1,7 +1,7 @@
 """Statistics of two models on the same rows, and of one model apart from the lengths of what it compares."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,10 +10,17 @@ from scipy.special import expit
 from scipy.stats import binomtest, chi2
 
 from inform_rm.errors import InputError, check_whole_number
-from inform_rm.util.intervals import Interval
 
 _RIDGES = np.array([1e-4, 0.04])  # on quality and length: inverse variances, see length_controlled_accuracy
 _LARGEST_LOG_ODDS = 60.0  # a limit beyond is 0 or 1 to the last bit
+
+
+class Interval(NamedTuple):
+    """A statistic with its 95 % interval."""
+
+    estimate: float
+    low: float
+    high: float
 
 
 def paired_bootstrap(differences: ArrayLike, *, num_resamples: int = 10_000, seed: int = 0) -> Interval:
@@ -42,11 +49,10 @@ def paired_bootstrap(differences: ArrayLike, *, num_resamples: int = 10_000, see
     draws = np.random.default_rng(seed).multinomial(number, counts / number, size=num_resamples)
     means = draws @ values / number
     low, high = np.quantile(means, [0.025, 0.975]).tolist()
-    return Interval(float(values @ counts) / number, low, high, number, num_resamples)
+    return Interval(float(values @ counts) / number, low, high)
 
 
-@dataclass(frozen=True)
-class McNemarTest:
+class McNemarTest(NamedTuple):
     """Rows that only the first or the second model has right, those that could not be used, and the p-value."""
 
     first_only: int
@@ -99,8 +105,7 @@ def holm_adjusted(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-@dataclass(frozen=True)
-class LengthControlled:
+class LengthControlled(NamedTuple):
     """Accuracy on pairs of equal length; and the log odds that a chosen response gains by being much longer."""
 
     accuracy: Interval
@@ -179,7 +184,7 @@ def length_controlled_accuracy(
         return 2 * (float(fitted.fun) - float(best.fun)) - float(chi2.ppf(0.95, df=1))
 
     low, high = (_limit(excess, quality, direction) for direction in (-1.0, 1.0))
-    accuracy = Interval(float(expit(quality)), float(expit(low)), float(expit(high)), len(preferred), 0)
+    accuracy = Interval(float(expit(quality)), float(expit(low)), float(expit(high)))
     return LengthControlled(accuracy, length)
 
 

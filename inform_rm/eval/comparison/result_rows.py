@@ -1,6 +1,5 @@
 """What a result folder of `inform-rm evaluate` says of every row, in one form for pairs and suites."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -13,8 +12,9 @@ from numpy.typing import NDArray
 
 from inform_rm.data.records import open_file
 from inform_rm.errors import InputError
-from inform_rm.eval.evaluate import EvaluationResult
-from inform_rm.eval.suites.evaluate_suite import SuiteResult
+from inform_rm.eval.results import EvaluationResult
+from inform_rm.eval.suites.report import SuiteResult
+from inform_rm.util.result_folders import naming_damage, read_result_folder
 
 _SHOWN_ROWS = 3
 Key = tuple[str, str, str]  # source (fingerprint of the data, or name of the suite), subset, id
@@ -32,8 +32,7 @@ class ResultRows:
         keys: what tells rows apart.
         credits: ``(N,)`` from 0 (wrong) to 1 (right); of a pair of ``--data`` 0.5 for a tie.
         margins: ``(N,)`` lowest reward of the right candidates minus the highest of the others; NaN without both.
-        length_differences: ``(N,)`` characters of the chosen minus the rejected response; NaN where the row is no
-            pair, or the folder holds no lengths.
+        length_differences: ``(N,)`` characters of the chosen minus the rejected response; NaN where a row is no pair.
         candidates: what is known of a row's candidates apart from rewards; differs only if the data differs.
     """
 
@@ -64,22 +63,23 @@ class ResultRows:
 def read_result_rows(name: str, source: str | Path | EvaluationResult | SuiteResult) -> ResultRows:
     """The rows of a result on pairs or a suite, or of the folder that `inform_rm.evaluate` wrote for it.
 
-    Raises:
-        InputError: if it holds no finished evaluation, a line of it is broken, or rows cannot be told apart.
+    `InputError` if it holds no finished evaluation, a line of it is broken, or rows cannot be told apart.
     """
     if isinstance(source, EvaluationResult | SuiteResult):
-        folder, result, lines = f"{name} in memory", source.to_dict(), source.rows
+        where, result, lines = f"{name} in memory", source.to_dict(), source.rows
+        file = Path(where)
     else:
-        folder, result = str(source), _read_json(Path(source) / "result.json", Path(source))
-        file = "pairs.jsonl" if result.get("suite") is None else "items.jsonl"
-        lines = _read_lines(Path(source) / file, Path(source))
+        where, result = str(source), read_result_folder(source, ("evaluate", "suite")).result
+        file = Path(source) / ("pairs.jsonl" if result.get("suite") is None else "items.jsonl")
+        lines = _read_lines(file)
     suite = result.get("suite")
-    rows = _pair_rows(lines, result, folder) if suite is None else _suite_rows(lines, str(suite), folder)
-    found = ResultRows(name, folder, result, None if suite is None else str(suite), *rows)
+    with naming_damage("results", file):
+        rows = _pair_rows(lines, result) if suite is None else _suite_rows(lines, suite)
+    found = ResultRows(name, where, result, suite, *rows)
     repeated = [key for key, count in Counter(found.keys).items() if count > 1]
     if repeated:
         raise InputError(
-            f"{folder}: {_rows(len(repeated))} occur more than once ({_shown(repeated)}), so that they cannot be "
+            f"{where}: {_rows(len(repeated))} occur more than once ({_shown(repeated)}), so that they cannot be "
             "matched with those of another model. Give each row of a subset its own 'id', name no source twice, and "
             "evaluate again."
         )
@@ -87,11 +87,7 @@ def read_result_rows(name: str, source: str | Path | EvaluationResult | SuiteRes
 
 
 def matched(folders: Sequence[ResultRows]) -> list[ResultRows]:
-    """All folders with their rows in the order of the first.
-
-    Raises:
-        InputError: if they are of different suites or data, or do not hold the same rows: nothing is left out.
-    """
+    """All folders with their rows in the order of the first; `InputError` unless all hold the same rows."""
     first, *others = folders
     together = [first]
     for other in others:
@@ -105,7 +101,7 @@ def matched(folders: Sequence[ResultRows]) -> list[ResultRows]:
             _check_same_keys(who, first, other)
             together.append(other.reordered(first.keys))
             for key, one, two in zip(first.keys, first.candidates, together[-1].candidates, strict=True):
-                if one and two and one != two:
+                if one != two:
                     fault = f"row {_shown([key])} has other responses"
                     break
         if fault:
@@ -131,82 +127,39 @@ def _check_same_keys(who: str, first: ResultRows, other: ResultRows) -> None:
     )
 
 
-def _pair_rows(lines: list[dict[str, Any]], result: dict[str, Any], folder: str) -> tuple[Any, ...]:
-    if len(lines) != result.get("num_pairs"):
-        raise InputError(
-            f"{folder}: pairs.jsonl has {len(lines)} lines for the {result.get('num_pairs')} pairs of result.json. "
-            "They are not of one evaluation: evaluate again."
-        )
+def _pair_rows(lines: list[dict[str, Any]], result: dict[str, Any]) -> tuple[Any, ...]:
+    if len(lines) != result["num_pairs"]:
+        raise ValueError(f"{len(lines)} lines for the {result['num_pairs']} pairs of result.json")
     fingerprints = {item["source"]: item["fingerprint"] for item in result["data"]}
-    names = ("source", "subset", "id", "chosen_reward", "rejected_reward")
-    path = f"{folder}/pairs.jsonl"
-    columns = _columns(lines, names, path)
-    chosen, rejected = (_numbers(columns[name]) for name in names[-2:])
-    margins = chosen - rejected
+    keys = [(fingerprints[line["source"]], line["subset"], line["id"]) for line in lines]
+    margins = np.array([float(line["chosen_reward"]) - float(line["rejected_reward"]) for line in lines])
     if not np.isfinite(margins).all():
-        line = int(np.flatnonzero(~np.isfinite(margins))[0]) + 1
-        raise InputError(f"{path}, line {line}: the rewards are no finite numbers. Evaluate again.")
-    unknown = set(columns["source"]) - set(fingerprints)
-    if unknown:
-        raise InputError(f"{folder}: pairs.jsonl has the source {unknown.pop()!r}, which result.json does not name.")
-    sources = [fingerprints[source] for source in columns["source"]]
-    keys = list(zip(sources, map(str, columns["subset"]), map(str, columns["id"]), strict=True))
-    lengths = [(line.get("chosen_characters"), line.get("rejected_characters")) for line in lines]
-    candidates = [(one, two) if isinstance(one, int) and isinstance(two, int) else () for one, two in lengths]
-    differences = np.array([pair[0] - pair[1] if pair else math.nan for pair in candidates])
+        raise ValueError("a reward that is no finite number")
+    candidates = [(line["chosen_characters"], line["rejected_characters"]) for line in lines]
+    differences = np.array([float(chosen - rejected) for chosen, rejected in candidates])
     return keys, [None] * len(keys), 0.5 + 0.5 * np.sign(margins), margins, differences, candidates
 
 
-def _suite_rows(lines: list[dict[str, Any]], suite: str, folder: str) -> tuple[Any, ...]:
-    path = f"{folder}/items.jsonl"
-    columns = _columns(lines, ("id", "subset", "section", "rewards", "num_correct", "credit"), path)
-    credits = _numbers(columns["credit"])
-    wrong = np.flatnonzero(~((credits >= 0) & (credits <= 1)))
-    if len(wrong):
-        line = int(wrong[0])
-        raise InputError(f"{path}, line {line + 1}: credit {columns['credit'][line]!r}; expected a number in [0, 1].")
-    keys = [(suite, str(subset), str(key)) for subset, key in zip(columns["subset"], columns["id"], strict=True)]
+def _suite_rows(lines: list[dict[str, Any]], suite: str) -> tuple[Any, ...]:
+    credits = np.array([float(line["credit"]) for line in lines])
+    if not ((credits >= 0) & (credits <= 1)).all():
+        raise ValueError("a credit that is not in [0, 1]")
+    keys = [(suite, line["subset"], line["id"]) for line in lines]
     margins, differences, candidates = [], [], []
-    for item, rewards, num_correct in zip(lines, columns["rewards"], columns["num_correct"], strict=True):
+    for line in lines:
+        rewards, num_correct, characters = line["rewards"], line["num_correct"], line["characters"]
         right, others = rewards[:num_correct], rewards[num_correct:]
         margins.append(min(right) - max(others) if right and others else math.nan)
-        characters = item.get("characters") or []
         is_pair = len(rewards) == len(characters) == 2 and num_correct == 1
         differences.append(characters[0] - characters[1] if is_pair else math.nan)
         candidates.append((num_correct, *characters))
-    return keys, columns["section"], credits, np.array(margins), np.array(differences), candidates
+    sections = [line["section"] for line in lines]
+    return keys, sections, credits, np.array(margins), np.array(differences), candidates
 
 
-def _columns(lines: list[dict[str, Any]], names: Sequence[str], path: str) -> dict[str, list[Any]]:
-    for number, line in enumerate(lines, start=1):
-        missing = [name for name in names if name not in line]
-        if missing:
-            raise InputError(f"{path}, line {number}: no field {missing[0]!r}. Evaluate again with this version.")
-    return {name: [line[name] for line in lines] for name in names}
-
-
-def _numbers(values: Sequence[Any]) -> NDArray[np.float64]:
-    return np.array([value if isinstance(value, int | float) else math.nan for value in values], dtype=np.float64)
-
-
-def _read_json(path: Path, folder: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{folder}: no {path.name}, so it holds no finished result of `inform-rm evaluate`. Name the folder that "
-            "was its --output, or run the same evaluation again to finish it."
-        ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error}). Evaluate again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}; expected a result of `inform-rm evaluate`.")
-    return value
-
-
-def _read_lines(path: Path, folder: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise InputError(f"{folder}: no {path.name}; expected a folder that `inform-rm evaluate --output` wrote.")
+        raise InputError(f"{path.parent}: no {path.name}; expected a folder of `inform-rm evaluate --output`.")
     lines = []
     for number, line in open_file(path)[1]:
         if not isinstance(line, dict):

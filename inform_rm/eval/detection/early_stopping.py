@@ -45,8 +45,7 @@ class CSIEarlyStopping:
     def update(self, csi: float) -> bool:
         """Take the next CSI; true if the run should stop.
 
-        Raises:
-            InputError: for NaN or infinity; the state is then as before.
+        `InputError` for NaN or infinity; the state is then as before.
         """
         value = float(csi)
         if not math.isfinite(value):
@@ -73,8 +72,7 @@ class CSIEarlyStopping:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken: all later decisions are those of the run that was not cut off.
 
-        Raises:
-            InputError: for a state with other entries, or of a rule with another ``max_change_ratio``.
+        `InputError` for a state with other entries, or of a rule with another ``max_change_ratio``.
         """
         _check_state(state, self.state_dict(), "max_change_ratio")
         self._last_csi = state["last_csi"]
@@ -112,8 +110,7 @@ class RewardFallStopping:
     def update(self, reward: float, standard_error: float = 0.0) -> bool:
         """Take the next mean reward, the first before optimisation; true if the run should stop.
 
-        Raises:
-            InputError: for NaN or infinity; the state is then as before.
+        `InputError` for NaN or infinity; the state is then as before.
         """
         value, error = float(reward), float(standard_error)
         if not math.isfinite(value + error):

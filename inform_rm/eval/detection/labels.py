@@ -17,11 +17,7 @@ _YES, _NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
 def labels_by_name(
     labels: "Source | Sequence[Source] | Mapping[str, Source] | None", names: Sequence[str]
 ) -> dict[str, Source]:
-    """Which source of labels belongs to which candidate.
-
-    Raises:
-        InputError: a name that is no candidate's, or another number of sources than candidates.
-    """
+    """Which source of labels belongs to which candidate; `InputError` for another name or number than theirs."""
     if labels is None:
         return {}
     if isinstance(labels, Mapping):
@@ -42,14 +38,8 @@ def join_labels(rows: Sequence[ScoreRow | RowFault], source: Source) -> dict[str
 
     Rows of labels have `FIELD`: true or false, also as 1, 0, yes, no; empty is no label. If all rows of both have an
     ``id`` of their own, it says which belong together; else the place does, and there must be as many of both. A
-    ``response`` (required without ids) or ``prompt`` beside the label must be the row's.
-
-    Args:
-        rows: all rows of the candidate, in order.
-        source: the labels.
-
-    Raises:
-        InputError: labels that do not fit the rows, or are none.
+    ``response`` (required without ids) or ``prompt`` beside the label must be the row's. `InputError` for labels that
+    do not fit all ``rows`` of the candidate, or are none.
     """
     name = source_label(source)
     records = [(f"{file}, row {number}", record) for file, part in open_parts(source) for number, record in part]

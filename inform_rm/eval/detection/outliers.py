@@ -182,19 +182,12 @@ def split_half_null(
     seed: int = 0,
     progress: bool = False,
 ) -> NDArray:
-    """``(num_splits,)`` values of a statistic when the candidate comes from the same policy as the reference.
+    """``(num_splits,)`` values of a statistic of candidate and reference where both come from the same policy.
 
-    Each time the reference is shuffled, and one half of it (of a random 10,000, if it has more) plays the candidate,
-    the other the reference. CSI and MOP depend on the sizes of the sets; with fewer reference latents than the real
-    call has both tend to be larger, and so the test is on the safe side. CSI must be ``normalized`` and have a number
-    for ``eps``, the one of the real call.
-
-    Args:
-        reference: ``(M, K)``.
-        statistic: of candidate and reference.
-        num_splits: how many splits.
-        seed: of all shuffles.
-        progress: show a progress bar.
+    Each time the reference ``(M, K)`` is shuffled, and one half of it (of a random 10,000, if it has more) plays the
+    candidate, the other the reference. CSI and MOP depend on the sizes of the sets; with fewer reference latents than
+    the real call has both tend to be larger, and so the test is on the safe side. CSI must be ``normalized`` and have
+    a number for ``eps``, the one of the real call.
 
     Example:
         >>> latents = np.random.default_rng(0).normal(size=(400, 3))

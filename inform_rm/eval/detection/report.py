@@ -8,11 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
-from inform_rm.eval.detection.statistic import STATISTICS, Statistic
+from inform_rm.eval.detection.statistic import STATISTICS
 from inform_rm.eval.frame import ModelResult, unwritten
-from inform_rm.eval.report import result_settings
 from inform_rm.util.colors import BLUE, SKY, VERMILION
-from inform_rm.util.page import Block, Heading, Image, Page, PointMap, Table, figure_png, format_interval
+from inform_rm.util.page import Block, Heading, Image, PointMap, Table, figure_png, format_interval
 from inform_rm.util.papers import MOP_DIFFERS
 
 REFERENCE = "(reference)"
@@ -115,8 +114,7 @@ class DetectionResult(ModelResult):
         points = {name: [columns[name][row] for row in rows] for name in names}
         return points | {"response": [shortened(text) for text in points["response"]]}
 
-    def page(self) -> Page:
-        """All figures, and a map that shows a response when a point is pointed at."""
+    def _blocks(self) -> list[Block]:
         result = self.to_dict()
         outliers = [
             (part["name"], shortened(row["prompt"]), shortened(row["response"]), f"{row['reward']:.2f}",
@@ -125,16 +123,26 @@ class DetectionResult(ModelResult):
         ]  # fmt: skip
         blocks: list[Block] = [self.table(), *notes(result)]
         if any("labels" in part for part in self.candidates):
-            blocks += [Heading("Outliers and labels"), label_table(result), _LABEL_NOTE]
+            blocks += [Heading("Outliers and labels"), self._label_table(), _LABEL_NOTE]
         caption = MAP_CAPTION + (LABELLED_CAPTION if "hacked" in self.responses else "")
         if len(self.candidates) > 1:
             blocks.append(Image(figure_png(steps_figure(result)), STEPS_CAPTION, "steps.png"))
-        blocks += [
-            Heading("Map"), PointMap(self.points, _COLORS), Image(figure_png(self.figure()), caption, "map.png"),
+        # The map shows a response when a point is pointed at; its image is for pages without scripts.
+        return [
+            *blocks, Heading("Map"), PointMap(self.points, _COLORS), self._drawn(caption, "map.png"),
             Heading("The most outlying responses"), Table(_OUTLIER_HEADER, outliers, align="lllrrr"),
-            Heading("Settings"), result_settings(result),
         ]  # fmt: skip
-        return Page(self.title, blocks)
+
+    def _label_table(self) -> Table:
+        """How far the outliers of each statistic are the responses that are labelled as exploiting a reward."""
+        rows = []
+        for part in self.candidates:
+            for statistic in STATISTICS if "labels" in part else ():
+                found, labelled = part["labels"]["statistics"][statistic.name], part["labels"]["labelled"]
+                shares = [found.get(f"{name}{end}") for name in ("precision", "recall") for end in ("", "_interval")]
+                counts = [found[name] for name in ("hacked", "outliers", "both")]
+                rows.append([part["name"], statistic.title, labelled, *counts, *shares])
+        return Table(_LABEL_HEADER, rows, align="ll" + "r" * 8)
 
 
 def map_figure(points: dict[str, list[Any]]) -> Figure:
@@ -171,7 +179,7 @@ def steps_figure(result: dict[str, Any]) -> Figure:
     """Every statistic, mean reward and length over the candidates (arXiv:2402.09345, Fig. 8 and 14)."""
     candidates = result["candidates"]
     places = list(range(len(candidates)))
-    panels = {statistic.title: statistic.name for statistic in _measured(result)}
+    panels = {statistic.title: statistic.name for statistic in STATISTICS}
     panels |= {"mean reward": "mean_reward", "mean words": "mean_words"}
     num_rows = (len(panels) + 1) // 2
     figure = Figure(figsize=(9.5, 3.2 * num_rows), layout="constrained")
@@ -196,59 +204,27 @@ def steps_figure(result: dict[str, Any]) -> Figure:
 
 def candidate_table(result: dict[str, Any]) -> Table:
     """The reference, then every candidate with the statistics, reward and what its texts are like."""
-    measured = _measured(result)
-    titles = [title for statistic in measured for title in (statistic.title, "95 % interval")]
-    names = [name for statistic in measured for name in (statistic.name, f"{statistic.name}_interval")]
+    titles = [title for statistic in STATISTICS for title in (statistic.title, "95 % interval")]
+    names = [name for statistic in STATISTICS for name in (statistic.name, f"{statistic.name}_interval")]
     header = ("candidate", "n", *titles, "mean reward", "words", "repeated trigrams", "stopping rules")
-    rows = [
-        (
-            part["name"], part["num_responses"], *map(part.get, names), f"{part['mean_reward']:.2f}",
-            _words(part), part["repeated_trigrams"], _stops(part),
-        )
-        for part in [{"name": REFERENCE, **result["reference"]}, *result["candidates"]]
-    ]  # fmt: skip
-    return Table(header, rows)
-
-
-def _stops(part: dict[str, Any]) -> str:
-    """The stopping rules that fire at a candidate."""
-    names = {"stop": "CSI jumped", "reward_fell": "reward fell"}
-    return ", ".join(words for key, words in names.items() if part.get(key))
-
-
-def _words(part: dict[str, Any]) -> str:
-    """Mean length with its interval, which results of earlier versions lack."""
-    low, high = part.get("mean_words_interval", (None, None))
-    return f"{part['mean_words']:.1f}" + ("" if low is None else f" [{low:.1f}, {high:.1f}]")
-
-
-def label_table(result: dict[str, Any]) -> Table:
-    """How far the outliers of each statistic are the responses that are labelled as exploiting a reward."""
     rows = []
-    for part in result["candidates"]:
-        for statistic in _measured(result) if "labels" in part else ():
-            found, labels = part["labels"]["statistics"][statistic.name], part["labels"]
-            shares = [found.get(f"{name}{end}") for name in ("precision", "recall") for end in ("", "_interval")]
-            rows.append(
-                (part["name"], statistic.title, labels["labelled"], found["hacked"], found["outliers"], found["both"],
-                 *shares)
-            )  # fmt: skip
-    return Table(_LABEL_HEADER, rows, align="ll" + "r" * 8)
-
-
-def _measured(result: dict[str, Any]) -> list[Statistic]:
-    """The statistics that a result has; one of an earlier version may lack some."""
-    return [statistic for statistic in STATISTICS if statistic.name in result["null"]]
+    for part in [{"name": REFERENCE, **result["reference"]}, *result["candidates"]]:
+        low, high = part["mean_words_interval"]
+        rules = {"stop": "CSI jumped", "reward_fell": "reward fell"}
+        fired = ", ".join(words for key, words in rules.items() if part.get(key))
+        row = [part["name"], part["num_responses"], *map(part.get, names), f"{part['mean_reward']:.2f}"]
+        rows.append([*row, f"{part['mean_words']:.1f} [{low:.1f}, {high:.1f}]", part["repeated_trigrams"], fired])
+    return Table(header, rows)
 
 
 def notes(result: dict[str, Any]) -> list[str]:
     """Whose latents these are, what was measured and comes by chance, and how far to trust it."""
-    null, measured = result["null"], _measured(result)
-    by_chance = [f"{each.title} {format_interval(null[each.name]['interval'])}" for each in measured]
+    null = result["null"]
+    by_chance = [f"{each.title} {format_interval(null[each.name]['interval'])}" for each in STATISTICS]
     texts = [
         f"Latents: {'InfoRM latent means' if result['kind'] == 'latent' else 'hidden states'} of {result['model']}, "
         f"{result['dimensions']} dimensions, DBSCAN eps {result['eps']:.3g}.",
-        "; ".join(f"{each.title}: {each.meaning}" for each in measured) + ".",
+        "; ".join(f"{each.title}: {each.meaning}" for each in STATISTICS) + ".",
         f"False alarms: halves of the reference against each other, {null['splits']} times, give "
         f"{', '.join(by_chance)} (95 % of the splits).",
     ]

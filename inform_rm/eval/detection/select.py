@@ -11,19 +11,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from inform_rm.data.response_rows import ScoreRow, score_rows_or_faults
 from inform_rm.data.sources import Source
 from inform_rm.errors import InputError, shown
 from inform_rm.eval.detection.detect import detect
 from inform_rm.eval.detection.report import DetectionResult
-from inform_rm.eval.detection.select_report import models_figure, models_table, selection_page
 from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.eval.frame import Result, settings_of
 from inform_rm.scoring.scorer import RewardScorer, as_scorer
+from inform_rm.util.colors import SKY, VERMILION
 from inform_rm.util.files import check_output_directory
-from inform_rm.util.page import Page, Table
+from inform_rm.util.page import Block, Table
 
+_CAPTION = (
+    "CSI of each model's candidate responses over the mean CSI of halves of the reference in the same latents; bars "
+    "are 95 % bootstrap intervals of the candidates. At the dashed line a candidate is like the reference."
+)
 _HEAD = ("architecture", "latent_dim", "beta", "decoder", "kl_reduction")
 
 
@@ -51,16 +56,56 @@ class SelectionResult(Result):
         return f"Choice among {len(self.models)} reward models by CSI"
 
     def table(self) -> Table:
-        """A line a model."""
-        return models_table(self.to_dict())
+        """A line a model, the best first; with the choice by gold where it is known."""
+        has_gold = self.chosen_by_gold is not None
+        header = ["model", "K", "beta", "n", "rank in the null", "CSI / null", "CSI per response", "95 % interval"]
+        header += ["MOP", *(["gold", "95 % interval", "place by gold"] if has_gold else [])]
+        rows = []
+        for entry in self.models:
+            is_inform = entry.get("architecture") == "inform"
+            row = [entry["name"], *((entry["latent_dim"], f"{entry['beta']:g}") if is_inform else ("", ""))]
+            row += [entry[name] for name in ("num_responses", "null_rank", "csi_over_null", "csi_normalized")]
+            row += [entry["csi_normalized_interval"], entry["mop"]]
+            row += [entry["gold"], entry["gold_interval"], entry["gold_place"]] if has_gold else []
+            rows.append(row)
+        return Table(header, rows)
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """CSI of each model over that of the reference's halves."""
-        return models_figure(self.to_dict())
+        entries = self.models[::-1]
+        figure = Figure(figsize=(6.8, 1.2 + 0.45 * len(entries)), layout="constrained")
+        axes = figure.subplots()
+        for place, entry in enumerate(entries):
+            unit = entry["csi_null"] or 1.0
+            low, high = (value / unit for value in entry["csi_normalized_interval"])
+            axes.plot([low, high], [place, place], color=SKY, linewidth=3)
+            axes.plot(entry["csi_over_null"], place, "o", color=VERMILION)
+        axes.axvline(1.0, color="grey", linestyle="--", linewidth=0.9)
+        axes.set_yticks(range(len(entries)), [entry["name"] for entry in entries])
+        axes.set_xlabel("CSI / CSI of halves of the reference")
+        return figure
 
-    def page(self) -> Page:
-        """Table, figure, notes and settings."""
-        return selection_page(self.title, self.to_dict())
+    def _blocks(self) -> list[Block]:
+        texts = [
+            "Order: by rank in the null, the share of the reference's halves with at least the candidate's CSI (1: "
+            f"like the reference; the smallest there is is 1 / {self.settings['num_splits'] + 1}), then by CSI over "
+            "their mean. Units of CSI differ between latent spaces; neither of these does. CSI alone does not say "
+            "that a model is right: latents that tell nothing have none (compare accuracy, too).",
+        ]
+        if len(self.tied) > 1:
+            texts.append(f"The null does not tell apart {', '.join(self.tied)}.")
+        if self.chosen_by_gold is not None:
+            same = self.chosen == self.chosen_by_gold
+            texts.append(
+                f"By gold reward the choice is {self.chosen_by_gold}, {'the same' if same else 'another one'}; it is "
+                "known in generated worlds only."
+            )
+        if any(entry["kind"] != "latent" for entry in self.models):
+            texts.append(
+                "A model without a latent space is measured by hidden states, where overoptimized responses need not "
+                "stand out (arXiv:2402.09345, appendix F)."
+            )
+        return [self.table(), *texts, self._drawn(_CAPTION, "models.png")]
 
 
 def select(

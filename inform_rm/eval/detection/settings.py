@@ -35,9 +35,6 @@ class DetectionSettings:
         num_resamples: bootstrap resamples for intervals that have no closed form.
         map_points: most points of each set on the map.
         seed: of subsets, splits, resamples and the map.
-
-    Raises:
-        InputError: a value out of range, by name.
     """
 
     columns: Mapping[str, str] | None = setting(None)

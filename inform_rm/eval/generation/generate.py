@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from inform_rm.data.sources import Sources, source_digest, source_label, source_
 from inform_rm.errors import InputError
 from inform_rm.eval.best_of_n.policies import CausalLMPolicy
 from inform_rm.eval.frame import json_lines, settings_of
-from inform_rm.eval.generation.local_model import LocalModel, Task
+from inform_rm.eval.generation.local_model import Task, write_locally
 from inform_rm.eval.generation.settings import EndpointSettings, GenerationSettings
 from inform_rm.util.endpoint import ChatEndpoint, RefusedRequest, Reply, ask_all
 from inform_rm.util.files import atomic_write_text, check_output_directory, file_digest, versions, write_json
@@ -122,18 +123,18 @@ def generate(
     found = read_prompts(
         prompts, settings.columns, num_prompts=settings.num_prompts, seed=settings.seed, on_bad_row=settings.on_bad_row
     )
-    writer: LocalModel | ChatEndpoint
+    write: Callable[..., dict[str, str]]
     if endpoint is not None:
         asked = EndpointSettings(endpoint, **others)
-        writer = asked.open(str(model))
-        identity: dict[str, Any] = {"endpoint": writer.base, "model": writer.model}
+        others, chat = asdict(asked), asked.open(str(model))
+        write = partial(_ask, chat, asked.concurrency)
+        name, identity = chat.model, {"endpoint": chat.base, "model": chat.model}
     else:
-        asked = None
         policy = CausalLMPolicy(model, tokenizer, max_new_tokens=settings.max_new_tokens, **others)
-        writer = LocalModel(policy, settings)
-        identity = writer.identity()
-    drawn = {name: getattr(settings, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
-    identity = {**identity, **drawn}
+        write, own = partial(_write_locally, policy), policy.identity()
+        name, identity = policy.name, {"model": own["model"], "tokenizer": own["tokenizer"]}
+    drawn = ("temperature", "top_p", "max_new_tokens", "seed")
+    identity |= {setting: getattr(settings, setting) for setting in drawn}
     slots = [_slot(row, sample, settings.seed) for row in found.rows for sample in range(settings.num_samples)]
     earlier = _rows_of_earlier_output(output, identity)
     reused = sum(slot.name in earlier for slot in slots)
@@ -147,18 +148,13 @@ def generate(
     try:
         reused += sum(slot.name in finished for slot in todo)
         with tqdm(total=len(slots), initial=reused, unit="response", desc="generate", disable=not progress) as bar:
-            if isinstance(writer, LocalModel):
-                refused = _write_locally(writer, todo, finished, journal, bar, settings.on_bad_row)
-            else:
-                assert asked is not None
-                refused = _ask(writer, todo, finished, journal, bar, settings, asked.concurrency)
+            refused = write(settings, todo, finished, journal, bar)
         if refused and settings.on_bad_row == "error":
             raise InputError(
                 f"prompts: {len(refused)} cannot be answered. {next(iter(refused.values()))} (on_bad_row='skip' "
                 "leaves them out and lists them. What is finished is kept.)"
             )
         records = {**finished, **earlier}
-        name = writer.model if isinstance(writer, ChatEndpoint) else writer.name
         rows = [_row(slot, records[slot.name], name, settings.num_samples) for slot in slots if slot.name in records]
         if not rows:
             raise InputError(f"prompts: none could be answered. {next(iter(refused.values()), '')}")
@@ -170,7 +166,7 @@ def generate(
             reused=reused,
             data=[{"source": source_label(each), "digest": source_digest(each)} for each in source_list(prompts)],
             identity=identity, seed=settings.seed,
-            settings={**asdict(settings), **({} if asked is None else asdict(asked)), **others},
+            settings={**asdict(settings), **others},
         )  # fmt: skip
         write_json(_about(output), result.to_dict())
         journal.delete()
@@ -195,30 +191,30 @@ def _slot(row: PromptRow, sample: int, seed: int) -> _Slot:
 
 
 def _write_locally(
-    writer: LocalModel, todo: list[_Slot], finished: dict[str, Any], journal: RecordJournal, bar: Any, on_bad_row: str
-) -> dict[str, str]:
+    policy: CausalLMPolicy, settings: GenerationSettings, todo: list[_Slot], finished: dict[str, Any],
+    journal: RecordJournal, bar: Any,
+) -> dict[str, str]:  # fmt: skip
     """Fill ``finished``; gives what cannot be written, by name with the reason: under ``"error"`` before all else."""
     tasks, refused = [], {}
     for slot in todo:
         try:
-            tasks.append(Task(slot.name, writer.prompt_ids(slot.prompt.messages), slot.seed))
+            tasks.append(Task(slot.name, policy.prompt_ids(slot.prompt.messages), slot.seed))
         except InputError as error:
             refused[slot.name] = f"{slot.prompt.where}: {error}"
-
-    if refused and on_bad_row == "error":
+    if refused and settings.on_bad_row == "error":
         return refused
 
     def show(step: int) -> None:
         bar.set_postfix_str(f"token {step} of this batch")
 
-    for replies in writer.write(tasks, frozenset(finished), show):
+    for replies in write_locally(policy, settings, tasks, frozenset(finished), show):
         _keep(replies, finished, journal, bar)
     return refused
 
 
 def _ask(
-    endpoint: ChatEndpoint, todo: list[_Slot], finished: dict[str, Any], journal: RecordJournal, bar: Any,
-    settings: GenerationSettings, concurrency: int,
+    endpoint: ChatEndpoint, concurrency: int, settings: GenerationSettings, todo: list[_Slot],
+    finished: dict[str, Any], journal: RecordJournal, bar: Any,
 ) -> dict[str, str]:  # fmt: skip
     """The same of an endpoint, one request a response."""
     requests = {
@@ -281,15 +277,12 @@ def _rows_of_earlier_output(output: Path, identity: Mapping[str, Any]) -> dict[s
         about = json.loads(_about(output).read_text(encoding="utf-8"))
         if about["identity"] != json.loads(json.dumps(identity)) or about["sha256"] != file_digest(output):
             return {}
-        return dict(_records(output))
+        records = {}
+        with output.open(encoding="utf-8") as file:
+            for row in map(json.loads, file):
+                prompt = PromptRow(to_messages(row["prompt"]), None, "")
+                reply = Reply(row["response"], row["finish_reason"], 0, row["tokens"])
+                records[_slot(prompt, row["sample"], 0).name] = asdict(reply)
+        return records
     except (OSError, ValueError, LookupError, TypeError):
         return {}
-
-
-def _records(output: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with output.open(encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            prompt = PromptRow(to_messages(row["prompt"]), None, "")
-            reply = Reply(row["response"], row["finish_reason"], 0, row["tokens"])
-            yield _slot(prompt, row["sample"], 0).name, asdict(reply)

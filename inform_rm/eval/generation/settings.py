@@ -12,15 +12,7 @@ ON_BAD_ROW = ("error", "skip")
 
 @dataclass(frozen=True)
 class EndpointSettings:
-    """How an OpenAI-compatible endpoint is asked; the key itself is no setting.
-
-    Attributes:
-        endpoint: see `inform_rm.util.endpoint.ChatEndpoint`, like the next three.
-        api_key_env: name of the environment variable that holds the key.
-        timeout: seconds.
-        tries: at most.
-        concurrency: requests under way at once.
-    """
+    """How an OpenAI-compatible endpoint is asked (`ChatEndpoint`); the key itself is no setting."""
 
     endpoint: str
     api_key_env: str | None = setting(None, "environment variable that holds the key (default: none is sent)")
@@ -41,19 +33,8 @@ class EndpointSettings:
 class GenerationSettings:
     """What is written.
 
-    Attributes:
-        columns: which columns are prompt, system, history and id.
-        num_prompts: a random subset of so many prompts; ``None``: all.
-        num_samples: responses to each prompt.
-        temperature: divides the logits; 0 takes the likeliest token, and one sample is all there is.
-        top_p: keeps the likeliest tokens that make up this share of the probability.
-        max_new_tokens: a response that has not ended by then is cut there, and counted.
-        on_bad_row: ``"error"``, or ``"skip"``: prompts that cannot be read, rendered or answered are left out, counted
-            and listed.
-        seed: of the subset of prompts, and of every row's own seed.
-
-    Raises:
-        InputError: a value out of range, by name.
+    At temperature 0, which takes the likeliest token, one sample is all there is. Skipped are prompts that cannot be
+    read, rendered or answered. ``seed`` is that of the subset of prompts, and of every row's own seed.
     """
 
     columns: Mapping[str, str] | None = None

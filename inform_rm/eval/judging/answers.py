@@ -3,10 +3,10 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -18,45 +18,35 @@ from inform_rm.util.journal import RecordJournal
 CACHE_FILE = "answers.jsonl"
 
 
-@dataclass
-class Answers:
-    """What a judge said.
+@dataclass(frozen=True)
+class Answer:
+    """What a judge said to a request, or why it would not; and whether the answer was cut before its end."""
 
-    Attributes:
-        texts: by request, see `request_name`.
-        refused: likewise, why there is no answer.
-        cut: names of answers that had not ended.
-        asked: how many were asked in this call; the others were known.
-        tokens: ``prompt`` and ``completion`` tokens of all answers, as the server counts them.
-    """
+    text: str | None
+    refused: str = ""
+    is_cut: bool = False
 
-    texts: dict[str, str]
-    refused: dict[str, str]
-    cut: set[str]
+
+class Answers(NamedTuple):
+    """Answers in the order of the requests, how many were asked for in this call, and the tokens of all of them."""
+
+    found: list[Answer]
     asked: int
     tokens: dict[str, int]
 
 
-def request_name(endpoint: ChatEndpoint, settings: JudgeSettings, messages: list[Message]) -> str:
-    """What tells a request from others: everything that is sent, and where."""
-    content = [endpoint.base, endpoint.model, _arguments(settings, messages)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def ask_judge(
     endpoint: ChatEndpoint,
-    requests: Mapping[str, list[Message]],
+    requests: Sequence[list[Message]],
     settings: JudgeSettings,
     *,
     folder: Path | None,
     concurrency: int,
     progress: bool,
 ) -> Answers:
-    """Answers to requests by their `request_name`; ``folder/answers.jsonl`` holds those that are known, and gets all.
+    """Ask what ``folder/answers.jsonl`` does not hold already, equal requests once; the file gets all answers.
 
-    Raises:
-        InputError: the endpoint refuses key, address or model, or the file is damaged.
-        EndpointError: it gave no usable reply after all tries; a further call goes on there.
+    `InputError` and `EndpointError` as of `ask_all`, the former for a damaged file, too.
     """
     with contextlib.ExitStack() as stack:
         journal = None
@@ -64,16 +54,22 @@ def ask_judge(
             journal = RecordJournal(folder / CACHE_FILE, {"kind": "answers of a judge", "version": 1})
             stack.enter_context(contextlib.closing(journal))
         known = {} if journal is None else journal.finished()
-        records = {name: known[name] for name in requests if name in known}
-        todo = {name: _arguments(settings, messages) for name, messages in requests.items() if name not in records}
-        refused = {}
+        names = [_name(endpoint, settings, messages) for messages in requests]
+        records = {name: known[name] for name in names if name in known}
+        todo = {
+            name: _arguments(settings, messages)
+            for name, messages in zip(names, requests, strict=True)
+            if name not in records
+        }
+        answers = {}
         tokens = {"prompt": 0, "completion": 0}
         for record in records.values():
             _add(tokens, record)
-        with tqdm(total=len(requests), initial=len(records), unit="answer", desc="judge", disable=not progress) as bar:
+        whole = len(records) + len(todo)
+        with tqdm(total=whole, initial=len(records), unit="answer", desc="judge", disable=not progress) as bar:
             for name, reply in ask_all(endpoint, todo, concurrency):
                 if isinstance(reply, RefusedRequest):
-                    refused[name] = str(reply)
+                    answers[name] = Answer(None, str(reply))
                 else:
                     records[name] = asdict(reply)
                     _add(tokens, records[name])
@@ -81,13 +77,15 @@ def ask_judge(
                         journal.add({name: records[name]})
                 bar.update()
                 bar.set_postfix_str(_spent(tokens, settings), refresh=False)
-    return Answers(
-        texts={name: record["text"] for name, record in records.items()},
-        refused=refused,
-        cut={name for name, record in records.items() if record["finish_reason"] == "length"},
-        asked=len(todo),
-        tokens=tokens,
-    )
+    for name, record in records.items():
+        answers[name] = Answer(record["text"], is_cut=record["finish_reason"] == "length")
+    return Answers([answers[name] for name in names], len(todo), tokens)
+
+
+def _name(endpoint: ChatEndpoint, settings: JudgeSettings, messages: list[Message]) -> str:
+    """What tells a request from others: everything that is sent, and where."""
+    content = [endpoint.base, endpoint.model, _arguments(settings, messages)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _arguments(settings: JudgeSettings, messages: list[Message]) -> dict[str, Any]:

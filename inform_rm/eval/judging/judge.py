@@ -1,8 +1,9 @@
 """`judge`: win rates of one policy's responses over another's, or which responses exploit a reward."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from inform_rm.data.response_rows import ScoreRow
 from inform_rm.data.sources import Source, source_digest, source_label
 from inform_rm.eval.frame import json_lines, settings_of
 from inform_rm.eval.generation.settings import EndpointSettings
-from inform_rm.eval.judging.answers import Answers, ask_judge, request_name
+from inform_rm.eval.judging.answers import Answer, Answers, ask_judge
 from inform_rm.eval.judging.prompts import LABEL, PAIR, JudgePrompt, Unreadable
 from inform_rm.eval.judging.report import LabelResult, WinRateResult
 from inform_rm.eval.judging.rows import Pair, matched, read_responses
 from inform_rm.eval.judging.settings import JudgeSettings
-from inform_rm.util.endpoint import ChatEndpoint, EndpointError
+from inform_rm.util.endpoint import EndpointError
 from inform_rm.util.files import check_output_directory
 from inform_rm.util.intervals import grouped_bootstrap, wilson_interval
 
@@ -85,13 +86,13 @@ def judge(
         ],
         "settings": {name: value for name, value in given.items() if value is not None}, "seed": settings.seed,
     }  # fmt: skip
-    how = {"folder": folder, "concurrency": asked.concurrency, "progress": progress}
+    ask = partial(ask_judge, chat, settings=settings, folder=folder, concurrency=asked.concurrency, progress=progress)
     result: WinRateResult | LabelResult
     if baseline is None:
-        result, rows = _label(read[0][0], template, chat, settings, about, how)
+        result, rows = _label(read[0][0], template, ask, settings, about)
         name = "labels.jsonl"
     else:
-        result, rows = _compare(read[0][0], read[1][0], template, chat, settings, about, how)
+        result, rows = _compare(read[0][0], read[1][0], template, ask, settings, about)
         name = "judgments.jsonl"
     if folder is not None:
         result.save(folder, {name: json_lines(rows)})
@@ -102,10 +103,9 @@ def _compare(
     own: list[ScoreRow],
     baseline: list[ScoreRow],
     template: JudgePrompt,
-    chat: ChatEndpoint,
+    ask: Callable[..., Answers],
     settings: JudgeSettings,
     about: dict[str, Any],
-    how: dict[str, Any],
 ) -> tuple[WinRateResult, list[dict[str, Any]]]:
     pairs, unpaired = matched(own, baseline)
     if unpaired["responses"] or unpaired["baseline"]:
@@ -113,19 +113,16 @@ def _compare(
             "judge: %d responses and %d of the baseline have no partner to the same prompt and are left out (%s, ...)."
         )
         logger.warning(text, unpaired["responses"], unpaired["baseline"], unpaired["examples"][0])
-    asked: list[list[str]] = []  # of each pair the names of its two requests; none where nothing is to be asked
-    requests = {}
+    requests = []
     for pair in pairs:
-        names = []
-        if pair.own.response != pair.baseline.response:
-            both = (pair.own.response, pair.baseline.response)
-            for order in (both, both[::-1]):
-                messages = template.messages(pair.own.prompt, *order)
-                names.append(request_name(chat, settings, messages))
-                requests[names[-1]] = messages
-        asked.append(names)
-    answers = ask_judge(chat, requests, settings, **how)
-    rows = [_judgment(pair, names, answers, template) for pair, names in zip(pairs, asked, strict=True)]
+        both = (pair.own.response, pair.baseline.response)
+        orders = () if both[0] == both[1] else (both, both[::-1])  # there is nothing to ask about equal responses
+        requests.append([template.messages(pair.own.prompt, *order) for order in orders])
+    answers = ask([messages for asked in requests for messages in asked])
+    found = iter(answers.found)
+    rows = [
+        _judgment(pair, [next(found) for _ in asked], template) for pair, asked in zip(pairs, requests, strict=True)
+    ]
     judged = [(row, pair) for row, pair in zip(rows, pairs, strict=True) if row["outcome"] is not None]
     unreadable = _unreadable(rows)
     if not judged:
@@ -145,7 +142,7 @@ def _compare(
         win_rate=float(values.mean()),
         win_rate_interval=interval,
         interval_kind=kind,
-        identical=sum(not names for names in asked),
+        identical=sum(not asked for asked in requests),
         position=_position([row["verdicts"] for row, _ in judged if row["verdicts"]]),
         mean_words=[
             float(np.mean([len(row[name].split()) for row, _ in judged])) for name in ("response", "baseline_response")
@@ -158,46 +155,38 @@ def _compare(
     return result, rows
 
 
-def _judgment(pair: Pair, names: Sequence[str], answers: Answers, template: JudgePrompt) -> dict[str, Any]:
+def _judgment(pair: Pair, answers: Sequence[Answer], template: JudgePrompt) -> dict[str, Any]:
     """What became of a pair: ``verdicts`` are ``"1"``, ``"2"`` or ``"tie"``, in the orders that were shown."""
     row: dict[str, Any] = {
         **_identified(pair.own), "prompt": written_prompt(pair.own.prompt), "response": pair.own.response,
         "baseline_response": pair.baseline.response, "where": [pair.own.where, pair.baseline.where],
     }  # fmt: skip
-    if not names:
+    if not answers:
         return {**row, "outcome": "tie", "verdicts": [], "answers": []}
-    texts = [answers.texts.get(name) for name in names]
-    verdicts, faults = [], []
-    for number, name in enumerate(names, start=1):
-        verdict, fault = _read_verdict(name, answers, template)
-        verdicts.append(verdict)
-        faults += [f"order {number}: {fault}"] if fault else []
-    row |= {"outcome": None, "verdicts": verdicts, "answers": texts}
+    verdicts, found = zip(*(_read_verdict(answer, template) for answer in answers), strict=True)
+    faults = [f"order {number}: {fault}" for number, fault in enumerate(found, start=1) if fault]
+    row |= {"outcome": None, "verdicts": list(verdicts), "answers": [answer.text for answer in answers]}
     if faults:
         return {**row, "unreadable": "; ".join(faults)}
-    outcomes = {("1", "2"): "win", ("2", "1"): "loss"}
-    return {**row, "outcome": outcomes.get((str(verdicts[0]), str(verdicts[1])), "tie")}
+    return {**row, "outcome": {("1", "2"): "win", ("2", "1"): "loss"}.get(verdicts, "tie")}
 
 
 def _label(
     rows: list[ScoreRow],
     template: JudgePrompt,
-    chat: ChatEndpoint,
+    ask: Callable[..., Answers],
     settings: JudgeSettings,
     about: dict[str, Any],
-    how: dict[str, Any],
 ) -> tuple[LabelResult, list[dict[str, Any]]]:
-    asked = [template.messages(row.prompt, row.response) for row in rows]
-    names = [request_name(chat, settings, messages) for messages in asked]
-    answers = ask_judge(chat, dict(zip(names, asked, strict=True)), settings, **how)
+    answers = ask([template.messages(row.prompt, row.response) for row in rows])
     written = []
-    for row, name in zip(rows, names, strict=True):
-        verdict, fault = _read_verdict(name, answers, template)
+    for row, answer in zip(rows, answers.found, strict=True):
+        verdict, fault = _read_verdict(answer, template)
         written.append(
             {
                 **_identified(row), "prompt": written_prompt(row.prompt), "response": row.response,
                 "hacked": None if fault else verdict == "yes", "where": [row.where],
-                "answers": [answers.texts.get(name)], **({"unreadable": fault} if fault else {}),
+                "answers": [answer.text], **({"unreadable": fault} if fault else {}),
             }
         )  # fmt: skip
     labels = [row["hacked"] for row in written if row["hacked"] is not None]
@@ -218,14 +207,14 @@ def _label(
     return result, written
 
 
-def _read_verdict(name: str, answers: Answers, template: JudgePrompt) -> tuple[str | None, str | None]:
+def _read_verdict(answer: Answer, template: JudgePrompt) -> tuple[str | None, str | None]:
     """The verdict of an answer, or what is wrong with it."""
-    if name in answers.refused:
-        return None, f"refused: {answers.refused[name]}"
+    if answer.text is None:
+        return None, f"refused: {answer.refused}"
     try:
-        return template.verdict(answers.texts[name]), None
+        return template.verdict(answer.text), None
     except Unreadable as error:
-        return None, f"{error}{' (the answer was cut)' if name in answers.cut else ''}"
+        return None, f"{error}{' (the answer was cut)' if answer.is_cut else ''}"
 
 
 def _unreadable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.resources
 import re
-from pathlib import Path
 
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -14,7 +13,7 @@ from inform_rm.errors import InputError, shortened
 PAIR, LABEL = "judge_pair.txt.j2", "judge_label.txt.j2"
 _FIELDS = {PAIR: ("prompt", "first", "second"), LABEL: ("prompt", "response")}
 VERDICTS = {PAIR: ("1", "2", "tie"), LABEL: ("yes", "no")}
-_MOST_BYTES = 1 << 20
+_MOST_CHARACTERS = 1 << 20
 _MARKUP = r"[\s*_`#>\"'()\[\]{}.]*"
 _VERDICT_LINE = re.compile(
     rf"^{_MARKUP}verdict{_MARKUP}[:=]{_MARKUP}(?:(?:answer|response)\s+)?(\w+){_MARKUP}$", re.IGNORECASE | re.MULTILINE
@@ -36,19 +35,14 @@ class JudgePrompt:
 
     Args:
         kind: `PAIR` or `LABEL`.
-        path: Jinja file; ``None`` takes the built-in one.
-
-    Attributes:
-        sha256: of its text.
-
-    Raises:
-        InputError: a file that cannot be read or is no such template.
+        path: Jinja file; `InputError` if it is no such template. ``None`` takes the built-in one.
     """
 
     def __init__(self, kind: str, path: str | None = None):
         self.kind = kind
         where = "the built-in prompt" if path is None else f"prompt_file: {path}"
-        text = _built_in(kind) if path is None else _read(path)
+        built_in = importlib.resources.files("inform_rm.util") / "templates" / kind
+        text = built_in.read_text(encoding="utf-8") if path is None else _read(path)
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
         try:
@@ -77,11 +71,7 @@ class JudgePrompt:
             raise InputError(f"prompt_file: {type(error).__name__}: {shortened(str(error), 200)}.") from None
 
     def verdict(self, answer: str) -> str:
-        """The verdict with which an answer ends.
-
-        Raises:
-            Unreadable: it has none, several that differ, or one that was not asked for.
-        """
+        """The verdict with which an answer ends; `Unreadable` for none, several, or one that was not asked for."""
         found = {value.lower() for value in _VERDICT_LINE.findall(_THOUGHT.sub("", answer))}
         if not found:
             raise Unreadable("no line 'Verdict: ...'")
@@ -105,16 +95,12 @@ def _mark(*texts: str) -> str:
     return next(word for start in range(57) if not any((word := digest[start : start + 8]) in text for text in texts))
 
 
-def _built_in(kind: str) -> str:
-    return (importlib.resources.files("inform_rm.util") / "templates" / kind).read_text(encoding="utf-8")
-
-
 def _read(path: str) -> str:
     try:
-        if Path(path).stat().st_size > _MOST_BYTES or not Path(path).is_file():
-            raise InputError(f"prompt_file: {path} is no file of at most {_MOST_BYTES} bytes.")
-        return Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MOST_CHARACTERS + 1)
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"prompt_file: {path} cannot be read ({error}).") from None
+    if len(text) > _MOST_CHARACTERS:
+        raise InputError(f"prompt_file: {path} has more than {_MOST_CHARACTERS} characters.")
+    return text

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from inform_rm.eval.frame import Result
 from inform_rm.util.colors import BLUE, GREY, VERMILION
-from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png, settings_table, with_interval
+from inform_rm.util.page import Block, Heading, Table, settings_table, with_interval
 
 _SHOWN = 20
 _CAPTION = "Share of the judged pairs; the black dot is the win rate, a tie counting half, with its 95 % interval."
@@ -47,19 +47,20 @@ class JudgedResult(Result):
             "before you believe it."
         )
 
-    def _end(self) -> list[Block]:
-        blocks: list[Block] = []
-        if self.unreadable:
-            header = ("where", "why", "end of the answers")
-            rows = [
-                (", ".join(part["where"]), part["reason"], " | ".join(text or "none" for text in part["answers"]))
-                for part in self.unreadable[:_SHOWN]
-            ]
-            blocks += [Heading("Not readable"), Table(header, rows, align="lll")]
+    def _not_readable(self) -> list[Block]:
+        if not self.unreadable:
+            return []
+        rows = [
+            (", ".join(part["where"]), part["reason"], " | ".join(text or "none" for text in part["answers"]))
+            for part in self.unreadable[:_SHOWN]
+        ]
+        return [Heading("Not readable"), Table(("where", "why", "end of the answers"), rows, align="lll")]
+
+    def settings_table(self) -> Table:
+        """What it was computed with."""
         sources = {f"data {number}": part["source"] for number, part in enumerate(self.data, start=1)}
         prompt = {"prompt of the judge, SHA-256": self.judge["prompt_sha256"]}
-        settings = settings_table(sources, self.settings, prompt, {"seed": self.seed}, self.versions)
-        return [*blocks, Heading("Settings"), settings]
+        return settings_table(sources, self.settings, prompt, {"seed": self.seed}, self.versions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +118,10 @@ class WinRateResult(JudgedResult):
         parts = [("wins", self.wins, BLUE), ("ties", self.ties, GREY), ("losses", self.losses, VERMILION)]
         return _bar(parts, self.win_rate, self.win_rate_interval)
 
-    def page(self) -> Page:
-        """All figures, and how to read them."""
+    def _blocks(self) -> list[Block]:
         position = self.position
-        notes = [
+        return [
+            self.table(),
             f"Win rate {with_interval(self.win_rate, self.win_rate_interval)} ({self.interval_kind}) on "
             f"{self.num_judged} pairs of {self.num_prompts} prompts. Each pair was shown in both orders; where the "
             f"verdicts disagree, or one of them is a tie, it counts as a tie. {self.identical} pairs had equal "
@@ -131,9 +132,9 @@ class WinRateResult(JudgedResult):
             f"Mean words: {self.mean_words[0]:.1f}, of the baseline {self.mean_words[1]:.1f}. Without a partner to "
             f"the same prompt: {self.unpaired['responses']} responses, {self.unpaired['baseline']} of the baseline.",
             self._about(),
+            self._drawn(_CAPTION, "win_rate.png"),
+            *self._not_readable(),
         ]
-        image = Image(figure_png(self.figure()), _CAPTION, "win_rate.png")
-        return Page(self.title, [self.table(), *notes, image, *self._end()])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,14 +171,13 @@ class LabelResult(JudgedResult):
         parts = [("exploit", self.hacked, VERMILION), ("do not", self.num_labelled - self.hacked, BLUE)]
         return _bar(parts, self.share, self.share_interval)
 
-    def page(self) -> Page:
-        """All figures, and how to read them."""
+    def _blocks(self) -> list[Block]:
         note = (
             f"{self.num_unreadable} answers could not be read and are in no figure. The labels are in labels.jsonl; "
             "inform-rm detect --labels compares them with the outliers of the latents."
         )
-        image = Image(figure_png(self.figure()), _LABEL_CAPTION, "labels.png")
-        return Page(self.title, [self.table(), note, self._about(), image, *self._end()])
+        image = self._drawn(_LABEL_CAPTION, "labels.png")
+        return [self.table(), note, self._about(), image, *self._not_readable()]
 
 
 def _bar(parts: Sequence[tuple[str, int, str]], share: float, interval: Sequence[float]) -> Figure:

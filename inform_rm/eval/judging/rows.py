@@ -26,11 +26,7 @@ class Pair:
 def read_responses(
     source: Source, columns: Mapping[str, str] | None, on_bad_row: str
 ) -> tuple[list[ScoreRow], dict[str, Any]]:
-    """The rows of a source, and how many could not be read and why.
-
-    Raises:
-        InputError: bad rows unless they are to be skipped, or no rows.
-    """
+    """The rows of a source, and how many could not be read and why; `InputError` unless they may be left out."""
     reading = Reading()
     read = list(score_rows_or_faults(source, columns, reading))
     log_reading(source_label(source), reading)
@@ -44,11 +40,7 @@ def read_responses(
 
 
 def matched(own: list[ScoreRow], baseline: list[ScoreRow]) -> tuple[list[Pair], dict[str, Any]]:
-    """The k-th response to a prompt with the k-th of the baseline to it; and those that have no partner.
-
-    Raises:
-        InputError: no two belong together.
-    """
+    """The k-th response to a prompt with the k-th of the baseline to it; and those that have no partner."""
     others: dict[str, list[ScoreRow]] = defaultdict(list)
     for row in baseline:
         others[_key(row)].append(row)

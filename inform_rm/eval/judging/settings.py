@@ -13,18 +13,8 @@ from inform_rm.util.settings import check_settings, setting
 class JudgeSettings:
     """How the judge is asked.
 
-    Attributes:
-        columns: which columns are prompt, response, system and history.
-        prompt_file: Jinja file in place of the built-in prompt, see `inform_rm.eval.judging.prompts.JudgePrompt`.
-        temperature: of the judge.
-        max_answer_tokens: its longest answer.
-        price_input: price of a million prompt tokens, in whatever currency; with ``price_output`` that of a million
-            answered ones.
-        on_bad_row: ``"error"``, or ``"skip"``, which leaves out, counts and lists rows that cannot be read.
-        seed: sent with each request, and of resamples.
-
-    Raises:
-        InputError: a value out of range, by name.
+    The built-in prompt and what another must have: `inform_rm.eval.judging.prompts.JudgePrompt`. Prices are in
+    whatever currency. ``seed`` is sent with each request, and that of resamples.
     """
 
     columns: Mapping[str, str] | None = None

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from inform_rm.data import encoding
 from inform_rm.data.encoding import Encoded, TokenGroup
@@ -17,103 +16,19 @@ from inform_rm.data.pairs import BadRow
 from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.data.sources import Sources
 from inform_rm.errors import InputError
-from inform_rm.eval.frame import Frame, ModelResult, RowSettings, json_lines, progress_bars, settings_of, unwritten
+from inform_rm.eval.frame import Frame, json_lines, progress_bars, settings_of
+from inform_rm.eval.settings import SuiteSettings
 from inform_rm.eval.sources import add_bad_rows, warn_of_left_out
-from inform_rm.eval.suites import report
 from inform_rm.eval.suites.items import MOST_REASONS, SuiteItem, load_suite_items
-from inform_rm.eval.suites.scores import TIES, ScoredItem, item_credit
+from inform_rm.eval.suites.report import SuiteResult
+from inform_rm.eval.suites.scores import ScoredItem, item_credit
 from inform_rm.eval.suites.summary import summarize_suite
 from inform_rm.eval.suites.tables import suite_named
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import shortest_float
-from inform_rm.util.page import Page, Table, figure_png
 
 _CHUNK_ITEMS = 1024
 _ENCODED_AT_ONCE = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class SuiteSettings(RowSettings):
-    """How a suite is evaluated: keywords of `evaluate_suite`; what is left out makes the suite incomplete.
-
-    Attributes:
-        ties: what equal rewards give in suites of pairs: nothing (``"wrong"``, as published), or ``"half"``
-            (RewardBench only).
-    """
-
-    ties: str = "wrong"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ties not in TIES:
-            raise InputError(f"ties: {self.ties!r}; expected one of {', '.join(TIES)}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SuiteResult(ModelResult):
-    """The score of a reward model on a benchmark suite: the figures of `summarize_suite`.
-
-    Attributes:
-        title: of the suite.
-        citation: of its paper and source.
-        suite: its name.
-        complete: nothing is missing.
-        score: by the published aggregation; ``None`` where the suite is not complete.
-        missing: a sentence for each lack.
-        sections: of each whole one ``score``, ``num_items``, ``weight`` and ``interval``.
-        subsets: of each with items ``accuracy``, ``interval``, ``num_items``, ``published_items``, ``num_ties`` and
-            ``num_dropped``.
-        interval: 95 %, of the score.
-        score_with_prior_sets: RewardBench: the published score with its prior sets.
-        prior_sets_missing: RewardBench: what of them is missing.
-        ties: RewardBench 2: the parts of the section Ties.
-        styles: RM-Bench: hard, normal, easy, overall and by domain.
-        twins: prompt-swap: ``num_twins``, and the share of them of which both are right, ``both_right``.
-        counts: items read, over-long, dropped, truncated, evaluated, those of which a correct and a wrong candidate
-            become the same tokens (``indistinguishable``), and those of which the chat template deleted text
-            (``partly_rendered``).
-        data: each source as `load_suite_items` describes it.
-        on_hub: ``id``, ``config`` and ``split`` of the parts of the suite's data set on the Hub, wherever its items
-            were read; ``None`` if it has none.
-        rows: of each item the rewards of its candidates, the correct ones first, and its mark: the lines of
-            ``items.jsonl``.
-    """
-
-    title: str
-    citation: str
-    suite: str
-    complete: bool
-    score: float | None
-    missing: list[str]
-    sections: dict[str, dict[str, Any]]
-    subsets: dict[str, dict[str, Any]]
-    counts: dict[str, int]
-    data: list[dict[str, Any]]
-    on_hub: list[dict[str, Any]] | None = None
-    interval: list[float] | None = None
-    score_with_prior_sets: float | None = None
-    prior_sets_missing: list[str] | None = None
-    ties: dict[str, Any] | None = None
-    styles: dict[str, Any] | None = None
-    twins: dict[str, Any] | None = None
-    rows: list[dict[str, Any]] = unwritten()
-
-    @property
-    def headline(self) -> str:
-        """One sentence: the score, or that there is none, and why."""
-        return report.headline(self.to_dict())
-
-    def table(self) -> Table:
-        """The subsets that are there."""
-        return report.subsets_table(suite_named(self.suite), self.to_dict())
-
-    def figure(self) -> Figure:
-        """Bars of sections and subsets."""
-        return report.sections_figure(self.to_dict())
-
-    def page(self) -> Page:
-        """All of it."""
-        return report.suite_page(suite_named(self.suite), self.to_dict(), figure_png(self.figure()))
 
 
 def evaluate_suite(

@@ -40,7 +40,7 @@ class SuiteItem:
 def load_suite_items(
     suite: Suite, data: Sources | None = None, *, revision: str | None = None, on_bad_row: str = "error"
 ) -> tuple[list[SuiteItem], list[dict[str, Any]]]:
-    """Read a suite's items.
+    """Read a suite's items; what they are read from is said for each source.
 
     Args:
         suite: which.
@@ -51,16 +51,13 @@ def load_suite_items(
             read beside the public layout. Where rows name no subset, the names of file and folders do. Or rows in
             memory, see `inform_rm.data.sources.open_parts`, which name their subset.
         revision: branch, tag or commit on the Hub.
-        on_bad_row: ``"error"``, or ``"skip"``, which counts and lists rows that cannot be used.
+        on_bad_row: ``"error"`` (`BadRow`), or ``"skip"``, which counts and lists rows that cannot be used: in no
+            known layout, of an unknown subset, or with unusable text.
 
     Returns:
         The items in reading order, under unique ids; and for each source ``source``, ``fingerprint`` (SHA-256 of its
         items' content in order), ``items`` read, ``bad_rows`` and, where there are any, the first
         ``bad_row_reasons``.
-
-    Raises:
-        BadRow: under ``"error"``: a row in no known layout, of an unknown subset, or with unusable text.
-        InputError: no data, an unreadable source, or the same item twice.
     """
     items: list[SuiteItem] = []
     sources: list[dict[str, Any]] = []
@@ -346,8 +343,7 @@ def _texts(record: dict[str, Any], field: str) -> list[Any]:
 def _with_own_id(suite: Suite, item: SuiteItem, earlier: list[SuiteItem]) -> SuiteItem:
     """The item under an id that no other has, as a source may use one twice; ``earlier`` are those with its id.
 
-    Raises:
-        BadRow: the very same item came before, so that a file is read twice; or the id is what pairs items.
+    `BadRow` if the very same item came before, so that a file is read twice, or the id is what pairs items.
     """
     for other in earlier:
         if (item.prompt, item.candidates) == (other.prompt, other.candidates):

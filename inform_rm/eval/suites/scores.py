@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from inform_rm.errors import InputError
 
-TIES = ("wrong", "half")
 NUM_STYLES = 3
 _TIES_ID = re.compile(r"(?:.*/)?(ref|tied):(\d+)", re.DOTALL)
 _TWIN_ID = re.compile(r"(.*)/([ab])", re.DOTALL)
@@ -76,9 +76,7 @@ def correct_mass(rewards: Sequence[float], num_correct: int) -> float:
         >>> round(correct_mass([np.log(3.0), np.log(1.0), np.log(4.0)], 2), 6)
         0.5
     """
-    values = np.asarray(rewards, dtype=np.float64)
-    weights = np.exp(values - values.max())
-    return float(weights[:num_correct].sum() / weights.sum())
+    return float(softmax(np.asarray(rewards, dtype=np.float64))[:num_correct].sum())
 
 
 def style_matrix(rewards: Sequence[float]) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ def summarize_suite(
     seed: int = 0,
     dropped: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The figures of a suite, as a dictionary that JSON can hold; the order of the items does not matter.
+    """The figures of `inform_rm.eval.suites.report.SuiteResult`; the order of the items does not matter.
 
     A section is whole if each of its subsets has exactly the published number of items (any, where none is
     published) and none was dropped. Only whole sections have a score, and the suite has one only if all sections that
@@ -36,14 +36,6 @@ def summarize_suite(
         ties: see `item_credit`.
         seed: of the bootstrap.
         dropped: by subset, how many items were read and not scored.
-
-    Returns:
-        ``suite``, ``complete``, ``score`` (``None`` if incomplete), ``interval`` (where there is one), ``missing``
-        (one sentence a lack), ``sections`` (whole ones: ``score``, ``num_items``, ``weight``, ``interval``),
-        ``subsets`` (those with items: ``accuracy``, ``interval``, ``num_items``, ``published_items``, ``num_ties``,
-        ``num_dropped``), and what a suite has of its own: ``score_with_prior_sets`` and ``prior_sets_missing``
-        (RewardBench), ``ties`` (RewardBench 2), ``styles`` (RM-Bench: hard, normal, easy, overall and by domain, of
-        whole domains), ``twins`` (prompt-swap).
     """
     groups: dict[str, list[ScoredItem]] = {name: [] for name in suite.subsets}
     for item in items:

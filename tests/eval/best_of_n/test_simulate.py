@@ -17,12 +17,12 @@ from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.errors import InputError
 from inform_rm.eval.best_of_n.policies import CausalLMPolicy, choose_prompts
 from inform_rm.eval.best_of_n.simulate import (
-    SimulationSettings,
     best_of_n_expectation,
     best_of_n_weights,
     kl_nats,
     overoptimization_curves,
 )
+from inform_rm.eval.settings import SimulationSettings
 from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer
 from inform_rm.world.policy import WorldGold, WorldPolicy, attack, world_prompts
 from inform_rm.world.worlds import WorldConfig, gold_reward, make_pairs, sample_prompts

@@ -13,29 +13,27 @@ from inform_rm import RewardScorer, compare, evaluate
 from inform_rm.cli import main
 from inform_rm.errors import InputError
 from inform_rm.eval.comparison.paired import length_controlled_accuracy, length_scale, mcnemar_test, paired_bootstrap
-from inform_rm.eval.comparison.report import result_page
 from inform_rm.eval.comparison.result_rows import matched, read_result_rows
 from inform_rm.util.intervals import wilson_interval
 
 FINGERPRINT = "f" * 64
 
 
-def write_pairs(folder, margins, *, lengths=True, fingerprint=FINGERPRINT, ids=None, subsets="abc"):
+def write_pairs(folder, margins, *, fingerprint=FINGERPRINT, ids=None, subsets="abc"):
     """A folder as `evaluate --data` leaves it: row i has margin ``margins[i]`` and subset i modulo their number."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for row, margin in enumerate(margins):
         subset = subsets[row % len(subsets)]
         line = {"source": "data.jsonl", "id": ids[row] if ids else f"row-{row}", "subset": subset}
-        if lengths:
-            line |= {"chosen_characters": 40 + (7 * row) % 90, "rejected_characters": 60 + (11 * row) % 50}
+        line |= {"chosen_characters": 40 + (7 * row) % 90, "rejected_characters": 60 + (11 * row) % 50}
         lines.append({**line, "chosen_reward": 1.0 + margin, "rejected_reward": 1.0})
     (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     credits = [0.5 + 0.5 * np.sign(margin) for margin in margins]
     parts = {name: credits[place :: len(subsets)] for place, name in enumerate(subsets)}
     result = {
         "model": f"models/{folder.name}", "model_fingerprint": "a" * 64, "settings": {"max_length": 64}, "seed": 0,
-        "num_pairs": len(lines), "accuracy": float(np.mean(credits)),
+        "num_pairs": len(lines), "accuracy": float(np.mean(credits)), "accuracy_interval": [0, 1], "calibration": {},
         "subsets": {name: {"accuracy": float(np.mean(part))} for name, part in parts.items() if part},
         "data": [{"source": "data.jsonl", "fingerprint": fingerprint}],
     }  # fmt: skip
@@ -184,19 +182,8 @@ def test_a_suite_gives_published_scores_sections_and_length_control_of_pairs_onl
     assert "mcnemar" not in groups["section", "Ties"]["two"]  # every row has part of a credit on one side
     assert groups["all", "all"]["two"]["mcnemar"]["left_out"] == 6
     assert result.flips["two"] == {"gained": 3, "lost": 3}
-    page = result_page(result.to_dict(), result.flipped_rows, b"").markdown()
+    page = result.page().markdown()
     assert "| rewardbench | 0.7500 | incomplete |" in page and "| Safety | 0.6000 | incomplete |" in page
-
-
-def test_lengths_that_one_folder_holds_serve_all_and_without_any_length_control_is_absent(tmp_path):
-    one = write_pairs(tmp_path / "one", random_margins(0), lengths=False)
-    two = write_pairs(tmp_path / "two", random_margins(1))
-    with_lengths = compare([one, two], num_resamples=10)
-    assert all("length_coefficient" in entry for part in with_lengths.groups for entry in part["models"].values())
-    write_pairs(two, random_margins(1), lengths=False)
-    without = compare([one, two], num_resamples=10)
-    assert not any("length_coefficient" in entry for part in without.groups for entry in part["models"].values())
-    assert "no lengths; evaluate again" in result_page(without.to_dict(), [], b"").markdown()
 
 
 def test_one_folder_alone_has_accuracies_and_no_differences(tmp_path):
@@ -246,7 +233,7 @@ def test_rows_that_occur_twice_are_refused(tmp_path):
 
 
 def test_folders_that_hold_no_finished_evaluation_are_refused(folders, tmp_path):
-    with pytest.raises(InputError, match=r"no result.json, so it holds no finished result"):
+    with pytest.raises(InputError, match="nothing is not a folder"):
         compare([folders["one"], tmp_path / "nothing"])
     lines = (folders["two"] / "pairs.jsonl").read_text().splitlines(keepends=True)
     text = "".join(lines)
@@ -254,14 +241,14 @@ def test_folders_that_hold_no_finished_evaluation_are_refused(folders, tmp_path)
         ("".join(lines[:-1]), "59 lines for the 60 pairs"),
         ("".join(lines[:-1]) + lines[-1][:20], "line 60: broken JSON"),
         ("".join(lines[:-1]) + "3\n", "line 60: no object"),
-        (text.replace('"chosen_reward"', '"reward"', 1), "line 1: no field 'chosen_reward'"),
+        (text.replace('"chosen_reward"', '"reward"', 1), "KeyError: 'chosen_reward'"),
         (
             "".join(lines).replace('"rejected_reward": 1.0', '"rejected_reward": NaN', 1),
-            "line 1: .* no finite numbers",
+            "a reward that is no finite number",
         ),
         (
             "".join(lines).replace("data.jsonl", "else.jsonl", 1),
-            "source 'else.jsonl', which result.json does not name",
+            "damaged, .* 'else.jsonl'",
         ),
         ("", "the file is empty"),
     ):
@@ -272,10 +259,10 @@ def test_folders_that_hold_no_finished_evaluation_are_refused(folders, tmp_path)
     with pytest.raises(InputError, match=r"no pairs.jsonl; expected a folder"):
         compare([folders["one"], folders["two"]])
     (folders["two"] / "result.json").write_text("[]")
-    with pytest.raises(InputError, match="holds a list"):
+    with pytest.raises(InputError, match="of another command"):
         compare([folders["one"], folders["two"]])
     suite = write_suite(tmp_path / "suite", [1.0, 2.0])
-    with pytest.raises(InputError, match=r"line 2: credit 2.0; expected a number in \[0, 1\]"):
+    with pytest.raises(InputError, match=r"a credit that is not in \[0, 1\]"):
         compare(suite)
 
 

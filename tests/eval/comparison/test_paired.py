@@ -77,7 +77,7 @@ def test_bootstrap_covers_the_true_difference_about_as_often_as_it_says():
 
 def test_bootstrap_of_equal_models_has_no_width():
     found = paired_bootstrap(np.zeros(10))
-    assert (found.estimate, found.low, found.high, found.num_points) == (0.0, 0.0, 0.0, 10)
+    assert found == (0.0, 0.0, 0.0)
 
 
 # --- McNemar
@@ -237,7 +237,7 @@ def test_unit_of_length_does_not_matter_and_a_common_scale_makes_coefficients_co
     once, thrice = (length_controlled_accuracy(credits, factor * differences) for factor in (1, 3))
     assert once.accuracy.estimate == pytest.approx(thrice.accuracy.estimate, abs=1e-9)
     explicit = length_controlled_accuracy(credits, differences, scale=length_scale(differences))
-    assert explicit == once and once.accuracy.num_points == 400
+    assert explicit == once
     assert length_controlled_accuracy(credits, differences, scale=1e6).length_coefficient != once.length_coefficient
 
 

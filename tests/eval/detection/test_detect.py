@@ -18,7 +18,6 @@ from inform_rm.eval.detection.clusters import auto_eps, cluster_separation_index
 from inform_rm.eval.detection.detect import detect, repeated_trigrams
 from inform_rm.eval.detection.latents import collect_latents
 from inform_rm.eval.detection.outliers import fit_mahalanobis
-from inform_rm.eval.detection.report import candidate_table
 from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.eval.detection.statistic import STATISTICS
 from inform_rm.util.page import figure_png
@@ -99,9 +98,6 @@ def test_figures_are_those_of_the_functions_behind(scorer, files, made):
         expected = [table["response"][40 * (number + 1) + row] for row in np.argsort(-squared)[:20]]
         assert [row["response"] for row in named] == expected
     assert result["candidates"][1]["repeated_trigrams"] > result["candidates"][0]["repeated_trigrams"]
-    # A result of an earlier version lacks a statistic, and so does its table.
-    result["null"].pop("knn_outliers")
-    assert set(found.table().header) - set(candidate_table(result).header) == {"kNN outliers"}
 
 
 def test_responses_may_be_objects_and_give_what_their_files_give(scorer, files, made):

@@ -17,8 +17,7 @@ from inform_rm.data.prompt_rows import read_prompts, written_prompt
 from inform_rm.data.response_rows import score_rows_or_faults
 from inform_rm.errors import InputError
 from inform_rm.eval.best_of_n.policies import CausalLMPolicy
-from inform_rm.eval.generation.local_model import LocalModel, Task
-from inform_rm.eval.generation.seeded_sampling import SeededSampler
+from inform_rm.eval.generation.local_model import SeededSampler, Task, write_locally
 from inform_rm.eval.generation.settings import GenerationSettings
 from inform_rm.util.endpoint import EndpointError
 from inform_rm.util.journal import RecordJournal
@@ -62,11 +61,11 @@ def test_tokens_are_drawn_from_the_softmax_at_the_temperature():
 
 def test_a_row_is_the_same_alone_and_among_others_and_without_a_cache(causal_lm, tokenizer):
     settings = GenerationSettings(max_new_tokens=8, temperature=0.9)
-    writer = LocalModel(CausalLMPolicy(causal_lm, tokenizer, max_new_tokens=8), settings)
-    tasks = [Task(str(n), writer.prompt_ids(to_messages(text)), n) for n, text in enumerate(QUESTIONS)]
+    policy = CausalLMPolicy(causal_lm, tokenizer, max_new_tokens=8)
+    tasks = [Task(str(n), policy.prompt_ids(to_messages(text)), n) for n, text in enumerate(QUESTIONS)]
     tasks.append(tasks[0]._replace(name="other seed", seed=99))
-    together = {name: reply for batch in writer.write(tasks, ()) for name, reply in batch.items()}
-    alone = {task.name: next(writer.write([task], ()))[task.name] for task in tasks}
+    together = {name: reply for batch in write_locally(policy, settings, tasks) for name, reply in batch.items()}
+    alone = {task.name: next(write_locally(policy, settings, [task]))[task.name] for task in tasks}
     assert together == alone and len({reply.text for reply in alone.values()}) == len(alone)
     # By hand: the whole text through the model for each token, and inversion of the distribution function.
     for task in tasks:
@@ -84,12 +83,12 @@ def test_a_row_is_the_same_alone_and_among_others_and_without_a_cache(causal_lm,
 
 def test_temperature_0_takes_the_likeliest_token_whatever_the_models_own_config_asks(causal_lm, tokenizer):
     settings = GenerationSettings(max_new_tokens=5, temperature=0)
-    writer = LocalModel(CausalLMPolicy(causal_lm, tokenizer, max_new_tokens=5), settings)
-    ids = writer.prompt_ids(to_messages("Name a colour."))
+    policy = CausalLMPolicy(causal_lm, tokenizer, max_new_tokens=5)
+    ids = policy.prompt_ids(to_messages("Name a colour."))
     own = causal_lm.generation_config
     own.repetition_penalty = 50.0
     try:
-        reply = next(writer.write([Task("one", ids, 0)], ()))["one"]
+        reply = next(write_locally(policy, settings, [Task("one", ids, 0)]))["one"]
     finally:
         own.repetition_penalty = None
     assert causal_lm.generation_config is own

@@ -251,7 +251,7 @@ def test_candidates_that_become_the_same_tokens_are_counted_as_ties(scorer, tmp_
     assert half.subsets["hep-go"]["accuracy"] == 0.5 and half.settings["ties"] == "half"
     with pytest.raises(InputError, match="ties: 'half' is an option of rewardbench; hh counts a tie as wrong"):
         evaluate_suite(scorer, "hh", tmp_path / "rows.jsonl", ties="half")
-    with pytest.raises(InputError, match="ties: 'none'; expected one of wrong, half"):
+    with pytest.raises(InputError, match="ties: got 'none'; expected one of wrong, half"):
         evaluate_suite(scorer, "rewardbench", tmp_path / "rows.jsonl", ties="none")
 
 

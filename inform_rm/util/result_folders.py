@@ -1,4 +1,4 @@
-"""Folders that `inform-rm evaluate`, `decompose` and `detect` left, read for model cards and reports."""
+"""Folders that `inform-rm evaluate`, `decompose` and `detect` left, read to be compared or shown."""
 
 import contextlib
 import json
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from inform_rm.errors import InputError
-from inform_rm.scoring.reward_models import fingerprint_model, load_reward_model
 
 RESULT_FILE = "result.json"
 # What the result.json of each kind holds and that of no other does.
@@ -29,15 +28,7 @@ class ResultFolder(NamedTuple):
 
 
 def read_result_folder(path: str | Path, kinds: Sequence[str] = tuple(_KEYS)) -> ResultFolder:
-    """Read ``result.json`` of a folder and recognise what made it.
-
-    Args:
-        path: the folder.
-        kinds: what is expected.
-
-    Raises:
-        InputError: there is no such folder, it is not finished, damaged, or of a kind that is not expected.
-    """
+    """Read ``result.json`` of a folder and recognise what made it; `InputError` unless it is one of ``kinds``."""
     path = Path(path)
     file = path / RESULT_FILE
     expected = f"Pass a folder of {', '.join(_command(kind) for kind in kinds)}."
@@ -67,37 +58,6 @@ def naming_damage(argument: str, file: Path) -> Iterator[None]:
             f"{argument}: {file} is damaged, or of another version of inform-rm ({type(error).__name__}: "
             f"{str(error)[:200]}). Make it anew."
         ) from error
-
-
-def refuse_other_models(folders: Sequence[ResultFolder], model: str, revision: str | None = None) -> None:
-    """Compare the fingerprint in each result with that of the model, in the float type in which it was scored.
-
-    Args:
-        folders: results.
-        model: folder or Hub id.
-        revision: of a model on the Hub.
-
-    Raises:
-        InputError: a result is about other weights.
-    """
-    known: dict[str, str] = {}
-    for folder in folders:
-        with naming_damage("results", folder.path / RESULT_FILE):
-            found, name = folder.result["model_fingerprint"], folder.result["model"]
-            stated = folder.result["settings"].get("dtype")
-        # `detect` does not say: the type that a CPU takes, and the checkpoint's own.
-        dtypes = ("float32", "auto") if stated is None else (str(stated),)
-        for dtype in dtypes:
-            if dtype not in known:
-                known[dtype] = fingerprint_model(
-                    load_reward_model(model, dtype=dtype, device="cpu", revision=revision)
-                )
-        if found not in [known[dtype] for dtype in dtypes]:
-            raise InputError(
-                f"results: {folder.path} is about another model, {name}: its weights have the fingerprint "
-                f"{str(found)[:12]}, those of {model} {', '.join(known[dtype][:12] for dtype in dtypes)}. "
-                f"Run it for {model}, or leave it out."
-            )
 
 
 def _command(kind: str) -> str:
