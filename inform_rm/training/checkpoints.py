@@ -115,7 +115,6 @@ def check_resume(
     Raises:
         InputError: naming what differs.
     """
-    path = output / "checkpoints" / "run.json"
     if resume_from is not None:
         with reading_checkpoint(resume_from, "trainer_state.json"):
             found = TrainerState.load_from_json(str(resume_from / "trainer_state.json")).global_step
@@ -127,11 +126,11 @@ def check_resume(
         "contents": _contents(args, fingerprints, eval_fingerprints) | {"peft_config": adapters}, **launch,
         "kl_reduction_version": kl_reduction_version,
     }  # fmt: skip
-    if resume_from is not None and path.exists():
-        before = _recorded_settings(path)
+    if resume_from is not None:
+        before = _recorded_settings(resume_from.parent / "run.json")
         if any(name in before and before[name] != now[name] for name in launch):
             raise InputError(
-                f"output: {output} holds an unfinished run of {before['num_processes']} processes "
+                f"{resume_from} is of a run of {before['num_processes']} processes "
                 f"({before['distribution']}), this one has {now['num_processes']} ({now['distribution']}). Its "
                 "checkpoints hold the random state of each process and an optimizer that is stored for this launch: "
                 "launch it as before to continue it, name another folder, or pass --overwrite true. To go on from "
@@ -140,13 +139,13 @@ def check_resume(
             )
         if "contents" not in before:
             raise InputError(
-                f"output: {output} holds an unfinished run of an earlier version of inform_rm, which did not write "
+                f"{resume_from} is of a run of an earlier version of inform_rm, which did not write "
                 "down all that must be the same. Finish it with that version, name another folder, pass --overwrite "
                 f"true, or go on from what it has learnt with a new optimizer: model: {resume_from}."
             )
         if changed := _changed(args, before, now):
             raise InputError(
-                f"output: {output} holds an unfinished run with other settings or data ({'; '.join(changed)}). "
+                f"{resume_from} is of a run with other settings or data ({'; '.join(changed)}). "
                 "Restore them to continue it, name another folder, or pass --overwrite true."
             )
         software = versions()
@@ -157,16 +156,13 @@ def check_resume(
         logger.warning("Continuing from %s%s.", resume_from, "".join(free))
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
-        write_json(path, {**now, "versions": versions()})
+        write_json(output / "checkpoints" / "run.json", {**now, "versions": versions()})
         atomic_write_text(output / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
-def recorded_kl_version(output: Path, otherwise: int) -> int:
-    """``kl_reduction_version`` of an unfinished run: 1 where an earlier version wrote none, ``otherwise`` if none."""
-    path = output / "checkpoints" / "run.json"
-    if not path.exists():
-        return otherwise
-    return 2 if _recorded_settings(path).get("kl_reduction_version") == 2 else 1
+def recorded_kl_version(checkpoint: Path) -> int:
+    """``kl_reduction_version`` of an unfinished run: 1 where an earlier version wrote none."""
+    return 2 if _recorded_settings(checkpoint.parent / "run.json").get("kl_reduction_version") == 2 else 1
 
 
 def _changed(args: RewardTrainingArguments, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -213,6 +209,11 @@ def _contents(
 
 def _recorded_settings(path: Path) -> dict[str, Any]:
     """What a run recorded, as today's would have: names of an earlier version, and what it set without a setting."""
+    if not path.exists():
+        raise InputError(
+            f"resume_from_checkpoint: {path}, which says what the checkpoint belongs to, is not there. "
+            "Copy it along; or go on from what was learnt with a new optimizer: model: the checkpoint."
+        )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):

@@ -216,6 +216,14 @@ def test_a_conversation_scores_as_its_last_reply_after_the_turns_before_it(score
         scorer.score_messages([[{"role": "judge", "content": "1"}]])
 
 
+@pytest.mark.parametrize("response", (None, float("nan"), [{"role": "assistant", "content": "Blue."}]))
+def test_a_response_that_is_no_text_is_refused_with_its_row(scorer, response):
+    with pytest.raises(InputError, match=r"row 1 \(counted from 0\): the response is .*; expected its text"):
+        scorer.score(["one", "two"], ["red", response])
+    with pytest.raises(InputError, match=r"row 0 .*prompt"):
+        scorer.score([None], ["red"])
+
+
 def test_no_rows_give_no_rewards(scorer):
     assert scorer.score([], []).shape == (0,)
 
