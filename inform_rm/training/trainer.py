@@ -124,7 +124,7 @@ class RewardTrainer(RewardLoop):
             if args.model is None:
                 raise InputError("model: none given. Pass a name, a folder or a loaded model.")
             check_model(args)
-        if args.model is not None and Path(args.model).resolve() == Path(args.output_dir).resolve():
+        if args.model is not None and Path(args.model).resolve() == Path(str(args.output_dir)).resolve():
             raise InputError(
                 f"output_dir: {args.output_dir} is the model's own, whose weights would be lost. Name another."
             )
