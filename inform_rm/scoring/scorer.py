@@ -220,7 +220,7 @@ class RewardScorer:
         progress: bool = False,
     ) -> Any:
         """Rewards of N rows of token ids, without padding; see `iter_scores` and, for the rest, `score`."""
-        rewards, stds = torch.full((2, len(sequences)), float("nan"))
+        rewards, stds = torch.full((2, len(sequences)), float("nan"), dtype=torch.float32)
         with tqdm(total=len(sequences), unit="row", desc="score", disable=not progress) as bar:
             for rows, batch_rewards, batch_stds in self.iter_scores(sequences, prompt_lengths, uncertainty):
                 rewards[rows] = batch_rewards
