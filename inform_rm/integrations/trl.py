@@ -20,7 +20,7 @@ import numpy as np
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
-from inform_rm.errors import InputError
+from inform_rm.errors import InputError, shortened
 from inform_rm.eval.detection.early_stopping import CSIEarlyStopping, RewardFallStopping
 from inform_rm.eval.detection.latents import collect_latents
 from inform_rm.eval.detection.outliers import fit_mahalanobis
@@ -238,8 +238,19 @@ class OveroptimizationCallback(TrainerCallback):
 
 
 def _text(completion: Any) -> str:
-    """A completion as text: a string, or messages of which the last one is the assistant's."""
+    """A completion as text: a string, or one message of the assistant.
+
+    Raises:
+        InputError: several messages, as of a policy that calls tools: a reward of the last alone would be another's.
+    """
     if isinstance(completion, str):
         return completion
-    content = completion[-1]["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    content = completion[0].get("content") if len(completion) == 1 else None
+    if isinstance(content, list) and all(isinstance(part.get("text"), str) for part in content):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise InputError(
+            f"completions: {shortened(repr(completion), 200)}; expected text, or one message of the assistant with "
+            "text. Tool calls and images are not encoded: write a reward function that puts them into words."
+        )
+    return content

@@ -65,6 +65,13 @@ def test_plain_rewards_of_text_and_of_messages(scorer):
     replies = [[{"role": "assistant", "content": text}] for text in "abc"]
     assert function(messages, replies) == pytest.approx(expected, abs=1e-6)
     assert function.recent() == (messages[1:], ["b", "c"])
+    for several in (
+        [{"role": "assistant", "content": "", "tool_calls": [{}]}, {"role": "tool", "content": "42"}],
+        [{"role": "assistant", "content": None, "tool_calls": [{}]}],
+        [{"role": "assistant", "content": [{"type": "image"}]}],
+    ):  # of which the last message alone is not what the policy wrote
+        with pytest.raises(InputError, match=r"completions: .*expected text, or one message"):
+            function(messages[:1], [several])
     with pytest.raises(InputError, match=r"shaping_coefficient: 0\.1 needs reference"):
         RewardFunction(scorer, shaping_coefficient=0.1)
 
