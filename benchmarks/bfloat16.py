@@ -5,9 +5,9 @@
 
 Float32; float32 weights under autocast; bfloat16 weights with torch's AdamW; bfloat16 weights with ``stable_adamw``,
 which needs the extra ``bf16``. All start from the same weights and head and see the same pairs in the same order. Then
-each model is tested in float32, as saved and with the backbone's weights rounded to bfloat16. Writes ``table.md``,
-``table.json`` and ``bfloat16-loss.png``; finished runs are not repeated. 15 minutes and more on one core without
-bfloat16 instructions, nearly all of it for the last three runs.
+each model is tested in float32, as saved and with the backbone's weights rounded to bfloat16. Writes ``table.md``
+and ``table.json``; finished runs are not repeated. Half an hour and more on one core without bfloat16 instructions,
+nearly all of it for the last three runs.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from inform_rm import InfoRMForSequenceClassification, train
 from inform_rm.data.preferences import load_preferences
@@ -24,7 +23,6 @@ from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.scoring.reward_models import load_reward_model
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.training.reward_arguments import arguments_from_mapping
-from inform_rm.util.colors import SERIES
 from inform_rm.util.files import atomic_write_text, write_json
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -55,7 +53,6 @@ def main() -> None:
     rows = [one_run(arguments, name) for name in RUNS]
     write_json(arguments.output / "table.json", rows)
     atomic_write_text(arguments.output / "table.md", table(rows))
-    figure(rows).savefig(arguments.output / "bfloat16-loss.png", dpi=150)
     print(table(rows))
 
 
@@ -131,20 +128,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def figure(rows: list[dict[str, Any]]) -> Figure:
-    """Training loss, each point the mean of ten steps."""
-    drawn = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = drawn.subplots()
-    for row, style, color in zip(rows, ("-", "--", "-", ":"), SERIES[:4], strict=True):
-        loss = row["loss"]
-        means = [sum(loss[end - SMOOTHED : end]) / SMOOTHED for end in range(SMOOTHED, len(loss) + 1)]
-        axes.plot(range(SMOOTHED, len(loss) + 1), means, style, color=color, linewidth=2, label=row["run"])
-    axes.set(xlabel="optimizer step", ylabel=f"training loss in nats, mean of {SMOOTHED} steps")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    return drawn
 
 
 if __name__ == "__main__":

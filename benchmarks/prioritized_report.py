@@ -20,6 +20,7 @@ from prioritized import BUDGET, COSTS, METHODS, TEST_PAIRS, UPDATES, policy_resp
 Runs = dict[str, list[dict[str, Any]]]  # method -> runs, in the order of their seeds
 BEST_OF = (1, 4, 16, 64)
 WIN_BEST_OF = 16
+GAPS = ("prompt_free_gap", "prompt_related_gap")
 
 
 def main() -> None:
@@ -139,10 +140,11 @@ def write_planes(runs: Runs, path: Path) -> None:
     if not all(method in runs and "gaps" in runs[method][-1] for method in titles):
         return
     gaps = {title: runs[method][-1]["gaps"] for method, title in titles.items()}
+    reach = 1.05 * max(np.abs(found[name]).max() for found in gaps.values() for name in GAPS)
     figure = Figure(figsize=(10.5, 4.75), layout="constrained")
     for axes, (title, found) in zip(figure.subplots(1, 2), gaps.items(), strict=True):
-        free, related = np.array(found["prompt_free_gap"]), np.array(found["prompt_related_gap"])
-        draw_plane(axes, 1.05 * max(np.abs(free).max(), np.abs(related).max()))
+        free, related = (np.array(found[name]) for name in GAPS)
+        draw_plane(axes, reach)
         points = axes.scatter(free, related, c=found["words_difference"], cmap="coolwarm", s=10, vmin=-30, vmax=30)
         axes.set_title(f"{title}: {np.mean(free + related > 0):.0%} ranked right")
     figure.colorbar(points, ax=figure.axes, label="words, chosen - rejected", shrink=0.9, extend="both")

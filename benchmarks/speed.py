@@ -12,6 +12,7 @@ import random
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -355,7 +356,7 @@ def measure_grid(shared: Path) -> list[Contest]:
 
 
 def measure_growth(shared: Path) -> list[Contest]:
-    """Cost of packed scoring against responses to a prompt, number of prompts, and length."""
+    """CPU time of packed scoring against responses to a prompt, number of prompts, and length."""
     base = {"prompts": 4, "responses": 4, "prompt_tokens": 100, "response_tokens": 50}
     return [
         growth_contest(shared, "responses to a prompt", "responses", [1, 4, 16, 64], {**base, "prompts": 1}),
@@ -377,7 +378,8 @@ def growth_contest(shared: Path, name: str, varied: str, values: list[int], base
         contestants[str(value)] = Contestant(
             partial(lambda *rows: scorer.score_encoded(*rows).tolist(), sequences, lengths)
         )
-    return Contest(name, "runs", 1, contestants, f"packed, standard head; {varied} varies from {base}")
+    setting = f"packed, standard head, CPU seconds; {varied} varies from {base}"
+    return Contest(name, "runs", 1, contestants, setting, clock=time.process_time)
 
 
 def plot_growth(path: Path, contests: list[dict[str, Any]]) -> None:
@@ -399,7 +401,7 @@ def plot_growth(path: Path, contests: list[dict[str, Any]]) -> None:
         axis.loglog(sizes, seconds, "o-", color=BLUE, label="measured")
         axis.loglog(sizes, seconds[-1] * tokens / tokens[-1], "--", color=GREY, label="as the tokens grow")
         axis.set_xlabel(contest["name"])
-        axis.set_ylabel("seconds")
+        axis.set_ylabel("CPU seconds")
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
         axis.set_title(f"seconds ~ tokens^{power:.2f} (last three)", fontsize=10)

@@ -41,7 +41,7 @@ NOT_RUN = {
     r"--load_in_4bit": "8B on a GPU; tests/test_recipes.py runs 4 bits on a CPU",
     r"^serve ": "it ends by Ctrl-C; the requests on its pages are sent to the same application below",
     r"^plan recipes/|recipes/shapes/": "tests/test_recipes.py runs plans of all recipes",
-    r"\.\.\.|noise-0\.0/|new=|other-eval|DIR/|FILE ": "it names what only a reader has",
+    r"\.\.\.|demo-output/|new=|other-eval|DIR/|FILE ": "it names what only a reader has",
     r"--labels ": "tests/eval/detection/test_detect.py has labels",
     r"--proxy runs/first runs/second": "tests/eval/best_of_n run it with fewer prompts",
     r"--gold STRONGER_MODEL": "examples/best_of_n.py is this, and is run",

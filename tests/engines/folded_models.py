@@ -4,7 +4,8 @@
 
 Not a pytest file: the engine lives in an environment of its own, where `vllm_rewards.py` is the second half. Each
 model has random weights and a tokenizer of few words. One, `smollm2`, has the real tokenizer and weights of the folder
-that ``INFORM_RM_SHARED`` names, and is left out where there is none.
+that ``INFORM_RM_SHARED`` names, and is left out where there is none. Another, `trained`, is a small Llama after 20
+steps of `inform-rm train`.
 """
 
 import json
@@ -45,6 +46,7 @@ FAMILIES = {
     ),
     "gpt2": ("GPT2Config", {}),
     "smollm2": ("", {}),
+    "trained": ("LlamaConfig", GROUPED),
 }
 WORDS = "red blue green sea sky apple pear seven three name a an the is are of and colour fruit number say".split()
 PLAIN_TEMPLATE = (
@@ -102,6 +104,8 @@ def save_model(family, folder):
     else:
         name, settings = FAMILIES[family]
         text_config = getattr(transformers, name)(**SIZES, **settings)
+        if family == "trained":
+            return train_model(transformers.LlamaForCausalLM(text_config), build_tokenizer(family), folder)
         model = InfoRMForSequenceClassification(InfoRMConfig(text_config, latent_dim=8, decoder="linear"))
         tokenizer = build_tokenizer(family)
         for parameter in model.model.parameters():
@@ -111,6 +115,27 @@ def save_model(family, folder):
         parameter.data.normal_(std=0.5)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def train_model(backbone, tokenizer, folder):
+    """What `inform-rm train` makes of the backbone in 20 steps: the reply that ends in "pear" is preferred."""
+    from inform_rm.cli.dispatch import main as inform_rm
+
+    backbone.save_pretrained(folder.parent / "backbone")
+    tokenizer.save_pretrained(folder.parent / "backbone")
+    pairs = folder.parent / "pairs.jsonl"
+    with pairs.open("w") as file:
+        for number in range(80):
+            words = [WORDS[(number + step * (1 + number % 5)) % len(WORDS)] for step in range(4)]
+            reply = {"prompt": " ".join(words), "chosen": f"{words[1]} pear", "rejected": f"{words[1]} apple"}
+            file.write(json.dumps(reply) + "\n")
+    settings = {
+        "model": folder.parent / "backbone", "data": pairs, "output": folder, "max_steps": 20, "latent_dim": 8,
+        "decoder": "linear", "pairs_per_step": 8, "learning_rate": 3e-3, "use_cpu": "true",
+    }  # fmt: skip
+    if inform_rm(["train", *(word for name, value in settings.items() for word in (f"--{name}", str(value)))]):
+        raise SystemExit("inform-rm train failed")
     return folder
 
 
