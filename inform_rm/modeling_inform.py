@@ -489,8 +489,7 @@ def _with_padding_at_the_end(attention_mask: Tensor, *tensors: Tensor | None) ->
     places = (torch.arange(length, device=attention_mask.device) + first) % length
 
     def turn(rows: Tensor) -> Tensor:
-        index = places.to(rows.device)
-        return rows.gather(1, index if rows.dim() == 2 else index[..., None].expand_as(rows))
+        return rows.gather(1, places if rows.dim() == 2 else places[..., None].expand_as(rows))
 
     return [None if rows is None else turn(rows) for rows in (attention_mask, *tensors)]
 

@@ -66,7 +66,7 @@ class MahalanobisReference:
             InputError: for ``"chi2"`` with no more points than dimensions.
         """
         if tail == "reference":
-            smaller = np.searchsorted(self.left_out_distances, squared_distances, side="left")
+            smaller = np.searchsorted(self.left_out_distances, squared_distances)
             return (1 + self.num_points - smaller) / (self.num_points + 1)
         latent_dim = len(self.mean)
         if self.num_points <= latent_dim:

@@ -53,6 +53,7 @@ def test_bootstrap_equals_a_plain_loop_over_its_draws_and_scipy_in_distribution(
     ordered = np.sort(differences)
     means = [float(generator.multinomial(50, [1 / 50] * 50) @ ordered) / 50 for _ in range(400)]
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
+    assert found.num_resamples == 400
     other = scipy.stats.bootstrap((differences,), np.mean, n_resamples=20_000, method="percentile", random_state=1)
     mine = paired_bootstrap(differences, num_resamples=20_000)
     np.testing.assert_allclose((mine.low, mine.high), other.confidence_interval, atol=0.02)
@@ -263,5 +264,5 @@ def test_wrong_arguments_are_refused(function, arguments, message):
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, True])
 def test_number_of_resamples_is_checked(number):
-    with pytest.raises(InputError, match="num_resamples"):
+    with pytest.raises(InputError, match="^num_resamples"):
         paired_bootstrap([1.0], num_resamples=number)
