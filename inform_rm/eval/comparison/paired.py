@@ -164,18 +164,12 @@ def length_controlled_accuracy(
         residuals = expit(point[0] + point[1] * predictor) - preferred
         return np.array([residuals.sum(), residuals @ predictor]) + _RIDGES * point
 
-    def hessian(point: NDArray[np.float64]) -> NDArray[np.float64]:
-        chance = expit(point[0] + point[1] * predictor)
-        weights = chance * (1 - chance)
-        first, mixed, second = weights.sum(), weights @ predictor, weights @ predictor**2
-        return np.array([[first, mixed], [mixed, second]]) + np.diag(_RIDGES)
-
-    best = minimize(lambda point: loss(*point), np.zeros(2), jac=gradient, hess=hessian, method="trust-exact")
+    best = minimize(lambda point: loss(*point), np.zeros(2), jac=gradient)
     quality, length = best.x.tolist()
 
     def excess(at: float) -> float:
         """Likelihood-ratio statistic of one value of quality, above its 95 % quantile."""
-        fitted = minimize_scalar(lambda slope: loss(at, slope), bracket=(length, length + 1.0))
+        fitted = minimize_scalar(lambda slope: loss(at, slope))
         return 2 * (float(fitted.fun) - float(best.fun)) - float(chi2.ppf(0.95, df=1))
 
     low, high = (_limit(excess, quality, direction) for direction in (-1.0, 1.0))
@@ -189,7 +183,7 @@ def _limit(excess: Callable[[float], float], start: float, direction: float) -> 
     while True:
         outer = start + direction * step
         if excess(outer) > 0:
-            return float(brentq(excess, inner, outer, xtol=1e-6))
+            return float(brentq(excess, inner, outer))
         if abs(outer) > _LARGEST_LOG_ODDS:
             return direction * np.inf
         inner, step = outer, 2 * step
