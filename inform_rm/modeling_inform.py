@@ -484,13 +484,12 @@ def _with_padding_at_the_end(attention_mask: Tensor, *tensors: Tensor | None) ->
     A causal backbone gives tokens the same states whatever follows them. Padding before them is another matter: layers
     with a state (Mamba, RWKV), convolutions and position biases may see it, whatever the mask says.
     """
-    length = attention_mask.shape[-1]
-    first = attention_mask.bool().int().argmax(dim=-1, keepdim=True)
+    length = attention_mask.shape[1]
+    first = attention_mask.bool().int().argmax(dim=1, keepdim=True)
     places = (torch.arange(length, device=attention_mask.device) + first) % length
 
     def turn(rows: Tensor) -> Tensor:
-        index = places.to(rows.device)
-        return rows.gather(1, index if rows.dim() == 2 else index[..., None].expand_as(rows))
+        return rows.gather(1, places if rows.dim() == 2 else places[..., None].expand_as(rows))
 
     return [None if rows is None else turn(rows) for rows in (attention_mask, *tensors)]
 

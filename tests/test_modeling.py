@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,7 +22,13 @@ from transformers import (
 )
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
-from inform_rm.modeling_inform import InfoRMHead, RewardLinear, bradley_terry_loss, kl_to_standard_normal
+from inform_rm.modeling_inform import (
+    InfoRMHead,
+    RewardLinear,
+    _with_padding_at_the_end,
+    bradley_terry_loss,
+    kl_to_standard_normal,
+)
 from inform_rm.training.losses import hinge_loss
 
 ARCHITECTURES = ["llama", "llama_tied", "mistral", "qwen2", "gpt_neox", "gpt2"]
@@ -215,6 +222,18 @@ def test_pad_token_equal_to_end_token_changes_nothing(model):
     torch.testing.assert_close(model(**padded(token_rows, "left", 3, pad=2)).logits, alone, atol=1e-5, rtol=0)
 
 
+def test_embeddings_in_place_of_tokens_give_the_same_rewards(model):
+    for side in ("right", "left"):
+        batch = padded(rows(), side, 3)
+        embedded = model.get_input_embeddings()(batch["input_ids"])
+        found = model(inputs_embeds=embedded, attention_mask=batch["attention_mask"]).logits
+        torch.testing.assert_close(found, model(**batch).logits)
+
+
+def test_padding_is_turned_on_the_masks_device():
+    assert _with_padding_at_the_end(torch.ones(2, 3, device="meta"))[0].is_meta
+
+
 def test_unknown_keywords_are_ignored_and_eval_is_deterministic(model):
     batch = padded(rows(), "right")
     expected = model(**batch).logits
@@ -296,6 +315,17 @@ def test_from_backbone_refuses_what_is_no_backbone(causal_lm_dir, tmp_path, mode
     broken.save_pretrained(tmp_path / "broken", state_dict=state)
     with pytest.raises(ValueError, match=r"3 missing \(first: model.layers.1.mlp.down_proj.weight\)"):
         InfoRMForSequenceClassification.from_backbone(tmp_path / "broken")
+
+
+def test_the_config_is_taken_from_where_the_weights_are(causal_lm_dir, tmp_path, monkeypatch):
+    where = {
+        "revision": "main", "token": False, "cache_dir": str(tmp_path), "local_files_only": True, "subfolder": "",
+        "trust_remote_code": False,
+    }  # fmt: skip
+    seen, real = [], AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **given: seen.append(given) or real(name, **given))
+    InfoRMForSequenceClassification.from_backbone(causal_lm_dir("llama"), **where, latent_dim=8)
+    assert seen[0] == where
 
 
 def test_from_pretrained_keywords_are_passed_on(causal_lm_dir):

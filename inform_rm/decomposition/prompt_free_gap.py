@@ -180,15 +180,14 @@ def tempered_weights(log_likelihoods: Tensor, target: float = 0.25) -> tuple[Ten
     needed = target * usable.sum(1).double()
     low = torch.zeros_like(needed)
     high = torch.ones_like(low)
-    equal = (scores == 0).all(1)  # by hand, as rounding decides whether ESS >= 1.0 * M
-    untempered = equal | (_effective_sample_size(tempered(high)) >= needed)
     if target < 1:
+        untempered = _effective_sample_size(tempered(high)) >= needed
         for _ in range(_TEMPERING_STEPS):
             middle = (low + high) / 2
             enough = _effective_sample_size(tempered(middle)) >= needed
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    else:
-        untempered = equal
+    else:  # by hand, as rounding decides whether ESS >= 1.0 * M
+        untempered = (scores == 0).all(1)
     exponents = torch.where(untempered, 1.0, low)
     weights = tempered(exponents)
     return weights / weights.sum(1, keepdim=True), exponents
@@ -248,7 +247,7 @@ def _solve(gaps: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor
         raise InputError(f"gaps have shape {tuple(gaps.shape)}; expected (pairs, prompts)")
     if gaps.shape[1] == 0:
         raise InputError("gaps have no prompts; each pair needs at least one, its own")
-    weights = torch.ones_like(gaps, dtype=torch.float64) if weights is None else weights
+    weights = torch.ones_like(gaps) if weights is None else weights
     if weights.shape not in (gaps.shape, gaps.shape[1:]):
         raise InputError(
             f"weights have shape {tuple(weights.shape)}; expected {tuple(gaps.shape)} or {tuple(gaps.shape[1:])}, "

@@ -88,14 +88,12 @@ def block_mask(trees: Tensor, branches: Tensor, positions: Tensor, sliding_windo
     sees = may_attend(trees, branches, positions, sliding_window, tokens[0][:, :, None], tokens[1][:, None])
     some[queries, keys] = sees.any(2).any(1)
     parts, wholes = _blocks_in_order(some), _blocks_in_order(every)
-    return BlockMask.from_kv_blocks(
-        *parts, *wholes, BLOCK_SIZE=ROW_MULTIPLE, mask_mod=rule, seq_lengths=(len(trees), len(trees))
-    )
+    return BlockMask.from_kv_blocks(*parts, *wholes, BLOCK_SIZE=ROW_MULTIPLE, mask_mod=rule)
 
 
 def _blocks_in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """``(1, 1, B)`` number and ``(1, 1, B, B)`` places of the key blocks of each query block, these first."""
-    places = blocks.int().argsort(dim=1, descending=True, stable=True)
+    places = blocks.int().argsort(descending=True, stable=True)
     return blocks.sum(dim=1, dtype=torch.int32)[None, None], places.int()[None, None]
 
 

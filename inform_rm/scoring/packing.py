@@ -213,7 +213,7 @@ def packed_attention(
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = _causal_mask(q.shape[2], k.shape[2], sliding_window, q.device)
-        is_causal = mask is None and 1 < q.shape[2] == k.shape[2]
+        is_causal = mask is None and q.shape[2] == k.shape[2]
         return scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -338,7 +338,7 @@ def why_not_packed(model: Any) -> str | None:
     pad_id = getattr(text_config, "pad_token_id", None)  # configs of old models have none
     vocabulary = [token for token in range(min(text_config.vocab_size, 1000)) if token != pad_id]
     drawn = random.Random(0).choices(vocabulary, k=24)
-    sequences = [drawn[:7] + drawn[7:10], drawn[:7] + drawn[10:18], drawn[18:]]
+    sequences = [drawn[:10], drawn[:7] + drawn[10:18], drawn[18:]]
     try:
         with torch.no_grad(), eval_mode_of(model):
             device = model.get_input_embeddings().weight.device

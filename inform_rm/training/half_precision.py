@@ -43,8 +43,8 @@ class LostUpdates(TrainerCallback):
         is_half = any(weight.requires_grad and weight.dtype in halves for weight in kwargs["model"].parameters())
         if is_half and args.optim != COMPENSATED_OPTIM and state.is_world_process_zero:
             logger.warning(
-                "Trained weights are in half precision: what %s adds to a weight is lost where it is less than half the "
-                "distance to the next such number (learning rate %g). Train with dtype: float32 and bf16: true, or "
-                "keep dtype and set optim: %s (pip install 'inform-rm[bf16]').",
+                "Trained weights are in half precision: what %s adds to a weight is lost where it is less than half "
+                "the distance to the next such number (learning rate %g). Train with dtype: float32 and bf16: true, "
+                "or keep dtype and set optim: %s (pip install 'inform-rm[bf16]').",
                 args.optim.value, args.learning_rate, COMPENSATED_OPTIM,
             )  # fmt: skip

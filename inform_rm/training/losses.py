@@ -162,7 +162,7 @@ def plackett_luce_loss(rewards: Tensor, labels: Tensor) -> Tensor:
         3.0
     """
     rewards = rewards.float() if rewards.dtype != torch.float64 else rewards
-    places = labels.argsort(descending=True, stable=True)
+    places = labels.argsort(descending=True)
     sizes = torch.unique_consecutive(labels[places], return_counts=True)[1].tolist()
     sets = rewards[places].split(sizes)
     total = rewards.new_zeros(())
@@ -191,9 +191,9 @@ def _log_probability_before(tied: Tensor, worse: Tensor) -> Tensor:
             [place_of[subset ^ (1 << member)] for member in those]
             for subset, those in zip(of_size, members, strict=True)
         ]
-        chosen = tied[torch.tensor(members, device=tied.device)]  # (subsets, size)
+        chosen = tied[torch.tensor(members)]  # (subsets, size)
         left = torch.logaddexp(chosen.logsumexp(1), worse)
-        before = torch.cat(found)[torch.tensor(smaller, device=tied.device)]
+        before = torch.cat(found)[torch.tensor(smaller)]
         found.append((chosen + before).logsumexp(1) - left)
     return found[-1][0]
 

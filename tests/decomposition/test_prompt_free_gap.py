@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from inform_rm.decomposition.prompt_free_gap import (
+    _normalised,
     decompose_gaps,
     prompt_free_gap,
     sample_prompts,
@@ -102,6 +103,21 @@ def test_equal_halves_far_apart_are_balanced_by_their_tails():
     # The same where one is still wide of float64's sight and the other not: no jump between the two ways to compute.
     for apart in [30.0, 60.0, 700.0, 800.0] + [34 + 0.25 * step for step in range(24)]:
         assert prompt_free_gap(doubles([0.0, apart])).item() == pytest.approx(apart / 2, abs=1e-6)
+
+
+def test_one_row_of_equal_halves_is_balanced_whatever_the_others_are():
+    # e^-c (1 + e) = 2 e^(c - 1000), by hand, alone and beside a row whose mass leans to one side.
+    far, lopsided = [0.0, 1.0, 1000.0, 1000.0], [0.0, 0.0, 0.0, 4.0]
+    expected = 500 + math.log((1 + math.e) / 2) / 2
+    assert prompt_free_gap(doubles(far)).item() == pytest.approx(expected, abs=1e-6)
+    assert prompt_free_gap(doubles(far, lopsided))[0].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_nearly_equal_halves_far_apart_are_not_taken_for_equal():
+    # Of the lower half, 2^-40 heavier, that much has to be above c: w sigmoid(-c) = 1/2 - (1 - w), w = 1/2 + 2^-40.
+    more = 2.0**-40
+    root = prompt_free_gap(doubles([0.0, 1000.0]), doubles([0.5 + more, 0.5 - more])).item()
+    assert root == pytest.approx(math.log((0.5 + more) / more - 1), abs=1e-3)
 
 
 @quick
@@ -291,6 +307,11 @@ def test_effective_sample_size():
     assert decompose_gaps(grid(0, 4, 4), weights).effective_sample_size.tolist() == pytest.approx([4.0, 1.6, 2.0, 2.0])
 
 
+def test_weights_are_taken_as_shares_of_their_row():
+    found = _normalised(doubles([1.0, 3.0], [2e200, 8e200], [INF, 7.0]))
+    torch.testing.assert_close(found, doubles([0.25, 0.75], [0.2, 0.8], [1.0, 0.0]))
+
+
 def effective_sample_size(weights):
     return weights.sum(1).square() / weights.square().sum(1)
 
@@ -342,6 +363,11 @@ def test_tempering_at_its_ends():
     torch.testing.assert_close(weights, scores.softmax(1))
 
 
+def test_by_default_a_quarter_of_the_prompts_stays_in_play():
+    weights, _ = tempered_weights(grid(0, prompts=40, scale=100.0))
+    assert effective_sample_size(weights).tolist() == pytest.approx(5 * [10.0])
+
+
 def test_tempering_names_wrong_input():
     with pytest.raises(ValueError, match="row 1 have no usable"):
         tempered_weights(doubles([0.0, 0.0], [-INF, -INF]))
@@ -381,7 +407,8 @@ def test_a_draw_depends_on_seed_row_and_own_prompt_and_on_nothing_else():
     changed[7] = (own[7] + 1) % 1000
     same = (rows == sample_prompts(changed, 8, 1000, seed=4)).all(1)
     assert same.sum() == 49 and not same[7]
-    assert (rows[:, 1:] == sample_prompts(own, 8, 1000, seed=5)[:, 1:]).double().mean() < 0.05
+    for seed in (5, 6, -4):
+        assert (rows[:, 1:] == sample_prompts(own, 8, 1000, seed=seed)[:, 1:]).double().mean() < 0.05
     alike = sample_prompts(torch.full((50,), 3), 8, 1000, seed=4)
     assert len(alike.unique(dim=0)) == 50
     assert sample_prompts(own, 8, 1000, seed=4, strata=torch.zeros(1000, dtype=torch.int32)).equal(rows)

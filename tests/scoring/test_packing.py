@@ -8,17 +8,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForSequenceClassification, BertConfig, BloomConfig, FalconConfig, Gemma2Config
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    LlamaConfig,
+    RwkvConfig,
+)
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
-from inform_rm.scoring import packing
+from inform_rm.scoring import packed_flex, packing
 from inform_rm.scoring.packing import (
     CPU_TOKENS_PER_BATCH,
     default_tokens_per_batch,
+    engine_line,
     pack_sequences,
     packed_attention,
     packed_attention_of,
     packed_batches,
+    packed_inputs,
     packed_rewards,
     split_at,
     use_packed_attention,
@@ -94,6 +104,33 @@ def test_rewards_and_gradients_are_those_of_one_sequence_at_a_time(backbone_conf
             torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4 * scale.item(), rtol=0, msg=name)
 
 
+def test_reward_samples_are_those_of_one_sequence_at_a_time(mistral):
+    alone = [mistral(input_ids=torch.tensor([ids]), reward_samples=5) for ids in SEQUENCES]
+    with packed_attention_of(mistral):
+        rewards, spread = packed_rewards(mistral, pack_sequences(SEQUENCES, PROMPT_LENGTHS), reward_samples=5)
+    torch.testing.assert_close(rewards, torch.cat([one.logits[0] for one in alone]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(spread, torch.cat([one.reward_std[0] for one in alone]), atol=1e-5, rtol=0)
+
+
+def test_a_packed_row_is_computed_on_the_models_device(backbone_configs):
+    model = build(backbone_configs["mistral"], "transformers").to("meta")
+    row = pack_sequences(SEQUENCES, PROMPT_LENGTHS)
+    with packed_attention_of(model), torch.no_grad():
+        inputs = packed_inputs(model, row)
+        assert inputs["input_ids"].is_meta and inputs["position_ids"].is_meta
+        rewards, _ = packed_rewards(model, row)  # on "meta" tensors of two devices do not mix
+    assert rewards.is_meta and rewards.shape == (len(SEQUENCES),)
+
+
+def test_a_gpu_gets_block_masks_for_the_models_windows(mistral, monkeypatch):
+    monkeypatch.setattr(packed_flex, "flex_inputs", lambda *given: given)
+    given = {}, mistral.config, torch.device("cuda")
+    assert packed_flex.for_device(*given) == given
+    assert packed_flex.for_device({}, mistral.config, torch.device("cpu")) == {}
+    monkeypatch.setattr(packing, "for_device", lambda *given: given[1:])
+    assert packed_inputs(mistral, pack_sequences([[5]], [0])) == (mistral.config, torch.device("cpu"))
+
+
 @st.composite
 def trees(draw):
     """Sequences of a few prompts, in any order, and their prompt lengths."""
@@ -143,13 +180,25 @@ def test_batches_keep_the_budget_and_part_no_prompt_that_fits(rows, budget):
 
 def test_items_with_the_most_tokens_come_first():
     assert packed_batches([[1], [2], [3]], [1, 9, 5], 5) == [[1], [2], [0]]
+    assert packed_batches([[1], 8 * [2], [3]], [3, 1, 5], 5) == [[1], [2], [0]]  # the prompt's tokens count
+
+
+def test_a_budget_is_kept_when_it_is_used_up():
+    assert packed_batches([[1], [2]], [1, 2], 5) == [[1, 0]]
+    assert packed_batches([[1], [2]], [1, 2], 4) == [[1], [0]]
+
+
+@pytest.mark.parametrize("function", (pack_sequences, split_at))
+def test_as_many_prompt_lengths_as_sequences_are_needed(function):
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        function([[1, 2]], [1, 1])
 
 
 def test_a_model_that_looks_for_padding_is_read_at_the_last_other_token():
-    rows = [[1, 2, 9, 9], [9, 9], [1, 2, 3, 9], [1, 2, 3, 4]]
+    rows = [[1, 2, 3, 9], [9, 9], [1, 2, 9, 9], [1, 2, 3, 4]]
     row = pack_sequences(rows, [2, 0, 2, 2], pad_token_id=9)
     # The shared prompt 1 2, three responses of two tokens; then the row of padding, read at its first token.
-    assert row.pooled_positions.tolist() == [1, 8, 4, 7]
+    assert row.pooled_positions.tolist() == [2, 8, 1, 7]
 
 
 def test_a_long_prompt_is_not_computed_for_every_response():
@@ -167,6 +216,7 @@ def test_a_row_holds_each_prompt_once_and_every_response(rows):
     ids, positions = packed.input_ids[0].tolist(), packed.position_ids[0].tolist()
     prompts = {tuple(ids[:length]) for ids, length in rows}
     assert sum(map(sum, packed.segments)) == len(ids) == len(positions)
+    assert all(all(tree[1:]) and len(tree) != 2 for tree in packed.segments)  # of one response it is one segment
     assert len(ids) == sum(map(len, prompts)) + sum(len(ids) - length for ids, length in rows)
     for sequence, place in zip(sequences, packed.pooled_positions.tolist(), strict=True):
         assert ids[place] == sequence[-1] and positions[place] == len(sequence) - 1
@@ -248,14 +298,32 @@ def test_a_model_that_cannot_share_prompts_is_run_padded_with_one_log_line(confi
 
 def test_layers_of_unknown_kind_are_not_packed(backbone_configs):
     model = build(backbone_configs["qwen2"])
-    model.config.text_config.layer_types = ["full_attention", "chunked_attention"]
-    assert why_not_packed(model) == "layers of type chunked_attention"
+    model.config.text_config.layer_types = ["full_attention", "linear_attention", "chunked_attention"]
+    assert why_not_packed(model) == "layers of type chunked_attention, linear_attention"
+
+
+def test_padding_is_not_among_the_tokens_that_are_tried():
+    # Transformers' own class would be read at the last other token, and of two tokens one is padding.
+    config = LlamaConfig(**{**SIZES, "vocab_size": 2}, intermediate_size=48, pad_token_id=0)
+    assert why_not_packed(build(config, "transformers")) is None
+
+
+def test_a_reason_is_given_where_a_model_names_no_padding_or_fails(backbone_configs):
+    rwkv = RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
+    assert not hasattr(rwkv, "pad_token_id") and "attention" in why_not_packed(build(rwkv, attention="eager"))
+    model = build(backbone_configs["llama"])
+
+    def fail(*_):
+        raise RuntimeError("no\n" + 200 * "x")
+
+    model.register_forward_pre_hook(fail)
+    assert why_not_packed(model) == "RuntimeError: no " + 117 * "x"
 
 
 def test_a_layer_that_hides_its_sliding_window_is_not_packed(backbone_configs):
     model = build(backbone_configs["llama"])
     model.config.text_config.sliding_window = 4
-    assert "sliding window" in why_not_packed(model)
+    assert why_not_packed(model).endswith(" cannot do a sliding window that the layer does not hand over")
 
 
 @pytest.mark.parametrize(
@@ -282,8 +350,28 @@ def test_what_rounding_may_change_is_told_from_what_packing_does(
 def test_a_model_set_to_packed_rows_refuses_others(backbone_configs):
     model = build(backbone_configs["llama"])
     use_packed_attention(model)
-    with pytest.raises(NotImplementedError, match="rows that are not packed"):
+    with pytest.raises(NotImplementedError, match=r"cannot do rows that are not packed$"):
         model(input_ids=torch.tensor([[5, 6, 7]]))
+
+
+def test_dropout_is_refused_under_block_masks_alone():
+    tokens = torch.randn(3, 1, 2, 5, 16).unbind()
+    with pytest.raises(NotImplementedError, match=r"cannot do attention dropout$"):
+        packed_attention(torch.nn.Module(), *tokens, None, dropout=0.1, packed_segments={None: None})
+    packed_attention(torch.nn.Module(), *tokens, None, dropout=0.1, packed_segments=[[5]])
+    with pytest.raises(NotImplementedError, match=r"cannot do s_aux, rows that are not packed$"):
+        packed_attention(torch.nn.Module(), *tokens, tokens[0], packed_segments=[[5]], s_aux=1, use_cache=True)
+
+
+def test_the_engine_line_names_device_dtype_rows_and_reason(backbone_configs, monkeypatch):
+    model = build(backbone_configs["llama"])
+    packed = "packed rows (they give the model's own rewards), "
+    slower = "SDPA a segment at a time, which is faster on a CPU"
+    assert engine_line(model, None) == f"cpu in float32, {packed}{slower}"
+    assert engine_line(model.bfloat16(), "no") == "cpu in bfloat16, padded rows (no), attention sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    there = engine_line(model, None, torch.device("cuda", 1))
+    assert there == f"cuda:1 (card 1) in bfloat16, {packed}one FlexAttention kernel a layer"
 
 
 def test_the_check_leaves_attention_and_modes_as_they_were(backbone_configs):
@@ -312,7 +400,10 @@ def test_the_head_sees_pooled_places_alone_and_scoring_keeps_nothing_for_gradien
         model.score.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0]))
         for layer in model.model.layers:  # of a prompt's keys and values, too, no graph is kept
             layer.self_attn.k_proj.register_forward_hook(lambda module, given, keys, seen=seen: seen.append(keys))
+        caches = []
+        model.model.register_forward_hook(lambda *call, caches=caches: caches.append(call[-1].past_key_values))
         RewardScorer(model).score_encoded(SEQUENCES, PROMPT_LENGTHS)
+        assert caches[-1] is None
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert not any(tensor.requires_grad for tensor in seen)
         assert seen[-1].shape == (len(SEQUENCES), model.config.get_text_config().hidden_size)

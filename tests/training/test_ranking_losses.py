@@ -145,6 +145,8 @@ def test_a_mixed_batch_is_the_mean_over_its_prompts(ranking_loss):
 def test_half_precision_rewards_lose_nothing_more():
     rewards, labels = draw(5).bfloat16(), torch.tensor([3.0, 1.0, 3.0, 1.0, 2.0])
     assert plackett_luce_loss(rewards, labels).item() == plackett_luce_loss(rewards.float(), labels).item()
+    tied = group_loss(rewards, torch.zeros(5), torch.zeros(5, dtype=torch.long))
+    assert tied.item() == 0 and tied.dtype == torch.float32
 
 
 def test_by_default_a_score_weighs_as_much_as_a_pair_and_a_nat_a_tenth():

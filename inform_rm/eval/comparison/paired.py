@@ -98,8 +98,8 @@ def holm_adjusted(p_values: Sequence[float]) -> list[float]:
         >>> holm_adjusted([0.01, 0.04, 0.03])
         [0.03, 0.06, 0.06]
     """
-    values = np.asarray(p_values, dtype=np.float64)
-    order = np.argsort(values, kind="stable")
+    values = np.asarray(p_values)
+    order = np.argsort(values)
     adjusted = np.empty(len(values))
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(np.arange(len(values), 0, -1) * values[order]))
     return adjusted.tolist()
@@ -169,18 +169,12 @@ def length_controlled_accuracy(
         residuals = expit(point[0] + point[1] * predictor) - preferred
         return np.array([residuals.sum(), residuals @ predictor]) + _RIDGES * point
 
-    def hessian(point: NDArray[np.float64]) -> NDArray[np.float64]:
-        chance = expit(point[0] + point[1] * predictor)
-        weights = chance * (1 - chance)
-        first, mixed, second = weights.sum(), weights @ predictor, weights @ predictor**2
-        return np.array([[first, mixed], [mixed, second]]) + np.diag(_RIDGES)
-
-    best = minimize(lambda point: loss(*point), np.zeros(2), jac=gradient, hess=hessian, method="trust-exact")
+    best = minimize(lambda point: loss(*point), np.zeros(2), jac=gradient)
     quality, length = best.x.tolist()
 
     def excess(at: float) -> float:
         """Likelihood-ratio statistic of one value of quality, above its 95 % quantile."""
-        fitted = minimize_scalar(lambda slope: loss(at, slope), bracket=(length, length + 1.0))
+        fitted = minimize_scalar(lambda slope: loss(at, slope))
         return 2 * (float(fitted.fun) - float(best.fun)) - float(chi2.ppf(0.95, df=1))
 
     low, high = (_limit(excess, quality, direction) for direction in (-1.0, 1.0))
@@ -194,7 +188,7 @@ def _limit(excess: Callable[[float], float], start: float, direction: float) -> 
     while True:
         outer = start + direction * step
         if excess(outer) > 0:
-            return float(brentq(excess, inner, outer, xtol=1e-6))
+            return float(brentq(excess, inner, outer))
         if abs(outer) > _LARGEST_LOG_ODDS:
             return direction * np.inf
         inner, step = outer, 2 * step

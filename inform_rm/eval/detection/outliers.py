@@ -66,7 +66,7 @@ class MahalanobisReference:
             InputError: for ``"chi2"`` with no more points than dimensions.
         """
         if tail == "reference":
-            smaller = np.searchsorted(self.left_out_distances, squared_distances, side="left")
+            smaller = np.searchsorted(self.left_out_distances, squared_distances)
             return (1 + self.num_points - smaller) / (self.num_points + 1)
         latent_dim = len(self.mean)
         if self.num_points <= latent_dim:
@@ -116,7 +116,7 @@ def fit_mahalanobis(reference: LatentArray, *, seed: int = 0) -> MahalanobisRefe
         )
     part = points[subsample(points, MOST_FITTED, seed)].astype(np.float64)
     mean = part.mean(axis=0)
-    covariance, shrinkage = ledoit_wolf(part - mean, assume_centered=True)
+    covariance, shrinkage = ledoit_wolf(part)
     variances, axes = np.linalg.eigh(covariance)
     if variances[0] <= len(mean) * np.finfo(np.float64).eps * variances[-1]:
         raise InputError(

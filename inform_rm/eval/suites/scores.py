@@ -90,7 +90,7 @@ def style_matrix(rewards: Sequence[float]) -> NDArray[np.float64]:
                [1., 1., 0.],
                [1., 1., 1.]])
     """
-    values = np.asarray(rewards, dtype=np.float64)
+    values = np.asarray(rewards)
     chosen, rejected = values[:NUM_STYLES], values[NUM_STYLES:]
     return np.asarray(chosen[:, None] > rejected[None, :], dtype=np.float64)
 
@@ -169,7 +169,7 @@ def ties_score(items: Iterable[ScoredItem]) -> dict[str, float] | None:
         "both_margins_win": float((least > spread).mean()),
         "mean_margin": float(margins.mean()) if len(margins) else 0.0,
     }
-    score = sum(weight * term for weight, term in zip((0.30, 0.30, 0.20, 0.20, 0.01), terms.values(), strict=True))
+    score = float(np.dot((0.30, 0.30, 0.20, 0.20, 0.01), list(terms.values())))
     return {"score": score, **terms, "num_questions": len(both)}
 
 

@@ -53,6 +53,7 @@ def test_bootstrap_equals_a_plain_loop_over_its_draws_and_scipy_in_distribution(
     ordered = np.sort(differences)
     means = [float(generator.multinomial(50, [1 / 50] * 50) @ ordered) / 50 for _ in range(400)]
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
+    assert found.num_resamples == 400
     other = scipy.stats.bootstrap((differences,), np.mean, n_resamples=20_000, method="percentile", random_state=1)
     mine = paired_bootstrap(differences, num_resamples=20_000)
     np.testing.assert_allclose((mine.low, mine.high), other.confidence_interval, atol=0.02)
@@ -227,6 +228,7 @@ def test_all_right_and_all_wrong_have_finite_fits_and_the_likelihoods_limit(numb
 def test_where_the_chosen_response_is_always_longer_by_the_same_the_interval_is_open():
     found = length_controlled_accuracy([1, 0, 1, 1] * 25, [80] * 100)
     assert found.accuracy.low < 0.01 and found.accuracy.high > 0.99
+    assert length_scale([0, 0]) == 1
     equal = length_controlled_accuracy([1, 0, 1, 1] * 25, [0] * 100)
     assert equal.accuracy.estimate == pytest.approx(0.75, abs=1e-5)
     assert 0.6 < equal.accuracy.low and equal.accuracy.high < 0.85
@@ -237,7 +239,7 @@ def test_unit_of_length_does_not_matter_and_a_common_scale_makes_coefficients_co
     once, thrice = (length_controlled_accuracy(credits, factor * differences) for factor in (1, 3))
     assert once.accuracy.estimate == pytest.approx(thrice.accuracy.estimate, abs=1e-9)
     explicit = length_controlled_accuracy(credits, differences, scale=length_scale(differences))
-    assert explicit == once
+    assert explicit == once and (once.accuracy.num_points, once.accuracy.num_resamples) == (400, 0)
     assert length_controlled_accuracy(credits, differences, scale=1e6).length_coefficient != once.length_coefficient
 
 
@@ -263,5 +265,5 @@ def test_wrong_arguments_are_refused(function, arguments, message):
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, True])
 def test_number_of_resamples_is_checked(number):
-    with pytest.raises(InputError, match="num_resamples"):
+    with pytest.raises(InputError, match=r"^num_resamples"):
         paired_bootstrap([1.0], num_resamples=number)

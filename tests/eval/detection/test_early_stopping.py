@@ -133,6 +133,8 @@ def test_a_fall_within_chance_does_not_fire():
     for error, fires in ((0.0, True), (0.3, True), (0.4, False)):  # 1 against twice sqrt(2) times the error
         rule = RewardFallStopping(0.1)
         assert [rule.update(reward, error) for reward in (0.0, 5.0, 4.0)] == [False, False, fires]
+    rule = RewardFallStopping(0.1)
+    assert [rule.update(*step) for step in ((0.0, 0.0), (5.0, 0.0), (4.0, 0.5))] == 3 * [False]  # 1 is not above 1
 
 
 @settings(max_examples=30)

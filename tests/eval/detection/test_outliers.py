@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -197,9 +198,13 @@ def test_bootstrap_interval_of_csi_is_that_of_sets_drawn_again(monkeypatch, nois
     values = [cluster_separation_index(part, reference, eps=3.0, noise=noise, normalized=True) for part in again]
     assert found == pytest.approx(np.quantile(values, [0.025, 0.975]).tolist())
     assert fit_csi(reference, chosen)(candidate, 15)[0]["csi_normalized_interval"] == found
+    eps = auto_eps(reference, num_points=60, seed=4)  # as many reference points as there are candidates
+    auto, same = (csi_interval(candidate, reference, replace(chosen, eps=radius), 15) for radius in ("auto", eps))
+    assert auto == same
     monkeypatch.setattr(clusters, "MOST_RESAMPLED", 15)
     low, high = csi_interval(candidate, reference, chosen, 15)
     assert high - low > found[1] - found[0]
+    assert csi_interval(candidate, reference, chosen, 15) == [low, high]
 
 
 def test_bootstrap_interval_of_a_csi_whose_distribution_is_known():
@@ -242,7 +247,7 @@ def test_tensors_of_any_type_give_what_arrays_give():
 
 
 @quick
-@given(seed=seeds, scale=st.sampled_from([1e-3, 1.0, 1e3]))
+@given(seed=seeds, scale=st.sampled_from([1e-9, 1.0, 1e3]))
 def test_shift_rotation_and_scale_of_both_change_nothing(seed, scale):
     reference, candidate = correlated(seed, 40), 2 * correlated(seed + 1, 15)
     rotation = np.linalg.qr(normal(seed + 2, 6, 6))[0]
@@ -318,7 +323,15 @@ def test_outliers_are_counted_with_wilsons_interval():
     values, columns = measure(candidate, 0)
     assert values["mop"] == 0.05 == mahalanobis_outlier_probability(candidate, normal(0, 500, 4))
     assert values["mop_interval"] == pytest.approx([0.0215, 0.1118], abs=1e-4)  # Wilson 1927 for 5 of 100
-    assert [tail < 0.01 for tail in columns["tail_probability"]] == [False] * 95 + [True] * 5
+    assert [tail < 0.01 for tail in columns["tail_probability"]] == columns["mop_outlier"] == [False] * 95 + [True] * 5
+    squares = fit_mahalanobis(normal(0, 500, 4)).squared_distances(candidate)
+    assert columns["squared_mahalanobis"] == squares.tolist()
+
+
+def test_a_tail_of_exactly_alpha_is_no_outlier():
+    _, columns = fit_mop(normal(0, 10, 2), DetectionSettings(alpha=3 / 11, tail="reference"))(normal(1, 200, 2), 0)
+    assert 3 / 11 in columns["tail_probability"]
+    assert columns["mop_outlier"] == [tail < 3 / 11 for tail in columns["tail_probability"]]
 
 
 def test_constant_dimensions_do_not_hide_a_shift_in_others():
@@ -336,6 +349,8 @@ def test_a_large_reference_is_fitted_on_a_seeded_subsample(monkeypatch):
     part, same, other = (fit_mahalanobis(reference, seed=seed) for seed in (0, 0, 1))
     assert part.num_points == 1000 and part.mean.tolist() == same.mean.tolist() != other.mean.tolist()
     np.testing.assert_allclose(part.squared_distances(candidate), whole, rtol=0.3)
+    _, columns = fit_mop(reference, DetectionSettings(seed=1))(candidate, 0)
+    assert columns["squared_mahalanobis"] == other.squared_distances(candidate).tolist()
 
 
 # ---- what comes by chance ------------------------------------------------------------------------------------------
@@ -419,8 +434,11 @@ def test_bad_latents_are_named(call, candidate, reference, message):
         (lambda: fit_mahalanobis(GOOD[:9]), "reference: 9 points; a covariance needs at least 10"),
         (lambda: fit_mahalanobis(np.ones((20, 3))), "covariance cannot be inverted"),
         (lambda: fit_mahalanobis(np.tile([[1.0, 0, 0], [-1, 0, 0]], (9, 1))), "or lie on a line"),
+        (lambda: fit_mahalanobis(np.tile([[1.0, 0], [-1, 0]], (9, 1))), "or lie on a line"),
         (lambda: mahalanobis_outlier_probability(GOOD, GOOD, tail="normal"), "tail: got 'normal'; expected"),
         (lambda: mahalanobis_outlier_probability(GOOD, GOOD, alpha=1.0), "alpha: 1.0; it is a probability"),
+        (lambda: fit_mahalanobis(GOOD).check_alpha(1.0, "chi2"), "alpha: 1.0; it is a probability"),
+        (lambda: fit_mahalanobis(GOOD).check_alpha(0.1, "normal"), "tail: got 'normal'; expected"),
         (lambda: mahalanobis_outlier_probability(GOOD, GOOD, tail="reference"), "alpha: 0.01; the smallest rank"),
     ),
 )
@@ -432,5 +450,6 @@ def test_wrong_use_is_named(call, message):
 def test_the_smallest_alpha_that_a_rank_can_be_below_is_taken():
     call = partial(mahalanobis_outlier_probability, np.full((1, 3), 1e3), GOOD[:10], tail="reference")
     assert call(alpha=1.1 / 11) == 1
-    with pytest.raises(InputError, match="the smallest rank"):
-        call(alpha=0.9 / 11)
+    for alpha in (1 / 11, 0.95 / 11):
+        with pytest.raises(InputError, match="the smallest rank"):
+            call(alpha=alpha)
