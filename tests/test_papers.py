@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy.special import erf
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.cli.dispatch import parse
 from inform_rm.cli.train import _help
-from inform_rm.eval import decompose_report
+from inform_rm.eval.decompose_report import DecompositionResult
 from inform_rm.hub.cards import model_card
 from inform_rm.training.reward_arguments import RewardTrainingArguments, card_settings
 from inform_rm.util.papers import GAP_DERIVED, MOP_DIFFERS, TRL_TRAINS_BT, differences_of_run
@@ -117,10 +118,10 @@ def test_an_old_weight_of_the_kl_term_is_told():
 
 
 def test_every_page_of_gaps_says_whose_equation_it_is():
-    settings = {"num_prompts": 4}
-    result = {"cost": {"tokens_computed": 1, "tokens_of_a_plain_loop": 2}, "left_out": {}, "settings": settings,
-              "distinct_prompts": 3, "mean_standard_error": 0.1, "mean_effective_sample_size": 2.0}  # fmt: skip
-    assert decompose_report.notes(result)[-1] == GAP_DERIVED
+    cost = {"tokens_computed": 1, "tokens_of_a_plain_loop": 2}
+    result = SimpleNamespace(cost=cost, left_out={}, settings={"num_prompts": 4}, distinct_prompts=3,
+                             mean_standard_error=0.1, mean_effective_sample_size=2.0)  # fmt: skip
+    assert DecompositionResult.notes(result)[-1] == GAP_DERIVED
 
 
 def test_every_row_of_the_table_is_right_with_a_test_or_says_where_it_differs_or_why_it_is_not_here():

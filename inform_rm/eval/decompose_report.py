@@ -95,11 +95,39 @@ class DecompositionResult(ModelResult):
 
     def table(self) -> Table:
         """The shares of all pairs and of each subset."""
-        return share_table(self.to_dict())
+        parts = {"all": self.to_dict(), **(self.subsets or {})}
+        header = ("pairs", "n", "accuracy", "response decides", "95 % interval", "sign flips", "prompt sensitivity")
+        columns = ("num_pairs", "accuracy", "response_decides", "response_decides_interval", "sign_flips",
+                   "prompt_sensitivity")  # fmt: skip
+        return Table(header, [(name, *map(part.get, columns)) for name, part in parts.items()])
 
     def figure(self) -> Figure:
         """The plane of D2 and D1, one point a pair."""
         return plane_figure(self.pairs, self.color)
+
+    def notes(self) -> list[str]:
+        """What the table's columns mean, what the figures cost, and which pairs were left out."""
+        cost, left_out = self.cost, self.left_out
+        texts = [
+            "Response decides: share of pairs whose prompt-free gap is larger than their prompt-related one. Sign "
+            "flips: share of pairs that the model ranks the other way under at least one other prompt. Prompt "
+            "sensitivity: share of the gaps' variance between prompts of one pair; 0 if a model ignores prompts.",
+            f"{self.settings['num_prompts']} prompts a pair out of {self.distinct_prompts}; mean standard error "
+            f"of the prompt-free gap {self.mean_standard_error:.3f}, mean effective sample size "
+            f"{self.mean_effective_sample_size:.1f}. {cost['tokens_computed']} tokens were computed; one pass a "
+            f"reward would take {cost['tokens_of_a_plain_loop']}.",
+        ]
+        reasons = {
+            "overlong": "too long",
+            "no_other_prompt": "without another prompt",
+            "nonfinite_rewards": "with NaN or infinity",
+            "no_likelihood": "that the behaviour model takes under none of their prompts",
+        }
+        counted = [f"{left_out[name]} {text}" for name, text in reasons.items() if left_out.get(name)]
+        if counted:
+            named = f" ({', '.join(left_out['nonfinite_ids'])})" if left_out["nonfinite_ids"] else ""
+            texts.append(f"Left out: {', '.join(counted)}{named}.")
+        return [*texts, GAP_DERIVED]
 
     def _blocks(self) -> list[Block]:
         correlations = [
@@ -111,7 +139,7 @@ class DecompositionResult(ModelResult):
         information = [(_INFORMATION[name], part["nats"], part["interval"]) for name, part in self.information.items()]
         return [
             self.table(),
-            *notes(self.to_dict()),
+            *self.notes(),
             Image(figure_png(spread_figure(self.pairs)), _SPREAD_CAPTION, "spread.png"),
             self._drawn(PLANE_CAPTION, "plane.png"),
             Heading("What the gaps go with"),
@@ -175,37 +203,3 @@ def draw_plane(axes: Axes, reach: float) -> None:
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     axes.set(xlabel="prompt-free gap D2", ylabel="prompt-related gap D1")
-
-
-def share_table(result: dict[str, Any]) -> Table:
-    """All pairs, then each subset."""
-    parts = {"all": result, **result.get("subsets", {})}
-    header = ("pairs", "n", "accuracy", "response decides", "95 % interval", "sign flips", "prompt sensitivity")
-    columns = ("num_pairs", "accuracy", "response_decides", "response_decides_interval", "sign_flips",
-               "prompt_sensitivity")  # fmt: skip
-    return Table(header, [(name, *map(part.get, columns)) for name, part in parts.items()])
-
-
-def notes(result: dict[str, Any]) -> list[str]:
-    """What the table's columns mean, what the figures cost, and which pairs were left out."""
-    cost, left_out = result["cost"], result["left_out"]
-    texts = [
-        "Response decides: share of pairs whose prompt-free gap is larger than their prompt-related one. Sign flips: "
-        "share of pairs that the model ranks the other way under at least one other prompt. Prompt sensitivity: share "
-        "of the gaps' variance between prompts of one pair; 0 for a model that ignores prompts.",
-        f"{result['settings']['num_prompts']} prompts a pair out of {result['distinct_prompts']}; mean standard error "
-        f"of the prompt-free gap {result['mean_standard_error']:.3f}, mean effective sample size "
-        f"{result['mean_effective_sample_size']:.1f}. {cost['tokens_computed']} tokens were computed; one pass a "
-        f"reward would take {cost['tokens_of_a_plain_loop']}.",
-    ]
-    reasons = {
-        "overlong": "too long",
-        "no_other_prompt": "without another prompt",
-        "nonfinite_rewards": "with NaN or infinity",
-        "no_likelihood": "that the behaviour model takes under none of their prompts",
-    }
-    counted = [f"{left_out[name]} {text}" for name, text in reasons.items() if left_out.get(name)]
-    if counted:
-        named = f" ({', '.join(left_out['nonfinite_ids'])})" if left_out["nonfinite_ids"] else ""
-        texts.append(f"Left out: {', '.join(counted)}{named}.")
-    return [*texts, GAP_DERIVED]

@@ -69,7 +69,10 @@ class EvaluationResult(ModelResult):
 
     def table(self) -> Table:
         """All pairs, each subset, each part by length."""
-        return accuracy_table(self.to_dict())
+        parts = {"all": self.to_dict(), **(self.subsets or {})}
+        parts |= {_LENGTH_PARTS[name]: part for name, part in (self.by_length or {}).items()}
+        columns = ("num_pairs", "accuracy", "accuracy_interval", "num_ties", "accuracy_ties_wrong", "mean_margin")
+        return Table(_ACCURACY_HEADER, [(name, *(part[column] for column in columns)) for name, part in parts.items()])
 
     def figure(self) -> Figure:
         """Accuracy against predicted probability."""
@@ -84,7 +87,7 @@ class EvaluationResult(ModelResult):
         if self.longer_wins_accuracy is not None:
             notes.append(f'The rule "the longer response wins" has accuracy {self.longer_wins_accuracy:.3f} here.')
         image = self._drawn(_CAPTION, "reliability.png")
-        return [accuracy_table(self.to_dict()), *notes, image, Heading("Data"), _data_table(self.data)]
+        return [EvaluationResult.table(self), *notes, image, Heading("Data"), _data_table(self.data)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +123,14 @@ class RankingResult(EvaluationResult):
 
     def table(self) -> Table:
         """All prompts and each subset."""
-        return ranking_table(self.to_dict())
+        columns = (
+            "num_prompts", "num_responses", "kendall_tau", "kendall_tau_interval", "top_1_accuracy",
+            "top_1_accuracy_interval", "accuracy",
+        )  # fmt: skip
+        header = ("prompts", "n", "responses", "Kendall's tau-b", "95 % interval", "top-1 accuracy", "95 % interval",
+                  "accuracy of untied pairs")  # fmt: skip
+        parts = {"all": self.to_dict(), **(self.subsets or {})}
+        return Table(header, [(name, *(part[column] for column in columns)) for name, part in parts.items()])
 
     def _blocks(self, intervals: str = "bootstraps over prompts (2,000 resamples)") -> list[Block]:
         return [self.table(), _RANKING_NOTE, Heading("Untied pairs"), *super()._blocks(intervals)]
@@ -160,7 +170,10 @@ class ScoreResult(ModelResult):
 
     def table(self) -> Table:
         """All responses and each subset."""
-        return score_table(self.to_dict())
+        columns = ("num_scored", "rmse", "mean_error", "pearson", "pearson_interval", "spearman")
+        header = ("responses", "n", "RMSE", "mean error", "Pearson", "95 % interval", "Spearman")
+        parts = {"all": self.to_dict(), **(self.subsets or {})}
+        return Table(header, [(name, *map(part.get, columns)) for name, part in parts.items()])
 
     def figure(self) -> Figure:
         """Rewards against scores; the dashed line is equality."""
@@ -178,34 +191,6 @@ class ScoreResult(ModelResult):
         note = "Scores are as they were given. The interval of Pearson's correlation is Fisher's."
         image = self._drawn("Rewards against scores, a point a response.", "scores.png")
         return [self.table(), note, image, Heading("Data"), _data_table(self.data)]
-
-
-def accuracy_table(result: dict[str, Any]) -> Table:
-    """All pairs, each subset, each part by length: of an `EvaluationResult` as a dictionary, as is the next."""
-    parts = {"all": result, **result.get("subsets", {})}
-    parts |= {_LENGTH_PARTS[name]: part for name, part in result.get("by_length", {}).items()}
-    columns = ("num_pairs", "accuracy", "accuracy_interval", "num_ties", "accuracy_ties_wrong", "mean_margin")
-    return Table(_ACCURACY_HEADER, [(name, *(part[column] for column in columns)) for name, part in parts.items()])
-
-
-def ranking_table(result: dict[str, Any]) -> Table:
-    """A `RankingResult`: all prompts and each subset."""
-    columns = (
-        "num_prompts", "num_responses", "kendall_tau", "kendall_tau_interval", "top_1_accuracy",
-        "top_1_accuracy_interval", "accuracy",
-    )  # fmt: skip
-    header = ("prompts", "n", "responses", "Kendall's tau-b", "95 % interval", "top-1 accuracy", "95 % interval",
-              "accuracy of untied pairs")  # fmt: skip
-    parts = {"all": result, **result.get("subsets", {})}
-    return Table(header, [(name, *(part[column] for column in columns)) for name, part in parts.items()])
-
-
-def score_table(result: dict[str, Any]) -> Table:
-    """A `ScoreResult`: all responses and each subset."""
-    columns = ("num_scored", "rmse", "mean_error", "pearson", "pearson_interval", "spearman")
-    header = ("responses", "n", "RMSE", "mean error", "Pearson", "95 % interval", "Spearman")
-    parts = {"all": result, **result.get("subsets", {})}
-    return Table(header, [(name, *(part.get(column) for column in columns)) for name, part in parts.items()])
 
 
 def reliability_figure(bins: Sequence[dict[str, Any]]) -> Figure:

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from inform_rm.errors import InputError
-from inform_rm.eval import decompose_report
-from inform_rm.eval.detection import report as detect_report
-from inform_rm.eval.results import accuracy_table, ranking_table, score_table
+from inform_rm.eval.decompose_report import PLANE_CAPTION, DecompositionResult
+from inform_rm.eval.detection.report import MAP_CAPTION, STEPS_CAPTION, DetectionResult, map_figure
+from inform_rm.eval.results import EvaluationResult, RankingResult, ScoreResult
 from inform_rm.hub.eval_results import refuse_other_models
 from inform_rm.util.checkpoints import last_complete
 from inform_rm.util.colors import BLUE, VERMILION
@@ -202,23 +202,25 @@ def _summary(record: dict[str, Any], is_finished: bool) -> list[Block]:
 
 
 def _accuracy(folder: ResultFolder) -> list[Block]:
-    result, is_ranked = folder.result, "kendall_tau" in folder.result
+    is_ranked = "kendall_tau" in folder.result
+    result = (RankingResult if is_ranked else EvaluationResult)(**folder.result, rows=[])
     intervals = "bootstraps over prompts" if is_ranked else "Wilson intervals"
     return [
         Heading(f"Accuracy: {folder.path.resolve().name}"),
         _data(result),
-        *([ranking_table(result)] if is_ranked else []),
-        accuracy_table(result),
+        *([result.table()] if is_ranked else []),
+        EvaluationResult.table(result),
         Note(f"A tie (equal rewards) counts half. Intervals are 95 % {intervals}."),
     ]
 
 
 def _scores(folder: ResultFolder) -> list[Block]:
-    return [Heading(f"Scores: {folder.path.resolve().name}"), _data(folder.result), score_table(folder.result)]
+    result = ScoreResult(**folder.result, rows=[])
+    return [Heading(f"Scores: {folder.path.resolve().name}"), _data(result), result.table()]
 
 
-def _data(result: dict[str, Any]) -> Note:
-    names = ", ".join(f"{item['source']} ({item['fingerprint'][:12]})" for item in result["data"])
+def _data(result: EvaluationResult | ScoreResult) -> Note:
+    names = ", ".join(f"{item['source']} ({item['fingerprint'][:12]})" for item in result.data)
     return Note(f"Data: {names}.")
 
 
@@ -244,11 +246,12 @@ def _decomposition(folder: ResultFolder) -> list[Block]:
     read = pq.read_table(folder.path / "pairs.parquet").to_pydict()
     table = {name: np.asarray(read[name.replace(" ", "_")], dtype=np.float64)
              for name in ("prompt_free_gap", "prompt_related_gap", "characters difference")}  # fmt: skip
+    result = DecompositionResult(**folder.result, pairs=table)
     return [
         Heading(f"What the response alone decides: {folder.path.resolve().name}"),
-        decompose_report.share_table(folder.result),
-        *map(Note, decompose_report.notes(folder.result)),
-        themed_image(lambda: decompose_report.plane_figure(table, "length"), decompose_report.PLANE_CAPTION),
+        result.table(),
+        *map(Note, result.notes()),
+        themed_image(result.figure, PLANE_CAPTION),
     ]
 
 
@@ -256,14 +259,15 @@ def _detection(folder: ResultFolder) -> list[Block]:
     read = pq.read_table(folder.path / "responses.parquet", columns=["x", "y", "kind"]).to_pydict()
     placed = [row for row, x in enumerate(read["x"]) if x is not None]
     points = {name: [values[row] for row in placed] for name, values in read.items()}
+    result = DetectionResult(**folder.result, responses={}, values=np.empty(0))
     blocks: list[Block] = [
         Heading(f"Map of latents: {folder.path.resolve().name}"),
-        detect_report.candidate_table(folder.result),
-        *map(Note, detect_report.notes(folder.result)),
-        themed_image(lambda: detect_report.map_figure(points), detect_report.MAP_CAPTION),
+        result.table(),
+        *map(Note, result.notes()),
+        themed_image(lambda: map_figure(points), MAP_CAPTION),
     ]
-    if len(folder.result["candidates"]) > 1:
-        blocks.append(themed_image(lambda: detect_report.steps_figure(folder.result), detect_report.STEPS_CAPTION))
+    if len(result.candidates) > 1:
+        blocks.append(themed_image(result.steps_figure, STEPS_CAPTION))
     return blocks
 
 

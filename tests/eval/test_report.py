@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inform_rm.eval.accuracy import pairwise_accuracy, reliability_bins
-from inform_rm.eval.results import EvaluationResult, accuracy_table, reliability_figure
+from inform_rm.eval.results import EvaluationResult, reliability_figure
 from inform_rm.util.page import figure_png, png_data_uri
 
 
@@ -44,8 +44,9 @@ EXPECTED_ROWS = [
 
 def test_markdown_and_html_hold_the_figures(read_page):
     result = make_result()
-    assert accuracy_table(result).cells() == EXPECTED_ROWS
-    written = EvaluationResult(**result, rows=[]).page()
+    found = EvaluationResult(**result, rows=[])
+    assert found.table().cells() == EXPECTED_ROWS
+    written = found.page()
     page, markdown = read_page(written.html()), written.markdown()
     assert page.rows[1:7] == EXPECTED_ROWS
     cells = [re.split(r"\s*\|\s*", line.strip("| ")) for line in markdown.splitlines() if line.startswith("| ")]
@@ -61,7 +62,7 @@ def test_parts_that_were_not_measured_are_absent():
     result = {**make_result(), **pairwise_accuracy([1.0], [0.0])}
     for key in ("subsets", "by_length", "longer_wins_accuracy"):
         result.pop(key)
-    assert len(accuracy_table(result).rows) == 1
+    assert len(EvaluationResult(**result, rows=[]).table().rows) == 1
     assert "longer" not in EvaluationResult(**result, rows=[]).page().markdown()
 
 

@@ -77,8 +77,18 @@ class DetectionResult(ModelResult):
         return f"Overoptimization check of {self.model}"
 
     def table(self) -> Table:
-        """The reference, then every candidate."""
-        return candidate_table(self.to_dict())
+        """The reference, then every candidate with the statistics, reward and what its texts are like."""
+        titles = [title for statistic in STATISTICS for title in (statistic.title, "95 % interval")]
+        names = [name for statistic in STATISTICS for name in (statistic.name, f"{statistic.name}_interval")]
+        header = ("candidate", "n", *titles, "mean reward", "words", "repeated trigrams", "stopping rules")
+        rows = []
+        for part in [{"name": REFERENCE, **self.reference}, *self.candidates]:
+            low, high = part["mean_words_interval"]
+            rules = {"stop": "CSI jumped", "reward_fell": "reward fell"}
+            fired = ", ".join(words for key, words in rules.items() if part.get(key))
+            row = [part["name"], part["num_responses"], *map(part.get, names), f"{part['mean_reward']:.2f}"]
+            rows.append([*row, f"{part['mean_words']:.1f} [{low:.1f}, {high:.1f}]", part["repeated_trigrams"], fired])
+        return Table(header, rows)
 
     def figure(self) -> Figure:
         """The map of the latents; `steps_figure` draws the course over several candidates."""
@@ -114,19 +124,67 @@ class DetectionResult(ModelResult):
         points = {name: [columns[name][row] for row in rows] for name in names}
         return points | {"response": [shortened(text) for text in points["response"]]}
 
+    def steps_figure(self) -> Figure:
+        """Every statistic, mean reward and length over the candidates (arXiv:2402.09345, Fig. 8 and 14)."""
+        candidates = self.candidates
+        places = list(range(len(candidates)))
+        panels = {statistic.title: statistic.name for statistic in STATISTICS}
+        panels |= {"mean reward": "mean_reward", "mean words": "mean_words"}
+        num_rows = (len(panels) + 1) // 2
+        figure = Figure(figsize=(9.5, 3.2 * num_rows), layout="constrained")
+        for place, (title, name) in enumerate(panels.items(), start=1):
+            axes = figure.add_subplot(num_rows, 2, place)
+            values = np.array([part[name] for part in candidates])
+            axes.plot(places, values, "o-", color=_COLORS["outlier"])
+            if f"{name}_interval" in candidates[0]:
+                low, high = np.array([part[f"{name}_interval"] for part in candidates]).T
+                axes.fill_between(places, low, high, color=_COLORS["outlier"], alpha=0.2, linewidth=0)
+            if name in self.null:
+                axes.axhspan(*self.null[name]["interval"], color="grey", alpha=0.25, linewidth=0)
+            if name in self.reference:
+                axes.axhline(self.reference[name], color="grey", linewidth=0.9)
+            for step, part in zip(places, candidates, strict=True):
+                if part.get("stop"):
+                    axes.axvline(step, color="grey", linestyle="--", linewidth=0.9)
+            axes.set_title(title)
+            axes.set_xticks(places, [part["name"] for part in candidates], rotation=30, ha="right", fontsize=8)
+        return figure
+
+    def notes(self) -> list[str]:
+        """Whose latents these are, what was measured and comes by chance, and how far to trust it."""
+        null = self.null
+        by_chance = [f"{each.title} {format_interval(null[each.name]['interval'])}" for each in STATISTICS]
+        texts = [
+            f"Latents: {'InfoRM latent means' if self.kind == 'latent' else 'hidden states'} of {self.model}, "
+            f"{self.dimensions} dimensions, DBSCAN eps {self.eps:.3g}.",
+            "; ".join(f"{each.title}: {each.meaning}" for each in STATISTICS) + ".",
+            f"False alarms: halves of the reference against each other, {null['splits']} times, give "
+            f"{', '.join(by_chance)} (95 % of the splits).",
+        ]
+        parts = {"reference": self.reference, **{part["name"]: part for part in self.candidates}}
+        left_out = [f"{part['bad_rows']} of {name}" for name, part in parts.items() if part.get("bad_rows")]
+        if left_out:
+            texts.append(f"Bad rows left out: {', '.join(left_out)}.")
+        if self.kind != "latent":
+            texts.append(
+                "This model has no latent space of its own. For hidden states of ordinary reward models the authors "
+                "find that overoptimized responses do not stand out (arXiv:2402.09345, appendix F): read CSI with "
+                "care."
+            )
+        return [*texts, MOP_DIFFERS]
+
     def _blocks(self) -> list[Block]:
-        result = self.to_dict()
         outliers = [
             (part["name"], shortened(row["prompt"]), shortened(row["response"]), f"{row['reward']:.2f}",
              f"{row['squared_mahalanobis']:.1f}", f"{row['tail_probability']:.1e}")
             for part in self.candidates for row in part["most_outlying"]
         ]  # fmt: skip
-        blocks: list[Block] = [self.table(), *notes(result)]
+        blocks: list[Block] = [self.table(), *self.notes()]
         if any("labels" in part for part in self.candidates):
             blocks += [Heading("Outliers and labels"), self._label_table(), _LABEL_NOTE]
         caption = MAP_CAPTION + (LABELLED_CAPTION if "hacked" in self.responses else "")
         if len(self.candidates) > 1:
-            blocks.append(Image(figure_png(steps_figure(result)), STEPS_CAPTION, "steps.png"))
+            blocks.append(Image(figure_png(self.steps_figure()), STEPS_CAPTION, "steps.png"))
         # The map shows a response when a point is pointed at; its image is for pages without scripts.
         return [
             *blocks, Heading("Map"), PointMap(self.points, _COLORS), self._drawn(caption, "map.png"),
@@ -173,71 +231,6 @@ def map_figure(points: dict[str, list[Any]]) -> Figure:
     axes.set(xticks=[], yticks=[])
     axes.legend()
     return figure
-
-
-def steps_figure(result: dict[str, Any]) -> Figure:
-    """Every statistic, mean reward and length over the candidates (arXiv:2402.09345, Fig. 8 and 14)."""
-    candidates = result["candidates"]
-    places = list(range(len(candidates)))
-    panels = {statistic.title: statistic.name for statistic in STATISTICS}
-    panels |= {"mean reward": "mean_reward", "mean words": "mean_words"}
-    num_rows = (len(panels) + 1) // 2
-    figure = Figure(figsize=(9.5, 3.2 * num_rows), layout="constrained")
-    for place, (title, name) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(num_rows, 2, place)
-        values = np.array([part[name] for part in candidates])
-        axes.plot(places, values, "o-", color=_COLORS["outlier"])
-        if f"{name}_interval" in candidates[0]:
-            low, high = np.array([part[f"{name}_interval"] for part in candidates]).T
-            axes.fill_between(places, low, high, color=_COLORS["outlier"], alpha=0.2, linewidth=0)
-        if name in result["null"]:
-            axes.axhspan(*result["null"][name]["interval"], color="grey", alpha=0.25, linewidth=0)
-        if name in result["reference"]:
-            axes.axhline(result["reference"][name], color="grey", linewidth=0.9)
-        for step, part in zip(places, candidates, strict=True):
-            if part.get("stop"):
-                axes.axvline(step, color="grey", linestyle="--", linewidth=0.9)
-        axes.set_title(title)
-        axes.set_xticks(places, [part["name"] for part in candidates], rotation=30, ha="right", fontsize=8)
-    return figure
-
-
-def candidate_table(result: dict[str, Any]) -> Table:
-    """The reference, then every candidate with the statistics, reward and what its texts are like."""
-    titles = [title for statistic in STATISTICS for title in (statistic.title, "95 % interval")]
-    names = [name for statistic in STATISTICS for name in (statistic.name, f"{statistic.name}_interval")]
-    header = ("candidate", "n", *titles, "mean reward", "words", "repeated trigrams", "stopping rules")
-    rows = []
-    for part in [{"name": REFERENCE, **result["reference"]}, *result["candidates"]]:
-        low, high = part["mean_words_interval"]
-        rules = {"stop": "CSI jumped", "reward_fell": "reward fell"}
-        fired = ", ".join(words for key, words in rules.items() if part.get(key))
-        row = [part["name"], part["num_responses"], *map(part.get, names), f"{part['mean_reward']:.2f}"]
-        rows.append([*row, f"{part['mean_words']:.1f} [{low:.1f}, {high:.1f}]", part["repeated_trigrams"], fired])
-    return Table(header, rows)
-
-
-def notes(result: dict[str, Any]) -> list[str]:
-    """Whose latents these are, what was measured and comes by chance, and how far to trust it."""
-    null = result["null"]
-    by_chance = [f"{each.title} {format_interval(null[each.name]['interval'])}" for each in STATISTICS]
-    texts = [
-        f"Latents: {'InfoRM latent means' if result['kind'] == 'latent' else 'hidden states'} of {result['model']}, "
-        f"{result['dimensions']} dimensions, DBSCAN eps {result['eps']:.3g}.",
-        "; ".join(f"{each.title}: {each.meaning}" for each in STATISTICS) + ".",
-        f"False alarms: halves of the reference against each other, {null['splits']} times, give "
-        f"{', '.join(by_chance)} (95 % of the splits).",
-    ]
-    parts = {"reference": result["reference"], **{part["name"]: part for part in result["candidates"]}}
-    left_out = [f"{part['bad_rows']} of {name}" for name, part in parts.items() if part.get("bad_rows")]
-    if left_out:
-        texts.append(f"Bad rows left out: {', '.join(left_out)}.")
-    if result["kind"] != "latent":
-        texts.append(
-            "This model has no latent space of its own. For hidden states of ordinary reward models the authors find "
-            "that overoptimized responses do not stand out (arXiv:2402.09345, appendix F): read CSI with care."
-        )
-    return [*texts, MOP_DIFFERS]
 
 
 def shortened(text: str) -> str:

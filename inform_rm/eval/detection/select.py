@@ -183,22 +183,17 @@ def select(
 def _figures(result: DetectionResult, config: Any) -> dict[str, Any]:
     """What of a detection stands in the choice."""
     (part,) = result.candidates
-    by_chance = result.null["csi_normalized"]["mean"]
-    value = part["csi_normalized"]
+    by_chance, value = result.null["csi_normalized"]["mean"], part["csi_normalized"]
+    kept = ("num_responses", "csi_normalized", "csi_normalized_interval", "mop", "mop_interval", "mean_reward")
     return {
         "model": result.model,
         "model_fingerprint": result.model_fingerprint,
         "kind": result.kind,
         **{name: getattr(config, name) for name in _HEAD if hasattr(config, name)},
-        "num_responses": part["num_responses"],
-        "csi_normalized": value,
-        "csi_normalized_interval": part["csi_normalized_interval"],
+        **{name: part[name] for name in kept},
         "csi_null": by_chance,
         "csi_over_null": value / by_chance if by_chance else float(value > 0),
         "null_rank": part["csi_normalized_null_rank"],
-        "mop": part["mop"],
-        "mop_interval": part["mop_interval"],
-        "mean_reward": part["mean_reward"],
     }
 
 
@@ -209,11 +204,10 @@ def _gold(source: Source, column: str, settings: DetectionSettings) -> dict[str,
         value: Any = row.fields.get(column)
         if isinstance(row, ScoreRow):
             try:
-                number = float("nan" if isinstance(value, bool) else value)  # a cell of a CSV file is text
+                values.append(float("nan" if isinstance(value, bool) else value))  # a cell of a CSV file is text
             except (TypeError, ValueError):
-                number = np.nan
-            if not np.isfinite(number):
+                values.append(np.nan)
+            if not np.isfinite(values[-1]):
                 raise InputError(f"{row.where}: column {column!r} holds {shown(value)}; expected its gold reward.")
-            values.append(number)
     mean, half = np.mean(values or [0.0]), 1.96 * np.std(values or [0.0]) / np.sqrt(max(1, len(values)))
     return {"gold": float(mean), "gold_interval": [float(mean - half), float(mean + half)]}
