@@ -71,7 +71,6 @@ def gap_grid(
     prompt_rows: Tensor,
     *,
     rows: Tensor | None = None,
-    encoded: bool = False,
     overlong: str = "error",
     on_bad_row: str = "error",
     journal: RewardJournal | None = None,
@@ -90,8 +89,6 @@ def gap_grid(
             `inform_rm.decomposition.prompt_free_gap.sample_prompts`).
         prompt_rows: ``(K,)`` row of ``pairs`` that holds each prompt (see `distinct_prompts`).
         rows: ``(P,)`` rows of ``pairs`` that the grid is for; ``None`` for all.
-        encoded: ``pairs`` hold the token ids of each pair under its own prompt, which are then not made again: the
-            columns that `inform_rm.data.encoding.encode_pairs` makes with this scorer's tokenizer and ``keep_text``.
         overlong: what becomes of a cell that is longer than the scorer's ``max_length``: it is a bad row
             (``"error"``), is left out (``"drop"``), or loses tokens of its prompt (``"truncate_prompt"``).
         on_bad_row: what becomes of a pair that cannot be encoded or does not fit under its own prompt: ``"error"``, or
@@ -120,8 +117,7 @@ def gap_grid(
         for cells in _chunks_by_prompt(choice):
             left: dict[int, tuple[list[int], int]] = {}  # by entry the token ids and the length of their prompt
             rows_of = pair_rows[[pair for pair, _ in cells]], prompt_rows[[int(choice[cell]) for cell in cells]]
-            are_encoded = [encoded and column == 0 for _, column in cells]
-            found = _encoded_cells(scorer, pairs, *rows_of, are_encoded, overlong)
+            found = _encoded_cells(scorer, pairs, *rows_of, overlong)
             for (pair, column), both in zip(cells, found, strict=True):
                 if isinstance(both, BadRow) and column == 0 and on_bad_row == "error":
                     raise both
@@ -155,28 +151,18 @@ def _chunks_by_prompt(choice: Tensor) -> Iterator[list[tuple[int, int]]]:
 
 
 def _encoded_cells(
-    scorer: RewardScorer,
-    pairs: Dataset,
-    wanted: Tensor,
-    prompts_at: Tensor,
-    are_encoded: list[bool],
-    overlong: str,
+    scorer: RewardScorer, pairs: Dataset, wanted: Tensor, prompts_at: Tensor, overlong: str
 ) -> Iterator[TokenGroup | BadRow | None]:
     """Each cell within the model's length, or why it is not; ``None`` where it is too long and to be dropped.
 
-    ``wanted`` and ``prompts_at`` are the rows of a cell's responses, with ids where it is encoded, and of its prompt.
+    ``wanted`` and ``prompts_at`` are the rows of a cell's responses and of its prompt.
     """
     needed, place = torch.cat([wanted, prompts_at]).unique(return_inverse=True)
     batch = pairs[needed.tolist()]
     of_pair, of_prompt = (part.tolist() for part in place.chunk(2))
-    others = [cell for cell, known in enumerate(are_encoded) if not known]
-    columns = {name: [batch[name][of_pair[at]] for at in others] for name in ("chosen", "rejected", "file", "row")}
-    columns["prompt"] = [batch["prompt"][of_prompt[at]] for at in others]
-    encoded = iter(encode_each(scorer.tokenizer, columns))
-    for at, known in zip(of_pair, are_encoded, strict=True):
-        both = next(encoded) if not known else TokenGroup(
-            [batch["chosen_input_ids"][at], batch["rejected_input_ids"][at]], batch["prompt_length"][at]
-        )  # fmt: skip
+    columns = {name: [batch[name][at] for at in of_pair] for name in ("chosen", "rejected", "file", "row")}
+    columns["prompt"] = [batch["prompt"][at] for at in of_prompt]
+    for at, both in zip(of_pair, encode_each(scorer.tokenizer, columns), strict=True):
         if isinstance(both, BadRow) or scorer.max_length is None or both.longest <= scorer.max_length:
             yield both
         elif overlong == "drop":

@@ -84,7 +84,7 @@ def decompose(
     cells: dict[str, Any] = {"pairs": pairs, "choice": choice, "prompt_rows": prompt_rows, "progress": frame.progress}
     described, run = frame.described_with(settings, [source.record for source in sources])
     with frame.journal(JOURNAL_FILE, run) as journal:
-        grid = gap_grid(scorer, **cells, encoded=True, overlong=settings.overlong, journal=journal)
+        grid = gap_grid(scorer, **cells, overlong=settings.overlong, journal=journal)
     log_likelihoods = None
     if settings.behavior_model is not None:
         likelihood = _likelihood(settings, scorer, scorer_options)
