@@ -11,10 +11,6 @@ MOP_DIFFERS = (
     "reference's own distances; the authors' released code reduces latents to 75 dimensions by UMAP first and adds "
     "1e-3 to the covariance's diagonal (arXiv:2510.13694). CSI's radius comes from the reference, unless eps is given."
 )
-IBL_DIFFERS = (
-    "Ledoit-Wolf covariance; the authors' released code takes the unsquared distance with 1e-6 added to the "
-    "covariance's diagonal."
-)
 TRL_TRAINS_BT = (
     "TRL's `RewardTrainer` computes the Bradley-Terry loss itself: trained further there, an InfoRM model has no KL "
     "term, whatever `beta` says. `inform-rm train --model FOLDER` trains with it."

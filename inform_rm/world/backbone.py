@@ -17,7 +17,7 @@ MAX_LENGTH = 256  # tokens, several times what a response of the world and its p
 _SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
 
 
-def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+def train_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the world's text, with its chat template.
 
     Any text can be encoded (bytes), and nearly every word of the world is one token. bos, eos and pad are distinct.
@@ -31,7 +31,7 @@ def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         (row[field] for row in rows for field in ("prompt", "chosen", "rejected")),
         trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=1024,
             special_tokens=list(_SPECIAL_TOKENS),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,

@@ -201,7 +201,7 @@ def test_whole_demo_on_a_tiny_budget(tmp_path, capfd, caplog, read_page):
     assert result["loaded_elsewhere"]["num_responses"] == 16 and not (tmp_path / "hub-model" / "stale.bin").exists()
     assert result["train_pairs"] == 16
     assert re.fullmatch(r"[0-9a-f]{64}", next(iter(result["data_fingerprints"].values())))
-    assert len(read_page((tmp_path / "report.html").read_text(encoding="utf-8")).values("alt")) == 9
+    assert len(read_page((tmp_path / "report.html").read_text(encoding="utf-8")).values("alt")) == 7
     for model in ("standard", "inform"):
         audit = json.loads((tmp_path / "decomposition" / model / "result.json").read_text())
         assert audit["num_pairs"] == 12 and audit["settings"]["num_prompts"] == 3

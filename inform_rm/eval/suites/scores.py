@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
 
 from inform_rm.errors import InputError
 
@@ -76,7 +75,9 @@ def correct_mass(rewards: Sequence[float], num_correct: int) -> float:
         >>> round(correct_mass([np.log(3.0), np.log(1.0), np.log(4.0)], 2), 6)
         0.5
     """
-    return float(softmax(np.asarray(rewards, dtype=np.float64))[:num_correct].sum())
+    values = np.asarray(rewards, dtype=np.float64)
+    weights = np.exp(values - values.max())
+    return float(weights[:num_correct].sum() / weights.sum())
 
 
 def style_matrix(rewards: Sequence[float]) -> NDArray[np.float64]:
