@@ -28,7 +28,7 @@ from inform_rm.data.rendered_text import (
     what_is_lost,
 )
 from inform_rm.data.tokenizer import ids_of_rendered, render
-from inform_rm.errors import InputError, check_choice
+from inform_rm.errors import InputError, check_choice, check_whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -346,12 +346,6 @@ def _columns_with_faults(batch: dict[str, list], **options: Any) -> dict[str, li
     return columns
 
 
-def check_max_length(max_length: Any) -> None:
-    """Raise `InputError` unless a limit is None or a whole number of tokens."""
-    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
-        raise InputError(f"max_length: got {max_length!r}; expected a whole number of tokens, at least 1, or None.")
-
-
 def encode_pairs(
     dataset: Dataset,
     tokenizer: Any,
@@ -381,7 +375,8 @@ def encode_pairs(
         BadRow: The first bad row, under ``"error"``.
         InputError: A wrong argument, or no pair is left.
     """
-    check_max_length(max_length)
+    if max_length is not None:
+        check_whole_number("max_length", max_length)
     check_choice("overlong", overlong, OVERLONG_POLICIES)
     check_choice("on_bad_row", on_bad_row, BAD_ROW_POLICIES)
     kept = {name: FEATURES[name] for name in (_TEXT_COLUMNS if keep_text else ())}
