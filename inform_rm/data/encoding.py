@@ -336,7 +336,7 @@ def _check_distinct(group: TokenGroup, labels: Sequence[float] | None, file: str
 
 
 def _columns_with_faults(batch: dict[str, list], **options: Any) -> dict[str, list]:
-    """A batch encoded for `Dataset.map`, which may run elsewhere: bad rows follow, with nothing but their fault."""
+    """A batch encoded for `Dataset.map`: bad rows follow, with nothing but their fault."""
     columns, bad_rows = encode_columns(batch, **options)
     columns[_FAULT] = [None] * len(columns["id"])
     for name, values in columns.items():
@@ -353,7 +353,6 @@ def encode_pairs(
     max_length: int | None,
     overlong: str = "error",
     on_bad_row: str = "error",
-    num_proc: int | None = None,
     keep_text: bool = False,
 ) -> EncodedPairs:
     """Encode a whole dataset of pairs or groups; a log line says where the chat template deletes text.
@@ -368,7 +367,6 @@ def encode_pairs(
         on_bad_row: ``"error"`` stops at the first bad row: an over-long one under ``overlong="error"``, responses
             that do not fit alone under ``"truncate_prompt"``, a row that cannot be encoded, or whose responses become
             the same tokens. ``"skip"`` leaves such rows out and returns them.
-        num_proc: Processes to encode with.
         keep_text: Of pairs: keep the columns prompt, chosen, rejected, file and row.
 
     Raises:
@@ -389,7 +387,6 @@ def encode_pairs(
         },
         batched=True,
         batch_size=256,
-        num_proc=num_proc,
         remove_columns=dataset.column_names,
         features=Features({**features, **kept, **_OWN_COLUMNS}),
         load_from_cache_file=False,  # a stale encoding would go unnoticed
