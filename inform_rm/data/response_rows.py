@@ -13,6 +13,7 @@ from inform_rm.data.columns import (
     Reading,
     Row,
     check_not_encoded,
+    count_end_token,
     no_prompt,
     no_response,
     stated_prompt,
@@ -137,5 +138,6 @@ def _prompt_and_response(row: Row, is_csv: bool) -> tuple[list[Message], str]:
         response = listed[0]["content"]
     if not isinstance(response, str):
         raise Fault("wrong type", f"'response' is {found(response)}; expected text.")
+    count_end_token(row, response)
     check_unicode("'response'", response)  # an empty one is a response: policies in training write some
     return with_earlier_turns(row, prompt), response
