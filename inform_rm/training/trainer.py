@@ -307,10 +307,10 @@ class RewardTrainer(RewardLoop):
         return super().get_test_dataloader(self._encoded(test_dataset))
 
     def _encoded(self, rows: Any) -> Any:
-        if rows is None or isinstance(rows, str) or is_encoded(rows):
+        if rows is None or is_encoded(rows):
             return rows
-        rows = choose_splits(None, rows)[1]
-        return load_training_pairs(self.args, (rows,), None, self._tokenizer, "eval_data", self.max_length).dataset
+        sources = names_in(rows) or (choose_splits(None, rows)[1],)
+        return load_training_pairs(self.args, sources, None, self._tokenizer, "eval_data", self.max_length).dataset
 
     def result(self) -> dict[str, Any]:
         """What is known of the run, as ``train_result.json`` holds it; every process must call it."""

@@ -31,6 +31,8 @@ def test_a_name_in_place_of_rows_is_read_as_data_is(base_settings, pairs_file, t
         trainer.train()
         assert trainer.train_pairs.fingerprints == named.train_pairs.fingerprints == trainer.eval_pairs.fingerprints
         assert all(map(torch.equal, weights(trainer), weights(named)))
+    found, expected = (trainer.evaluate(rows) for rows in (str(pairs_file), rows_of(pairs_file)))
+    assert found["eval_margin"] == expected["eval_margin"] and found["eval_num_pairs"] == 48
 
 
 @pytest.mark.parametrize("form", ("torch", "numpy", "pandas", "arrow"))
@@ -143,3 +145,9 @@ def test_the_command_names_where_a_run_goes_on(base_settings, tmp_path):
 def test_a_warm_up_of_transformers_4_is_todays():
     values = {"model": "m", "data": "d", "output": "o", "warmup_ratio": 0.25}
     assert arguments_from_mapping(values, "a file").warmup_steps == 0.25
+
+
+def test_a_checkpoint_without_optimizer_does_not_go_on_as_if_it_had_one(base_settings):
+    RewardTrainer(args=base_settings(save_only_model=True, max_steps=3)).train()
+    with pytest.raises(InputError, match=r"checkpoint-3 was written with save_only_model: it holds no optimizer"):
+        RewardTrainer(args=base_settings()).train(resume_from_checkpoint=True)
