@@ -22,7 +22,7 @@ from prioritized import METHODS, PAIRS_PER_UPDATE, POLICY_PROMPTS, START_SEED, p
 
 WORD_ACCURACY = 0.6  # of the world's policy
 JUDGED_PROMPTS, JUDGED_RESPONSES, NEW_TOKENS = 64, 8, 80
-LEARNING_RATES, LEARNING_RATE, BETA = (1e-4, 3e-4, 1e-3), 3e-4, 0.1
+LEARNING_RATES, LEARNING_RATE, BETA = (1e-5, 3e-5, 1e-4), 3e-5, 0.1
 START, GOLD = "start", "gold"
 
 
@@ -35,9 +35,10 @@ def main() -> None:
     train_language_model(folder, START_SEED, "policy", WORD_ACCURACY)
     if arguments.search:
         gold = policy_responses(START_SEED)[2]
+        print(f"start: {judged(folder / 'policy', START_SEED).mean():.3f}", flush=True)
         for rate in LEARNING_RATES:
-            print(f"learning rate {rate:g}: gold {trained_policy(folder, START_SEED, gold, rate).mean():.3f}")
-        print(f"start: {judged(folder / 'policy', START_SEED).mean():.3f}")
+            found = trained_policy(folder, START_SEED, gold, rate)
+            print(f"learning rate {rate:g}: gold {found.mean():.3f}", flush=True)
         return
     path = folder / "dpo.jsonl"
     runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]

@@ -139,6 +139,11 @@ def check_resume(
                 "down all that must be the same. Finish it with that version, name another folder, pass --overwrite "
                 f"true, or go on from what it has learnt with a new optimizer: model: {resume_from}."
             )
+        if before.get("save_only_model"):
+            raise InputError(
+                f"{resume_from} was written with save_only_model: it holds no optimizer and no random state, so that "
+                "the run cannot go on as it would have. Train with model: this checkpoint, in another folder."
+            )
         if changed := _changed(args, before, now):
             raise InputError(
                 f"{resume_from} is of a run with other settings or data ({'; '.join(changed)}). "

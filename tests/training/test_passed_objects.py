@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from inform_rm import RewardTrainer
 from inform_rm.data.preferences import load_preferences
 from inform_rm.errors import InputError
+from inform_rm.training.reward_arguments import arguments_from_mapping
+from inform_rm.training.run import train
 
 
 def rows_of(path):
@@ -29,6 +31,8 @@ def test_a_name_in_place_of_rows_is_read_as_data_is(base_settings, pairs_file, t
         trainer.train()
         assert trainer.train_pairs.fingerprints == named.train_pairs.fingerprints == trainer.eval_pairs.fingerprints
         assert all(map(torch.equal, weights(trainer), weights(named)))
+    found, expected = (trainer.evaluate(rows) for rows in (str(pairs_file), rows_of(pairs_file)))
+    assert found["eval_margin"] == expected["eval_margin"] and found["eval_num_pairs"] == 48
 
 
 @pytest.mark.parametrize("form", ("torch", "numpy", "pandas", "arrow"))
@@ -121,3 +125,29 @@ def test_a_checkpoint_of_another_folder_goes_on_only_with_its_own_settings(base_
     with pytest.raises(InputError, match=r"run.json, which says what the checkpoint belongs to, is not there"):
         RewardTrainer(args=base_settings(output_dir=str(tmp_path / "third"))).train(str(checkpoint))
     assert checkpoint.is_dir()
+
+
+def test_evaluation_on_the_training_pairs_is_said(base_settings, pairs_file, tmp_path, caplog):
+    part = tmp_path / "part.jsonl"
+    part.write_text("".join(pairs_file.read_text().splitlines(keepends=True)[:8]))
+    for name, times in ((part, 0), (pairs_file, 1)):
+        RewardTrainer(args=base_settings(eval_data=str(name)))
+        assert caplog.text.count(f"{name}: these pairs are trained on, too") == times
+
+
+def test_the_command_names_where_a_run_goes_on(base_settings, tmp_path):
+    args = base_settings(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-3"))
+    with pytest.raises(InputError, match=r"resume_from_checkpoint: .*goes on by itself in its own output_dir"):
+        train(args)
+    train(base_settings(max_steps=1, resume_from_checkpoint="true"))
+
+
+def test_a_warm_up_of_transformers_4_is_todays():
+    values = {"model": "m", "data": "d", "output": "o", "warmup_ratio": 0.25}
+    assert arguments_from_mapping(values, "a file").warmup_steps == 0.25
+
+
+def test_a_checkpoint_without_optimizer_does_not_go_on_as_if_it_had_one(base_settings):
+    RewardTrainer(args=base_settings(save_only_model=True, max_steps=3)).train()
+    with pytest.raises(InputError, match=r"checkpoint-3 was written with save_only_model: it holds no optimizer"):
+        RewardTrainer(args=base_settings()).train(resume_from_checkpoint=True)
