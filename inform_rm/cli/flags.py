@@ -85,9 +85,8 @@ def add_settings(command: argparse.ArgumentParser, kind: Any) -> None:
 
 def given(arguments: argparse.Namespace) -> dict[str, Any]:
     """What is not as by default, under the names that the command's function has for it, too."""
-    defaults = {"command": arguments.command, "run": arguments.run, "defaults": arguments.defaults}
-    defaults |= arguments.defaults
-    found = {name: value for name, value in vars(arguments).items() if value != defaults[name]}
+    values = {name: getattr(arguments, name, default) for name, default in arguments.defaults.items()}
+    found: dict[str, Any] = {name: value for name, value in values.items() if value != arguments.defaults[name]}
     for name, read in (("columns", read_columns), ("score_weights", read_weights)):
         if name in found:
             try:
