@@ -70,8 +70,8 @@ def main() -> None:
                 file.write(json.dumps(run) + "\n")
 
 
-def train_language_model(folder: Path, seed: int, name: str = "backbone", word_accuracy: float = 1.0) -> None:
-    """``folder/name``: the world's small Llama, trained on responses to prompts of the training families."""
+def train_language_model(folder: Path, seed: int) -> None:
+    """``folder/backbone``: the world's small Llama, trained on right responses to prompts of the training families."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
@@ -80,14 +80,14 @@ def train_language_model(folder: Path, seed: int, name: str = "backbone", word_a
     from inform_rm.world.backbone import write_backbone
     from inform_rm.world.worlds import WorldConfig, sample_prompts, sample_responses
 
-    if (folder / name).exists():
+    if (folder / "backbone").exists():
         return
     write_backbone(folder / "untrained", seed=seed)
     tokenizer = load_tokenizer(folder / "untrained")
     model = AutoModelForCausalLM.from_pretrained(folder / "untrained")
     prompts = sample_prompts(WorldConfig(seed=seed), LANGUAGE_MODEL_STEPS * PAIRS_PER_UPDATE, seed=1)
     texts = Dataset.from_list([
-        {"input_ids": encode(tokenizer, prompt, sample_responses(prompt, 1, row, word_accuracy)[0]).input_ids}
+        {"input_ids": encode(tokenizer, prompt, sample_responses(prompt, 1, row, word_accuracy=1.0)[0]).input_ids}
         for row, prompt in enumerate(prompts)
     ])  # fmt: skip
     arguments = TrainingArguments(
@@ -99,7 +99,7 @@ def train_language_model(folder: Path, seed: int, name: str = "backbone", word_a
     Trainer(model=model, args=arguments, train_dataset=texts, data_collator=collate).train()
     tokenizer.save_pretrained(folder / "unfinished")
     model.save_pretrained(folder / "unfinished")
-    os.replace(folder / "unfinished", folder / name)
+    os.replace(folder / "unfinished", folder / "backbone")
 
 
 def train_pairs(output: Path, seed: int, label_noise: float, encoded: bool) -> Any:
