@@ -186,6 +186,8 @@ def test_items_with_the_most_tokens_come_first():
 def test_a_budget_is_kept_when_it_is_used_up():
     assert packed_batches([[1], [2]], [1, 2], 5) == [[1, 0]]
     assert packed_batches([[1], [2]], [1, 2], 4) == [[1], [0]]
+    assert packed_batches([[1], [2], [3], [4]], [1, 1, 1, 1], 4) == [[0, 1], [2, 3]]
+    assert packed_batches([], [], 4) == []
 
 
 @pytest.mark.parametrize("function", (pack_sequences, split_at))
