@@ -5,6 +5,7 @@ Nothing heavy is imported before parsing, so that ``--help`` answers at once.
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse(sys.argv[1:] if argv is None else argv)
     silence_normal_messages()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a terminal that is not UTF-8 ends no run
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         _refuse_several_processes(arguments.command)

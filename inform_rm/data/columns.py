@@ -384,4 +384,6 @@ def _joined(column: str, values: list[Any]) -> str | None:
 
 
 def _is_empty(value: Any) -> bool:
+    if isinstance(value, str) and value.strip() in ("[]", "{}", "null"):  # columns that are kept as JSON text
+        return True
     return value is None or (isinstance(value, str | list | dict | tuple) and len(value) == 0)

@@ -143,7 +143,14 @@ def _rows_in_memory(source: Any) -> Any:
             f"data: got a {type(source).__name__}; expected the name of a source, a Dataset, a DatasetDict of one "
             "split, a list of dictionaries or a pandas table."
         )
-    return rows
+    if isinstance(rows, list | tuple):
+        if rows and isinstance(rows[0], str | Dataset | IterableDataset):
+            raise InputError(
+                f"data: a list of {type(rows[0]).__name__} where rows are expected. datasets.concatenate_datasets "
+                "makes one Dataset of several."
+            )
+        return rows
+    return rows.with_format(None)  # tensors, arrays and tables are no values of a row
 
 
 def is_saved_dataset(folder: Path) -> bool:

@@ -123,7 +123,8 @@ def _load(
         raise
     except Exception as error:  # transformers raises whatever a wrong value in a config happens to lead to
         reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise InputError(f"model: cannot load {name}: {reason}{_advice(error)}") from error
+        where = "" if folder.is_dir() else "there is no such folder, and as a Hub id: "
+        raise InputError(f"model: cannot load {name}: {where}{reason}{_advice(error)}") from error
     _check_loading(loading, name)
     if target != "auto":
         loaded.to(target)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from inform_rm.data.encoding import Encoded, encode_groups
-from inform_rm.data.messages import Fault, conversation
+from inform_rm.data.messages import Fault, conversation, found
 from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
 from inform_rm.data.tokenizer import check_vocabulary, fix_date, load_tokenizer, warn_of_no_template
 from inform_rm.errors import InputError, check_choice, check_whole_number, shortened
@@ -217,7 +217,7 @@ class RewardScorer:
         progress: bool = False,
     ) -> Any:
         """Rewards of N rows of token ids, without padding; see `iter_scores` and, for the rest, `score`."""
-        rewards, stds = torch.full((2, len(sequences)), float("nan"))
+        rewards, stds = torch.full((2, len(sequences)), float("nan"), dtype=torch.float32)
         with tqdm(total=len(sequences), unit="row", desc="score", disable=not progress) as bar:
             for rows, batch_rewards, batch_stds in self.iter_scores(sequences, prompt_lengths, uncertainty):
                 rewards[rows] = batch_rewards
@@ -232,6 +232,9 @@ class RewardScorer:
 
     def encode_all(self, prompts: Sequence[Prompt], responses: Sequence[str], places: Sequence[str]) -> list[Encoded]:
         """`encode` for many rows at once; what the chat template deletes of them is logged."""
+        for response, where in zip(responses, places, strict=True):
+            if not isinstance(response, str):
+                raise InputError(f"{where}: the response is {found(response)}; expected its text.")
         encoded = []
         for row in self.encode_each(prompts, responses, places):
             if isinstance(row, InputError):
@@ -246,17 +249,17 @@ class RewardScorer:
         """`encode` for many rows at once, with the error of a row that the model cannot take in its place."""
         if self.tokenizer is None:
             raise InputError("tokenizer: a loaded model scores text only with its tokenizer. Pass tokenizer=...")
-        found: list[Encoded | InputError] = []
+        encoded: list[Encoded | InputError] = []
         groups = encode_groups(self.tokenizer, prompts, [[response] for response in responses])
         for group, where in zip(groups, places, strict=True):
             try:
                 if isinstance(group, InputError):
                     raise InputError(f"{where}: {group}") from group
                 self.check_ids(group[0].input_ids, where)
-                found += group
+                encoded += group
             except InputError as error:
-                found.append(error)
-        return found
+                encoded.append(error)
+        return encoded
 
     def tell_of_loss(self, encoded: Sequence[Encoded], places: Sequence[str]) -> None:
         """Log where the chat template deleted text of rows, the first time only: servers ask for rewards for ever."""

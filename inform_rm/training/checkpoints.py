@@ -111,7 +111,6 @@ def check_resume(
     Raises:
         InputError: naming what differs.
     """
-    path = output / "checkpoints" / "run.json"
     if resume_from is not None:
         with reading_checkpoint(resume_from, "trainer_state.json"):
             found = TrainerState.load_from_json(str(resume_from / "trainer_state.json")).global_step
@@ -123,11 +122,11 @@ def check_resume(
         "contents": _contents(args, fingerprints, eval_fingerprints) | {"peft_config": adapters}, **launch,
         "kl_reduction_version": kl_reduction_version,
     }  # fmt: skip
-    if resume_from is not None and path.exists():
-        before = _recorded_settings(path)
+    if resume_from is not None:
+        before = _recorded_settings(resume_from.parent / "run.json")
         if any(name in before and before[name] != now[name] for name in launch):
             raise InputError(
-                f"output: {output} holds an unfinished run of {before['num_processes']} processes "
+                f"{resume_from} is of a run of {before['num_processes']} processes "
                 f"({before['distribution']}), this one has {now['num_processes']} ({now['distribution']}). Its "
                 "checkpoints hold the random state of each process and an optimizer that is stored for this launch: "
                 "launch it as before to continue it, name another folder, or pass --overwrite true. To go on from "
@@ -136,13 +135,13 @@ def check_resume(
             )
         if "contents" not in before:
             raise InputError(
-                f"output: {output} holds an unfinished run of an earlier version of inform_rm, which did not write "
+                f"{resume_from} is of a run of an earlier version of inform_rm, which did not write "
                 "down all that must be the same. Finish it with that version, name another folder, pass --overwrite "
                 f"true, or go on from what it has learnt with a new optimizer: model: {resume_from}."
             )
         if changed := _changed(args, before, now):
             raise InputError(
-                f"output: {output} holds an unfinished run with other settings or data ({'; '.join(changed)}). "
+                f"{resume_from} is of a run with other settings or data ({'; '.join(changed)}). "
                 "Restore them to continue it, name another folder, or pass --overwrite true."
             )
         software = versions()
@@ -153,7 +152,7 @@ def check_resume(
         logger.warning("Continuing from %s%s.", resume_from, "".join(free))
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
-        write_json(path, {**now, "versions": versions()})
+        write_json(output / "checkpoints" / "run.json", {**now, "versions": versions()})
         atomic_write_text(output / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
@@ -203,6 +202,11 @@ def _contents(
 
 def _recorded_settings(path: Path) -> dict[str, Any]:
     """What a run recorded."""
+    if not path.exists():
+        raise InputError(
+            f"resume_from_checkpoint: {path}, which says what the checkpoint belongs to, is not there. "
+            "Copy it along; or go on from what was learnt with a new optimizer: model: the checkpoint."
+        )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):

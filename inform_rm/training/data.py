@@ -64,6 +64,12 @@ class TrainingPairs:
     fingerprints: dict[str, str]
 
 
+def names_in(rows: Any) -> tuple[str, ...]:
+    """The sources that are given by name where rows may be, as ``args.data`` takes them; else none."""
+    names = [rows] if isinstance(rows, str | Path) else rows if isinstance(rows, list | tuple) else []
+    return tuple(map(str, names)) if all(isinstance(name, str | Path) for name in names) else ()
+
+
 def is_encoded(rows: Any) -> bool:
     """Whether rows are pairs or groups of token ids already."""
     return bool({"chosen_input_ids", "responses_input_ids"} & set(getattr(rows, "column_names", None) or ()))
@@ -86,6 +92,8 @@ def choose_splits(train: Any, evaluation: Any) -> tuple[Any, Any]:
 
 def _split(argument: str, splits: dict[str, Any], names: tuple[str, ...]) -> Any:
     found = [name for name in names if name in splits] or (list(splits) if len(splits) == 1 else [])
+    if {"chosen", "responses", "response"} & set(splits):
+        raise InputError(f"{argument}: a dict of columns; expected rows. datasets.Dataset.from_dict makes them.")
     if len(found) != 1:
         raise InputError(f"{argument}: has the splits {', '.join(splits)}; pass one of them, data[SPLIT].")
     logger.info("%s: split %r.", argument, found[0])

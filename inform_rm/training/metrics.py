@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import EvalPrediction
 
+from inform_rm.errors import InputError
 from inform_rm.training.losses import PAIR_LOSSES, group_loss
 from inform_rm.util.intervals import expected_calibration_error
 from inform_rm.util.rankings import agreement, untied_gaps
@@ -141,3 +142,16 @@ def _group_metrics(loss_type: str, rows: Tensor, margins: Tensor) -> dict[str, f
     if not is_ranked.all():
         metrics["num_scored"] = int((~is_ranked).sum())
     return metrics
+
+
+def check_best_metric(name: str | None, loss_type: str) -> None:
+    """Refuse a metric to choose or stop by that no evaluation gives, before the run rather than at its first one.
+
+    Raises:
+        InputError: with the names that there are.
+    """
+    of_pairs = compute_eval_metrics(loss_type, None, EvalPrediction(np.zeros((1, 3)), np.zeros(1)))
+    names = [*of_pairs, "kendall_tau", "rmse"]  # the last two of rankings and of scored responses
+    if name is not None and name.removeprefix("eval_") not in names:
+        listed = ", ".join(f"eval_{each}" for each in names)
+        raise InputError(f"metric_for_best_model: an evaluation gives no {name!r}. Choose one of {listed}.")

@@ -86,8 +86,10 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
         check_optimizer(getattr(self.optim, "value", self.optim))
         if self.adam_beta2 is None:
             self.adam_beta2 = COMPENSATED_BETA2 if self.optim == COMPENSATED_OPTIM else 0.999
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "eval_accuracy"
+        is_plateau = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type) == "reduce_lr_on_plateau"
+        if self.metric_for_best_model is None and (is_plateau or self.load_best_model_at_end):
+            # That scheduler waits for a value that falls.
+            self.metric_for_best_model = f"eval_{self.loss_type}_loss" if is_plateau else "eval_accuracy"
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available() and not self.use_cpu
         self._given_division = given = self.per_device_train_batch_size, self.gradient_accumulation_steps
         expected = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)

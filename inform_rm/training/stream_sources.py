@@ -97,6 +97,7 @@ def stream_of(
     """
     if getattr(dataset, "_distributed", None) is not None:
         raise InputError(f"{name}: it is split over processes already, which training does. Pass it as it was before.")
+    dataset = dataset.with_format(None)  # tensors, arrays and tables are no values of a row
     mapping, reading = _first_look(name, enumerate(examples(dataset), start=1), columns)
     return StreamSource(dataset, {}, {name: reading}, Shard(name, name, mapping))
 

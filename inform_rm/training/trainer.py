@@ -21,12 +21,20 @@ from inform_rm.hub.export import push_folder
 from inform_rm.training.budget import BudgetWatch, budget_of_run
 from inform_rm.training.checkpoints import check_resume, discard_incomplete, discard_run
 from inform_rm.training.collators import PackedPairCollator, PairCollator, tokens_per_batch
-from inform_rm.training.data import ARGUMENTS, TrainingPairs, choose_splits, in_memory, is_encoded, load_training_pairs
+from inform_rm.training.data import (
+    ARGUMENTS,
+    TrainingPairs,
+    choose_splits,
+    in_memory,
+    is_encoded,
+    load_training_pairs,
+    names_in,
+)
 from inform_rm.training.half_precision import LostUpdates
 from inform_rm.training.interruption import StopOnSignal
 from inform_rm.training.loop import OwnSteps, RewardLoop
 from inform_rm.training.losses import PAIR_LOSSES
-from inform_rm.training.metrics import compute_eval_metrics
+from inform_rm.training.metrics import check_best_metric, compute_eval_metrics
 from inform_rm.training.models import (
     add_adapters,
     check_max_length,
@@ -61,7 +69,8 @@ class RewardTrainer(RewardLoop):
         data_collator: in place of the one that ``args.batching`` chooses.
         train_dataset: pairs, rankings or scored responses in any layout of docs/how-to/data.md: `Dataset`,
             `IterableDataset` (of pairs, read while training), `DatasetDict` (its ``train``), or a list of
-            dicts; or pairs that `encode_pairs` has encoded. ``None``: ``args.data``.
+            dicts; or pairs that `encode_pairs` has encoded; or the name of a file, folder or Hub id, or several.
+            ``None``: ``args.data``.
         eval_dataset: the same, for evaluation; of a `DatasetDict` ``validation`` or ``test``.
         processing_class: the tokenizer; ``None``: the model's own.
         compute_metrics: further metrics of an evaluation: ``predictions`` ``(N, 3)`` are chosen reward, rejected
@@ -92,7 +101,14 @@ class RewardTrainer(RewardLoop):
         peft_config: Any = None,
         **kwargs: Any,
     ):
+        if not isinstance(args, RewardTrainingArguments | None):
+            what = f"args: got a {type(args).__name__}; expected RewardTrainingArguments, which take all that"
+            raise InputError(f"{what} transformers' TrainingArguments do, and add theirs.")
+        if kwargs.pop("model_init", None) is not None:
+            raise InputError("model_init: a trainer has one model. Make a trainer for each trial of a search.")
         args = copy.copy(args if args is not None else RewardTrainingArguments())
+        if compute_metrics is None:
+            check_best_metric(args.metric_for_best_model, args.loss_type)
         if peft_config is None and (faults := args.faults_without_adapters()):
             raise InputError("Training settings: " + "; ".join(faults) + ".")
         set_seed(args.seed)
@@ -102,6 +118,10 @@ class RewardTrainer(RewardLoop):
             if args.model is None:
                 raise InputError("model: none given. Pass a name, a folder or a loaded model.")
             check_model(args)
+        if args.model is not None and Path(args.model).resolve() == Path(str(args.output_dir)).resolve():
+            raise InputError(
+                f"output_dir: {args.output_dir} is the model's own, whose weights would be lost. Name another."
+            )
         tokenizer = with_plain_template(processing_class or _tokenizer(args), str(args.model))
         self.max_length = longest_input(args, loaded)
         train_dataset, eval_dataset = choose_splits(train_dataset, eval_dataset)
@@ -145,6 +165,12 @@ class RewardTrainer(RewardLoop):
     def _fit_model(self, model: Any) -> None:
         """Check that a model takes the run's tokens, and make it say of itself what the run does."""
         args, tokenizer = self._args_of_pairs, self._tokenizer
+        if model.config.num_labels != 1:
+            raise InputError(
+                f"model: a {type(model).__name__} with num_labels={model.config.num_labels}; a reward model has one "
+                "output. Load a classifier with num_labels=1; of a causal LM pass the name or folder, or make "
+                "InfoRMForSequenceClassification.from_backbone of it."
+            )
         if model.config.model_type == "inform":
             model.config.beta, model.config.loss_type = args.beta, args.loss_type
             model.loss_function = PAIR_LOSSES[args.loss_type]
@@ -174,14 +200,17 @@ class RewardTrainer(RewardLoop):
         """What is given for ``data`` or ``eval_data``, read and, but for a stream, encoded."""
         args = self._args_of_pairs
         argument, sources = ARGUMENTS[setting], getattr(args, setting)
+        if rows is not None and sources:
+            raise InputError(f"{argument}: {setting} names pairs, too ({', '.join(sources)}). Give one of them.")
+        if names := names_in(rows):
+            rows, sources = None, names
+            setattr(args, setting, names)
         if rows is None:
             if not sources:
                 return None
             if args.streaming and setting == "data":
                 return open_stream(args.data, args.columns, seed=args.seed, shuffle_buffer=args.shuffle_buffer)
         else:
-            if sources:
-                raise InputError(f"{argument}: {setting} names pairs, too ({', '.join(sources)}). Give one of them.")
             name = in_memory(setting)
             setattr(args, setting, (name,))
             sources = (rows,)
@@ -231,6 +260,12 @@ class RewardTrainer(RewardLoop):
 
     def _prepare_output(self, output: Path, resume: Any) -> Path | None:
         """Clear what is half-written, or all; the checkpoint to go on from."""
+        named = None if not resume or isinstance(resume, bool) else Path(resume)
+        if named is not None and not is_complete(named):
+            raise InputError(f"resume_from_checkpoint: {named} is no complete checkpoint of this trainer.")
+        is_own = named is not None and named.resolve().parent == (output / "checkpoints").resolve()
+        if is_own and self.args.overwrite:
+            raise InputError(f"overwrite: it discards {named}, from which the run is to go on. Leave one of them out.")
         if self.is_world_process_zero():
             if self.args.overwrite:
                 discard_run(output)
@@ -238,16 +273,12 @@ class RewardTrainer(RewardLoop):
                 discard_incomplete(output)
         self.accelerator.wait_for_everyone()
         last = last_complete(output / "checkpoints")
-        if resume and not isinstance(resume, bool):
-            if not is_complete(Path(resume)):
-                raise InputError(f"resume_from_checkpoint: {resume} is no complete checkpoint of this trainer.")
-            return Path(resume)
-        if last is not None and not resume:
+        if last is not None and (not resume or (named is not None and not is_own)):
             raise InputError(
-                f"output_dir: {output} holds an unfinished run. Pass resume_from_checkpoint=True to go on with it, "
+                f"output_dir: {output} holds checkpoints of a run. Pass resume_from_checkpoint=True to go on with it, "
                 "overwrite=True in args to discard it, or name another folder."
             )
-        return last
+        return last if named is None else named
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Batches of the evaluation's pairs, or of others in any layout, which are encoded first."""

@@ -1,5 +1,6 @@
 """The command line end to end on tiny models: exit codes, messages, files."""
 
+import io
 import json
 import re
 import subprocess
@@ -87,6 +88,16 @@ def test_check_data_prints_and_writes(causal_lm_dir, pairs_file, tmp_path, capsy
     assert capsys.readouterr().out.endswith(done) and (tmp_path / "preflight.json").is_file()
     assert main([*arguments, "--max-length", "16"]) == 1
     assert "Rows that training with default settings would stop at: 1" in capsys.readouterr().out
+
+
+def test_a_terminal_that_is_not_utf8_shows_escapes(pairs_file, tmp_path, monkeypatch):
+    path = tmp_path / "paires-\u00e9.jsonl"
+    path.write_bytes(pairs_file.read_bytes())
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(["check-data", "--data", str(path)]) == 0
+    stdout.seek(0)
+    assert "paires-\\xe9.jsonl" in stdout.read()
 
 
 def test_wrong_use_exits_with_2_and_one_line(tmp_path, capsys):

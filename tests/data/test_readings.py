@@ -92,6 +92,7 @@ READ = {
     "two columns, ignored": (
         {"prompt": USER, "images": ["a"], "tools": [1], **SIDES}, {"ignore": "images+tools"}, ASKED),
     "empty images": ({"prompt": USER, "images": [], "tools": None, **SIDES}, None, ASKED),
+    "empty columns as JSON text": ({"prompt": USER, "images": "[]", "tools": "null", **SIDES}, None, ASKED),
     # 03: transcripts in their spellings
     "line feeds": (spoken(LF), None, DIALOGUE),
     "carriage returns": (spoken(LF.replace("\n", "\r\n")), None, DIALOGUE),

@@ -65,6 +65,13 @@ def test_plain_rewards_of_text_and_of_messages(scorer):
     replies = [[{"role": "assistant", "content": text}] for text in "abc"]
     assert function(messages, replies) == pytest.approx(expected, abs=1e-6)
     assert function.recent() == (messages[1:], ["b", "c"])
+    for several in (
+        [{"role": "assistant", "content": "", "tool_calls": [{}]}, {"role": "tool", "content": "42"}],
+        [{"role": "assistant", "content": None, "tool_calls": [{}]}],
+        [{"role": "assistant", "content": [{"type": "image"}]}],
+    ):  # of which the last message alone is not what the policy wrote
+        with pytest.raises(InputError, match=r"completions: .*expected text, or one message"):
+            function(messages[:1], [several])
     with pytest.raises(InputError, match=r"shaping_coefficient: 0\.1 needs reference"):
         RewardFunction(scorer, shaping_coefficient=0.1)
 
@@ -150,6 +157,43 @@ def test_a_jump_stops_the_run_and_a_resumed_run_decides_alike(scorer, reference,
     assert saved == by_hand.state_dict()
     assert [by_hand.update(value) for value in (1.0, 9.0)] == [False, True]
     assert callback.stopping.state_dict() == by_hand.state_dict()
+
+
+def test_a_second_model_whose_reward_falls_stops_the_run_and_a_resumed_run_decides_alike(
+    scorer, reference, causal_lm_dir, tmp_path, monkeypatch, caplog
+):
+    """A planted reward: 1, 3, 2.95, then 1.5, which has lost more than a tenth of the gain of 2."""
+    given, planted = [], iter([1.0, 3.0, 2.95, 1.5, 1.5])
+    jumps = Statistic("csi_normalized", "", "", "", lambda *_: lambda *_: ({"csi_normalized": next(csi)}, {}))
+    csi = iter([1.0, 1.1, 9.0, 9.0, 9.0])  # a jump at step 3: a warning beside a second model
+    monkeypatch.setattr("inform_rm.integrations.trl.STATISTICS", [jumps])
+
+    class Second:
+        def score(self, prompts, responses):
+            given.append(responses)
+            return torch.full((len(responses),), next(planted))
+
+    def trainer(steps):
+        function = Recorder(scorer)
+        function.seen = []
+        made = policy_trainer(
+            "GRPO", causal_lm_dir("llama"), tmp_path / "out", function, steps, save_strategy="steps", save_steps=1
+        )
+        callback = OveroptimizationCallback(
+            scorer, reference, function.recent, every=1, second_scorer=Second(), max_reward_fall=0.1
+        )
+        callback.attach(made)
+        return made, function
+
+    first, function = trainer(2)
+    first.train()
+    assert given == [texts for _, texts in function.seen] and len(given) == 2
+    lines = [line["second_reward"] for line in first.state.log_history if "second_reward" in line]
+    assert lines == [1.0, 3.0]
+    second, _ = trainer(6)
+    second.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert second.state.global_step == 4
+    assert "CSI jumped to 9" in caplog.text and "Step 4: the second model's reward fell to 1.5" in caplog.text
 
 
 def test_wrong_settings_are_named(scorer, reference):

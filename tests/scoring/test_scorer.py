@@ -216,6 +216,24 @@ def test_a_conversation_scores_as_its_last_reply_after_the_turns_before_it(score
         scorer.score_messages([[{"role": "judge", "content": "1"}]])
 
 
+@pytest.mark.parametrize("response", (None, float("nan"), [{"role": "assistant", "content": "Blue."}]))
+def test_a_response_that_is_no_text_is_refused_with_its_row(scorer, response):
+    with pytest.raises(InputError, match=r"row 1 \(counted from 0\): the response is .*; expected its text"):
+        scorer.score(["one", "two"], ["red", response])
+    with pytest.raises(InputError, match=r"row 0 .*prompt"):
+        scorer.score([None], ["red"])
+
+
+def test_rewards_are_float32_whatever_torch_makes_by_default(models):
+    rows = random_rows(3)
+    expected = RewardScorer(models["inform"]).score_encoded(rows)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(RewardScorer(models["inform"]).score_encoded(rows), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_no_rows_give_no_rewards(scorer):
     assert scorer.score([], []).shape == (0,)
 
@@ -502,7 +520,7 @@ def test_remote_code_without_a_pinned_revision_warns(monkeypatch, caplog):
     )
     with caplog.at_level(logging.WARNING):
         for revision in (None, "c0ffee" * 6 + "c0ff"):
-            with pytest.raises(InputError, match="cannot load some/model"):
+            with pytest.raises(InputError, match="cannot load some/model: there is no such folder"):
                 load_reward_model("some/model", trust_remote_code=True, revision=revision)
     assert sum("runs whatever code" in message for message in caplog.messages) == 1
 

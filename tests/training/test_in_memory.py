@@ -182,7 +182,7 @@ def test_a_cut_off_run_goes_on_and_is_not_overwritten(arguments, causal_lm_dir):
     expected = trained(model=backbone, args=arguments("whole", max_steps=4), train_dataset=ROWS)
     cut = RewardTrainer(backbone, arguments(max_steps=4), train_dataset=ROWS, callbacks=[Halts()])
     cut.train(resume_from_checkpoint=True)  # there is nothing yet: it begins
-    with pytest.raises(InputError, match=r"holds an unfinished run\. Pass resume_from_checkpoint=True"):
+    with pytest.raises(InputError, match=r"holds checkpoints of a run\. Pass resume_from_checkpoint=True"):
         RewardTrainer(backbone, arguments(max_steps=4), train_dataset=ROWS).train()
     other = [{**row, "better": row["better"] + "!"} for row in ROWS]
     with pytest.raises(InputError, match=r"other settings or data \(the content of data\)"):

@@ -76,14 +76,7 @@ class CSIEarlyStopping:
         Raises:
             InputError: for a state with other entries, or of a rule with another ``max_change_ratio``.
         """
-        names = self.state_dict().keys()
-        if not isinstance(state, dict) or state.keys() != names:
-            raise InputError(f"state: {state!r}; expected the entries {', '.join(names)}, as state_dict() gives them.")
-        if state["max_change_ratio"] != self.max_change_ratio:
-            raise InputError(
-                f"max_change_ratio: {self.max_change_ratio:g}, but the state comes from a rule with "
-                f"{state['max_change_ratio']!r}. Pass that one to go on with the same decisions."
-            )
+        _check_state(state, self.state_dict(), "max_change_ratio")
         self._last_csi = state["last_csi"]
         self._sum_of_changes = state["sum_of_changes"]
         self._num_changes = state["num_changes"]
@@ -114,7 +107,7 @@ class RewardFallStopping:
             raise InputError(f"max_reward_fall: {max_fall!r}; it is a share, above 0 and below 1 (default 0.05).")
         self.max_fall = float(max_fall)
         self._start: float | None = None
-        self._largest, self._largest_error = -math.inf, 0.0
+        self._largest, self._largest_error = 0.0, 0.0  # of no meaning before there is a start
 
     def update(self, reward: float, standard_error: float = 0.0) -> bool:
         """Take the next mean reward, the first before optimisation; true if the run should stop.
@@ -126,11 +119,40 @@ class RewardFallStopping:
         if not math.isfinite(value + error):
             raise InputError(f"reward: {value} ± {error}; expected finite numbers. Leave this step out.")
         if self._start is None:
-            self._start = value
+            self._start = self._largest = value
         if value >= self._largest:
             self._largest, self._largest_error = value, error
             return False
         fall = self._largest - value
         return fall > self.max_fall * (self._largest - self._start) and fall > 2 * math.hypot(
             error, self._largest_error
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs, as numbers and ``None`` that JSON keeps exactly."""
+        return {
+            "max_reward_fall": self.max_fall,
+            "start": self._start,
+            "largest": self._largest,
+            "largest_error": self._largest_error,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            InputError: for a state with other entries, or of a rule with another ``max_fall``.
+        """
+        _check_state(state, self.state_dict(), "max_reward_fall")
+        self._start, self._largest, self._largest_error = state["start"], state["largest"], state["largest_error"]
+
+
+def _check_state(state: Any, own: dict[str, Any], setting: str) -> None:
+    """Refuse a state that would change a rule's decisions: other entries, or another ``setting``."""
+    if not isinstance(state, dict) or state.keys() != own.keys():
+        raise InputError(f"state: {state!r}; expected the entries {', '.join(own)}, as state_dict() gives them.")
+    if state[setting] != own[setting]:
+        raise InputError(
+            f"{setting}: {own[setting]:g}, but the state comes from a rule with {state[setting]!r}. "
+            "Pass that one to go on with the same decisions."
         )

@@ -135,6 +135,18 @@ def test_a_fall_within_chance_does_not_fire():
         assert [rule.update(reward, error) for reward in (0.0, 5.0, 4.0)] == [False, False, fires]
 
 
+@settings(max_examples=30)
+@given(rewards=st.lists(st.integers(-30, 60), min_size=1, max_size=20), cut=st.integers(0, 20))
+def test_resuming_the_fall_gives_the_same_decisions(rewards, cut):
+    whole, first, second = RewardFallStopping(0.3), RewardFallStopping(0.3), RewardFallStopping(0.3)
+    decisions = [whole.update(reward, 0.5) for reward in rewards]
+    before = [first.update(reward, 0.5) for reward in rewards[:cut]]
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert before + [second.update(reward, 0.5) for reward in rewards[cut:]] == decisions
+    with pytest.raises(InputError, match=r"max_reward_fall: 0\.1, but the state comes from a rule with 0\.3"):
+        RewardFallStopping(0.1).load_state_dict(first.state_dict())
+
+
 @pytest.mark.parametrize("reward", (math.nan, math.inf))
 def test_a_reward_that_is_no_number_leaves_the_state(reward):
     rule, other = RewardFallStopping(), RewardFallStopping()
