@@ -19,12 +19,12 @@ from inform_rm.data.check_groups import (
     scored_report,
     scored_warnings,
 )
-from inform_rm.data.encoding import TokenGroup, check_max_length, encode_each, removable_prompt_tokens
+from inform_rm.data.encoding import TokenGroup, encode_each, removable_prompt_tokens
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import PreferenceData, load_preferences
 from inform_rm.data.rendered_text import partly_rendered
 from inform_rm.data.tokenizer import PLAIN_FORM, fix_date, load_tokenizer, with_plain_template
-from inform_rm.errors import InputError
+from inform_rm.errors import InputError, check_whole_number
 from inform_rm.safety.chat_templates import TEMPLATE_DATE, has_fixed_date
 from inform_rm.util.files import check_output_directory, versions, write_json
 from inform_rm.util.intervals import wilson_interval
@@ -72,9 +72,10 @@ def check_data(
         raise InputError("data: got no source. Name at least one file, saved dataset or Hub id.")
     if len(set(map(str, names))) < len(names):
         raise InputError(f"data: a source is named twice among {', '.join(map(str, names))}. Name each once.")
-    check_max_length(max_length)
-    if max_length is not None and tokenizer is None:
-        raise InputError(f"max_length: {max_length} tokens cannot be checked without a tokenizer. Pass one.")
+    if max_length is not None:
+        check_whole_number("max_length", max_length)
+        if tokenizer is None:
+            raise InputError(f"max_length: {max_length} tokens cannot be checked without a tokenizer. Pass one.")
     tokenizer_name = tokenizer if isinstance(tokenizer, str | Path) else getattr(tokenizer, "name_or_path", None)
     if isinstance(tokenizer, str | Path):
         hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

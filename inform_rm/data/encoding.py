@@ -28,7 +28,7 @@ from inform_rm.data.rendered_text import (
     what_is_lost,
 )
 from inform_rm.data.tokenizer import ids_of_rendered, render
-from inform_rm.errors import InputError, check_choice
+from inform_rm.errors import InputError, check_choice, check_whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -336,7 +336,7 @@ def _check_distinct(group: TokenGroup, labels: Sequence[float] | None, file: str
 
 
 def _columns_with_faults(batch: dict[str, list], **options: Any) -> dict[str, list]:
-    """A batch encoded for `Dataset.map`, which may run elsewhere: bad rows follow, with nothing but their fault."""
+    """A batch encoded for `Dataset.map`: bad rows follow, with nothing but their fault."""
     columns, bad_rows = encode_columns(batch, **options)
     columns[_FAULT] = [None] * len(columns["id"])
     for name, values in columns.items():
@@ -346,12 +346,6 @@ def _columns_with_faults(batch: dict[str, list], **options: Any) -> dict[str, li
     return columns
 
 
-def check_max_length(max_length: Any) -> None:
-    """Raise `InputError` unless a limit is None or a whole number of tokens."""
-    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
-        raise InputError(f"max_length: got {max_length!r}; expected a whole number of tokens, at least 1, or None.")
-
-
 def encode_pairs(
     dataset: Dataset,
     tokenizer: Any,
@@ -359,7 +353,6 @@ def encode_pairs(
     max_length: int | None,
     overlong: str = "error",
     on_bad_row: str = "error",
-    num_proc: int | None = None,
     keep_text: bool = False,
 ) -> EncodedPairs:
     """Encode a whole dataset of pairs or groups; a log line says where the chat template deletes text.
@@ -374,14 +367,14 @@ def encode_pairs(
         on_bad_row: ``"error"`` stops at the first bad row: an over-long one under ``overlong="error"``, responses
             that do not fit alone under ``"truncate_prompt"``, a row that cannot be encoded, or whose responses become
             the same tokens. ``"skip"`` leaves such rows out and returns them.
-        num_proc: Processes to encode with.
         keep_text: Of pairs: keep the columns prompt, chosen, rejected, file and row.
 
     Raises:
         BadRow: The first bad row, under ``"error"``.
         InputError: A wrong argument, or no pair is left.
     """
-    check_max_length(max_length)
+    if max_length is not None:
+        check_whole_number("max_length", max_length)
     check_choice("overlong", overlong, OVERLONG_POLICIES)
     check_choice("on_bad_row", on_bad_row, BAD_ROW_POLICIES)
     kept = {name: FEATURES[name] for name in (_TEXT_COLUMNS if keep_text else ())}
@@ -394,7 +387,6 @@ def encode_pairs(
         },
         batched=True,
         batch_size=256,
-        num_proc=num_proc,
         remove_columns=dataset.column_names,
         features=Features({**features, **kept, **_OWN_COLUMNS}),
         load_from_cache_file=False,  # a stale encoding would go unnoticed

@@ -77,9 +77,6 @@ class RewardScorer:
             row makes a batch of its own, and many responses to a long prompt may take four times its tokens. By
             default 2048 on a CPU, else 8192.
         device: see `load_reward_model`, as dtype, trust_remote_code and revision.
-        dtype: see there.
-        trust_remote_code: see there.
-        revision: see there.
         chat_template: see `inform_rm.data.tokenizer.load_tokenizer`.
         batching: ``"packed"`` or ``"padded"``.
         split_over_processes: every process of an ``accelerate launch`` asks for the rewards of the same rows and gets

@@ -212,7 +212,7 @@ def test_bad_rows_are_left_out_by_kind_and_the_others_encoded_as_alone(strict, t
     rows = [row for changes, _, _ in KINDS.values() for row in pairs_with(changes)] * 10
     path = write(tmp_path / "pairs.jsonl", rows)
     good = write(tmp_path / "good.jsonl", [row for number, row in enumerate(rows) if number % 9 != BAD])
-    found = encode_pairs(load_preferences(path).dataset, strict, max_length=LENGTH, on_bad_row="skip", num_proc=2)
+    found = encode_pairs(load_preferences(path).dataset, strict, max_length=LENGTH, on_bad_row="skip")
     assert [bad.row for bad in found.bad_rows] == [n + 1 for n in range(len(rows)) if n % 9 == BAD]
     assert [bad.kind for bad in found.bad_rows[:4]] == [
         "not encodable", "identical tokens", "overlong", "overlong"

@@ -324,8 +324,8 @@ def test_a_tokenizer_may_be_named(tmp_path, causal_lm_dir):
     [
         ({"sources": []}, "got no source"),
         ({"sources": ["a.jsonl", "a.jsonl"]}, "a source is named twice"),
-        ({"sources": "a.jsonl", "max_length": 0}, "max_length: got 0"),
-        ({"sources": "a.jsonl", "max_length": "8"}, "max_length: got '8'"),
+        ({"sources": "a.jsonl", "max_length": 0}, "max_length: 0"),
+        ({"sources": "a.jsonl", "max_length": "8"}, "max_length: '8'"),
         ({"sources": "a.jsonl", "chat_template": "plain"}, "chat_template: set it on the tokenizer"),
         ({"sources": "nowhere.jsonl"}, "no such file"),
     ],
