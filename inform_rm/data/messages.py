@@ -159,29 +159,6 @@ def transcript(where: str, text: str, is_prompt: bool = False) -> list[Message] 
     return messages
 
 
-def reply_text(where: str, response: Any) -> Any:
-    """The text in a list of one assistant message, as an API gives a reply; any other value as it is."""
-    listed = conversation(where, response) if not isinstance(response, str) else None
-    if listed is None:
-        return response
-    if len(listed) > 1 or listed[0]["role"] != "assistant":
-        raise Fault(
-            "no reply",
-            f"{where} holds several messages, or none of the assistant; expected one reply. Earlier turns belong into "
-            "'prompt'.",
-        )
-    return listed[0]["content"]
-
-
-def finite_number(value: Any) -> float | None:
-    """A number, also as text in a cell of a CSV file; ``None`` for what is none."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
 def check_text(where: str, text: Any) -> None:
     """Raise `Fault` unless a value is text that holds something and can be encoded."""
     if text is None:
@@ -211,6 +188,29 @@ def has_text(text: str) -> bool:
 def found(value: Any) -> str:
     """Type and value, for a message."""
     return "null" if value is None else f"{type(value).__name__} {shown(value, 60)}"
+
+
+def reply_text(where: str, response: Any) -> Any:
+    """The text in a list of one assistant message, as an API gives a reply; any other value as it is."""
+    listed = conversation(where, response) if not isinstance(response, str) else None
+    if listed is None:
+        return response
+    if len(listed) > 1 or listed[0]["role"] != "assistant":
+        raise Fault(
+            "no reply",
+            f"{where} holds several messages, or none of the assistant; expected one reply. Earlier turns belong into "
+            "'prompt'.",
+        )
+    return listed[0]["content"]
+
+
+def finite_number(value: Any) -> float | None:
+    """A number, also as text in a cell of a CSV file; ``None`` for what is none."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def one_line_end(text: str) -> str:
