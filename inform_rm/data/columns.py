@@ -13,7 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from inform_rm.data.messages import Fault, Message, checked_prompt, conversation, found, has_text, prompt_messages
+from inform_rm.data.messages import (
+    Fault,
+    Message,
+    asks_for_reply,
+    checked_prompt,
+    conversation,
+    found,
+    has_text,
+    prompt_messages,
+)
 from inform_rm.errors import InputError, shortened
 
 logger = logging.getLogger(__name__)
@@ -310,6 +319,8 @@ def stated_prompt(row: Row) -> list[Message] | None:
         return None
     if isinstance(value, str) and conversation(f"'{column}'", value, is_prompt=True) is not None:
         row.count("prompt is a transcript or a message list as text")
+    elif isinstance(value, str) and asks_for_reply(value):
+        row.count("prompt asks for a reply in another template's words, and is read as a turn of the user")
     return prompt_messages(f"'{column}'", value)
 
 

@@ -29,8 +29,13 @@ _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
 _FIRST_MARKER = re.compile(r"\s*(### ?)?(Human|HUMAN|User|USER):")
 _RENDERED_START = re.compile(
     r"\s*(<\|im_start\|>|<\|start_header_id\|>|<\|begin_of_text\|>|<start_of_turn>|<\|user\|>|<\|system\|>|"
-    r"<\|start\|>|<\|START_OF_TURN_TOKEN\|>|<\|start_of_role\|>|(<s>|<bos>)?\s*\[INST\])"
+    r"<\|assistant\|>|<\|start\|>|<\|START_OF_TURN_TOKEN\|>|<\|start_of_role\|>|(<s>|<bos>)?\s*\[INST\])"
 )
+
+
+# What ends a text that another template's markers went into, a reply or a prompt that asks for one.
+_END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "<|end|>", "</s>")
+_ASKS_FOR_REPLY = ("ASSISTANT:", "### Response:", "### Assistant:")
 
 
 class Fault(Exception):
@@ -119,12 +124,7 @@ def transcript(where: str, text: str, is_prompt: bool = False) -> list[Message] 
     Raises:
         Fault: it begins like one, or was rendered by a chat template already, and cannot be read as one.
     """
-    if _RENDERED_START.match(text):
-        start = shortened(repr(text.strip()), 40)
-        raise Fault(
-            "rendered text",
-            f"{where} begins with {start}: text that a chat template has rendered already. Give its messages.",
-        )
+    check_not_rendered(where, text)
     text = one_line_end(text)
     first = _FIRST_MARKER.match(text)
     if first is None:
@@ -157,6 +157,26 @@ def transcript(where: str, text: str, is_prompt: bool = False) -> list[Message] 
         check_unicode(where, content)
         messages.append({"role": "user" if speaker == user else "assistant", "content": content.strip()})
     return messages
+
+
+def check_not_rendered(where: str, text: str) -> None:
+    """Raise `Fault` for text that begins as a chat template's rendering does."""
+    if _RENDERED_START.match(text):
+        start = shortened(repr(text.strip()), 40)
+        raise Fault(
+            "rendered text",
+            f"{where} begins with {start}: text that a chat template has rendered already. Give its messages.",
+        )
+
+
+def ends_with_marker(text: str) -> str | None:
+    """The end token of a chat template that a reply ends with, which the model's own will write again."""
+    return next((token for token in _END_TOKENS if text.rstrip().endswith(token)), None)
+
+
+def asks_for_reply(text: str) -> bool:
+    """Whether a prompt ends as those do that were written for another template, and are read as a user's words."""
+    return text.rstrip().endswith(_ASKS_FOR_REPLY)
 
 
 def check_text(where: str, text: Any) -> None:

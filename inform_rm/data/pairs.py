@@ -24,8 +24,10 @@ from inform_rm.data.columns import (
 from inform_rm.data.messages import (
     Fault,
     Message,
+    check_not_rendered,
     check_text,
     conversation,
+    ends_with_marker,
     finite_number,
     found,
     has_text,
@@ -211,6 +213,9 @@ def _sides(row: Row) -> Sides:
         )
     for field, side in sides.items():
         check_text(f"'{field}'", side)
+        check_not_rendered(f"'{field}'", side)
+    if marker := ends_with_marker(chosen) or ends_with_marker(rejected):
+        row.count(f"a reply ends with {marker!r}, which a chat template writes, too")
     prompt = stated_prompt(row)
     if prompt is not None:
         return _sides_after_prompt(row, prompt, chosen, rejected)
@@ -313,7 +318,10 @@ def _message_sides(row: Row, prompt: list[Message] | None, chosen: list[Message]
         # Common on the Hub: `prompt` as text beside whole conversations in `chosen` and `rejected`.
         is_text = isinstance(row.value("prompt"), str) and len(prompt) == 1
         if not is_text or _trimmed(prompt[0]) not in map(_trimmed, prefix):
-            raise Fault("sides diverge", "'prompt' is not the prompt inside 'chosen'. Remove one of the two.")
+            advice = ". Remove one of the two."
+            if prefix[0]["role"] == "assistant":
+                advice = ", which goes on after it. Move all turns before the last reply into 'prompt'."
+            raise Fault("sides diverge", f"'prompt' is not the prompt inside 'chosen'{advice}")
     return with_earlier_turns(row, prefix or prompt or []), chosen[-1]["content"], rejected[-1]["content"]
 
 

@@ -22,7 +22,7 @@ from inform_rm.safety.checkpoints import check_own_file
 from inform_rm.safety.uploads import scan_folder
 from inform_rm.scoring.adapters import holds_adapters
 from inform_rm.scoring.reward_models import load_reward_model
-from inform_rm.util.files import atomic_directory, atomic_write_text, write_json
+from inform_rm.util.files import atomic_directory, atomic_write_text, open_to_readers, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,7 @@ def export_model(
             tokenizer.save_pretrained(folder)
             add_remote_code(folder)
             _write_card(folder, model, loaded.config)
+        open_to_readers(folder)
         if folders or license is not None:
             complete_card(folder / "README.md", target.resolve().name, folders, license)
         write_entries(folder, [entry for found in folders for entry in eval_entries(found)])

@@ -28,7 +28,7 @@ from inform_rm.training.prioritized import PoolSelector
 from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.streaming import EncodedStream
 from inform_rm.util.checkpoints import last_complete, mark_complete
-from inform_rm.util.files import write_json
+from inform_rm.util.files import open_to_readers, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -364,6 +364,7 @@ class RewardLoop(PassesThatFit):
             return
         with contextlib.suppress(FileNotFoundError):
             (folder / "training_args.bin").unlink()  # a pickle; the settings are in training_config.yaml
+        open_to_readers(folder)
         if holds_adapters(folder):
             complete_adapter_folder(folder, model)
         if (folder / "config.json").exists():

@@ -32,10 +32,10 @@ _REQUIRED = {
     "data": "training pairs: files, folders or Hub ids",
     "output_dir": "folder for the trained, Hub-ready model; checkpoints go to its subfolder 'checkpoints'",
 }
-# What TRL calls it, and what earlier versions did.
+# What TRL calls it, and what earlier versions did, transformers' too, whose warmup_steps takes a share of the steps.
 _OTHER_NAMES = {
     "model_name_or_path": "model", "model_revision": "revision", "torch_dtype": "dtype", "dataset_name": "data",
-    "dataset_streaming": "streaming", "output": "output_dir",
+    "dataset_streaming": "streaming", "output": "output_dir", "warmup_ratio": "warmup_steps",
 }  # fmt: skip
 
 # What TrainingArguments finds out itself, and a secret.

@@ -44,6 +44,11 @@ def train(args: RewardTrainingArguments) -> dict[str, Any]:
     """
     if missing := missing_settings({name for name in ("model", "data", "output_dir") if getattr(args, name)}):
         raise InputError("Training settings: " + "; ".join(missing) + ".")
+    if str(args.resume_from_checkpoint or "true").lower() != "true":
+        raise InputError(
+            f"resume_from_checkpoint: {args.resume_from_checkpoint!r}; a run goes on by itself in its own output_dir. "
+            "Name that folder as output_dir; or as model the checkpoint, to go on from what it has learnt."
+        )
     output = check_output_directory(str(args.output_dir))
     if not args.overwrite and (output / RESULT_FILE).exists():
         raise InputError(f"output_dir: {output} holds a finished run. Name another folder, or pass --overwrite true.")

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,8 @@ from inform_rm.training.streaming import EncodedStream, StepsAreTheEpoch
 from inform_rm.util.checkpoints import checkpoint_step, is_complete, last_complete
 from inform_rm.util.files import atomic_write_text, check_output_directory, versions
 from inform_rm.util.intervals import wilson_interval
+
+logger = logging.getLogger(__name__)
 
 
 class RewardTrainer(RewardLoop):
@@ -128,6 +131,10 @@ class RewardTrainer(RewardLoop):
         self._args_of_pairs, self._tokenizer = args, tokenizer
         self.train_pairs = self._pairs("data", train_dataset)
         self.eval_pairs = self._pairs("eval_data", eval_dataset)
+        trained, evaluated = self._fingerprints()
+        if shared := [name for name, found in evaluated.items() if found in trained.values()]:
+            text = "%s: these pairs are trained on, too; how good the model is on others they do not tell."
+            logger.warning(text, ", ".join(shared))
         if self.eval_pairs is None:
             if args.load_best_model_at_end:
                 raise InputError("load_best_model_at_end needs eval_dataset (or eval_data) to choose by.")

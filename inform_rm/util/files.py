@@ -69,6 +69,15 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def open_to_readers(folder: Path) -> None:
+    """Give weights the permissions of any other new file: safetensors 0.8 lets nobody but their owner read them."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(OSError):  # a file system without them
+            path.chmod(0o666 & ~mask)
+
+
 def check_output_directory(path: str | Path, argument: str = "output") -> Path:
     """Create the folder; raise `InputError` where it cannot be written, before hours of work rather than after."""
     path = Path(path)

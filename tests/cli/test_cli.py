@@ -79,6 +79,8 @@ def test_train_evaluate_score_export_in_a_row(trained, pairs_file, tmp_path, cap
     exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hub").state_dict()
     original = AutoModelForSequenceClassification.from_pretrained(trained).state_dict()
     assert all((exported[name] == original[name]).all() for name in original)
+    for folder in (trained, tmp_path / "hub"):  # whoever may read the config may read the weights
+        assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
 
 
 def test_check_data_prints_and_writes(causal_lm_dir, pairs_file, tmp_path, capsys):

@@ -209,6 +209,14 @@ REFUSED = {
     "rendered by ChatML": (
         {"prompt": "<|im_start|>user\nHi<|im_end|>\n", **SIDES}, None, "rendered text", "Give its messages"),
     "rendered by Llama": ({"prompt": "<s>[INST] Hi [/INST]", **SIDES}, None, "rendered text", "Give its messages"),
+    "replies rendered by ChatML": (
+        {"prompt": USER, **{k: f"<|im_start|>assistant\n{v}<|im_end|>\n" for k, v in SIDES.items()}}, None,
+        "rendered text", "'chosen' begins with"),
+    "replies rendered by Zephyr": (
+        {"prompt": USER, **{k: f"<|assistant|>\n{v}</s>" for k, v in SIDES.items()}}, None, "rendered text", "Give"),
+    "turns after the prompt": (
+        {"prompt": DIALOGUE[:1], **{k: v[1:] for k, v in sides(DIALOGUE).items()}}, None, "sides diverge",
+        "goes on after it. Move all turns"),
     "sides rendered by Gemma": (
         spoken("<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n{}"), None, "rendered text", "messages"),
     "one side begins with the prompt": (
@@ -261,6 +269,17 @@ def test_replies_may_begin_like_a_transcript_or_with_the_words_of_a_short_prompt
     assert (pair.chosen, pair.rejected) == ("Human: who knows?", "User: not I.")
     pair = parse_pair({"prompt": "Hello", "chosen": "Hello! How are you?", "rejected": "Hellos."}, "f.jsonl", 1)
     assert (pair.prompt[0]["content"], pair.chosen) == ("Hello", "Hello! How are you?")
+
+
+def test_words_of_another_template_are_counted():
+    reading = Reading()
+    for prompt, end in ((USER, "<|im_end|>\n"), (f"A chat. USER: {USER} ASSISTANT:", ""), ("### Response:\n", "")):
+        replies = {side: text + end for side, text in SIDES.items()}
+        parse_pair({"prompt": prompt, **replies}, "f.jsonl", 1, reading=reading)
+    assert reading.layouts == {
+        "a reply ends with '<|im_end|>', which a chat template writes, too": 1,
+        "prompt asks for a reply in another template's words, and is read as a turn of the user": 2,
+    }
 
 
 def test_ids_of_whole_numbers_lose_their_point_and_gaps_are_numbered_by_row():

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from inform_rm import RewardTrainer
 from inform_rm.data.preferences import load_preferences
 from inform_rm.errors import InputError
+from inform_rm.training.reward_arguments import arguments_from_mapping
+from inform_rm.training.run import train
 
 
 def rows_of(path):
@@ -121,3 +123,23 @@ def test_a_checkpoint_of_another_folder_goes_on_only_with_its_own_settings(base_
     with pytest.raises(InputError, match=r"run.json, which says what the checkpoint belongs to, is not there"):
         RewardTrainer(args=base_settings(output_dir=str(tmp_path / "third"))).train(str(checkpoint))
     assert checkpoint.is_dir()
+
+
+def test_evaluation_on_the_training_pairs_is_said(base_settings, pairs_file, tmp_path, caplog):
+    part = tmp_path / "part.jsonl"
+    part.write_text("".join(pairs_file.read_text().splitlines(keepends=True)[:8]))
+    for name, times in ((part, 0), (pairs_file, 1)):
+        RewardTrainer(args=base_settings(eval_data=str(name)))
+        assert caplog.text.count(f"{name}: these pairs are trained on, too") == times
+
+
+def test_the_command_names_where_a_run_goes_on(base_settings, tmp_path):
+    args = base_settings(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-3"))
+    with pytest.raises(InputError, match=r"resume_from_checkpoint: .*goes on by itself in its own output_dir"):
+        train(args)
+    train(base_settings(max_steps=1, resume_from_checkpoint="true"))
+
+
+def test_a_warm_up_of_transformers_4_is_todays():
+    values = {"model": "m", "data": "d", "output": "o", "warmup_ratio": 0.25}
+    assert arguments_from_mapping(values, "a file").warmup_steps == 0.25

@@ -132,6 +132,10 @@ def compare(
     folder = None if output is None else check_output_directory(output)
     if (results is None) == (models is None):
         raise InputError("compare: expected either results (folders of evaluations) or models with data.")
+    limits = dict(fail_below or {})
+    for name, limit in limits.items():
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit <= 1:
+            raise InputError(f"fail_below: {name}={limit!r}; expected a number from 0 to 1.")
     if models is not None:
         found = _evaluated(models, data, folder, seed, evaluate_options)
     elif data is not None or evaluate_options:
@@ -139,10 +143,6 @@ def compare(
         raise InputError(f"{name}: belongs to models; results are compared as they are.")
     else:
         found = _named(results)
-    limits = dict(fail_below or {})
-    for name, limit in limits.items():
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit <= 1:
-            raise InputError(f"fail_below: {name}={limit!r}; expected a number from 0 to 1.")
     rows = matched([read_result_rows(name, source) for name, source in found.items()])
     below = [
         {"model": part.name, "name": name, "value": value, "limit": limits[name]}

@@ -451,3 +451,8 @@ def test_page_fits_its_width_in_a_browser_and_names_are_text(tmp_path, width):
     beyond, image, rows, broken = title[1:]
     assert int(beyond) <= 0  # wide tables scroll in themselves, the page does not
     assert int(image) > 500 and int(rows) > 20 and broken == "false"
+
+
+def test_a_limit_that_is_none_is_refused_before_models_are_evaluated(tmp_path):
+    with pytest.raises(InputError, match=r"accuracy=80; expected a number from 0 to 1"):
+        compare(models={"one": tmp_path / "absent"}, data="absent.jsonl", fail_below={"accuracy": 80})
