@@ -13,7 +13,7 @@ from inform_rm.scoring.packed_flex import flex_inputs
 from inform_rm.scoring.packing import use_packed_attention
 from inform_rm.training import passes
 from inform_rm.training.loop import RewardLoop
-from inform_rm.training.memory import parts_within, probe_row, split_in_two, tokens_for_training, tokens_that_fit
+from inform_rm.training.passes import parts_within, probe_row, split_in_two, tokens_for_training, tokens_that_fit
 from inform_rm.training.trainer import RewardTrainer
 
 
