@@ -19,6 +19,7 @@ from inform_rm.data.messages import (
     asks_for_reply,
     checked_prompt,
     conversation,
+    end_token,
     found,
     has_text,
     prompt_messages,
@@ -355,6 +356,12 @@ def with_earlier_turns(row: Row, messages: list[Message]) -> list[Message]:
             raise Fault("sides diverge", "'system' is not the system message of the prompt. Remove one of the two.")
         row.count("'system' is the first message")
     return checked_prompt(messages)
+
+
+def count_end_token(row: Row, *replies: str) -> None:
+    """Count a row of which a reply ends with an end token as text: the model reads two, or one as words."""
+    if marker := next(filter(None, map(end_token, replies)), None):
+        row.count(f"a reply ends with {marker!r}, which a chat template writes, too")
 
 
 def _history(history: Any) -> list[Message]:

@@ -169,7 +169,7 @@ def check_not_rendered(where: str, text: str) -> None:
         )
 
 
-def ends_with_marker(text: str) -> str | None:
+def end_token(text: str) -> str | None:
     """The end token of a chat template that a reply ends with, which the model's own will write again."""
     return next((token for token in _END_TOKENS if text.rstrip().endswith(token)), None)
 

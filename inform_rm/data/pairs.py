@@ -16,6 +16,7 @@ from inform_rm.data.columns import (
     Reading,
     Row,
     check_not_encoded,
+    count_end_token,
     no_prompt,
     no_side,
     stated_prompt,
@@ -27,7 +28,6 @@ from inform_rm.data.messages import (
     check_not_rendered,
     check_text,
     conversation,
-    ends_with_marker,
     finite_number,
     found,
     has_text,
@@ -214,8 +214,7 @@ def _sides(row: Row) -> Sides:
     for field, side in sides.items():
         check_text(f"'{field}'", side)
         check_not_rendered(f"'{field}'", side)
-    if marker := ends_with_marker(chosen) or ends_with_marker(rejected):
-        row.count(f"a reply ends with {marker!r}, which a chat template writes, too")
+    count_end_token(row, chosen, rejected)
     prompt = stated_prompt(row)
     if prompt is not None:
         return _sides_after_prompt(row, prompt, chosen, rejected)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from inform_rm.data.columns import ROW_FIELDS, Columns, Reading, Row, no_response, required_prompt
+from inform_rm.data.columns import ROW_FIELDS, Columns, Reading, Row, count_end_token, no_response, required_prompt
 from inform_rm.data.messages import Fault, Message, check_unicode, found, reply_text
 from inform_rm.data.sources import Source, open_parts, source_label
 from inform_rm.errors import InputError
@@ -117,5 +117,6 @@ def _prompt_and_response(row: Row, is_csv: bool) -> tuple[list[Message], str]:
     response = reply_text("'response'", response)
     if not isinstance(response, str):
         raise Fault("wrong type", f"'response' is {found(response)}; expected text.")
+    count_end_token(row, response)
     check_unicode("'response'", response)  # an empty one is a response: policies in training write some
     return prompt, response

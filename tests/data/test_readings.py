@@ -282,6 +282,14 @@ def test_words_of_another_template_are_counted():
     }
 
 
+def test_an_end_token_in_a_response_is_counted_and_scored_as_it_stands(tmp_path):
+    reading = Reading()
+    path = write(tmp_path / "rows.jsonl", [{"prompt": USER, "response": text} for text in (BLUE, f"{BLUE}</s>")])
+    rows = list(score_rows_or_faults(path, reading=reading))
+    assert [row.response for row in rows] == [BLUE, f"{BLUE}</s>"]
+    assert reading.layouts == {"a reply ends with '</s>', which a chat template writes, too": 1}
+
+
 def test_ids_of_whole_numbers_lose_their_point_and_gaps_are_numbered_by_row():
     ids = [
         parse_pair({"prompt": USER, **SIDES, "id": id}, "f.jsonl", 4).id for id in (1.0, 7, "a", float("nan"), None)
