@@ -8,10 +8,10 @@ the output folder, does only what is missing there, and can be run by itself (``
 
 sample  responses of the policy to real prompts, and human pairs, with the states of all tokens
 gold    a reward model of all layers trained on the human pairs; its rewards of all responses
-search  proxies of six layers on pairs labelled by gold, every setting on the selection seeds
-proxies the chosen settings on the reported seeds, with ensembles and averaged weights
+proxies those of six layers on pairs labelled by gold, with ensembles and averaged weights
 attack  their rewards of the candidates that best-of-n chooses from
-report  which proxies are competent; of those best-of-n and CSI; ``report.md``, ``report.json``, ``curves.png``
+policy  policies trained against them with GRPO
+report  which proxies are competent; of those best-of-n and CSI; ``report.md``, ``.json``, figures
 
 DIR of ``--data`` has a folder a source with ``train.jsonl.gz`` and ``test.jsonl.gz``: pairs with the fields prompt,
 chosen, rejected, subset and id. DIR of ``--model`` is SmolLM2-135M-Instruct.
@@ -23,9 +23,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from real_text_samples import PARTS, SMALL, Sizes
+from real_text_samples import PARTS, SMALL, Sizes, depths_of, layers_of
 
-STAGES = ("sample", "gold", "search", "proxies", "attack", "report")
+STAGES = ("sample", "gold", "proxies", "attack", "policy", "report")
 
 
 def main() -> None:
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/real-text"))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the stage sample")
+    parser.add_argument("--anyway", action="store_true", help="attack proxies that are not competent, too")
     parser.add_argument("--small", action="store_true", help="the size of docs/results/real-text.md")
     parser.add_argument("--processes", type=int, default=1, help="one thread each")
     arguments = parser.parse_args()
@@ -46,34 +47,27 @@ def run_stages(arguments: argparse.Namespace, sizes: Sizes) -> None:
     """All stages that were asked for, in order."""
     folder, model = arguments.output, arguments.model
     if "sample" in arguments.stages:
-        for parts in (("pairs", "real"), ("swapped",), ("attack", "other")):
+        for parts in (("pairs", "real"), ("swapped",), ("attack", "other")):  # swapped are responses of pairs
             own = tuple(part for part in parts if part in arguments.parts)
-            if not own:
-                continue
-            workers = 1 if parts == ("swapped",) else arguments.processes
             jobs = [
-                (sample_parts, folder, arguments.data, model, sizes, own, (place, workers)) for place in range(workers)
+                (sample_parts, folder, arguments.data, model, sizes, own, (place, arguments.processes))
+                for place in range(arguments.processes)
             ]
-            in_processes(jobs, arguments.processes)
+            in_processes(jobs if own else [], arguments.processes)
     if "gold" in arguments.stages:
         in_processes([(train_and_score_gold, folder, model)], 1)
-    for stage, runs_of in (("search", search_runs), ("proxies", report_runs), ("attack", report_runs)):
+    for stage, does in (("proxies", do_runs), ("attack", attack_with)):
         if stage in arguments.stages:
-            runs = runs_of(folder)
-            if stage == "attack":
-                from real_text_proxies import incompetent
-
-                faults = incompetent(folder)
-                runs = [run for run in runs if not faults[run.labels.noise]]
-            parts = [runs[place :: arguments.processes] for place in range(arguments.processes)]
-            if stage == "attack":
-                in_processes([(attack_with, folder, model, part) for part in parts], arguments.processes)
-            else:
-                in_processes([(do_runs, folder, model, part, stage) for part in parts], arguments.processes)
+            noises = attacked_noises(folder, arguments.anyway) if stage == "attack" else None
+            parts = _shares(report_runs(noises), arguments.processes)
+            in_processes([(does, folder, model, part) for part in parts], arguments.processes)
+    if "policy" in arguments.stages:
+        parts = _shares(optimised_runs(attacked_noises(folder, arguments.anyway)), arguments.processes)
+        in_processes([(optimise, folder, arguments.data, model, sizes, part) for part in parts], arguments.processes)
     if "report" in arguments.stages:
         from real_text_report import write_report
 
-        write_report(folder)
+        write_report(folder, model, attacked_noises(folder, arguments.anyway))
 
 
 def in_processes(jobs: list[tuple[Any, ...]], processes: int) -> None:
@@ -89,16 +83,14 @@ def _one(job: tuple[Any, ...]) -> None:
     job[0](*job[1:])
 
 
-def layers_of(model: Path) -> int:
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(model).num_hidden_layers)
-
-
 def sample_parts(*arguments: Any) -> None:
     from real_text_samples import sample
 
     sample(*arguments)
+
+
+def _shares(runs: list[Any], processes: int) -> list[list[Any]]:
+    return [runs[place::processes] for place in range(processes) if runs[place::processes]]
 
 
 def train_and_score_gold(folder: Path, model: Path) -> None:
@@ -109,42 +101,54 @@ def train_and_score_gold(folder: Path, model: Path) -> None:
     score_with_gold(folder, model, layers_of(model))
 
 
-def search_runs(folder: Path) -> list[Any]:
-    """Every setting on the selection seeds, with flipped labels."""
-    from real_text_proxies import SELECTION_SEEDS, Labels, Run, inform_candidates, standard_candidates
+def attacked_noises(folder: Path, anyway: bool) -> list[float]:
+    """Shares of flipped labels at which the proxies are competent; all of them, if asked for."""
+    from real_text_proxies import NOISE, incompetent
 
-    variants = [*standard_candidates(), *inform_candidates()]
-    return [Run(variant, Labels(), seed) for seed in SELECTION_SEEDS for variant in variants]
+    return [noise for noise in NOISE if anyway or not incompetent(folder)[noise]]
 
 
-def report_runs(folder: Path) -> list[Any]:
-    """What the search chose, and both kinds as they come, on the reported seeds, with flipped labels and without."""
-    from real_text_proxies import NOISE, REPORT_SEEDS, Labels, Run, chosen_of, members_of
+def report_runs(noises: list[float] | None) -> list[Any]:
+    """Proxies on the reported seeds, at all shares of flipped labels or at some; ensembles last."""
+    from real_text_proxies import NOISE, REPORT_SEEDS, Run, methods_of
 
     runs = [
-        Run(variant, Labels(noise), seed, members_of(name, noise))
-        for noise in NOISE[::-1]
+        Run(variant, noise, seed, members)
+        for noise in NOISE[::-1] if noises is None or noise in noises
         for seed in REPORT_SEEDS
-        for name, (variant, _) in chosen_of(folder).items()
-    ]
-    return list(dict.fromkeys(runs))
+        for variant, members, _ in methods_of(noise).values()
+    ]  # fmt: skip
+    return sorted(dict.fromkeys(runs), key=lambda run: run.members)
 
 
-def do_runs(folder: Path, model: Path, runs: list[Any], stage: str) -> None:
+def optimised_runs(noises: list[float]) -> list[Any]:
+    """Policies, if their proxies may be attacked."""
+    from real_text_grpo import policy_runs
+    from real_text_proxies import ATTACKED_NOISE
+
+    return policy_runs() if ATTACKED_NOISE in noises else []
+
+
+def do_runs(folder: Path, model: Path, runs: list[Any]) -> None:
     from real_text_proxies import World, do_run
-    from real_text_samples import depths_of
 
-    world = World(folder, model, depths_of(layers_of(model))[0])
+    span = depths_of(layers_of(model))[0]
+    world = World(folder, span.start)
     for number, run in enumerate(runs):
-        do_run(world, model, run, keep_weights=stage == "proxies")
-        print(f"{stage} {number + 1} of {len(runs)}: {run.name}", flush=True)
+        do_run(world, model, span, run)
+        print(f"{number + 1} of {len(runs)}: {run.name}", flush=True)
 
 
 def attack_with(folder: Path, model: Path, runs: list[Any]) -> None:
     from real_text_attack import score_candidates
-    from real_text_samples import depths_of
 
     score_candidates(folder, model, depths_of(layers_of(model))[0], runs)
+
+
+def optimise(*arguments: Any) -> None:
+    from real_text_grpo import train_policies
+
+    train_policies(*arguments)
 
 
 if __name__ == "__main__":

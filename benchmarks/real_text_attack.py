@@ -16,8 +16,8 @@ from torch import Tensor
 from inform_rm.eval.best_of_n.simulate import best_of_n_expectation, kl_nats
 from inform_rm.eval.detection.clusters import auto_eps, cluster_separation_index
 from inform_rm.eval.detection.outliers import null_rank, split_half_null
-from real_text_models import Prepared, TopLayer, rewards_of, start_of
-from real_text_proxies import KEPT, Run, ensemble, read_run
+from real_text_models import Prepared, TopLayers, rewards_of, start_of
+from real_text_proxies import Run, ensemble, read_run, weights_of_run
 from real_text_samples import read_part
 
 PARTS = ("attack", "other")
@@ -25,44 +25,36 @@ WINNERS = 8
 SPLITS = 100
 
 
-def score_candidates(folder: Path, model_folder: Path, depth: int, runs: list[Run]) -> None:
+def score_candidates(folder: Path, model_folder: Path, span: range, runs: list[Run]) -> None:
     """Rewards of all candidates by the models of these runs, where files are missing or have fewer candidates."""
     ready: dict[str, Prepared] = {}
     for part in PARTS:
-        rows, _ = read_part(folder, part, (depth,))
-        ready[part] = start_of(model_folder, depth, runs[0].variant, 0).prepare(rows, depth)
+        rows, _ = read_part(folder, part, (span.start,))
+        ready[part] = Prepared(rows.states[span.start], rows.lengths)
     for run in runs:
         target = folder / "attack" / f"{run.name}.safetensors"
         if not target.exists() or any(
-            len(load_file(target)[f"end.member 0.{part}"]) < len(ready[part].lengths) for part in PARTS
+            len(load_file(target)[f"member 0.{part}"]) < len(ready[part].lengths) for part in PARTS
         ):
             target.parent.mkdir(exist_ok=True)
-            save_file(_rewards(folder, start_of(model_folder, depth, run.variant, 0), run, ready), target)
+            save_file(_rewards(folder, start_of(model_folder, span, run.variant, 0), run, ready), target)
             print(f"attack: {run.name}", flush=True)
 
 
-def _rewards(folder: Path, model: TopLayer, run: Run, ready: dict[str, Prepared]) -> dict[str, Tensor]:
-    kept_weights, figures = load_file(folder / "proxies" / f"{run.name}.safetensors"), read_run(folder, run)
+def _rewards(folder: Path, model: TopLayers, run: Run, ready: dict[str, Prepared]) -> dict[str, Tensor]:
+    weights, figures = weights_of_run(folder, run), read_run(folder, run)
     assert figures is not None
     found: dict[str, Tensor] = {}
-    for kept in KEPT:
-        units = figures[kept]["units"]
-        for name in units:
-            own = {
-                part.split(".", 2)[2]: value
-                for part, value in kept_weights.items()
-                if part.startswith(f"{kept}.{name}.")
-            }
-            if own:  # an ensemble has no weights
-                model.load_state_dict(own, strict=False)
-                for part in PARTS:
-                    found[f"{kept}.{name}.{part}"], latents = rewards_of(model, ready[part])
-                    if latents is not None and name == "member 0":
-                        found[f"{kept}.latents.{part}"] = latents
-        if run.members > 1:
-            for part in PARTS:
-                members = [found[f"{kept}.member {place}.{part}"] for place in range(run.members)]
-                found[f"{kept}.ensemble.{part}"] = ensemble(members, units)
+    for name, own in weights.items():
+        model.load_state_dict(own, strict=False)
+        for part in PARTS:
+            found[f"{name}.{part}"], latents = rewards_of(model, ready[part])
+            if latents is not None and name == "member 0":
+                found[f"latents.{part}"] = latents
+    if run.members > 1:
+        for part in PARTS:
+            members = [found[f"member {place}.{part}"] for place in range(run.members)]
+            found[f"ensemble.{part}"] = ensemble(members, figures["units"])
     return found
 
 

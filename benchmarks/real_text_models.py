@@ -1,9 +1,9 @@
-"""Reward models on cached states: of one Llama layer query, output and MLP, final norm and head are trained.
+"""Reward models on cached states: of the layers of a Llama the top ones are trained, final norm and head.
 
-The layers below stay as they came, and so do the keys and values of this one, so that they are computed once for all
-models. Everything else is needed at the last token only: a response costs a few million operations, not gigabytes.
-`tests/benchmarks/test_real_text.py` compares with the whole model. Shapes: B rows, T tokens, H hidden size, P pairs,
-G groups of keys, D size of a key.
+The layers below stay as they came, so that their states are computed once for all models. Of the top layer everything
+but keys and values is needed at the last token only. While training, products are bfloat16 (autocast); weights are
+float32. `tests/benchmarks/test_real_text.py` compares with the whole model. Shapes: B rows, T tokens, H hidden size, P
+pairs, G groups of keys, D size of a key.
 """
 
 import copy
@@ -22,7 +22,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.configuration_inform import HEAD_SETTINGS
 from inform_rm.training.losses import kl_to_standard_normal, kl_weight, reward_model_loss
-from real_text_policy import Rows
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 ROWS_AT_ONCE = 512  # without gradient
@@ -44,9 +43,9 @@ class Variant:
     dropout: float = 0.0
     label_smoothing: float = 0.0
     zero_head: bool = False
-    learning_rate: float = 3e-4
-    epochs: int = 8
-    groups_per_step: int = 16
+    learning_rate: float = 5e-4
+    epochs: int = 6
+    groups_per_step: int = 4
 
 
 @dataclass
@@ -60,84 +59,80 @@ class Pairs:
 
 @dataclass
 class Prepared:
-    """What a model reads of `Rows`, the same for all models of a depth.
+    """What a model reads of `Rows`: ``(N, T, H)`` states before its first trained layer, and ``(N,)`` lengths."""
 
-    Attributes:
-        last: ``(N, H)`` states of the last tokens before the layer.
-        keys: ``(N, G, T, D)`` float16, with their rotary angles.
-        values: likewise, without.
-        lengths: ``(N,)``.
-    """
-
-    last: Tensor
-    keys: Tensor
-    values: Tensor
+    states: Tensor
     lengths: Tensor
 
     def __getitem__(self, rows: Tensor | slice) -> "Prepared":
         """Some rows, cut to the longest of them."""
         lengths = self.lengths[rows]
-        stop = int(lengths.max())
-        return Prepared(self.last[rows], self.keys[rows][:, :, :stop], self.values[rows][:, :, :stop], lengths)
+        return Prepared(self.states[rows][:, : int(lengths.max())], lengths)
 
 
-class TopLayer(nn.Module):
+class TopLayers(nn.Module):
     """A reward model whose lower layers have been computed.
 
     Args:
-        model: the package's model with one layer; its embeddings are not used.
+        model: the package's model with the top layers alone; its embeddings are not used.
         dropout: see `Variant`.
     """
 
     def __init__(self, model: InfoRMForSequenceClassification, dropout: float = 0.0):
         super().__init__()
         self.model, self.dropout = model, nn.Dropout(dropout)
-        layer = model.model.layers[0]
-        for part in (layer.input_layernorm, layer.self_attn.k_proj, layer.self_attn.v_proj, model.model.embed_tokens):
-            part.requires_grad_(False)
-
-    @torch.no_grad()
-    def prepare(self, rows: Rows, depth: int) -> Prepared:
-        """Keys and values of all rows."""
-        body = self.model.model
-        layer, size, own = body.layers[0], body.config.head_dim, body.layers[0].self_attn
-        keys, values = [], []
-        for states in rows.states[depth].split(ROWS_AT_ONCE):
-            normed = layer.input_layernorm(states.float())
-            key, value = (part(normed).unflatten(-1, (-1, size)).transpose(1, 2) for part in (own.k_proj, own.v_proj))
-            rotary = body.rotary_emb(key, torch.arange(states.shape[1])[None])
-            keys.append(apply_rotary_pos_emb(key, key, *rotary)[0].half())
-            values.append(value.half())
-        last = rows.states[depth][torch.arange(len(rows.lengths)), rows.lengths - 1].float()
-        return Prepared(last, torch.cat(keys), torch.cat(values), rows.lengths)
+        model.model.embed_tokens.requires_grad_(False)
 
     def pooled(self, rows: Prepared) -> Tensor:
-        """``(B, H)`` normed states of the last token after the layer."""
+        """``(B, H)`` normed states of the last token after the top layer."""
         body = self.model.model
-        layer, size = body.layers[0], body.config.head_dim
-        query = layer.self_attn.q_proj(layer.input_layernorm(rows.last)).unflatten(-1, (-1, 1, size))
-        cosine, sine = body.rotary_emb(rows.last, (rows.lengths - 1)[:, None])
-        query = apply_rotary_pos_emb(query, query, cosine, sine)[0].view(len(rows.last), rows.keys.shape[1], -1, size)
-        scores = query @ rows.keys.float().transpose(-1, -2) / math.sqrt(size)
-        seen = torch.arange(rows.keys.shape[2]) < rows.lengths[:, None]
-        attended = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(dim=-1) @ rows.values.float()
-        hidden = rows.last + layer.self_attn.o_proj(self.dropout(attended.flatten(1)))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return self.dropout(body.norm(hidden))
+        hidden = rows.states.float()
+        every = torch.arange(hidden.shape[1])[None]
+        rotary, seen = body.rotary_emb(hidden, every), every[:, None] <= every[:, :, None]
+        ends = torch.arange(len(hidden)), rows.lengths - 1
+        for layer in body.layers:
+            normed = layer.input_layernorm(hidden)
+            key, value = (self._split(part(normed)) for part in (layer.self_attn.k_proj, layer.self_attn.v_proj))
+            key = apply_rotary_pos_emb(key, key, *rotary)[0]
+            at = rotary
+            if layer is body.layers[-1]:
+                hidden, normed = hidden[ends][:, None], normed[ends][:, None]
+                at = body.rotary_emb(hidden, ends[1][:, None])
+                seen = (every < rows.lengths[:, None])[:, None]
+            query = self._split(layer.self_attn.q_proj(normed))
+            query = apply_rotary_pos_emb(query, query, *at)[0]
+            attended = attention(query, key, value, seen)
+            hidden = hidden + layer.self_attn.o_proj(self.dropout(attended)).float()
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden)).float()
+        return self.dropout(body.norm(hidden[:, 0]))
+
+    def _split(self, projected: Tensor) -> Tensor:
+        """``(B, T, heads * D)`` as ``(B, heads, T, D)``."""
+        return projected.float().unflatten(-1, (-1, self.model.model.config.head_dim)).transpose(1, 2)
 
     def forward(self, rows: Prepared) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Rewards ``(B,)``, and for InfoRM latent means and log variances ``(B, K)``."""
-        pooled = self.pooled(rows)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.training):
+            pooled = self.pooled(rows)
+        pooled = pooled.float()
         if self.model.config.architecture == "standard":
             return self.model.score(pooled)[:, 0], None, None
         rewards, mean, log_variance, _ = self.model.score(pooled, return_latents=True)
         return rewards[:, 0], mean, log_variance
 
 
-def start_of(model_folder: Path, depth: int, variant: Variant, seed: int) -> TopLayer:
-    """Layer `depth` and the final norm of the language model, and a fresh head from `seed`."""
+def attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """``(B, S, heads * D)`` from ``(B, heads, S, D)`` and ``(B, G, T, D)``; ``seen`` is ``(1 or B, S, T)``."""
+    grouped = query.unflatten(1, (key.shape[1], -1))  # (B, G, heads / G, S, D)
+    scores = grouped @ key[:, :, None].transpose(-1, -2) / math.sqrt(query.shape[-1])
+    found = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(dim=-1) @ value[:, :, None]
+    return found.flatten(1, 2).transpose(1, 2).flatten(2)
+
+
+def start_of(model_folder: Path, depths: range, variant: Variant, seed: int) -> TopLayers:
+    """The layers `depths` and the final norm of the language model, and a fresh head from `seed`."""
     config = copy.deepcopy(AutoConfig.from_pretrained(model_folder))
-    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 1, None
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = len(depths), 1, None
     config.bos_token_id = config.eos_token_id = None
     torch.manual_seed(seed)
     model = InfoRMForSequenceClassification(
@@ -146,19 +141,21 @@ def start_of(model_folder: Path, depth: int, variant: Variant, seed: int) -> Top
     weights = {}
     with safe_open(model_folder / "model.safetensors", "pt") as file:
         for name in file.keys():
-            if name.startswith(f"model.layers.{depth}."):
-                weights[name.replace(f".{depth}.", ".0.", 1)] = file.get_tensor(name).float()
+            parts = name.split(".")
+            if parts[:2] == ["model", "layers"] and int(parts[2]) in depths:
+                parts[2] = str(int(parts[2]) - depths.start)
+                weights[".".join(parts)] = file.get_tensor(name).float()
         weights["model.norm.weight"] = file.get_tensor("model.norm.weight").float()
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or any(not name.startswith(("score.", "model.embed_tokens.")) for name in missing):
-        raise ValueError(f"{model_folder}: layer {depth} has no weights for {missing} or unknown ones {unexpected}.")
+        raise ValueError(f"{model_folder}: {depths} has no weights for {missing} or unknown ones {unexpected}.")
     if variant.zero_head:
         nn.init.zeros_(model.score.weight)
-    return TopLayer(model.float(), variant.dropout)
+    return TopLayers(model.float(), variant.dropout)
 
 
 @torch.no_grad()
-def rewards_of(model: TopLayer, rows: Prepared) -> tuple[Tensor, Tensor | None]:
+def rewards_of(model: TopLayers, rows: Prepared) -> tuple[Tensor, Tensor | None]:
     """``(N,)`` rewards and, for InfoRM, ``(N, K)`` latent means of all rows."""
     model.eval()
     starts = range(0, len(rows.lengths), ROWS_AT_ONCE)
@@ -182,14 +179,14 @@ def batches(pairs: Pairs, variant: Variant, generator: torch.Generator) -> Itera
 
 
 def train(
-    model: TopLayer,
+    model: TopLayers,
     variant: Variant,
     rows: Prepared,
     pairs: Pairs,
     seed: int,
-    at_epoch: Callable[[int, float], object],
+    at_epoch: Callable[[float], object],
 ) -> None:
-    """Train in place with AdamW and a cosine; `at_epoch` is told the epoch and its mean loss.
+    """Train in place with AdamW and a cosine; `at_epoch` is told the mean loss of each epoch.
 
     A response that stands in several pairs of a step is computed once, with one draw of the latent.
     """  # fmt: skip
@@ -202,7 +199,7 @@ def train(
     )
     steps = variant.epochs * -(-len(pairs.group.unique()) // variant.groups_per_step)
     step = 0
-    for epoch in range(variant.epochs):
+    for _ in range(variant.epochs):
         model.train()
         losses = []
         for places in batches(pairs, variant, generator):
@@ -225,7 +222,7 @@ def train(
             optimizer.step()
             losses.append(float(loss.detach()))
             step += 1
-        at_epoch(epoch, sum(losses) / len(losses))
+        at_epoch(sum(losses) / len(losses))
 
 
 def weights_of(model: nn.Module) -> dict[str, Any]:
@@ -239,22 +236,25 @@ def averaged(members: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def whole_model(
-    model_folder: Path, top: InfoRMForSequenceClassification, depth: int
+    model_folder: Path, top: InfoRMForSequenceClassification, depths: range
 ) -> InfoRMForSequenceClassification:
-    """The reward model of ``depth + 1`` layers, float32: those of the language model, the trained `top` on them."""
+    """The reward model of all layers up to `depths`, float32: the language model's, the trained `top` on them."""
     config = AutoConfig.from_pretrained(model_folder)
-    config.num_hidden_layers = depth + 1
+    config.num_hidden_layers = depths.stop
     heads = {name: getattr(top.config, name) for name in HEAD_SETTINGS}
     whole = InfoRMForSequenceClassification(InfoRMConfig(config, **heads))
     renamed = {}
     with safe_open(model_folder / "model.safetensors", "pt") as file:
         for name in file.keys():
             parts = name.split(".")
-            if parts[:2] != ["model", "layers"] or int(parts[2]) < depth:
+            if parts[:2] != ["model", "layers"] or int(parts[2]) < depths.start:
                 renamed[name] = file.get_tensor(name).float()
     for name, value in top.state_dict().items():
         if "embed_tokens" not in name:
-            renamed[name.replace("layers.0.", f"layers.{depth}.", 1)] = value
+            parts = name.split(".")
+            if parts[1] == "layers":
+                parts[2] = str(int(parts[2]) + depths.start)
+            renamed[".".join(parts)] = value
     renamed.pop("lm_head.weight", None)
     whole.float().load_state_dict(renamed)
     return whole.eval()

@@ -2,51 +2,35 @@
 
 A run is a variant, a share of flipped labels, a seed and a number of members. A seed draws flips, head and order of
 the pairs; members of a run differ in order, dropout and latent noise alone, and start from one head, as WARM needs it.
-Files: ``proxies/NAME.json`` with the figures; of the reported seeds ``proxies/NAME.safetensors`` with the weights.
+Files: ``proxies/NAME.json`` with the figures, ``proxies/NAME.safetensors`` with the weights.
 """
 
 import hashlib
 import itertools
 import json
 import statistics
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inform_rm.training.losses import kl_to_standard_normal
 from inform_rm.util.files import write_json
 from real_text_gold import gold_rewards
 from real_text_models import Pairs, Prepared, Variant, accuracy, averaged, rewards_of, start_of, train, weights_of
-from real_text_samples import read_part
+from real_text_samples import concatenated, read_part
 
-SELECTION_SEEDS, REPORT_SEEDS = (0, 1), (10, 11, 12)  # settings are chosen on the first
+REPORT_SEEDS = (10, 11, 12)  # settings were chosen on others
 MEMBERS = 3
-NOISE = (0.0, 0.25)
+NOISE = (0.0, 0.25)  # shares of flipped labels, of training and validation pairs
+ATTACKED_NOISE = 0.25  # of the proxies that policies are trained against
 COEFFICIENT = 0.5  # lambda of UWO, for rewards in units of a standard deviation
 GATE = {0.0: 0.8, 0.25: 0.7}  # least accuracy on clean held-out pairs, by share of flipped labels
-GATED, CLEAR = "all pairs", 0.5  # standard deviations of gold between the responses of a clear pair
-KEPT = ("end", "best")  # the last epoch, and the one that was best on validation pairs with as many flips
+GATED, CLEAR = "prompt decides", 0.5  # standard deviations of gold between the responses of a clear pair
 PARTS = ("pairs", "swapped")
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Which pairs of responses are labelled.
-
-    Attributes:
-        noise: share of flipped labels, of training and validation pairs.
-        least_gap: pairs whose gold rewards differ by less (standard deviations) count as ties and are left out.
-        per_prompt: pairs of each training prompt at most; ``None``: all.
-    """
-
-    noise: float = 0.25
-    least_gap: float = 0.0
-    per_prompt: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,36 +38,19 @@ class Run:
     """One file of results."""
 
     variant: Variant
-    labels: Labels
+    noise: float
     seed: int
     members: int = 1
 
     @property
     def name(self) -> str:
         key = json.dumps(asdict(self), sort_keys=True)
-        kind = f"{self.variant.architecture}-{self.labels.noise:g}-{self.seed}-{self.members}"
+        kind = f"{self.variant.architecture}-{self.noise:g}-{self.seed}-{self.members}"
         return f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
 
 
-def standard_candidates() -> list[Variant]:
-    """What a careful user would try; every one also with early stopping."""
-    plain = Variant("standard")
-    settings: list[dict[str, Any]] = [
-        {}, {"weight_decay": 1.0}, {"label_smoothing": 0.1}, {"label_smoothing": 0.25}, {"dropout": 0.1},
-        {"dropout": 0.3}, {"zero_head": True}, {"weight_decay": 1.0, "label_smoothing": 0.1, "zero_head": True},
-    ]  # fmt: skip
-    return [replace(plain, **each) for each in settings]
-
-
-def inform_candidates() -> list[Variant]:
-    """As many settings of InfoRM, around what docs/how-to/beta-and-k.md advises for a quarter of wrong labels."""
-    grid = ((0.01, 0.1), (0.03, 0.0), (0.03, 0.1), (0.1, 0.0), (0.1, 0.1), (0.3, 0.1))
-    return [*(Variant(beta=beta, kl_warmup_steps=warmup) for beta, warmup in grid),
-            *(Variant(beta=beta, latent_dim=32) for beta in (0.03, 0.1))]  # fmt: skip
-
-
-def pairs_of(lines: list[dict[str, Any]], gold: Tensor, split: str, least_gap: float = 0.0) -> Pairs:
-    """All pairs of responses to one prompt of a split, the better one by gold first; ties are left out."""
+def pairs_of(lines: list[dict[str, Any]], gold: Tensor, split: str) -> Pairs:
+    """All pairs of responses under one prompt of a split, the better one by gold first."""
     of_prompt: dict[int, list[int]] = {}
     for row, line in enumerate(lines):
         if line["split"] == split:
@@ -91,7 +58,6 @@ def pairs_of(lines: list[dict[str, Any]], gold: Tensor, split: str, least_gap: f
     found = [
         (one, other, prompt) if gold[one] > gold[other] else (other, one, prompt)
         for prompt, rows in of_prompt.items() for one, other in itertools.combinations(rows, 2)
-        if abs(float(gold[one] - gold[other])) > least_gap
     ]  # fmt: skip
     return Pairs(*torch.tensor(found).reshape(-1, 3).T.contiguous())
 
@@ -100,125 +66,107 @@ def part_of(pairs: Pairs, kept: Tensor) -> Pairs:
     return Pairs(pairs.chosen[kept], pairs.rejected[kept], pairs.group[kept])
 
 
-def labelled(pairs: Pairs, labels: Labels, seed: int) -> tuple[Pairs, Tensor]:
-    """Pairs with flipped labels, and which are flipped; the seed draws both flips and, if asked, the pairs."""
-    generator = torch.Generator().manual_seed(seed + 1000)
-    if labels.per_prompt is not None:
-        order = torch.randperm(len(pairs.group), generator=generator)
-        group = pairs.group[order]
-        rank = torch.tensor([int((group[:place] == each).sum()) for place, each in enumerate(group)])
-        pairs = part_of(pairs, order[rank < labels.per_prompt].sort().values)
-    flipped = torch.rand(len(pairs.group), generator=generator) < labels.noise
+def labelled(pairs: Pairs, noise: float, seed: int) -> tuple[Pairs, Tensor]:
+    """Pairs of which this share is flipped, and which are."""
+    flipped = torch.rand(len(pairs.group), generator=torch.Generator().manual_seed(seed + 1000)) < noise
     chosen = torch.where(flipped, pairs.rejected, pairs.chosen)
     return Pairs(chosen, torch.where(flipped, pairs.chosen, pairs.rejected), pairs.group), flipped
 
 
 class World:
-    """The responses that pairs are made of, with gold rewards, as the proxies read them."""
+    """The responses that pairs are made of, each under two prompts, with gold rewards, as the proxies read them."""
 
-    def __init__(self, folder: Path, model_folder: Path, depth: int):
-        self.folder, self.depth = folder, depth
-        self.lines: dict[str, list[dict[str, Any]]] = {}
-        self.ready: dict[str, Prepared] = {}
-        self.gold = {part: gold_rewards(folder, part) for part in PARTS}
-        start = start_of(model_folder, depth, Variant("standard"), 0)
-        for part in PARTS:
-            rows, self.lines[part] = read_part(folder, part, (depth,))
-            self.ready[part] = start.prepare(rows, depth)
-        checked = torch.tensor([line["split"] == "validation" for line in self.lines["pairs"]]).nonzero()[:, 0]
-        self.validation_rows, self.validation = checked, self.ready["pairs"][checked]
+    def __init__(self, folder: Path, depth: int):
+        self.folder = folder
+        parts = [read_part(folder, part, (depth,)) for part in PARTS]
+        rows = concatenated([part[0] for part in parts])
+        self.lines = [line for part in parts for line in part[1]]
+        self.ready = Prepared(rows.states[depth], rows.lengths)
+        self.gold = torch.cat([gold_rewards(folder, part) for part in PARTS])
+        self.own = len(parts[0][1])  # rows before this one are under the prompt that they were written to
 
     def test_sets(self) -> dict[str, Pairs]:
-        """Clean held-out pairs: all, the clear ones, those of equal length, and `swapped`.
+        """Clean held-out pairs.
 
-        ``same words, other prompt``: pairs of which gold prefers the other response under another prompt, once under
-        each of the two prompts, the second ones with rows behind those of ``pairs``. A reward that does not read the
-        prompt has 0.5 there.
+        ``all pairs`` of responses written to their prompt, the clear ones of them, and those of equal length. ``prompt
+        decides``: adversarial prompts, which is every two of the responses to a prompt and its partner of which gold
+        prefers one under the one prompt and the other under the other; both readings are a pair each, so that a reward
+        that does not read the prompt has 0.5. ``prompt decides, clear``: by at least `CLEAR` under both.
         """
-        lines, gold = self.lines["pairs"], self.gold["pairs"]
-        every = pairs_of(lines, gold, "test")
-        tokens = torch.tensor([line["tokens"] for line in lines])
+        gold = self.gold
+        every = pairs_of(self.lines[: self.own], gold, "test")
+        tokens = torch.tensor([line["tokens"] for line in self.lines])
         equal = tokens[every.chosen] == tokens[every.rejected]
-        gaps = gold[every.chosen] - gold[every.rejected]
-        again = torch.full((len(gold),), -1)
-        again[torch.tensor([line["of_row"] for line in self.lines["swapped"]])] = torch.arange(
-            len(self.gold["swapped"])
-        )
-        own = [again[every.chosen], again[every.rejected]]
-        other_gaps = self.gold["swapped"][own[0]] - self.gold["swapped"][own[1]]
-        turned = other_gaps < 0
-        first = part_of(every, turned)
-        behind = [len(gold) + each[turned] for each in own]
-        swapped = Pairs(
-            torch.cat([first.chosen, behind[1]]), torch.cat([first.rejected, behind[0]]), first.group.repeat(2)
-        )
-        clear = gaps > CLEAR
-        return {"all pairs": every, "clear pairs": part_of(every, clear),
-                "clear, equal length": part_of(every, equal & clear), "same words, other prompt": swapped}  # fmt: skip
+        clear = gold[every.chosen] - gold[every.rejected] > CLEAR
+        return {
+            "all pairs": every,
+            "clear pairs": part_of(every, clear),
+            "clear, equal length": part_of(every, equal & clear),
+            "prompt decides": turned_pairs(self.lines, gold, "test"),
+            "prompt decides, clear": turned_pairs(self.lines, gold, "test", CLEAR),
+        }
 
 
-def do_run(world: World, model_folder: Path, run: Run, keep_weights: bool) -> None:
+def turned_pairs(lines: list[dict[str, Any]], gold: Tensor, split: str, least_gap: float = 0.0) -> Pairs:
+    """Pairs of responses that gold orders one way under one prompt and the other way under the other."""
+    row_of: dict[tuple[int, int], int] = {}  # of a prompt and a response
+    prompts_of: dict[int, list[int]] = {}
+    texts_of: dict[int, list[int]] = {}
+    for row, line in enumerate(lines):
+        if line["split"] == split:
+            prompt, text = line["prompt_number"], line.get("of_row", row)
+            row_of[prompt, text] = row
+            prompts_of.setdefault(text, []).append(prompt)
+            texts_of.setdefault(prompt, []).append(text)
+    found = []
+    for prompt, texts in texts_of.items():
+        for one, other in itertools.combinations(texts, 2):
+            gaps = {each: float(gold[row_of[each, one]] - gold[row_of[each, other]]) for each in prompts_of[one]}
+            own = gaps.pop(prompt)
+            if any(own * gap < 0 and min(abs(own), abs(gap)) > least_gap for gap in gaps.values()):
+                better, worse = (one, other) if own > 0 else (other, one)
+                found.append((row_of[prompt, better], row_of[prompt, worse], prompt))
+    return Pairs(*torch.tensor(found).reshape(-1, 3).T.contiguous())
+
+
+def do_run(world: World, model_folder: Path, span: range, run: Run) -> None:
     """Train the members of a run and write its files, unless they are there."""
     target = world.folder / "proxies" / f"{run.name}.json"
     if target.exists():
         return
-    clean = {
-        split: pairs_of(world.lines["pairs"], world.gold["pairs"], split, run.labels.least_gap)
-        for split in ("train", "validation")
-    }
-    pairs, flipped = labelled(clean["train"], run.labels, run.seed)
-    validation, _ = labelled(clean["validation"], replace(run.labels, per_prompt=None), run.seed + 1)
-    figures: dict[str, Any] = {"run": asdict(run), "losses": [], "curves": []}
-    start = start_of(model_folder, world.depth, run.variant, run.seed)
-    first, snapshots = weights_of(start), []
+    pairs, flipped = labelled(pairs_of(world.lines, world.gold, "train"), run.noise, run.seed)
+    figures: dict[str, Any] = {"run": asdict(run), "losses": []}
+    start = start_of(model_folder, span, run.variant, run.seed)
+    first, named = weights_of(start), {}
     for member in range(run.members):
         start.load_state_dict(first)
-        losses, curve, best = [], [], {"value": -1.0, "weights": first}
-
-        def at_epoch(epoch: int, loss: float, losses: Any = losses, curve: Any = curve, best: Any = best) -> None:
-            rewards = torch.zeros(len(world.lines["pairs"]))
-            rewards[world.validation_rows] = rewards_of(start, world.validation)[0]
-            losses.append(loss)
-            curve.append(accuracy(rewards, validation))
-            if curve[-1] > best["value"]:
-                best |= {"value": curve[-1], "weights": weights_of(start)}
-
-        train(start, run.variant, world.ready["pairs"], pairs, 100 * run.seed + member, at_epoch)
-        snapshots.append({"end": weights_of(start), "best": best["weights"]})
+        losses: list[float] = []
+        train(start, run.variant, world.ready, pairs, 100 * run.seed + member, losses.append)
         figures["losses"].append(losses)
-        figures["curves"].append(curve)
-    sets = {**world.test_sets(), "validation": validation, "train": pairs, "flips learnt": part_of(pairs, flipped)}
-    kept_weights = {}
-    for kept in KEPT:
-        named = {f"member {place}": each[kept] for place, each in enumerate(snapshots)}
-        if run.members > 1:
-            named["WARM"] = averaged(list(named.values()))
-        scored = {name: _score(world, start, weights) for name, weights in named.items()}
-        if run.members > 1:
-            scored["ensemble"] = ensemble(
-                [scored[f"member {place}"] for place in range(run.members)], _units(world, scored)
-            )
-        figures[kept] = {
-            name: {split: accuracy(rewards, each) for split, each in sets.items() if len(each.group)}
-            for name, rewards in scored.items()
-        }
-        figures[kept]["units"] = _units(world, scored)
-        if run.variant.architecture == "inform":
-            figures[kept]["kl_nats"] = _kl(start, named["member 0"], world.validation)
-        kept_weights |= {f"{kept}.{name}.{part}": value for name, each in named.items() for part, value in each.items()
-                         if "embed_tokens" not in part}  # fmt: skip
+        named[f"member {member}"] = weights_of(start)
+    if run.members > 1:
+        named["WARM"] = averaged(list(named.values()))
+    scored = {name: _score(world, start, weights) for name, weights in named.items()}
+    if run.members > 1:
+        members = [scored[f"member {place}"] for place in range(run.members)]
+        scored["ensemble"] = ensemble(members, _units(world, scored))
+    sets = {**world.test_sets(), "train": pairs, "flips learnt": part_of(pairs, flipped)}
+    for name, rewards in scored.items():
+        figures[name] = {split: accuracy(rewards, each) for split, each in sets.items() if len(each.group)}
+    figures["units"] = _units(world, scored)
+    if run.variant.architecture == "inform":
+        figures["kl_nats"] = _kl(start, named["member 0"], world.ready[: world.own])
+    kept = {f"{name}.{part}": value.contiguous() for name, each in named.items() for part, value in each.items()
+            if "embed_tokens" not in part}  # fmt: skip
     target.parent.mkdir(exist_ok=True)
-    if keep_weights:
-        save_file(
-            {name: value.contiguous() for name, value in kept_weights.items()}, target.with_suffix(".safetensors")
-        )
+    save_file(kept, target.with_suffix(".safetensors"))
     write_json(target, figures)
 
 
 def _score(world: World, model: Any, weights: dict[str, Tensor]) -> Tensor:
-    """Rewards of the rows of ``pairs``, then of ``swapped``."""
+    """Rewards of all rows."""
     model.load_state_dict(weights)
-    return torch.cat([rewards_of(model, world.ready[part])[0] for part in PARTS])
+    return rewards_of(model, world.ready)[0]
 
 
 @torch.no_grad()
@@ -230,7 +178,7 @@ def _kl(model: Any, weights: dict[str, Tensor], rows: Prepared) -> float:
 
 def _units(world: World, scored: dict[str, Tensor]) -> dict[str, list[float]]:
     """Mean and standard deviation of each model's rewards of the policy's training responses."""
-    own = torch.tensor([line["split"] == "train" for line in world.lines["pairs"]]).nonzero()[:, 0]
+    own = torch.tensor([line["split"] == "train" for line in world.lines[: world.own]]).nonzero()[:, 0]
     return {name: [float(rewards[own].mean()), float(rewards[own].std())] for name, rewards in scored.items()}
 
 
@@ -247,48 +195,41 @@ def read_run(folder: Path, run: Run) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def choose(folder: Path, candidates: Iterable[Variant]) -> tuple[Variant, str]:
-    """Setting and epoch that are right about most validation pairs, mean over the selection seeds, with flips."""
-    scores = {}
-    for variant in candidates:
-        runs = [read_run(folder, Run(variant, Labels(), seed)) for seed in SELECTION_SEEDS]
-        if None not in runs:
-            for kept in KEPT:
-                scores[variant, kept] = sum(run[kept]["member 0"]["validation"] for run in runs if run) / len(runs)
-    if not scores:
-        raise FileNotFoundError(
-            f"{folder / 'proxies'}: no candidate was run on all selection seeds. Run the stage 'search'."
-        )
-    return max(scores, key=lambda each: scores[each])
+def weights_of_run(folder: Path, run: Run) -> dict[str, dict[str, Tensor]]:
+    """Weights by member; those of the embeddings, which are not used, are missing."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in load_file(folder / "proxies" / f"{run.name}.safetensors").items():
+        member, part = name.split(".", 1)
+        found.setdefault(member, {})[part] = value
+    return found
 
 
-def chosen_of(folder: Path) -> dict[str, tuple[Variant, str]]:
-    """What the reported seeds are asked about: by name a setting and which epoch is kept."""
+def chosen_of() -> dict[str, Variant]:
+    """What is asked about; the chosen settings are those of an earlier search, in docs/results/real-text.md."""
     return {
-        "standard, as it comes": (Variant("standard"), "end"),
-        "standard, chosen": choose(folder, standard_candidates()),
-        "InfoRM, as it comes": (Variant(), "end"),
-        "InfoRM, chosen": choose(folder, inform_candidates()),
+        "standard, chosen": Variant("standard", dropout=0.1),
+        "InfoRM, chosen": Variant(beta=0.01),
+        "InfoRM, as it comes": Variant(),
     }
 
 
-def members_of(name: str, noise: float) -> int:
-    """With flipped labels the chosen settings are trained several times, for ensembles and averages."""
-    return MEMBERS if "chosen" in name and noise else 1
+def methods_of(noise: float) -> dict[str, tuple[Variant, int, str]]:
+    """By name: setting, members of the run and which of its rewards; with flips several members, too."""
+    found = {}
+    for name, variant in chosen_of().items():
+        found[name] = (variant, 1, "member 0")
+        if noise and "chosen" in name:
+            found |= {f"{name}, {kind}": (variant, MEMBERS, kind) for kind in ("ensemble", "WARM")}
+    return found
 
 
 def incompetent(folder: Path) -> dict[float, list[str]]:
     """By share of flipped labels what is wrong with the chosen single proxies; those without a fault are attacked."""
     faults: dict[float, list[str]] = {noise: [] for noise in NOISE}
-    for noise, (name, (variant, _)) in itertools.product(NOISE, chosen_of(folder).items()):
+    for noise, (name, variant) in itertools.product(NOISE, chosen_of().items()):
         if "chosen" in name:
-            mean = statistics.mean(_gated(folder, name, variant, noise))
+            runs = [read_run(folder, Run(variant, noise, seed)) for seed in REPORT_SEEDS]
+            mean = statistics.mean(run["member 0"][GATED] for run in runs if run)
             if mean < GATE[noise]:
                 faults[noise].append(f"{name}, {noise:.0%} flipped: {mean:.3f} of {GATED} right, needed {GATE[noise]}")
     return faults
-
-
-def _gated(folder: Path, name: str, variant: Variant, noise: float) -> list[float]:
-    kept = chosen_of(folder)[name][1]
-    runs = [read_run(folder, Run(variant, Labels(noise), seed, members_of(name, noise))) for seed in REPORT_SEEDS]
-    return [run[kept]["member 0"][GATED] for run in runs if run]

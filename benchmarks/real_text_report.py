@@ -14,66 +14,54 @@ from over_seeds import mean_and_interval, table
 from real_text_attack import curves, rewards_of_run, watch
 from real_text_gold import gold_rewards
 from real_text_models import Variant
+from real_text_policies import as_json, policies_png, policy_tables
 from real_text_proxies import (
     GATE,
     GATED,
-    KEPT,
     NOISE,
     REPORT_SEEDS,
-    SELECTION_SEEDS,
-    Labels,
     Run,
-    chosen_of,
     incompetent,
-    inform_candidates,
-    members_of,
+    methods_of,
     read_run,
-    standard_candidates,
 )
-from real_text_samples import jsonl
+from real_text_samples import OTHERS_ANSWER, jsonl
 
 SETS = {"attack": "prompts of the same set", "other": "prompts of another set"}
 SHOWN_NS = (1, 16, 64, 512)
-MEASURED = ("all pairs", "clear pairs", "clear, equal length", "same words, other prompt")
+MEASURED = ("all pairs", "clear pairs", "clear, equal length", "prompt decides", "prompt decides, clear")
 Found = dict[tuple[float, str, str], list[dict[str, Any]]]  # (noise, method, set) -> curves, one a seed
 
 
-def methods_of(folder: Path, noise: float) -> dict[str, tuple[Variant, str, int, str]]:
-    """By name: setting, epoch, members of the run and which of its rewards."""
-    found = {}
-    for name, (variant, kept) in chosen_of(folder).items():
-        members = members_of(name, noise)
-        found[name] = (variant, kept, members, "member 0")
-        if members > 1:
-            for kind in ("ensemble", "WARM"):
-                found[f"{name}, {kind}"] = (variant, kept, members, kind)
-    return found
+def write_report(folder: Path, model_folder: Path, noises: list[float]) -> None:
+    """``report.md``, ``report.json``, ``curves.png``, ``policies.png``.
 
-
-def write_report(folder: Path) -> None:
-    """``report.md``, ``.json`` and ``curves.png``; only competent proxies are attacked, without any it is an error."""
+    Only proxies of these shares of flipped labels are attacked; without any it is an error.
+    """
     lines = [
         "# Real text",
         "",
         *sample_table(folder),
         *gold_table(folder),
-        *search_table(folder),
         *competence_table(folder),
     ]
     faults = incompetent(folder)
-    fit = [noise for noise in NOISE if not faults[noise]]
     failed = [words for noise in NOISE for words in faults[noise]]
     if failed:
-        lines += ["**Not competent, and not attacked:**", "", *(f"- {words}" for words in failed), ""]
-    if fit:
-        measured, watched = attack(folder, fit)
-        lines += [*attack_tables(measured), *csi_table(watched)]
+        lines += ["**Not competent:**", "", *(f"- {words}" for words in failed), ""]
+    if noises:
+        measured, watched = attack(folder, noises)
+        policies, policy_curves = policy_tables(folder, model_folder)
+        lines += [*attack_tables(measured), *csi_table(watched), *policies]
         atomic_write_bytes(folder / "curves.png", curves_png(measured))
+        if policy_curves:
+            atomic_write_bytes(folder / "policies.png", policies_png(policy_curves))
         rows = [{"noise": key[0], "method": key[1], "set": key[2], "runs": runs} for key, runs in measured.items()]
-        write_json(folder / "report.json", {"curves": rows, "csi": watched, "versions": versions()})
+        write_json(folder / "report.json", {"curves": rows, "csi": watched, "versions": versions(),
+                                            "policies": [as_json(curve) for curve in policy_curves]})  # fmt: skip
     atomic_write_text(folder / "report.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
-    if not fit:
+    if not noises:
         raise SystemExit("No proxy is competent: " + "; ".join(failed) + ". More pairs, or longer training.")
 
 
@@ -116,7 +104,8 @@ def gold_table(folder: Path) -> list[str]:
     difference = f"{(own - other).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
     words = f"Paired difference of the first seeds: {difference} (bootstrap over pairs)."
     header = ["layers", "held-out human pairs, over seeds", "the first seed, over pairs", *result["gold"]["by_source"]]
-    return ["## Gold", "", f"Human pairs: {result['pairs']}.", "", *table(header, rows), words, ""]
+    pairs = f"Pairs: {result['pairs']}. Test pairs are of people but for `{OTHERS_ANSWER}`."
+    return ["## Gold", "", pairs, "", *table(header, rows), words, ""]
 
 
 def setting_name(variant: Variant) -> str:
@@ -130,41 +119,21 @@ def setting_name(variant: Variant) -> str:
     return "standard" + "".join(f", {each}" for each in own)
 
 
-def search_table(folder: Path) -> list[str]:
-    """Every setting on the selection seeds; bold: chosen."""
-    chosen, rows = list(chosen_of(folder).values())[1::2], []
-    for variant in (*standard_candidates(), *inform_candidates()):
-        runs = [run for seed in SELECTION_SEEDS if (run := read_run(folder, Run(variant, Labels(), seed)))]
-        for kept in KEPT if runs else ():
-            mark = "**" if (variant, kept) in chosen else ""
-            cells = [statistics.mean(run[kept]["member 0"][key] for run in runs)
-                     for key in ("validation", GATED, "train", "flips learnt")]  # fmt: skip
-            nats = [run[kept]["kl_nats"] for run in runs if "kl_nats" in run[kept]]
-            name = f"{mark}{setting_name(variant)}{', early stopping' if kept == 'best' else ''}{mark}"
-            rows.append([name, *(f"{cell:.3f}" for cell in cells), f"{statistics.mean(nats):.2f}" if nats else "-"])
-    header = ["setting", "validation pairs", "clean test pairs", "training pairs", "flips learnt", "KL, nats"]
-    return [f"## Search, seeds {', '.join(map(str, SELECTION_SEEDS))}, 25 % flipped", "", *table(header, rows)]
-
-
 def competence_table(folder: Path) -> list[str]:
     rows = []
     for noise in NOISE:
-        for name, (variant, kept, members, kind) in methods_of(folder, noise).items():
-            runs = [
-                run for seed in REPORT_SEEDS if (run := read_run(folder, Run(variant, Labels(noise), seed, members)))
-            ]
-            setting = f"{setting_name(variant)}{', es' if kept == 'best' else ''}"
-            rows.append(
-                [
-                    f"{noise:.0%}",
-                    name,
-                    setting,
-                    *(shown(run[kept][kind][key] for run in runs if key in run[kept][kind]) for key in MEASURED),
-                ]
-            )
+        for name, (variant, members, kind) in methods_of(noise).items():
+            found = [read_run(folder, Run(variant, noise, seed, members)) for seed in REPORT_SEEDS]
+            runs = [run for run in found if run]
+            if runs:
+                cells = [shown(run[kind][key] for run in runs if key in run[kind])
+                         for key in (*MEASURED, "train", "flips learnt")]  # fmt: skip
+                nats = shown(run["kl_nats"] for run in runs if "kl_nats" in run)
+                rows.append([f"{noise:.0%}", name, setting_name(variant), *cells, nats])
     gates = ", ".join(f"{least} with {noise:.0%} flipped" for noise, least in GATE.items())
     words = f"Needed: {gates} on {GATED} by the chosen single models. Seeds {', '.join(map(str, REPORT_SEEDS))}."
-    return ["## Are the proxies competent?", "", words, "", *table(["flipped", "proxy", "setting", *MEASURED], rows)]
+    header = ["flipped", "proxy", "setting", *MEASURED, "training pairs", "flips learnt", "KL, nats"]
+    return ["## Are the proxies competent?", "", words, "", *table(header, rows)]
 
 
 def attack(folder: Path, noises: list[float]) -> tuple[Found, list[dict[str, Any]]]:
@@ -177,17 +146,18 @@ def attack(folder: Path, noises: list[float]) -> tuple[Found, list[dict[str, Any
         if len(gold) != len(lines):
             raise ValueError(f"{part}: {len(gold)} gold rewards for {len(lines)} responses. Run the stage gold again.")
         for noise in noises:
-            for name, (variant, kept, members, kind) in methods_of(folder, noise).items():
+            for name, (variant, members, kind) in methods_of(noise).items():
                 for seed in REPORT_SEEDS:
-                    found = rewards_of_run(folder, Run(variant, Labels(noise), seed, members))
-                    proxy = found[f"{kept}.{kind}.{part}"]
-                    run = read_run(folder, Run(variant, Labels(noise), seed, members))
-                    result = curves(proxy / (run[kept]["units"][kind][1] if run else 1.0), gold, lines)
+                    run = read_run(folder, Run(variant, noise, seed, members))
+                    if run is None:
+                        continue
+                    found = rewards_of_run(folder, Run(variant, noise, seed, members))
+                    result = curves(found[f"{kind}.{part}"] / run["units"][kind][1], gold, lines)
                     measured.setdefault((noise, name, part), []).append(result)
-                    latents = found.get(f"{kept}.latents.{part}")
-                    if latents is not None and kind == "member 0":
+                    if f"latents.{part}" in found and kind == "member 0":
                         about = {"noise": noise, "method": name, "set": part, "seed": seed}
-                        watched.append(about | {"values": watch(proxy, latents, lines, seed)})
+                        values = watch(found[f"{kind}.{part}"], found[f"latents.{part}"], lines, seed)
+                        watched.append(about | {"values": values})
     return measured, watched
 
 

@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from real_text_policy import TEMPLATE, LlamaWithStates, Rows, read_rows, write_rows
 
-PROXY_DEPTH, GOLD_DEPTH = 5, 29  # states before these layers: proxies train layer 5 of 6, gold layer 29 of 30
+PROXY_LAYERS, GOLD_LAYERS = range(5, 6), range(29, 30)  # trained: of proxies the last of 6, of gold that of 30
 REAL_SOURCES = {"hh-rlhf": 1.0, "swap-hh-helpful": 0.5, "swap-truthfulqa": 0.5}  # shares of what fits
+OTHERS_ANSWER = "hh-rlhf, another prompt's answer"
 SPLITS = ("test", "test", "validation", *["train"] * 7)  # of pair prompts, in turn
 
 
@@ -33,7 +35,9 @@ class Sizes:
         real_pairs: human preference pairs for the gold model, a fifth of them held out.
         real_tokens: longest response of those, in tokens.
         pair_prompts: prompts for training pairs; 7 of 10 for training, 1 for validation, 2 for test.
-        per_prompt: responses to each.
+        per_prompt: responses to each; as many were written to its partner and are read under it.
+        policy_prompts: prompts that policies are trained on, held aside of the same set.
+        measured_prompts: prompts that policies are measured on, held aside of those of best-of-n.
         new_tokens: longest response of the policy.
         attack_prompts: prompts of best-of-n, held aside of the same set as the pairs' prompts.
         other_prompts: prompts of best-of-n out of distribution.
@@ -44,10 +48,12 @@ class Sizes:
 
     real_pairs: int = 3000
     real_tokens: int = 128
-    pair_prompts: int = 1000
+    pair_prompts: int = 700
     per_prompt: int = 8
+    policy_prompts: int = 250
+    measured_prompts: int = 32
     new_tokens: int = 64
-    attack_prompts: int = 64
+    attack_prompts: int = 96
     other_prompts: int = 32
     candidates: int = 512
     rows: int = 128
@@ -55,7 +61,7 @@ class Sizes:
 
 
 SMALL = Sizes(
-    real_pairs=1000, real_tokens=48, pair_prompts=600, per_prompt=4, new_tokens=32, attack_prompts=8, other_prompts=4
+    real_pairs=1000, real_tokens=48, pair_prompts=416, per_prompt=4, new_tokens=32, attack_prompts=8, other_prompts=4
 )
 PARTS = ("pairs", "real", "attack", "other", "swapped")
 
@@ -108,17 +114,23 @@ class Texts:
                 if self.fits(each, self.sizes.prompt_tokens)
             ]
         else:
-            found = self.first_turns("train" if part == "pairs" else "test")
-        count = {
-            "pairs": self.sizes.pair_prompts,
-            "attack": self.sizes.attack_prompts,
-            "other": self.sizes.other_prompts,
-        }
-        return [found[place] for place in np.random.default_rng(0).permutation(len(found))[: count[part]]]
+            found = self.first_turns("test" if part in ("attack", "measured") else "train")
+        sizes = self.sizes
+        start, count = {
+            "pairs": (0, sizes.pair_prompts), "policy": (sizes.pair_prompts, sizes.policy_prompts),
+            "attack": (0, sizes.attack_prompts), "measured": (sizes.attack_prompts, sizes.measured_prompts),
+            "other": (0, sizes.other_prompts),
+        }[part]  # fmt: skip
+        order = np.random.default_rng(0).permutation(len(found))
+        return [found[place] for place in order[start : start + count]]
 
     def real_pairs(self) -> list[dict[str, Any]]:
-        """Human preference pairs that fit, with ``split``; the held-out ones come from the sources' test files."""
-        found = []
+        """Human preference pairs that fit, with ``split``; the held-out ones come from the sources' test files.
+
+        Behind them, so that gold reads the prompt, a pair for each of hh-rlhf: its preferred response over the one
+        that was preferred under the prompt of another pair of its split.
+        """
+        found: list[dict[str, Any]] = []
         for split, count in (("train", self.sizes.real_pairs * 4 // 5), ("test", self.sizes.real_pairs // 5)):
             rows = []
             for name in ("hh-rlhf", "prompt-swap"):
@@ -137,6 +149,11 @@ class Texts:
                             )
             rows = [row for row in rows if _share(row["id"]) < REAL_SOURCES[row["source"]]]
             found += [rows[place] for place in np.random.default_rng(1).permutation(len(rows))[:count]]
+        for split in ("train", "test"):
+            own = [row for row in found if row["source"] == "hh-rlhf" and row["split"] == split]
+            for row, other in zip(own, [*own[1:], *own[:1]], strict=True):
+                if row["prompt"] != other["prompt"]:
+                    found.append({**row, "source": OTHERS_ANSWER, "rejected": other["chosen"]})
         return found
 
     def num_chunks(self, part: str) -> int:
@@ -147,7 +164,9 @@ class Texts:
             return -(-len(self.prompts(part)) // (sizes.rows // sizes.per_prompt))
         if part == "real":
             return -(-len(self.real_pairs()) // 16)
-        return 0
+        prompts = len(self.prompts("pairs"))
+        paired = partners([(place, SPLITS[place % 10]) for place in range(prompts)])
+        return -(-len(paired) * sizes.per_prompt // sizes.rows)
 
 
 def _share(identity: str) -> float:
@@ -192,25 +211,31 @@ def lines_of(texts: Texts, rows: Rows, part: str, asked: list[str], places: list
     return lines
 
 
-def swapped_rows(reader: LlamaWithStates, folder: Path) -> tuple[Rows, list[dict[str, Any]]]:
-    """The responses of the test prompts once more, each under the next test prompt."""
+def partners(prompts: list[tuple[int, str]]) -> dict[int, int]:
+    """By prompt number its partner, mutually: neighbours of the same split; an odd one out has none."""
+    found = {}
+    for split in dict.fromkeys(SPLITS):
+        own = sorted({number for number, name in prompts if name == split})
+        for one, other in zip(own[::2], own[1::2], strict=False):
+            found |= {one: other, other: one}
+    return found
+
+
+def swapped_rows(reader: LlamaWithStates, folder: Path, number: int, size: int) -> tuple[Rows, list[dict[str, Any]]]:
+    """Responses to pair prompts once more, each under the partner of its prompt; `size` of them, chunk `number`."""
     rows, lines = read_part(folder, "pairs", ())
-    test = [place for place, line in enumerate(lines) if line["split"] == "test"]
-    numbers = sorted({lines[place]["prompt_number"] for place in test})
-    prompt_of = {lines[place]["prompt_number"]: place for place in test}
-    following = dict(zip(numbers, [*numbers[1:], numbers[0]], strict=True))
-    own = [prompt_of[following[lines[place]["prompt_number"]]] for place in test]
-    prompts = [rows.ids[place, : rows.prompt_lengths[place]].tolist() for place in own]
-    responses = [rows.ids[place, rows.prompt_lengths[place] : rows.lengths[place]].tolist() for place in test]
-    parts = [
-        read_rows(reader, prompts[start : start + 64], responses[start : start + 64])
-        for start in range(0, len(test), 64)
+    partner = partners([(line["prompt_number"], line["split"]) for line in lines])
+    first_row = {line["prompt_number"]: place for place, line in reversed(list(enumerate(lines)))}
+    every = [place for place, line in enumerate(lines) if line["prompt_number"] in partner]
+    places = every[size * number : size * (number + 1)]
+    under = [first_row[partner[lines[place]["prompt_number"]]] for place in places]
+    prompts = [rows.ids[place, : rows.prompt_lengths[place]].tolist() for place in under]
+    responses = [rows.ids[place, rows.prompt_lengths[place] : rows.lengths[place]].tolist() for place in places]
+    kept = [
+        {**lines[place], **{name: lines[other][name] for name in ("prompt", "prompt_number")}, "of_row": place}
+        for place, other in zip(places, under, strict=True)
     ]
-    kept = []
-    for place, other in zip(test, own, strict=True):
-        under = {name: lines[other][name] for name in ("prompt", "prompt_number")}
-        kept.append({**lines[place], **under, "of_row": place})
-    return concatenated(parts), kept
+    return read_rows(reader, prompts, responses), kept
 
 
 def concatenated(parts: list[Rows]) -> Rows:
@@ -252,9 +277,10 @@ def read_part(folder: Path, part: str, depths: tuple[int, ...]) -> tuple[Rows, l
     """All chunks of a part that are there, in order, with the states of these depths."""
     found, lines = [], []
     for path in sorted((folder / "samples" / part).glob("*.safetensors")):
-        kept = load_file(path)
-        states = {depth: kept[f"states.{depth}"] for depth in depths}
-        found.append(Rows(kept["ids"], kept["prompt_lengths"], kept["lengths"], states))
+        with safe_open(path, "pt") as file:
+            ids, prompt_lengths, lengths = (file.get_tensor(name) for name in ("ids", "prompt_lengths", "lengths"))
+            states = {depth: file.get_tensor(f"states.{depth}") for depth in depths}
+        found.append(Rows(ids, prompt_lengths, lengths, states))
         lines += jsonl(path.with_suffix(".jsonl"))
     if not found:
         raise FileNotFoundError(f"{folder / 'samples' / part}: no chunk. Run the stage 'sample' first.")
@@ -269,11 +295,14 @@ def sample(
 
     texts = Texts(data, AutoTokenizer.from_pretrained(model_folder), sizes)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
-    reader = LlamaWithStates(model, depths_of(model.config.num_hidden_layers))
+    reader = LlamaWithStates(model, [span.start for span in depths_of(model.config.num_hidden_layers)])
     index, workers = worker
     for part, number in _missing(folder, texts, parts, index, workers):
         start = time.process_time()
-        rows, lines = swapped_rows(reader, folder) if part == "swapped" else make_chunk(reader, texts, part, number)
+        if part == "swapped":
+            rows, lines = swapped_rows(reader, folder, number, sizes.rows)
+        else:
+            rows, lines = make_chunk(reader, texts, part, number)
         seconds = time.process_time() - start
         save_chunk(folder, part, number, rows, lines, seconds)
         print(
@@ -281,16 +310,23 @@ def sample(
         )
 
 
-def depths_of(layers: int) -> tuple[int, int]:
-    """Where proxies and gold begin to be trained; of a smaller model the last but one and the last layer."""
-    return (PROXY_DEPTH, GOLD_DEPTH) if layers > GOLD_DEPTH else (layers - 2, layers - 1)
+def layers_of(model: Path) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model).num_hidden_layers)
+
+
+def depths_of(layers: int) -> tuple[range, range]:
+    """Which layers of proxies and of gold are trained; of a smaller model the last but one and the last layer."""
+    if layers >= GOLD_LAYERS.stop:
+        return PROXY_LAYERS, GOLD_LAYERS
+    return range(layers - 2, layers - 1), range(layers - 1, layers)
 
 
 def _missing(
     folder: Path, texts: Texts, parts: tuple[str, ...], index: int, workers: int
 ) -> Iterator[tuple[str, int]]:
     for part in parts:
-        chunks = 1 if part == "swapped" else texts.num_chunks(part)
-        for number in range(index, chunks, workers):
+        for number in range(index, texts.num_chunks(part), workers):
             if not (folder / "samples" / part / f"{number:04d}.safetensors").exists():
                 yield part, number

@@ -19,6 +19,7 @@ if not FOLDER.is_dir():
 sys.path.insert(0, str(FOLDER))
 
 import real_text_attack as attack  # noqa: E402
+import real_text_grpo as grpo  # noqa: E402
 import real_text_models as models  # noqa: E402
 import real_text_policy as policy  # noqa: E402
 import real_text_proxies as proxies  # noqa: E402
@@ -72,13 +73,14 @@ def test_draws_have_the_models_probabilities():
 
 
 @pytest.mark.parametrize("architecture", ["standard", "inform"])
-def test_rewards_from_states_are_those_of_the_whole_reward_model(written, causal_lm_dir, architecture):
+@pytest.mark.parametrize("depths", [range(1, 2), range(2)])
+def test_rewards_from_states_are_those_of_the_whole_reward_model(written, causal_lm_dir, architecture, depths):
     _, _, rows = written
     folder = causal_lm_dir("llama_tied")
-    top = models.start_of(folder, 1, models.Variant(architecture, latent_dim=8), seed=5)
+    top = models.start_of(folder, depths, models.Variant(architecture, latent_dim=8), seed=5)
     whole = InfoRMForSequenceClassification.from_backbone(folder, architecture=architecture, latent_dim=8).eval()
     whole.score.load_state_dict(top.model.score.state_dict())
-    found, latents = models.rewards_of(top, top.prepare(rows, 1))
+    found, latents = models.rewards_of(top, models.Prepared(rows.states[depths.start], rows.lengths))
     mask = torch.arange(rows.ids.shape[1]) < rows.lengths[:, None]
     with torch.no_grad():
         expected = whole(input_ids=rows.ids, attention_mask=mask.long())
@@ -104,13 +106,39 @@ def test_pairs_follow_gold_and_flips_are_as_many_as_asked():
     every = proxies.pairs_of(lines_of(200, 4), gold, "train")
     assert len(every.group) == 200 * 6
     assert bool((gold[every.chosen] > gold[every.rejected]).all())
-    clear = proxies.pairs_of(lines_of(200, 4), gold, "train", least_gap=0.5)
-    assert float((gold[clear.chosen] - gold[clear.rejected]).min()) > 0.5
-    given, flipped = proxies.labelled(every, proxies.Labels(0.25), seed=1)
+    given, flipped = proxies.labelled(every, 0.25, seed=1)
     assert torch.equal(gold[given.chosen] < gold[given.rejected], flipped)
     assert abs(float(flipped.float().mean()) - 0.25) < 4 * (0.25 * 0.75 / 1200) ** 0.5
-    fewer, _ = proxies.labelled(every, proxies.Labels(0.25, per_prompt=2), seed=1)
-    assert torch.bincount(fewer.group).tolist() == [2] * 200
+
+
+def test_partners_are_mutual_and_of_one_split():
+    split_of = {number: samples.SPLITS[number % 10] for number in range(30)}
+    found = samples.partners(2 * list(split_of.items()))  # a line a response
+    assert len(found) == 6 + 2 + 20  # of 3 for validation one has none, of 21 for training likewise
+    assert all(found[other] == one != other and split_of[one] == split_of[other] for one, other in found.items())
+
+
+def test_pairs_that_the_prompt_decides_are_in_there_once_under_each_prompt():
+    # Prompts 0 and 1 with two responses each; rows 4 to 7 are the same responses under the other prompt.
+    lines = [{"prompt_number": prompt, "split": "test"} for prompt in (0, 0, 1, 1)]
+    lines += [{"prompt_number": prompt, "split": "test", "of_row": row} for row, prompt in enumerate((1, 1, 0, 0))]
+    gold = torch.tensor([1.0, 0.0, 0.9, 3.0, 0.2, 0.4, 0.8, 0.1])
+    of_prompt = {0: {0: 1.0, 1: 0.0, 2: 0.8, 3: 0.1}, 1: {0: 0.2, 1: 0.4, 2: 0.9, 3: 3.0}}  # by response
+    found = proxies.turned_pairs(lines, gold, "test")
+    pairs = {(one, other) for one in range(4) for other in range(one)
+             if (of_prompt[0][one] - of_prompt[0][other]) * (of_prompt[1][one] - of_prompt[1][other]) < 0}  # fmt: skip
+    assert len(pairs) == 4
+    assert len(found.group) == 2 * len(pairs)
+    assert sorted(found.group.tolist()) == [0] * 4 + [1] * 4
+    text = [0, 1, 2, 3, 0, 1, 2, 3]
+    for chosen, rejected, prompt in torch.stack([found.chosen, found.rejected, found.group], dim=1).tolist():
+        assert of_prompt[prompt][text[chosen]] > of_prompt[prompt][text[rejected]]
+        assert lines[chosen]["prompt_number"] == lines[rejected]["prompt_number"] == prompt
+    blind = torch.tensor([float(each) for each in text])
+    assert models.accuracy(blind, found) == 0.5
+    clear = proxies.turned_pairs(lines, gold, "test", least_gap=0.5)
+    kept = {tuple(sorted((text[one], text[other]))) for one, other in zip(clear.chosen, clear.rejected, strict=True)}
+    assert kept == {(0, 3), (2, 3)}
 
 
 def test_best_of_n_is_that_of_every_set():
@@ -154,6 +182,8 @@ def test_all_stages_run_on_a_tiny_model_resume_and_gold_is_that_of_the_text(
 ):
     import real_text
     import real_text_check
+    import real_text_policies
+    import real_text_report
 
     model, output = causal_lm_dir("llama_tied"), tmp_path / "out"
     template = tmp_path / "template.jinja"  # turns end with the tiny tokenizer's own end token
@@ -162,18 +192,29 @@ def test_all_stages_run_on_a_tiny_model_resume_and_gold_is_that_of_the_text(
         monkeypatch.setattr(module, "TEMPLATE", template)
     sizes = samples.Sizes(
         real_pairs=40, real_tokens=24, pair_prompts=40, per_prompt=4, new_tokens=5, attack_prompts=2, other_prompts=2,
-        candidates=32, rows=16, prompt_tokens=24,
+        policy_prompts=16, measured_prompts=8, candidates=32, rows=16, prompt_tokens=24,
     )  # fmt: skip
     monkeypatch.setattr(proxies, "GATE", {0.0: 0.0, 0.25: 0.0})
+    for module in (proxies, real_text_report):  # in so small a world gold may not turn with the prompt
+        monkeypatch.setattr(module, "GATED", "all pairs")
+    runs = [grpo.PolicyRun(name, 0.0, seed, steps=2, every=1) for name in grpo.ATTACKED for seed in (10, 11)]
+    for module in (grpo, real_text_policies):
+        monkeypatch.setattr(module, "policy_runs", lambda: runs)
     monkeypatch.setattr(real_text, "in_processes", lambda jobs, processes: [real_text._one(job) for job in jobs])
     asked = argparse.Namespace(
-        data=data, model=model, output=output, stages=real_text.STAGES, parts=samples.PARTS, processes=2
+        data=data, model=model, output=output, stages=real_text.STAGES, parts=samples.PARTS, processes=2, anyway=False
     )
     real_text.run_stages(asked, sizes)
     report = (output / "report.md").read_text()
     assert "InfoRM, chosen, WARM" in report
     assert "## CSI" in report
     assert (output / "curves.png").stat().st_size > 10_000
+
+    assert "## GRPO" in report
+    assert (output / "policies.png").stat().st_size > 10_000
+    done = next((output / "policy").glob("*/done.json")).parent.name
+    again = real_text_check.compare(output, model, "", limit=8, policy=done)
+    assert again["correlation"] > 0.99
 
     check = real_text_check.compare(output, model, "real", limit=32)
     assert check["responses"] == 32
