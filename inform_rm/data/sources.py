@@ -144,7 +144,7 @@ def _rows_in_memory(source: Any) -> Any:
             "split, a list of dictionaries or a pandas table."
         )
     if isinstance(rows, list | tuple):
-        if rows and isinstance(rows[0], str | Dataset | IterableDataset):
+        if rows and isinstance(rows[0], Dataset | IterableDataset):
             raise InputError(
                 f"data: a list of {type(rows[0]).__name__} where rows are expected. datasets.concatenate_datasets "
                 "makes one Dataset of several."
