@@ -306,7 +306,7 @@ def test_layers_of_unknown_kind_are_not_packed(backbone_configs):
 
 def test_padding_is_not_among_the_tokens_that_are_tried():
     # Transformers' own class would be read at the last other token, and of two tokens one is padding.
-    config = LlamaConfig(**{**SIZES, "vocab_size": 2}, intermediate_size=48, pad_token_id=0)
+    config = LlamaConfig(**{**SIZES, "vocab_size": 2}, intermediate_size=48, pad_token_id=1)
     assert why_not_packed(build(config, "transformers")) is None
 
 
