@@ -121,7 +121,14 @@ def reward_model_loss(
 
     Returns:
         Scalar float32.
+
+    Raises:
+        ValueError: the KL of one side alone.
     """
+    if (chosen_kl is None) != (rejected_kl is None):
+        raise ValueError(
+            "chosen_kl and rejected_kl: one of them is None; a bottleneck gives both, a standard model none."
+        )
     total = loss(chosen_rewards, rejected_rewards, margin)
     if label_smoothing:
         is_weight = loss is scaled_bradley_terry_loss

@@ -36,6 +36,12 @@ def test_without_options_it_is_bradley_terry(rewards):
     torch.testing.assert_close(reward_model_loss(*rewards), bradley_terry_loss(*rewards))
 
 
+def test_the_kl_of_one_side_alone_is_refused(rewards):
+    for kl in ((torch.ones(16), None), (None, torch.ones(16))):
+        with pytest.raises(ValueError, match="chosen_kl and rejected_kl: one of them is None"):
+            reward_model_loss(*rewards, *kl)
+
+
 def test_smoothing_needs_no_margin_and_the_default_weight_of_the_kl_is_a_tenth(rewards):
     right, wrong = bradley_terry_loss(*rewards), bradley_terry_loss(*rewards[::-1])
     torch.testing.assert_close(reward_model_loss(*rewards, label_smoothing=0.2), 0.8 * right + 0.2 * wrong)
