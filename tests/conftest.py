@@ -32,8 +32,6 @@ from transformers.utils import logging as transformers_logging
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 
 torch.set_num_threads(1)
-if "MUTANT_UNDER_TEST" in os.environ:  # what mutmut puts around a function cannot be compiled
-    torch._dynamo.config.disable = True
 # Nothing is asserted about time: on a busy machine any example can be slow. The same examples in every run, so that a
 # change is not refused for what it did not do; `make fuzz` looks for new ones.
 _UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
