@@ -152,10 +152,8 @@ class OveroptimizationCallback(TrainerCallback):
         self._every, self._action = every, action
         chosen = DetectionSettings(**settings)
         self._measures = [statistic.fit(reference, chosen) for statistic in STATISTICS]
-        self.stopping, self.falling = (
-            CSIEarlyStopping(chosen.max_change_ratio),
-            RewardFallStopping(chosen.max_reward_fall),
-        )
+        self.stopping = CSIEarlyStopping(chosen.max_change_ratio)
+        self.falling = RewardFallStopping(chosen.max_reward_fall)
         self._trainer: Any = None
 
     def attach(self, trainer: Any) -> None:
@@ -208,10 +206,8 @@ class OveroptimizationCallback(TrainerCallback):
             error = float(second.std(ddof=1)) / math.sqrt(len(second)) if len(second) > 1 else 0.0
             stop = self.falling.update(values["second_reward"], error)
             if stop:
-                fallen = state.global_step, values["second_reward"]
-                logger.warning(
-                    "Step %d: the second model's reward fell to %.3g, the sign of overoptimization.", *fallen
-                )
+                fall = state.global_step, values["second_reward"]
+                logger.warning("Step %d: the second model's reward fell to %.3g, the sign of overoptimization.", *fall)
         control.should_training_stop |= stop and self._action == "stop"
 
     def _collect(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
@@ -224,11 +220,9 @@ class OveroptimizationCallback(TrainerCallback):
         if responses:
             found = collect_latents(self._scorer, prompts, responses)
             words = [len(response.split()) for response in responses]
-            second = (
-                [math.nan] * len(words)
-                if self._second is None
-                else self._second.score(prompts, responses).double().numpy()
-            )
+            second = np.full(len(words), math.nan)
+            if self._second is not None:
+                second = self._second.score(prompts, responses).double().numpy()
             own.append((found.values, found.rewards, words, second))
         parts = gather_object(own)
         if not parts:
