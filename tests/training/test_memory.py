@@ -149,6 +149,7 @@ def a_card(monkeypatch):
     for name, value in held.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100_000_000, 200_000_000))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *device: None)
     plain = torch.random.fork_rng
@@ -173,6 +174,12 @@ def test_memory_is_measured_beside_gradients_and_the_optimizer(a_card, dtype, in
     found = tokens_for_training(model, run, a_card, in_buckets=in_buckets)
     assert found == int(0.85 * (100_000_000 + 10_000 - weights) / 100) // 128 * 128
     assert rows == [4096] and model.weight.grad is None and torch.get_rng_state().equal(state)
+
+
+def test_no_more_is_taken_than_the_process_may(a_card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)  # 50 MB of 200
+    found = tokens_for_training(torch.nn.Linear(100, 100, bias=False), lambda row: None, a_card)
+    assert found == int(0.85 * (50_000_000 - 50_000 - 3 * 40_000) / 100) // 128 * 128
 
 
 @pytest.mark.parametrize(
