@@ -117,7 +117,9 @@ def jobs(shapes: list[str]) -> Iterator[Job]:
     yield train(small, "packed, FlexAttention, compiled layers", limit=110, compiles=True, **flex)
     yield Job(small, "train", "TRL, length-grouped, no checkpointing", partial(trl, shape=small, is_best=True))
     yield Job(small, "train", "TRL, its defaults", partial(trl, shape=small, is_best=False))
-    yield Job(small, "train", "RewardTrainer, packed", partial(reward_trainer, shape=small), needs_gpu=True)
+    yield Job(small, "train", "RewardTrainer, packed", partial(reward_trainer, shape=small))
+    yield Job(small, "train", "RewardTrainer, packed, torch_compile",
+              partial(reward_trainer, shape=small, compiles=True), limit=110, needs_gpu=True)  # fmt: skip
     yield train(small, "packed, FlexAttention, linear head", architecture="standard", **flex)
     yield Job(small, "profile", "a training step", partial(profile_steps, shape=small), needs_gpu=True)
     for work, make in (("best of 16", best_of_16), ("gap grid", gap_grid)):

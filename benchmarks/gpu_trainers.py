@@ -81,8 +81,8 @@ def trl(setting: Setting, shape: str, is_best: bool) -> dict[str, Any]:
         return trained(trainer, times, pairs, setting)
 
 
-def reward_trainer(setting: Setting, shape: str) -> dict[str, Any]:
-    """Ours as ``inform-rm train`` runs it, with the same pairs."""
+def reward_trainer(setting: Setting, shape: str, compiles: bool = False) -> dict[str, Any]:
+    """Ours as ``inform-rm train`` runs it, with the same pairs; ``compiles``: with ``torch_compile: true``."""
     from datasets import Dataset
 
     from inform_rm.training.reward_arguments import RewardTrainingArguments
@@ -96,14 +96,21 @@ def reward_trainer(setting: Setting, shape: str) -> dict[str, Any]:
             rows.append({"chosen_input_ids": chosen, "rejected_input_ids": rejected, "prompt_length": length,
                          "length": max(len(chosen), len(rejected)), "margin": None, "id": str(len(rows))})  # fmt: skip
     times = StepTimes(setting.device)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     with TemporaryDirectory() as folder:
         arguments = RewardTrainingArguments(
             str(Path(folder) / "run"), per_device_train_batch_size=setting.pairs, gradient_accumulation_steps=1,
-            kl_warmup_steps=0, tokens_per_batch=setting.tokens, max_length=2048, **common_arguments(setting),
+            kl_warmup_steps=0, tokens_per_batch=setting.tokens, max_length=2048, torch_compile=compiles,
+            **common_arguments(setting),
         )  # fmt: skip
         trainer = RewardTrainer(
             model=make_model(shape, setting.device, trains=True), args=arguments,
             train_dataset=Dataset.from_list(rows), callbacks=[times],
             processing_class=plain_tokenizer(SHAPES[shape]["vocab_size"]),
         )  # fmt: skip
-        return trained(trainer, times, pairs, setting) | {"batching": trainer.batching}
+        found = trained(trainer, times, pairs, setting) | {"batching": trainer.batching}
+    if compiles:
+        found["graphs"] = counters["stats"]["unique_graphs"]
+        found["graph_breaks"] = sum(counters["graph_break"].values())
+    return found

@@ -121,9 +121,9 @@ def test_rewards_and_gradients_are_those_of_one_sequence_at_a_time(name, device,
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").to(device).eval()
     for parameter in model.parameters():  # gpt-oss leaves its sinks as they come
         torch.nn.init.normal_(parameter, std=0.2) if parameter.isnan().any() or not parameter.any() else None
-    tokens = torch.randint(1, 99, (60,)).tolist()
-    sequences = [tokens[:9] + tokens[20:27], tokens[:9] + tokens[30:42], tokens[45:50], tokens[:9] + tokens[50:51]]
-    lengths = [9, 9, 0, 9]
+    tokens = torch.randint(1, 99, (300,)).tolist()  # in a row of three blocks; of one the kernel is another
+    sequences = [tokens[:70] + tokens[80:127], tokens[:70] + tokens[130:172], tokens[172:272], [*tokens[:70], 7]]
+    lengths = [70, 70, 0, 70]
     alone = torch.cat([model(input_ids=torch.tensor([ids], device=device)).logits.flatten() for ids in sequences])
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0], device=device)
     row = pack_sequences(sequences, lengths)
