@@ -216,8 +216,10 @@ def test_all_processes_take_what_fits_into_the_memory_of_each(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_the_row_that_is_found_fits_and_fills_most_of_the_memory():
+def test_the_row_that_is_found_fits_and_fills_most_of_the_memory(request):
     device = torch.device("cuda")
+    torch.cuda.set_per_process_memory_fraction(0.4)  # others may be tested on the same card
+    request.addfinalizer(lambda: torch.cuda.set_per_process_memory_fraction(1.0))
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 16}
     text = LlamaConfig(vocab_size=99, **sizes)
     model = InfoRMForSequenceClassification(InfoRMConfig(text_config=text)).to(device, torch.bfloat16).train()
@@ -230,4 +232,5 @@ def test_the_row_that_is_found_fits_and_fills_most_of_the_memory():
     found = tokens_for_training(model, run, device)
     torch.cuda.reset_peak_memory_stats()
     run(probe_row(found))
-    assert 0.6 < torch.cuda.max_memory_allocated() / torch.cuda.get_device_properties(0).total_memory < 0.98
+    allowed = 0.4 * torch.cuda.get_device_properties(0).total_memory
+    assert 0.6 < torch.cuda.max_memory_allocated() / allowed < 0.98

@@ -148,5 +148,4 @@ def test_compiled_layers_train_as_they_are_without_breaks_and_are_compiled_for_f
     graphs = counters["stats"]["unique_graphs"]
     assert not counters["graph_break"], dict(counters["graph_break"])
     assert 1 <= graphs <= 4
-    assert counters["stats"]["calls_captured"] > 0 and counters["inductor"]
     record_property("graphs", graphs)
