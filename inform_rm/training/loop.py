@@ -41,6 +41,16 @@ class OwnSteps(TrainerCallback):
         state.compute_steps(args, state.max_steps)
 
 
+def choose_tf32(args: RewardTrainingArguments) -> None:
+    """Where layers are compiled for a GPU, products of float32 numbers in TF32, unless ``tf32`` is false.
+
+    transformers says so by torch's new switch and Accelerate by the old one, whatever ``tf32`` is; torch refuses to read
+    the old one where they differ, as its compiler does under ``max-autotune``. This sets both.
+    """
+    if args.torch_compile and args.device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if args.tf32 is False else "high")
+
+
 class NonFiniteLossError(FloatingPointError):
     """A loss or a gradient was NaN or infinite; no weight has been changed by it."""
 
@@ -72,6 +82,7 @@ class RewardLoop(PassesThatFit):
         collate: Any = self.data_collator
         collate = collate.args[0] if isinstance(collate, functools.partial) else collate
         self._packing = collate if isinstance(collate, PackedPairCollator) else None
+        choose_tf32(self.args)
         if self._packing is not None and self.args.torch_compile:
             self._compile_layers()
         self._keep_fsdp_output_in_float32()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from inform_rm.errors import InputError
 from inform_rm.safety.uploads import scan_folder
 from inform_rm.training.collators import EpochSeededLengthSampler, PackedPairCollator, PairCollator
 from inform_rm.training.data import load_training_pairs
+from inform_rm.training.loop import choose_tf32
 from inform_rm.training.losses import reward_model_loss
 from inform_rm.training.models import load_model
 from inform_rm.training.reward_arguments import RewardTrainingArguments
@@ -295,3 +297,21 @@ def test_continuing_from_a_model_of_another_shape_is_refused(finished, settings,
     with pytest.raises(InputError, match=r"latent_dim: .* has 8, not 16"):
         train(config)
     assert train(dataclasses.replace(config, latent_dim=8))["steps"] == 6
+
+
+@pytest.mark.parametrize(("tf32", "expected"), [(None, "high"), (True, "high"), (False, "highest")])
+def test_float32_products_of_compiled_layers_are_as_tf32_says(tf32, expected):
+    card = SimpleNamespace(torch_compile=True, tf32=tf32, device=torch.device("cuda"))
+    switch = torch.backends.cuda.matmul
+    try:
+        switch.fp32_precision = "tf32"  # as transformers says it
+        with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+            torch.get_float32_matmul_precision()
+        choose_tf32(card)
+        assert torch.get_float32_matmul_precision() == expected
+        assert switch.fp32_precision == ("tf32" if expected == "high" else "ieee")
+        for other in ({"torch_compile": False}, {"device": torch.device("cpu")}):  # not concerned
+            choose_tf32(SimpleNamespace(**{**vars(card), "tf32": not tf32, **other}))
+            assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
