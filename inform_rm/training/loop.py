@@ -44,8 +44,8 @@ class OwnSteps(TrainerCallback):
 def choose_tf32(args: RewardTrainingArguments) -> None:
     """Where layers are compiled for a GPU, products of float32 numbers in TF32, unless ``tf32`` is false.
 
-    transformers says so by torch's new switch and Accelerate by the old one, whatever ``tf32`` is; torch refuses to read
-    the old one where they differ, as its compiler does under ``max-autotune``. This sets both.
+    transformers says so by torch's new switch and, whatever ``tf32`` is, Accelerate by the old one. Where they differ,
+    torch refuses to read the old one, which its compiler does under ``max-autotune``. This sets both.
     """
     if args.torch_compile and args.device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if args.tf32 is False else "high")

@@ -137,7 +137,7 @@ def test_compiled_layers_train_as_they_are_without_breaks_and_are_compiled_for_f
     train_on_card, record_property
 ):
     pairs = pairs_of(48, 16, 400)
-    # Where it compiles, transformers would round float32 products to TF32.
+    # Compiled, products of float32 numbers would be computed in TF32.
     settings = {"tokens_per_batch": 4096, "max_steps": 6, "per_device_train_batch_size": 16, "tf32": False}
     plain = train_on_card(pairs, 256, 2, **settings)[1:]
     torch._dynamo.reset()
