@@ -134,8 +134,10 @@ def test_a_batch_that_is_too_much_for_the_card_is_split_and_gives_the_same_gradi
 
 
 def test_compiled_layers_train_as_they_are_without_breaks_and_are_compiled_for_few_lengths(
-    train_on_card, record_property
+    train_on_card, record_property, monkeypatch
 ):
+    # TrainingArguments set it, and trainers after this one would be compiled as well.
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
     pairs = pairs_of(48, 16, 400)
     # Compiled, products of float32 numbers would be computed in TF32.
     settings = {"tokens_per_batch": 4096, "max_steps": 6, "per_device_train_batch_size": 16, "tf32": False}
