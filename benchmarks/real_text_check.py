@@ -1,72 +1,62 @@
-"""Gold rewards of `real_text.py` once more, from the cached texts alone: not the program that cached them.
+"""A second look at gold's rewards of `real_text.py`: from text, by the package's scorer, in float32.
 
-    python benchmarks/real_text_check.py --model DIR --output runs/real-text
-    python benchmarks/real_text_check.py --model DIR --output runs/real-text --policy NAME
+    python benchmarks/real_text_check.py --data DIR --model DIR --output runs/real-text --limit 64
 
-The whole gold model, in float32, scores prompts and responses of the JSON Lines with the package's `RewardScorer`, and
-is compared with ``gold/rewards.safetensors``, or with what a policy was measured by. A text that is not encoded to the
-tokens that were sampled is left out.
+Responses of best-of-n are decoded to text, rendered and encoded anew by `RewardScorer`, which has loaded gold's folder,
+and their rewards are compared with the stored ones.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import AutoTokenizer
 
-from real_text_gold import gold_rewards, load_gold
-from real_text_grpo import some_rows
-from real_text_models import whole_model
-from real_text_policy import TEMPLATE
-from real_text_samples import depths_of, read_part
+import real_text_texts
+from inform_rm import InfoRMForSequenceClassification
+from inform_rm.data.encoding import encode
+from inform_rm.scoring.scorer import RewardScorer
+from real_text_gold import UNITS, gold_rewards
+from real_text_texts import read_rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the policy")
-    parser.add_argument("--output", type=Path, default=Path("runs/real-text"))
-    parser.add_argument("--part", default="pairs")
-    parser.add_argument("--policy", help="folder of a run in policy/, instead of a part")
-    parser.add_argument("--limit", type=int, default=256, help="responses at most")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=64)
     arguments = parser.parse_args()
-    print(compare(arguments.output, arguments.model, arguments.part, arguments.limit, arguments.policy))
+    sizes = real_text_texts.Sizes()
+    print(json.dumps(compare(arguments.output, arguments.model, arguments.data, sizes, arguments.limit), indent=2))
 
 
-def compare(folder: Path, model_folder: Path, part: str, limit: int, policy: str | None = None) -> dict[str, Any]:
-    """Correlation and largest difference, in standard deviations of gold, and the share of equal tokens."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    from inform_rm.data.encoding import encode
-    from inform_rm.scoring.scorer import RewardScorer
-
-    layers = int(AutoConfig.from_pretrained(model_folder).num_hidden_layers)
-    top = load_gold(folder, model_folder, layers)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
-    if policy is None:
-        rows, lines = read_part(folder, part, ())
-        known = gold_rewards(folder, part)
-    else:
-        rows, lines = read_part(folder / "policy" / policy, "measured", ())
-        rows, lines = some_rows(rows, torch.arange(len(lines)).flip(0)), lines[::-1]  # the end of the run first
-        known = torch.tensor([line["gold"] for line in lines], dtype=torch.float64)
-
-    def sampled(place: int) -> list[int]:
-        return rows.ids[place, : rows.lengths[place]].tolist()
-
-    same = [
-        place for place, line in enumerate(lines[:limit])
-        if list(encode(tokenizer, line["prompt"], line["response"]).input_ids) == sampled(place)
-    ]  # fmt: skip
-    scorer = RewardScorer(whole_model(model_folder, top.model, depths_of(layers)[1]), tokenizer)
-    found = scorer.score([lines[place]["prompt"] for place in same], [lines[place]["response"] for place in same])
-    found = torch.as_tensor(found, dtype=torch.float64)
-    own = known[same]
-    slope = ((found - found.mean()) * (own - own.mean())).sum() / (found - found.mean()).square().sum()
-    left = (found - found.mean()) * slope - (own - own.mean())  # gold is kept in other units
-    correlation = float(torch.corrcoef(torch.stack([found, own]))[0, 1])
-    return {"responses": min(limit, len(lines)), "same_tokens": len(same), "correlation": correlation,
-            "largest_difference": float(left.abs().max())}  # fmt: skip
+def compare(folder: Path, model: Path, data: Path, sizes: Any, limit: int) -> dict[str, Any]:
+    """Of some responses how far both rewards are apart, in standard deviations, where the text gives the same tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = real_text_texts.Texts(data, tokenizer, sizes)
+    asked = texts.prompts("attack")
+    scorer = RewardScorer(InfoRMForSequenceClassification.from_pretrained(folder / "gold" / "model"), tokenizer)
+    rows, stored, units = read_rows(folder, "attack"), gold_rewards(folder, "attack"), gold_rewards(folder, UNITS)
+    same, prompts, responses = [], [], []
+    places = np.random.default_rng(0).permutation(len(stored))[:limit].tolist()
+    for place in places:
+        prompt, ids = asked[int(rows.prompts[place])], rows.ids[place, : rows.lengths[place]].tolist()
+        response = tokenizer.decode(ids[rows.prompt_lengths[place] : -1])
+        if list(encode(tokenizer, prompt, response).input_ids) == ids:
+            same.append(place)
+            prompts.append(prompt)
+            responses.append(response)
+    found = (torch.as_tensor(scorer.score(prompts, responses), dtype=torch.float64) - units[0]) / units[1]
+    other = stored[same]
+    return {
+        "responses": len(places), "same_tokens": len(same),
+        "correlation": float(torch.corrcoef(torch.stack([found, other]))[0, 1]),
+        "largest_difference": float((found - other).abs().max()),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

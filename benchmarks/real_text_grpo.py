@@ -1,38 +1,39 @@
-"""Stage 6 of `real_text.py`: policies trained with GRPO against one proxy each, and judged by gold.
+"""Stage 5 of `real_text.py`: policies trained with GRPO against one proxy each, and judged by gold.
 
-LoRA in the top layers of the policy alone: a sampled text's states below them, and those that proxies read, are the
-start's, and come with the sampling. Every prompt is asked once. A step: `GROUPS` prompts with `PER_GROUP` responses
-each, advantages within a group, `PASSES` times an update with each half of them, with clipping. Every few steps one
-response to each held-aside prompt is measured: proxy, gold, and the exact KL divergence of each token's distribution
-from the start's, summed over the response. Files: ``policy/NAME/samples/PART`` as those of the stage sample, parts
-``measured`` and ``trained``, one chunk a step, with proxy, gold and KL in the lines; ``policy/NAME/done.json`` last.
+LoRA (peft) in all linear layers of the policy. A step: `GROUPS` prompts with `PER_GROUP` responses each, advantages
+within a group, one update. Responses are written by a copy of the policy with the LoRA weights added in. Every few
+steps one response to each held-aside prompt is measured: proxy, gold, and the exact KL divergence of each token's
+distribution from the start's, summed over the response. Files: ``policy/NAME.safetensors`` with one row a measured
+response: step, proxy, gold, kl, tokens, the response's ids, latents by the watching InfoRM and the second model's
+reward; ``policy/NAME.json`` last.
 """
 
+import copy
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from torch.utils.checkpoint import checkpoint
 
 from inform_rm.util.files import write_json
-from real_text_gold import UNITS, gold_rewards, load_gold
-from real_text_models import Prepared, TopLayers, attention, rewards_of, start_of
-from real_text_policy import LlamaWithStates, Rows, write_rows
-from real_text_proxies import ATTACKED_NOISE, REPORT_SEEDS, Run, chosen_of, read_run, weights_of_run
-from real_text_samples import Sizes, Texts, depths_of, layers_of, save_chunk
+from real_text_gold import Gold
+from real_text_models import batch, half_products, rewards_of
+from real_text_proxies import ATTACKED_NOISE, REPORT_SEEDS, Run, chosen_of, load_run, read_run
+from real_text_texts import Rows, Texts, rows_of, seed_of
+from real_text_writer import Writer
 
-LORA_LAYERS, RANK = 6, 16
-GROUPS, PER_GROUP, PASSES = 4, 4, 2
+RANK = 16
+GROUPS, PER_GROUP, ROWS_AT_ONCE = 32, 8, 32
 CLIP = 0.2
-COEFFICIENTS = (0.0, 0.1)
-ATTACKED = ("standard, chosen", "InfoRM, chosen", "InfoRM, as it comes")  # the last without KL penalty alone
-Where = tuple[Tensor, Tensor]  # rows and columns of the tokens that were drawn
+COEFFICIENTS = (0.0, 0.05)
+ATTACKED = ("standard, chosen", "InfoRM, chosen")
+WORDS_AT_ONCE = 2048  # tokens whose distributions are held at once
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class PolicyRun:
     proxy: str
     coefficient: float
     seed: int
-    learning_rate: float = 2e-3
-    steps: int = 16
-    every: int = 4
+    learning_rate: float = 3e-4
+    steps: int = 150
+    every: int = 10
 
     @property
     def name(self) -> str:
@@ -61,29 +62,21 @@ class PolicyRun:
         return f"{self.proxy.replace(', ', '-').replace(' ', '-')}-{self.coefficient:g}-{self.seed}-{key}"
 
 
-def grpo_loss(
-    log_probs: Tensor, start: Tensor | None, drawn: Tensor, old: Tensor, advantages: Tensor, coefficient: float
-) -> Tensor:
-    """Mean over tokens of the clipped policy gradient's loss and the exact KL divergence (arXiv:2402.03300, eq. 3).
+def grpo_loss(own: Tensor, old: Tensor, start: Tensor | None, advantages: Tensor, coefficient: float) -> Tensor:
+    """Mean over tokens of the clipped policy gradient's loss and the KL estimate of arXiv:2402.03300, eq. 3 and 4.
 
     Args:
-        log_probs: ``(N, V)`` of the policy, N drawn tokens.
-        start: ``(N, V)`` of the start policy, or ``None`` with coefficient 0.
-        drawn: ``(N,)`` tokens.
-        old: ``(N,)`` log probability of them by the policy that drew them.
+        own: ``(N,)`` log probabilities of the drawn tokens by the policy.
+        old: ``(N,)`` by the policy that drew them.
+        start: ``(N,)`` by the start policy, or ``None`` with coefficient 0.
         advantages: ``(N,)``, each token's the one of its response.
         coefficient: of the KL divergence.
     """
-    ratio = (log_probs.gather(1, drawn[:, None])[:, 0] - old).exp()
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
-    if start is None:
-        return -gain.mean()
-    return coefficient * kl_of_tokens(log_probs, start).mean() - gain.mean()
-
-
-def kl_of_tokens(log_probs: Tensor, start: Tensor) -> Tensor:
-    """``(N,)`` KL divergences in nats of the distributions of the next token from the start's."""
-    return (log_probs.exp() * (log_probs - start)).sum(dim=1)
+    ratio = (own - old).exp()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+    if start is not None:
+        loss = loss + coefficient * ((start - own).exp() - (start - own) - 1)
+    return loss.mean()
 
 
 def advantages_of(rewards: Tensor, per_group: int) -> Tensor:
@@ -92,228 +85,190 @@ def advantages_of(rewards: Tensor, per_group: int) -> Tensor:
     return ((groups - groups.mean(dim=1, keepdim=True)) / (groups.std(dim=1, keepdim=True) + 1e-4)).flatten()
 
 
+def kl_of_tokens(log_probs: Tensor, start: Tensor) -> Tensor:
+    """``(N,)`` KL divergences in nats of the distributions of the next token from the start's."""
+    return (log_probs.exp() * (log_probs - start)).sum(dim=1)
+
+
 class Policy:
-    """The start policy with LoRA (peft) in its top layers.
+    """The start policy with LoRA weights, and the copy that writes.
 
     Args:
-        model: a ``LlamaForCausalLM``.
-        spans: trained layers of proxies and of gold.
-        lora_layers: how many layers have LoRA weights.
+        model: a ``LlamaForCausalLM`` on its device.
+        new_tokens: longest response.
+        end: the token that ends one.
     """
 
-    def __init__(self, model: Any, spans: tuple[range, range], lora_layers: int = LORA_LAYERS):
+    def __init__(self, model: Any, new_tokens: int, end: int):
         from peft import LoraConfig, get_peft_model
 
-        layers = model.config.num_hidden_layers
-        self.first, (self.proxy_depth, self.gold_depth) = layers - lora_layers, [span.start for span in spans]
-        if not self.proxy_depth <= self.first <= self.gold_depth:
-            raise ValueError(
-                f"LoRA begins at layer {self.first}; proxies read the states before layer {self.proxy_depth}, gold "
-                f"those before {self.gold_depth}: it has to begin in between. Choose another number of layers."
-            )
+        self.writer = Writer(copy.deepcopy(model), new_tokens, end)
         names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        config = LoraConfig(
-            r=RANK, lora_alpha=2 * RANK, target_modules=names, layers_to_transform=list(range(self.first, layers))
-        )
-        self.wrapped = get_peft_model(model, config)
-        self.model = self.wrapped.get_base_model()
-        for parameter in self.parameters():
-            parameter.data = parameter.data.float()
-        self.reader = LlamaWithStates(self.model, tuple(dict.fromkeys((self.proxy_depth, self.first))))
+        self.wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names))
+        self.device, self.new_tokens = str(model.device), new_tokens
 
     def parameters(self) -> list[nn.Parameter]:
         return [each for each in self.wrapped.parameters() if each.requires_grad]
 
-    def top(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """``(B, T, H)`` normed last states, and those before gold's layer."""
-        body, dtype, size = self.model.model, self.model.lm_head.weight.dtype, self.reader.size
-        hidden = rows.states[self.first].float()
-        every = torch.arange(hidden.shape[1])[None]
-        rotary, seen, before = body.rotary_emb(hidden, every), every[:, None] <= every[:, :, None], hidden
-        for number, layer in enumerate(body.layers[self.first :], self.first):
-            if number == self.gold_depth:
-                before = hidden
-            own, normed = layer.self_attn, layer.input_layernorm(hidden).to(dtype)
-            query, key, value = (
-                part(normed).float().unflatten(-1, (-1, size)).transpose(1, 2)
-                for part in (own.q_proj, own.k_proj, own.v_proj)
-            )
-            query, key = apply_rotary_pos_emb(query, key, *rotary)
-            hidden = hidden + own.o_proj(attention(query, key, value, seen).to(dtype))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden).to(dtype))
-        return body.norm(hidden), before
+    @torch.no_grad()
+    def write(self, prompts: list[list[int]], per_prompt: int, seed: int) -> Rows:
+        """Responses by the policy as it is now."""
+        for name, module in self.wrapped.get_base_model().named_modules():
+            if hasattr(module, "lora_A"):
+                merged = module.base_layer.weight + module.get_delta_weight("default")
+                self.writer.model.get_submodule(name).weight.copy_(merged)
+        responses = self.writer.write(prompts, per_prompt, seed)
+        numbers = [number for number in range(len(prompts)) for _ in range(per_prompt)]
+        return rows_of([prompts[number] for number in numbers], responses, numbers)
 
-    def log_probs(self, normed: Tensor, where: Where) -> Tensor:
-        """``(N, V)`` log probabilities at the places of drawn tokens."""
-        rows, columns = where
-        logits = self.model.lm_head(normed[rows, columns - 1].to(self.reader.dtype)).float()
-        return logits.log_softmax(dim=1)
+    def drawn(self, rows: Rows, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some rows the ``(N, H)`` states before each token that was drawn, that token, and its row (0, 1, ...).
+
+        The end that a cut response was given was not drawn.
+        """
+        ids, mask = batch(rows, places, self.device)
+        starts, lengths = rows.prompt_lengths[places], rows.lengths[places]
+        stops = torch.minimum(lengths, starts + self.new_tokens)
+        every = torch.arange(ids.shape[1])
+        is_drawn = ((every >= starts[:, None]) & (every < stops[:, None])).to(self.device)
+        with half_products(self.device):
+            hidden = self.wrapped.get_base_model().model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return hidden.last_hidden_state[:, :-1][is_drawn[:, 1:]], ids[is_drawn], is_drawn.nonzero()[:, 0]
+
+    def log_probs(self, states: Tensor) -> Tensor:
+        """``(N, V)`` float32."""
+        with half_products(self.device):
+            logits = self.wrapped.get_base_model().lm_head(states)
+        return logits.float().log_softmax(dim=1)
+
+    def log_probs_of(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """``(N,)`` of these tokens; distributions are not kept for the backward pass."""
+
+        def some(states: Tensor, tokens: Tensor) -> Tensor:
+            return self.log_probs(states).gather(1, tokens[:, None])[:, 0]
+
+        parts = zip(states.split(WORDS_AT_ONCE), tokens.split(WORDS_AT_ONCE), strict=True)
+        return torch.cat([checkpoint(some, *part, use_reentrant=False) for part in parts])
+
+    @torch.no_grad()
+    def kl_from_start(self, rows: Rows) -> Tensor:
+        """``(B,)`` exact KL divergence of each response's distributions from the start's, nats, on the CPU."""
+        found = torch.zeros(len(rows.lengths))
+        for places in torch.arange(len(rows.lengths)).split(ROWS_AT_ONCE):
+            states, _, row = self.drawn(rows, places)
+            with self.wrapped.disable_adapter():
+                before, _, _ = self.drawn(rows, places)
+            kls = torch.cat([
+                kl_of_tokens(self.log_probs(one), self.log_probs(other))
+                for one, other in zip(states.split(WORDS_AT_ONCE), before.split(WORDS_AT_ONCE), strict=True)
+            ])  # fmt: skip
+            found[places] = torch.zeros(len(places), device=kls.device).index_add(0, row, kls).cpu()
+        return found
+
+    def update(self, rows: Rows, advantages: Tensor, coefficient: float, optimizer: torch.optim.Optimizer) -> None:
+        """One step on all rows, a few at a time."""
+        every = torch.arange(len(rows.lengths))
+        stops = torch.minimum(rows.responses(), torch.tensor(self.new_tokens))
+        optimizer.zero_grad()
+        for places in every.split(ROWS_AT_ONCE):
+            states, tokens, row = self.drawn(rows, places)
+            own, start = self.log_probs_of(states, tokens), None
+            if coefficient:
+                with torch.no_grad(), self.wrapped.disable_adapter():
+                    start = self.log_probs_of(self.drawn(rows, places)[0], tokens)
+            each = advantages[places].to(self.device)[row]
+            loss = grpo_loss(own, own.detach(), start, each, coefficient)
+            (loss * (len(tokens) / float(stops.sum()))).backward()
+        nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+        optimizer.step()
 
 
-def drawn_places(rows: Rows, new_tokens: int) -> Where:
-    """Rows and columns of the tokens that the policy drew; the end of a response that was cut is not one of them."""
-    stops = rows.prompt_lengths + (rows.lengths - rows.prompt_lengths).clamp_max(new_tokens)
-    columns = torch.arange(rows.ids.shape[1])[None]
-    own = (columns >= rows.prompt_lengths[:, None]) & (columns < stops[:, None])
-    found = own.nonzero(as_tuple=True)
-    return found[0], found[1]
-
-
-def some_rows(rows: Rows, kept: Tensor) -> Rows:
-    states = {depth: value[kept] for depth, value in rows.states.items()}
-    return Rows(rows.ids[kept], rows.prompt_lengths[kept], rows.lengths[kept], states)
-
-
-@dataclass
 class Judges:
-    """The proxy that a policy is trained against and gold, both in standard deviations of the start's responses."""
+    """Who reads responses: the proxy, gold, and after the run two watchers.
 
-    proxy: TopLayers
-    proxy_units: list[float]
-    gold: TopLayers
-    gold_units: list[float]
+    These are the chosen InfoRM of the run's own seed, of which CSI is asked, and the chosen standard model of the next
+    seed, which learnt from other flips.
+    """
 
-    def by_proxy(self, rows: Rows, policy: Policy) -> Tensor:
-        """``(B,)`` rewards."""
-        ready = Prepared(rows.states[policy.proxy_depth], rows.lengths)
-        return (rewards_of(self.proxy, ready)[0] - self.proxy_units[0]) / self.proxy_units[1]
+    def __init__(self, folder: Path, model_folder: Path, layers: int, run: PolicyRun, device: str):
+        self.folder, self.model_folder, self.layers, self.device = folder, model_folder, layers, device
+        self.chosen = chosen_of(folder)
+        self.proxy = self._named(run.proxy, run.seed)
+        self.gold = Gold(folder, device)
+        after = REPORT_SEEDS[(REPORT_SEEDS.index(run.seed) + 1) % len(REPORT_SEEDS)]
+        self.second = self._named("standard, chosen", after)
+        self.watcher = self._named("InfoRM, chosen", run.seed)
 
-    def by_gold(self, before: Tensor, rows: Rows) -> Tensor:
-        """``(B,)`` rewards from the start's states before gold's layer."""
-        ready = Prepared(before.half(), rows.lengths)
-        return (rewards_of(self.gold, ready)[0] - self.gold_units[0]) / self.gold_units[1]
+    def _named(self, name: str, seed: int) -> tuple[Any, list[float]]:
+        run = Run(self.chosen[name], ATTACKED_NOISE, seed)
+        figures = read_run(self.folder, run.name)
+        assert figures is not None
+        return load_run(self.folder, self.model_folder, self.layers, run, self.device), figures["units"]
+
+    def by_proxy(self, rows: Rows) -> Tensor:
+        model, (mean, deviation) = self.proxy
+        return (rewards_of(model, rows, self.device)[0] - mean) / deviation
+
+    def columns(self, rows: Rows) -> dict[str, Tensor]:
+        """What all but KL have to say of measured responses."""
+        model, (mean, deviation) = self.second
+        return {
+            "proxy": self.by_proxy(rows), "gold": self.gold(rows).float(),
+            "second": (rewards_of(model, rows, self.device)[0] - mean) / deviation,
+            "latents": rewards_of(self.watcher[0], rows, self.device, latents=True)[1].half(),
+        }  # fmt: skip
+
+
+def optimise(folder: Path, model_folder: Path, texts: Texts, layers: int, run: PolicyRun, device: str,
+             stop_at: float | None = None) -> None:  # fmt: skip
+    """Train a policy and write its files; `stop_at` (`time.time()`) ends it sooner, and what is measured is kept."""
+    target = folder / "policy" / f"{run.name}.json"
+    if target.exists():
+        return
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    torch.manual_seed(seed_of(run.seed, "lora"))
+    policy = Policy(AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).to(device), texts.sizes.new_tokens,
+                    texts.end)  # fmt: skip
+    judges = Judges(folder, model_folder, layers, run, device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    asked, held_aside = (texts.conversation_ids(texts.prompts(part)) for part in ("policy", "measured"))
+    order = torch.Generator().manual_seed(run.seed)
+    waiting: list[int] = []
+    measured: list[dict[str, Tensor]] = []
+    started = time.time()
+    for step in range(run.steps + 1):
+        late = stop_at is not None and time.time() > stop_at
+        if step % run.every == 0 or step == run.steps or late:
+            measured.append(_measured(policy, judges, held_aside, run, step))
+            print(f"{run.name}: step {step}, {time.time() - started:.0f} s, proxy {measured[-1]['proxy'].mean():.2f}, "
+                  f"gold {measured[-1]['gold'].mean():.2f}, KL {measured[-1]['kl'].mean():.1f}", flush=True)  # fmt: skip
+        if step == run.steps or late:
+            break
+        if len(waiting) < GROUPS:
+            waiting += torch.randperm(len(asked), generator=order).tolist()
+        now, waiting = waiting[:GROUPS], waiting[GROUPS:]
+        rows = policy.write([asked[place] for place in now], PER_GROUP, seed_of(run.seed, "trained", step))
+        policy.update(rows, advantages_of(judges.by_proxy(rows), PER_GROUP), run.coefficient, optimizer)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    columns = {name: torch.cat([each[name] for each in measured]) for name in measured[0] if name != "ids"}
+    width = max(each["ids"].shape[1] for each in measured)
+    columns["ids"] = torch.cat([nn.functional.pad(each["ids"], (0, width - each["ids"].shape[1])) for each in measured])
+    save_file(columns, target.with_suffix(".safetensors"))
+    write_json(target, {"run": asdict(run), "steps": step, "seconds": round(time.time() - started)})
+
+
+def _measured(
+    policy: Policy, judges: Judges, prompts: list[list[int]], run: PolicyRun, step: int
+) -> dict[str, Tensor]:
+    rows = policy.write(prompts, 1, seed_of(run.seed, "measured", step))
+    return {
+        **judges.columns(rows), "kl": policy.kl_from_start(rows), "tokens": rows.responses(),
+        "step": torch.full_like(rows.lengths, step), "ids": rows.ids.int(), "prompt_lengths": rows.prompt_lengths,
+    }  # fmt: skip
 
 
 def policy_runs() -> list[PolicyRun]:
-    """Seeds before settings, so that what is done of the runs compares the same seeds."""
-    free = [
-        PolicyRun(name, 0.0, seed) for names in (ATTACKED[:2], ATTACKED[2:]) for seed in REPORT_SEEDS for name in names
-    ]
-    held = [PolicyRun(name, COEFFICIENTS[1], seed) for seed in REPORT_SEEDS for name in ATTACKED[:2]]
-    return free + held
-
-
-def train_policies(folder: Path, data: Path, model_folder: Path, sizes: Sizes, runs: list[PolicyRun]) -> None:
-    """One after the other, each from the start."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    texts = Texts(data, AutoTokenizer.from_pretrained(model_folder), sizes)
-    prompts = {part: texts.prompts(part) for part in ("policy", "measured")}
-    for run in runs:
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
-        torch.manual_seed(run.seed)
-        spans = depths_of(model.config.num_hidden_layers)
-        policy = Policy(model, spans, min(LORA_LAYERS, model.config.num_hidden_layers - spans[0].start))
-        optimise(folder, run, policy, judges_of(folder, model_folder, run), texts, prompts)
-
-
-def judges_of(folder: Path, model_folder: Path, run: PolicyRun) -> Judges:
-    layers = layers_of(model_folder)
-    proxy, units = proxy_of(folder, model_folder, run.proxy, run.seed)
-    return Judges(proxy, units, load_gold(folder, model_folder, layers), gold_rewards(folder, UNITS).tolist())
-
-
-def proxy_of(folder: Path, model_folder: Path, name: str, seed: int) -> tuple[TopLayers, list[float]]:
-    """A proxy of the tables, trained with flipped labels, and mean and deviation of its rewards."""
-    variant = chosen_of()[name]
-    known, figures = Run(variant, ATTACKED_NOISE, seed), read_run(folder, Run(variant, ATTACKED_NOISE, seed))
-    if figures is None:
-        raise FileNotFoundError(f"{name}, seed {seed}: not trained. Run the stage 'proxies'.")
-    model = start_of(model_folder, depths_of(layers_of(model_folder))[0], variant, 0)
-    model.load_state_dict(weights_of_run(folder, known)["member 0"], strict=False)
-    return model, figures["units"]["member 0"]
-
-
-def optimise(
-    folder: Path, run: PolicyRun, policy: Policy, judges: Judges, texts: Texts, prompts: dict[str, list[str]]
-) -> None:
-    """Train a policy and write its files; `prompts` has those to be trained on, and those ``measured``."""
-    home = folder / "policy" / run.name
-    if (home / "done.json").exists():
-        return
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    start_time = time.process_time()
-    for step, asked in enumerate(_prompts_of_steps(prompts["policy"], run)):
-        if step % run.every == 0:
-            rows, normed, where = _written(policy, texts, prompts["measured"], 1, _seed(run.seed, "measured", step))
-            _judged(home, "measured", step, policy, judges, texts, prompts["measured"], (rows, normed, where),
-                    with_start=True)  # fmt: skip
-        if step == run.steps:
-            break
-        rows, normed, where = _written(policy, texts, asked, PER_GROUP, _seed(run.seed, "trained", step))
-        every = [prompt for prompt in asked for _ in range(PER_GROUP)]
-        proxy, old, start = _judged(home, "trained", step, policy, judges, texts, every, (rows, normed, where),
-                                    with_start=run.coefficient > 0)  # fmt: skip
-        _update(policy, optimizer, run.coefficient, rows, where, advantages_of(proxy, PER_GROUP), old, start)
-        if step % run.every == 0:
-            print(f"{run.name}: step {step}, {time.process_time() - start_time:.0f} s of CPU", flush=True)
-    write_json(home / "done.json", {"run": asdict(run), "cpu_seconds": round(time.process_time() - start_time)})
-
-
-def _prompts_of_steps(prompts: list[str], run: PolicyRun) -> Iterator[list[str]]:
-    """`GROUPS` prompts a step, in the order of the seed, and none after the last step."""
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(run.seed)).tolist()
-    if len(order) < GROUPS * run.steps:
-        raise ValueError(f"{len(order)} prompts for {run.steps} steps of {GROUPS}. Ask for fewer steps.")
-    for step in range(run.steps):
-        yield [prompts[place] for place in order[GROUPS * step : GROUPS * (step + 1)]]
-    yield []
-
-
-def _seed(*parts: Any) -> int:
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:7], "big")
-
-
-def _written(policy: Policy, texts: Texts, asked: list[str], per_prompt: int, seed: int) -> tuple[Rows, Tensor, Where]:
-    ids = [texts.prompt_ids(prompt) for prompt in asked]
-    rows = write_rows(policy.reader, ids, per_prompt, texts.sizes.new_tokens, texts.end, seed)
-    with torch.no_grad():
-        normed, _ = policy.top(rows)
-    return rows, normed, drawn_places(rows, texts.sizes.new_tokens)
-
-
-@torch.no_grad()
-def _judged(
-    home: Path, part: str, step: int, policy: Policy, judges: Judges, texts: Texts, asked: list[str],
-    written: tuple[Rows, Tensor, Where], with_start: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Write a chunk; the proxy's rewards, log probabilities of the drawn tokens, and all of the start's, if asked for.
-
-    The start's pass gives gold and KL, too: without it they are missing in the lines.
-    """
-    rows, normed, where = written
-    own, start = policy.log_probs(normed, where), None
-    columns = {"proxy": judges.by_proxy(rows, policy)}
-    if with_start:
-        with policy.wrapped.disable_adapter():
-            start_normed, before = policy.top(rows)
-            start = policy.log_probs(start_normed, where)
-        columns["gold"] = judges.by_gold(before, rows)
-        columns["kl"] = torch.zeros(len(rows.lengths)).index_add(0, where[0], kl_of_tokens(own, start))
-    lines = []
-    for row, prompt in enumerate(asked):
-        ids = rows.ids[row, rows.prompt_lengths[row] : rows.lengths[row] - 1].tolist()
-        lines.append({"prompt": prompt, "response": texts.tokenizer.decode(ids), "tokens": len(ids), "step": step,
-                      **{name: float(values[row]) for name, values in columns.items()}})  # fmt: skip
-    kept = {policy.proxy_depth: rows.states[policy.proxy_depth]} if part == "measured" else {}
-    save_chunk(home, part, step, Rows(rows.ids, rows.prompt_lengths, rows.lengths, kept), lines, 0.0)
-    return columns["proxy"], own.gather(1, rows.ids[where][:, None])[:, 0], start
-
-
-def _update(
-    policy: Policy, optimizer: torch.optim.Optimizer, coefficient: float, rows: Rows, where: Where,
-    advantages: Tensor, old: Tensor, start: Tensor | None,
-) -> None:  # fmt: skip
-    """`PASSES` times two updates, each of half of the rows."""
-    for kept in torch.arange(len(rows.lengths)).chunk(2) * PASSES:
-        own = torch.isin(where[0], kept)
-        place = where[0][own] - int(kept[0]), where[1][own]
-        part = some_rows(rows, kept)
-        normed, _ = policy.top(part)
-        of_start = None if start is None else start[own]
-        loss = grpo_loss(policy.log_probs(normed, place), of_start, part.ids[place], old[own],
-                         advantages[kept][place[0]], coefficient)  # fmt: skip
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
+    return [PolicyRun(name, coefficient, seed) for coefficient in COEFFICIENTS for name in ATTACKED
+            for seed in REPORT_SEEDS]  # fmt: skip

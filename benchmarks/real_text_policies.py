@@ -2,60 +2,57 @@
 
 Watchers are asked after the runs, on the measured responses: CSI of the latents of the chosen InfoRM of the run's own
 seed, and the reward of a second model, the chosen standard one of the next seed, which learnt from other flips. The
-reference of CSI are the start's responses to the same prompts, drawn by all seeds.
+reference of CSI are the start's responses to the same prompts, drawn by all runs of the seed.
 """
 
 import json
 import math
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from safetensors.torch import load_file
 
+import real_text_grpo
 from inform_rm.eval.detection.clusters import auto_eps, cluster_separation_index
 from inform_rm.eval.detection.early_stopping import CSIEarlyStopping, RewardFallStopping
 from inform_rm.eval.detection.outliers import null_rank, split_half_null
 from over_seeds import mean_and_interval, table
-from real_text_grpo import ATTACKED, COEFFICIENTS, PolicyRun, policy_runs, proxy_of
-from real_text_models import Prepared, rewards_of
-from real_text_proxies import REPORT_SEEDS
-from real_text_samples import depths_of, jsonl, layers_of, read_part
+from real_text_grpo import ATTACKED, COEFFICIENTS, PolicyRun
 
 NATS = (2, 5, 10, 20, 40)
 FALL = 0.1  # of its gain at the peak that gold has lost: then it has turned
-ALPHA, SPLITS = 0.05, 200
+ALPHA, SPLITS, REFERENCE = 0.05, 100, 512
 Curve = dict[str, Any]
 
 
 def curve_of(folder: Path, run: PolicyRun) -> Curve | None:
-    """By measured step means over prompts, rewards as gains over the start; ``None`` if the run has not begun.
-
-    A run that was stopped counts as far as it went.
-    """
-    home = folder / "policy" / run.name
-    chunks = [jsonl(path.with_suffix(".jsonl"))
-              for path in sorted((home / "samples" / "measured").glob("*.safetensors"))]  # fmt: skip
-    if len(chunks) < 2:
+    """By measured step means over prompts, rewards as gains over the start; ``None`` if the run was not done."""
+    path = folder / "policy" / f"{run.name}.safetensors"
+    if not path.exists():
         return None
-    columns = {name: np.array([[line[name] for line in chunk] for chunk in chunks], dtype=float)
-               for name in ("proxy", "gold", "kl", "tokens")}  # fmt: skip
-    gains = {name: values - values[0] for name, values in columns.items() if name in ("proxy", "gold")}
+    found = load_file(path)
+    steps = found["step"].unique().tolist()
+    columns = {name: found[name].double().view(len(steps), -1).numpy()
+               for name in ("proxy", "gold", "second", "kl", "tokens")}  # fmt: skip
+    ids = found["ids"].view(len(steps), -1, found["ids"].shape[1])
+    starts, tokens = (found[name].view(len(steps), -1) for name in ("prompt_lengths", "tokens"))
     return {
-        "run": run, "step": [chunk[0]["step"] for chunk in chunks], "kl": columns["kl"].mean(axis=1),
-        "proxy": gains["proxy"].mean(axis=1), "gold": gains["gold"].mean(axis=1),
-        "tokens": columns["tokens"].mean(axis=1),
-        "distinct": [len({line["response"] for line in chunk}) / len(chunk) for chunk in chunks],
-        "repeated": [statistics.mean(repeated(line["response"]) for line in chunk) for chunk in chunks],
+        "run": run, "step": steps, "kl": columns["kl"].mean(axis=1), "tokens": columns["tokens"].mean(axis=1),
+        **{name: (columns[name] - columns[name][0]).mean(axis=1) for name in ("proxy", "gold", "second")},
+        # of the second model's paired gains
+        "error": (columns["second"] - columns["second"][0]).std(axis=1, ddof=1) / math.sqrt(columns["kl"].shape[1]),
+        "repeated": [float(np.mean([_repeated(row[start : start + length].tolist())
+                                    for row, start, length in zip(*each, strict=True)]))
+                     for each in zip(ids, starts.tolist(), tokens.tolist(), strict=True)],
+        "latents": found["latents"].double().view(len(steps), -1, found["latents"].shape[1]).numpy(),
     }  # fmt: skip
 
 
-def repeated(text: str) -> float:
-    """Share of the words that stood in the text before."""
-    words = text.split()
-    return 1 - len(set(words)) / len(words) if words else 0.0
+def _repeated(tokens: list[int]) -> float:
+    """Share of the tokens that stood in the response before."""
+    return 1 - len(set(tokens)) / len(tokens)
 
 
 def turning(curve: Curve) -> dict[str, float]:
@@ -84,27 +81,13 @@ def at_nats(curve: Curve, nats: float) -> float | None:
     return float(gold[after - 1] + share * (gold[after] - gold[after - 1]))
 
 
-def watch_runs(folder: Path, model_folder: Path, curves: list[Curve]) -> None:
-    """Add to each curve CSI with its rank among random halves, the second model's reward, and when the rules stop."""
-    depth = depths_of(layers_of(model_folder))[0].start
+def watch_runs(curves: list[Curve]) -> None:
+    """Put CSI over its mean among random halves, its rank there, and when the rules stop in place of the latents."""
     for seed in sorted({curve["run"].seed for curve in curves}):
         own = [curve for curve in curves if curve["run"].seed == seed]
-        watcher, _ = proxy_of(folder, model_folder, "InfoRM, chosen", seed)
-        after = REPORT_SEEDS[(REPORT_SEEDS.index(seed) + 1) % len(REPORT_SEEDS)]
-        second, (_, deviation) = proxy_of(folder, model_folder, "standard, chosen", after)
-        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for curve in curves:
-            if curve["run"].seed == seed or curve["run"] in first_runs(curves):
-                rows, lines = read_part(folder / "policy" / curve["run"].name, "measured", (depth,))
-                ready = Prepared(rows.states[depth], rows.lengths)
-                steps = len(curve["step"])
-                _, latents = rewards_of(watcher, ready)
-                assert latents is not None
-                rewards = rewards_of(second, ready)[0] / deviation
-                found[curve["run"].name] = latents.view(steps, len(lines) // steps, -1), rewards.view(steps, -1)
-        reference = np.concatenate(
-            [found[run.name][0][0].double().numpy() for run in first_runs(curves)]
-        )  # fmt: skip
+        starts = np.concatenate([curve["latents"][0] for curve in own])
+        kept = np.random.default_rng(seed).permutation(len(starts))[:REFERENCE]
+        reference = starts[kept]
         eps = auto_eps(reference)
 
         def csi(candidate: np.ndarray, others: np.ndarray, eps: float = eps) -> float:
@@ -112,30 +95,19 @@ def watch_runs(folder: Path, model_folder: Path, curves: list[Curve]) -> None:
 
         null = split_half_null(reference, csi, num_splits=SPLITS, seed=seed)
         for curve in own:
-            latents, rewards = found[curve["run"].name]
-            values = [csi(each.double().numpy(), reference) for each in latents]
+            values = [csi(each, reference) for each in curve.pop("latents")]
             curve["csi"] = np.array(values) / float(null.mean())
             curve["csi rank"] = np.array([null_rank(value, null) for value in values])
-            curve["second"] = (rewards - rewards[0]).mean(dim=1).numpy()
-            errors = (rewards - rewards[0]).std(dim=1).numpy() / math.sqrt(rewards.shape[1])
             stops = CSIEarlyStopping(), RewardFallStopping()
             alarms = {
                 "CSI rank": [place for place, rank in enumerate(curve["csi rank"]) if place and rank < ALPHA],
                 "CSI rule": [place for place, value in enumerate(values) if stops[0].update(value)],
                 "second reward": [
-                    place for place, (value, error) in enumerate(zip(curve["second"], errors, strict=True))
+                    place for place, (value, error) in enumerate(zip(curve["second"], curve["error"], strict=True))
                     if stops[1].update(float(value), float(error))
                 ],
             }  # fmt: skip
             curve["alarms"] = {name: places[0] if places else None for name, places in alarms.items()}
-
-
-def first_runs(curves: list[Curve]) -> list[PolicyRun]:
-    """One run of each seed: its first measurement is of the start."""
-    found: dict[int, PolicyRun] = {}
-    for curve in curves:
-        found.setdefault(curve["run"].seed, curve["run"])
-    return list(found.values())
 
 
 def shown(values: list[float], digits: int = 2, sign: str = "") -> str:
@@ -148,12 +120,12 @@ def shown(values: list[float], digits: int = 2, sign: str = "") -> str:
     return f"{mean:{sign}.{digits}f}" + (f" ± {mean - low:.{digits}f}" if len(found) > 1 else "") + few
 
 
-def policy_tables(folder: Path, model_folder: Path) -> tuple[list[str], list[Curve]]:
+def policy_tables(folder: Path) -> tuple[list[str], list[Curve]]:
     """Lines of the report and the curves of all runs that are done; without any, none."""
-    curves = [curve for run in policy_runs() if (curve := curve_of(folder, run))]
+    curves = [curve for run in real_text_grpo.policy_runs() if (curve := curve_of(folder, run))]
     if not curves:
         return [], []
-    watch_runs(folder, model_folder, curves)
+    watch_runs(curves)
     lines = ["## GRPO", "", *_course_table(curves), *_nats_table(curves), *_alarm_table(curves)]
     return lines, curves
 
@@ -174,7 +146,7 @@ def _course_table(curves: list[Curve]) -> list[str]:
                      f"{turned} of {len(own)}", shown([curve["tokens"][-1] for curve in own], 1),
                      shown([curve["repeated"][-1] - curve["repeated"][0] for curve in own], 2, "+")])  # fmt: skip
     header = ["KL coefficient", "proxy", "seeds", "KL at the end", "proxy's gain", "gold's gain", "gold at its peak",
-              "KL there", "fall from there", "turned", "tokens", "words repeated"]  # fmt: skip
+              "KL there", "fall from there", "turned", "tokens", "tokens repeated"]  # fmt: skip
     return table(header, rows)
 
 

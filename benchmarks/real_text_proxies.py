@@ -1,15 +1,18 @@
-"""Stages 3 and 4 of `real_text.py`: pairs of the policy's responses labelled by gold, and proxies trained on them.
+"""Stage 3 of `real_text.py`: pairs of the policy's responses labelled by gold, and proxies trained on them.
 
-A run is a variant, a share of flipped labels, a seed and a number of members. A seed draws flips, head and order of
-the pairs; members of a run differ in order, dropout and latent noise alone, and start from one head, as WARM needs it.
-Files: ``proxies/NAME.json`` with the figures, ``proxies/NAME.safetensors`` with the weights.
+A prompt gives `per_prompt - 2` of its responses as pairs of their own, and two more against a response that was
+written to its partner: so each response is in one pair a prompt, and no two pairs tell of the same. A run is a variant,
+a share of flipped labels and a seed, which draws flips, head and order; a member of a run differs in order and noise of
+training alone, and starts from the same head, as WARM needs it. Files: ``proxies/NAME.json`` with the figures,
+``proxies/NAME.safetensors`` with the weights.
 """
 
 import hashlib
 import itertools
 import json
 import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +23,23 @@ from torch import Tensor
 from inform_rm.training.losses import kl_to_standard_normal
 from inform_rm.util.files import write_json
 from real_text_gold import gold_rewards
-from real_text_models import Pairs, Prepared, Variant, accuracy, averaged, rewards_of, start_of, train, weights_of
-from real_text_samples import concatenated, read_part
+from real_text_models import Pairs, Variant, accuracy, averaged, batch, half_products, rewards_of, start_of, train
+from real_text_texts import Rows, Sizes, read_rows, splits_of
 
-REPORT_SEEDS = (10, 11, 12)  # settings were chosen on others
+SEARCH_SEEDS = (0,)
+REPORT_SEEDS = (10, 11, 12)
 MEMBERS = 3
 NOISE = (0.0, 0.25)  # shares of flipped labels, of training and validation pairs
-ATTACKED_NOISE = 0.25  # of the proxies that policies are trained against
+ATTACKED_NOISE = 0.25
 COEFFICIENT = 0.5  # lambda of UWO, for rewards in units of a standard deviation
 GATE = {0.0: 0.8, 0.25: 0.7}  # least accuracy on clean held-out pairs, by share of flipped labels
 GATED, CLEAR = "prompt decides", 0.5  # standard deviations of gold between the responses of a clear pair
-PARTS = ("pairs", "swapped")
+# Searched on noisy validation pairs, as many of either kind.
+SEARCHED = {
+    "standard": [replace(Variant("standard", epochs=epochs), **more) for epochs in (1, 3)
+                 for more in ({}, {"attention_dropout": 0.1}, {"label_smoothing": 0.1})],
+    "InfoRM": [Variant(beta=beta, epochs=epochs) for epochs in (1, 3) for beta in (0.01, 0.03, 0.1)],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,50 +49,41 @@ class Run:
     variant: Variant
     noise: float
     seed: int
-    members: int = 1
+    member: int = 0
 
     @property
     def name(self) -> str:
         key = json.dumps(asdict(self), sort_keys=True)
-        kind = f"{self.variant.architecture}-{self.noise:g}-{self.seed}-{self.members}"
+        kind = f"{self.variant.architecture}-{self.noise:g}-{self.seed}-{self.member}"
         return f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
 
 
-def pairs_of(lines: list[dict[str, Any]], gold: Tensor, split: str) -> Pairs:
-    """All pairs of responses under one prompt of a split, the better one by gold first."""
-    of_prompt: dict[int, list[int]] = {}
-    for row, line in enumerate(lines):
-        if line["split"] == split:
-            of_prompt.setdefault(line["prompt_number"], []).append(row)
-    found = [
-        (one, other, prompt) if gold[one] > gold[other] else (other, one, prompt)
-        for prompt, rows in of_prompt.items() for one, other in itertools.combinations(rows, 2)
-    ]  # fmt: skip
-    return Pairs(*torch.tensor(found).reshape(-1, 3).T.contiguous())
-
-
-def part_of(pairs: Pairs, kept: Tensor) -> Pairs:
-    return Pairs(pairs.chosen[kept], pairs.rejected[kept], pairs.group[kept])
-
-
-def labelled(pairs: Pairs, noise: float, seed: int) -> tuple[Pairs, Tensor]:
-    """Pairs of which this share is flipped, and which are."""
-    flipped = torch.rand(len(pairs.group), generator=torch.Generator().manual_seed(seed + 1000)) < noise
-    chosen = torch.where(flipped, pairs.rejected, pairs.chosen)
-    return Pairs(chosen, torch.where(flipped, pairs.chosen, pairs.rejected), pairs.group), flipped
-
-
 class World:
-    """The responses that pairs are made of, each under two prompts, with gold rewards, as the proxies read them."""
+    """Responses under their own and under their partner's prompt, with gold rewards.
 
-    def __init__(self, folder: Path, depth: int):
-        self.folder = folder
-        parts = [read_part(folder, part, (depth,)) for part in PARTS]
-        rows = concatenated([part[0] for part in parts])
-        self.lines = [line for part in parts for line in part[1]]
-        self.ready = Prepared(rows.states[depth], rows.lengths)
-        self.gold = torch.cat([gold_rewards(folder, part) for part in PARTS])
-        self.own = len(parts[0][1])  # rows before this one are under the prompt that they were written to
+    Rows of prompt p: ``2 * per_prompt`` from ``2 * per_prompt * p`` on, the second half written to its partner.
+    """
+
+    def __init__(self, folder: Path, sizes: Sizes):
+        self.folder, self.per_prompt, self.splits = folder, sizes.per_prompt, splits_of(sizes)
+        self.rows, self.gold = read_rows(folder, "pairs"), gold_rewards(folder, "pairs")
+
+    def prompts(self, split: str) -> list[int]:
+        return [number for number, name in enumerate(self.splits) if name == split]
+
+    def pairs(self, split: str) -> Pairs:
+        """The pairs that proxies learn from, the better one by gold first."""
+        own, found = self.per_prompt, []
+        for number in self.prompts(split):
+            first = 2 * own * number
+            found += [(first + place, first + place + 1) for place in range(0, own - 2, 2)]
+            found += [(first + place, first + own + place) for place in (own - 2, own - 1)]
+        return self._by_gold(found)
+
+    def _by_gold(self, found: Iterable[tuple[int, int]]) -> Pairs:
+        one, other = torch.tensor(list(found), dtype=torch.long).reshape(-1, 2).T
+        better = self.gold[one] > self.gold[other]
+        return Pairs(torch.where(better, one, other), torch.where(better, other, one))
 
     def test_sets(self) -> dict[str, Pairs]:
         """Clean held-out pairs.
@@ -93,143 +93,156 @@ class World:
         prefers one under the one prompt and the other under the other; both readings are a pair each, so that a reward
         that does not read the prompt has 0.5. ``prompt decides, clear``: by at least `CLEAR` under both.
         """
-        gold = self.gold
-        every = pairs_of(self.lines[: self.own], gold, "test")
-        tokens = torch.tensor([line["tokens"] for line in self.lines])
+        own = self.per_prompt
+        every = self._by_gold(
+            pair for number in self.prompts("test")
+            for pair in itertools.combinations(range(2 * own * number, 2 * own * number + own), 2)
+        )  # fmt: skip
+        tokens = self.rows.responses()
         equal = tokens[every.chosen] == tokens[every.rejected]
-        clear = gold[every.chosen] - gold[every.rejected] > CLEAR
+        clear = self.gold[every.chosen] - self.gold[every.rejected] > CLEAR
         return {
-            "all pairs": every,
-            "clear pairs": part_of(every, clear),
-            "clear, equal length": part_of(every, equal & clear),
-            "prompt decides": turned_pairs(self.lines, gold, "test"),
-            "prompt decides, clear": turned_pairs(self.lines, gold, "test", CLEAR),
-        }
+            "all pairs": every, "clear pairs": every[clear], "clear, equal length": every[equal & clear],
+            GATED: self.turned_pairs("test", 0.0), f"{GATED}, clear": self.turned_pairs("test", CLEAR),
+        }  # fmt: skip
+
+    def turned_pairs(self, split: str, least_gap: float) -> Pairs:
+        """Pairs of responses that gold orders one way under one prompt and the other way under its partner."""
+        own, prompts, gold, found = self.per_prompt, self.prompts(split), self.gold.tolist(), []
+        for one, other in zip(prompts[::2], prompts[1::2], strict=False):
+            first, second = 2 * own * one, 2 * own * other
+            # Place t of the first prompt's rows: the same text as place t, halves changed, of the other's.
+            twin = [second + (place + own) % (2 * own) for place in range(2 * own)]
+            for a, b in itertools.combinations(range(2 * own), 2):
+                here = gold[first + a] - gold[first + b]
+                there = gold[twin[a]] - gold[twin[b]]
+                if here * there < 0 and min(abs(here), abs(there)) > least_gap:
+                    found += [(first + a, first + b), (twin[a], twin[b])]
+        return self._by_gold(found)
 
 
-def turned_pairs(lines: list[dict[str, Any]], gold: Tensor, split: str, least_gap: float = 0.0) -> Pairs:
-    """Pairs of responses that gold orders one way under one prompt and the other way under the other."""
-    row_of: dict[tuple[int, int], int] = {}  # of a prompt and a response
-    prompts_of: dict[int, list[int]] = {}
-    texts_of: dict[int, list[int]] = {}
-    for row, line in enumerate(lines):
-        if line["split"] == split:
-            prompt, text = line["prompt_number"], line.get("of_row", row)
-            row_of[prompt, text] = row
-            prompts_of.setdefault(text, []).append(prompt)
-            texts_of.setdefault(prompt, []).append(text)
-    found = []
-    for prompt, texts in texts_of.items():
-        for one, other in itertools.combinations(texts, 2):
-            gaps = {each: float(gold[row_of[each, one]] - gold[row_of[each, other]]) for each in prompts_of[one]}
-            own = gaps.pop(prompt)
-            if any(own * gap < 0 and min(abs(own), abs(gap)) > least_gap for gap in gaps.values()):
-                better, worse = (one, other) if own > 0 else (other, one)
-                found.append((row_of[prompt, better], row_of[prompt, worse], prompt))
-    return Pairs(*torch.tensor(found).reshape(-1, 3).T.contiguous())
+def labelled(pairs: Pairs, noise: float, seed: int) -> tuple[Pairs, Tensor]:
+    """Pairs of which this share is flipped, and which are."""
+    flipped = torch.rand(len(pairs), generator=torch.Generator().manual_seed(seed + 1000)) < noise
+    chosen = torch.where(flipped, pairs.rejected, pairs.chosen)
+    return Pairs(chosen, torch.where(flipped, pairs.chosen, pairs.rejected)), flipped
 
 
-def do_run(world: World, model_folder: Path, span: range, run: Run) -> None:
-    """Train the members of a run and write its files, unless they are there."""
+def do_run(world: World, model_folder: Path, layers: int, run: Run, device: str) -> None:
+    """Train one proxy and write its files, unless they are there; of a searched one no weights are kept."""
     target = world.folder / "proxies" / f"{run.name}.json"
     if target.exists():
         return
-    pairs, flipped = labelled(pairs_of(world.lines, world.gold, "train"), run.noise, run.seed)
-    figures: dict[str, Any] = {"run": asdict(run), "losses": []}
-    start = start_of(model_folder, span, run.variant, run.seed)
-    first, named = weights_of(start), {}
-    for member in range(run.members):
-        start.load_state_dict(first)
-        losses: list[float] = []
-        train(start, run.variant, world.ready, pairs, 100 * run.seed + member, losses.append)
-        figures["losses"].append(losses)
-        named[f"member {member}"] = weights_of(start)
-    if run.members > 1:
-        named["WARM"] = averaged(list(named.values()))
-    scored = {name: _score(world, start, weights) for name, weights in named.items()}
-    if run.members > 1:
-        members = [scored[f"member {place}"] for place in range(run.members)]
-        scored["ensemble"] = ensemble(members, _units(world, scored))
-    sets = {**world.test_sets(), "train": pairs, "flips learnt": part_of(pairs, flipped)}
-    for name, rewards in scored.items():
-        figures[name] = {split: accuracy(rewards, each) for split, each in sets.items() if len(each.group)}
-    figures["units"] = _units(world, scored)
+    pairs, flipped = labelled(world.pairs("train"), run.noise, run.seed)
+    validation, _ = labelled(world.pairs("validation"), run.noise, run.seed + 1)
+    model = start_of(model_folder, layers, run.variant, run.seed, device)
+    loss = train(model, run.variant, world.rows, pairs, 100 * run.seed + run.member, device)
+    rewards, _ = rewards_of(model, world.rows, device)
+    sets = {**world.test_sets(), "validation": validation, "train": pairs, "flips learnt": pairs[flipped]}
+    figures: dict[str, Any] = {
+        "run": asdict(run), "loss": loss, "units": units_of(world, rewards),
+        "accuracy": {name: accuracy(rewards, each) for name, each in sets.items() if len(each)},
+        "count": {name: len(each) for name, each in sets.items()},
+    }  # fmt: skip
     if run.variant.architecture == "inform":
-        figures["kl_nats"] = _kl(start, named["member 0"], world.ready[: world.own])
-    kept = {f"{name}.{part}": value.contiguous() for name, each in named.items() for part, value in each.items()
-            if "embed_tokens" not in part}  # fmt: skip
-    target.parent.mkdir(exist_ok=True)
-    save_file(kept, target.with_suffix(".safetensors"))
+        figures["kl_nats"] = _kl(model, world.rows, device)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if run.seed in REPORT_SEEDS:
+        kept = {name: value.contiguous() for name, value in model.state_dict().items()}
+        save_file(kept, target.with_suffix(".safetensors"))
     write_json(target, figures)
 
 
-def _score(world: World, model: Any, weights: dict[str, Tensor]) -> Tensor:
-    """Rewards of all rows."""
-    model.load_state_dict(weights)
-    return rewards_of(model, world.ready)[0]
-
-
 @torch.no_grad()
-def _kl(model: Any, weights: dict[str, Tensor], rows: Prepared) -> float:
-    model.load_state_dict(weights)
-    _, mean, log_variance = model.eval()(rows)
-    return float(kl_to_standard_normal(mean, log_variance).mean())
+def _kl(model: Any, rows: Rows, device: str) -> float:
+    """Mean KL divergence of 256 posteriors from the prior, nats."""
+    with half_products(device, training=False):
+        output = model(*batch(rows, torch.arange(0, len(rows.lengths), -(-len(rows.lengths) // 256)), device))
+    return float(kl_to_standard_normal(output.latent_mean, output.latent_log_variance).mean())
 
 
-def _units(world: World, scored: dict[str, Tensor]) -> dict[str, list[float]]:
-    """Mean and standard deviation of each model's rewards of the policy's training responses."""
-    own = torch.tensor([line["split"] == "train" for line in world.lines[: world.own]]).nonzero()[:, 0]
-    return {name: [float(rewards[own].mean()), float(rewards[own].std())] for name, rewards in scored.items()}
+def is_train(world_rows: Rows, sizes: Sizes) -> Tensor:
+    """Which of the pairs' rows are responses to their own prompt, of the training split."""
+    splits, own = splits_of(sizes), sizes.per_prompt
+    known = torch.tensor([name == "train" for name in splits])[world_rows.prompts]
+    return known & (torch.arange(len(world_rows.prompts)) % (2 * own) < own)
 
 
-def ensemble(members: list[Tensor], units: dict[str, list[float]]) -> Tensor:
-    """UWO: mean less COEFFICIENT times variance of the members' rewards, each in units of its own deviation."""
-    scales = [units[f"member {place}"] for place in range(len(members))]
-    rewards = torch.stack([(each - mean) / deviation for each, (mean, deviation) in zip(members, scales, strict=True)])
-    return rewards.mean(dim=0) - COEFFICIENT * rewards.var(dim=0, correction=0)
+def units_of(world: World, rewards: Tensor) -> list[float]:
+    """Mean and standard deviation of a model's rewards of the policy's training responses."""
+    own = torch.tensor([name == "train" for name in world.splits])[world.rows.prompts]
+    own &= torch.arange(len(rewards)) % (2 * world.per_prompt) < world.per_prompt
+    return [float(rewards[own].mean()), float(rewards[own].std())]
 
 
-def read_run(folder: Path, run: Run) -> dict[str, Any] | None:
+def write_warm(world: World, model_folder: Path, layers: int, runs: list[Run], device: str) -> None:
+    """WARM of the members of a run: the model of their mean weights, as ``warm-NAME``."""
+    target = world.folder / "proxies" / f"warm-{runs[0].name}.json"
+    if target.exists():
+        return
+    model = start_of(model_folder, layers, runs[0].variant, runs[0].seed, device)
+    mean = averaged([load_file(world.folder / "proxies" / f"{run.name}.safetensors") for run in runs])
+    model.load_state_dict(mean)
+    rewards, _ = rewards_of(model, world.rows, device)
+    save_file({name: value.contiguous() for name, value in mean.items()}, target.with_suffix(".safetensors"))
+    write_json(target, {
+        "run": asdict(runs[0]), "units": units_of(world, rewards),
+        "accuracy": {name: accuracy(rewards, each) for name, each in world.test_sets().items() if len(each)},
+    })  # fmt: skip
+
+
+def load_run(folder: Path, model_folder: Path, layers: int, run: Run, device: str, warm: bool = False) -> Any:
+    """The model of a run, in eval mode."""
+    model = start_of(model_folder, layers, run.variant, run.seed, device)
+    name = f"warm-{run.name}" if warm else run.name
+    model.load_state_dict(load_file(folder / "proxies" / f"{name}.safetensors"))
+    return model.eval()
+
+
+def read_run(folder: Path, name: str) -> dict[str, Any] | None:
     """Figures of a run; ``None`` if it was not done."""
-    path = folder / "proxies" / f"{run.name}.json"
+    path = folder / "proxies" / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def weights_of_run(folder: Path, run: Run) -> dict[str, dict[str, Tensor]]:
-    """Weights by member; those of the embeddings, which are not used, are missing."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, value in load_file(folder / "proxies" / f"{run.name}.safetensors").items():
-        member, part = name.split(".", 1)
-        found.setdefault(member, {})[part] = value
-    return found
+def searched_runs() -> list[Run]:
+    return [Run(variant, ATTACKED_NOISE, seed) for seed in SEARCH_SEEDS for each in SEARCHED.values() for variant in each]
 
 
-def chosen_of() -> dict[str, Variant]:
-    """What is asked about; the chosen settings are those of an earlier search, in docs/results/real-text.md."""
-    return {
-        "standard, chosen": Variant("standard", dropout=0.1),
-        "InfoRM, chosen": Variant(beta=0.01),
-        "InfoRM, as it comes": Variant(),
-    }
-
-
-def methods_of(noise: float) -> dict[str, tuple[Variant, int, str]]:
-    """By name: setting, members of the run and which of its rewards; with flips several members, too."""
+def chosen_of(folder: Path) -> dict[str, Variant]:
+    """What is asked about: of either kind the best on validation pairs with flips, and InfoRM with the defaults."""
     found = {}
-    for name, variant in chosen_of().items():
-        found[name] = (variant, 1, "member 0")
-        if noise and "chosen" in name:
-            found |= {f"{name}, {kind}": (variant, MEMBERS, kind) for kind in ("ensemble", "WARM")}
+    for kind, variants in SEARCHED.items():
+        scores = [statistics.mean(_figures(folder, Run(variant, ATTACKED_NOISE, seed))["accuracy"]["validation"]
+                                  for seed in SEARCH_SEEDS) for variant in variants]  # fmt: skip
+        found[f"{kind}, chosen"] = variants[scores.index(max(scores))]
+    return {**found, "InfoRM, as it comes": Variant(epochs=found["InfoRM, chosen"].epochs)}
+
+
+def _figures(folder: Path, run: Run) -> dict[str, Any]:
+    found = read_run(folder, run.name)
+    if found is None:
+        raise FileNotFoundError(f"{folder / 'proxies'}: no {run.name}. Run the stage 'search' first.")
     return found
+
+
+def reported_runs(folder: Path) -> list[Run]:
+    """Proxies on the reported seeds, at all shares of flipped labels; with flips several members of the chosen."""
+    found = []
+    for name, variant in chosen_of(folder).items():
+        for noise in NOISE:
+            members = MEMBERS if noise and "chosen" in name else 1
+            if noise or "chosen" in name:
+                found += [Run(variant, noise, seed, member) for member in range(members) for seed in REPORT_SEEDS]
+    return sorted(dict.fromkeys(found), key=lambda run: run.member)
 
 
 def incompetent(folder: Path) -> dict[float, list[str]]:
     """By share of flipped labels what is wrong with the chosen single proxies; those without a fault are attacked."""
     faults: dict[float, list[str]] = {noise: [] for noise in NOISE}
-    for noise, (name, variant) in itertools.product(NOISE, chosen_of().items()):
+    for noise, (name, variant) in itertools.product(NOISE, chosen_of(folder).items()):
         if "chosen" in name:
-            runs = [read_run(folder, Run(variant, noise, seed)) for seed in REPORT_SEEDS]
-            mean = statistics.mean(run["member 0"][GATED] for run in runs if run)
+            mean = statistics.mean(_figures(folder, Run(variant, noise, seed))["accuracy"][GATED] for seed in REPORT_SEEDS)
             if mean < GATE[noise]:
                 faults[noise].append(f"{name}, {noise:.0%} flipped: {mean:.3f} of {GATED} right, needed {GATE[noise]}")
     return faults

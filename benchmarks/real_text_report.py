@@ -1,31 +1,37 @@
-"""Tables and figure of `real_text.py`, from the files of its stages."""
+"""Tables and figures of `real_text.py`, from the files of its stages."""
 
 import functools
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file
 
 from inform_rm.util.files import atomic_write_bytes, atomic_write_text, versions, write_json
+from inform_rm.util.intervals import wilson_interval
 from over_seeds import mean_and_interval, table
-from real_text_attack import curves, rewards_of_run, watch
-from real_text_gold import gold_rewards
+from real_text_attack import curves_of
+from real_text_gold import SEEDS
 from real_text_models import Variant
 from real_text_policies import as_json, policies_png, policy_tables
 from real_text_proxies import (
+    ATTACKED_NOISE,
     GATE,
     GATED,
     NOISE,
     REPORT_SEEDS,
+    SEARCH_SEEDS,
+    SEARCHED,
     Run,
+    chosen_of,
     incompetent,
-    methods_of,
     read_run,
 )
-from real_text_samples import OTHERS_ANSWER, jsonl
+from real_text_texts import OTHERS_ANSWER
 
 SETS = {"attack": "prompts of the same set", "other": "prompts of another set"}
 SHOWN_NS = (1, 16, 64, 512)
@@ -33,27 +39,23 @@ MEASURED = ("all pairs", "clear pairs", "clear, equal length", "prompt decides",
 Found = dict[tuple[float, str, str], list[dict[str, Any]]]  # (noise, method, set) -> curves, one a seed
 
 
-def write_report(folder: Path, model_folder: Path, noises: list[float]) -> None:
+def write_report(folder: Path, noises: list[float]) -> None:
     """``report.md``, ``report.json``, ``curves.png``, ``policies.png``.
 
     Only proxies of these shares of flipped labels are attacked; without any it is an error.
     """
-    lines = [
-        "# Real text",
-        "",
-        *sample_table(folder),
-        *gold_table(folder),
-        *competence_table(folder),
-    ]
+    lines = ["# Real text", "", *sample_table(folder), *gold_table(folder), *search_table(folder)]
+    lines += competence_table(folder)
     faults = incompetent(folder)
     failed = [words for noise in NOISE for words in faults[noise]]
     if failed:
         lines += ["**Not competent:**", "", *(f"- {words}" for words in failed), ""]
     if noises:
         measured, watched = attack(folder, noises)
-        policies, policy_curves = policy_tables(folder, model_folder)
+        policies, policy_curves = policy_tables(folder)
         lines += [*attack_tables(measured), *csi_table(watched), *policies]
-        atomic_write_bytes(folder / "curves.png", curves_png(measured))
+        if measured:
+            atomic_write_bytes(folder / "curves.png", curves_png(measured))
         if policy_curves:
             atomic_write_bytes(folder / "policies.png", policies_png(policy_curves))
         rows = [{"noise": key[0], "method": key[1], "set": key[2], "runs": runs} for key, runs in measured.items()]
@@ -76,60 +78,70 @@ def shown(values: Iterable[float], sign: str = "") -> str:
 
 def sample_table(folder: Path) -> list[str]:
     rows = []
-    for part in ("pairs", "attack", "other"):
-        lines = [line for path in sorted((folder / "samples" / part).glob("*.jsonl")) for line in jsonl(path)]
-        texts = {(line["prompt_number"], line["response"]) for line in lines}
-        prompts = len({line["prompt_number"] for line in lines})
-        rows.append([part, str(prompts), f"{len(lines):,}", f"{len(texts) / len(lines):.3f}",
-                     f"{statistics.mean(line['tokens'] for line in lines):.1f}",
-                     f"{statistics.mean(line['cut'] for line in lines):.2f}"])  # fmt: skip
-    return [
-        "## Responses",
-        "",
-        *table(["part", "prompts", "responses", "share that is distinct", "tokens", "share cut"], rows),
-    ]
+    for part in ("pairs", *SETS):
+        found = load_file(folder / "samples" / f"{part}.safetensors")
+        tokens = (found["lengths"] - found["prompt_lengths"]).double()
+        rows.append([part, str(len(found["prompts"].unique())), f"{len(tokens):,}", f"{float(tokens.mean()):.1f}",
+                     f"{float((tokens == tokens.max()).double().mean()):.2f}"])  # fmt: skip
+    header = ["part", "prompts", "rows", "tokens of a response", "share cut"]
+    return ["## Responses", "", *table(header, rows)]
 
 
 def gold_table(folder: Path) -> list[str]:
-    result = json.loads((folder / "gold" / "result.json").read_text())
-    own, other = (np.array(result[name]["right"], dtype=float) for name in ("gold", "proxy layers"))
+    results = {kind: [json.loads((folder / "gold" / f"{kind}-{seed}.json").read_text()) for seed in SEEDS]
+               for kind in ("gold", "proxy layers")}  # fmt: skip
+    own, other = (np.array(each[0]["right"], dtype=float) for each in results.values())
     rows = []
-    for name in ("gold", "proxy layers"):
-        each = result[name]
-        low, high = each["interval_of_first"]
-        rows.append([name, shown(each["test"]), f"{each['test'][0]:.3f} [{low:.3f}, {high:.3f}]",
-                     *(shown(values) for values in each["by_source"].values())])  # fmt: skip
+    for kind, each in results.items():
+        low, high = wilson_interval(sum(each[0]["right"]), len(each[0]["right"]))
+        rows.append([kind, str(each[0]["layers"]), *(f"{run['test']:.3f}" for run in each), f"[{low:.3f}, {high:.3f}]",
+                     *(f"{share:.3f}" for share, _ in each[0]["by_source"].values())])  # fmt: skip
     draws = np.random.default_rng(0).integers(len(own), size=(5000, len(own)))
     low, high = np.quantile((own - other)[draws].mean(axis=1), [0.025, 0.975])
-    difference = f"{(own - other).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
-    words = f"Paired difference of the first seeds: {difference} (bootstrap over pairs)."
-    header = ["layers", "held-out human pairs, over seeds", "the first seed, over pairs", *result["gold"]["by_source"]]
-    pairs = f"Pairs: {result['pairs']}. Test pairs are of people but for `{OTHERS_ANSWER}`."
+    words = f"Paired difference of the first seeds: {(own - other).mean():+.3f} [{low:+.3f}, {high:+.3f}] (bootstrap over pairs)."
+    first = results["gold"][0]
+    header = ["model", "layers", *(f"seed {seed}" for seed in SEEDS), "first, over pairs",
+              *(f"{source} ({count})" for source, (_, count) in first["by_source"].items())]  # fmt: skip
+    pairs = f"Pairs: {first['pairs']}. Test pairs are of people but for `{OTHERS_ANSWER}` and the swapped ones."
     return ["## Gold", "", pairs, "", *table(header, rows), words, ""]
+
+
+def search_table(folder: Path) -> list[str]:
+    rows = []
+    for variant in [each for variants in SEARCHED.values() for each in variants]:
+        runs = [run for seed in SEARCH_SEEDS if (run := read_run(folder, Run(variant, ATTACKED_NOISE, seed).name))]
+        cells = [f"{statistics.mean(run['accuracy'].get(key, math.nan) for run in runs):.3f}"
+                 for key in ("validation", *MEASURED, "train", "flips learnt")]  # fmt: skip
+        nats = [run["kl_nats"] for run in runs if "kl_nats" in run]
+        rows.append([setting_name(variant), *cells, f"{statistics.mean(nats):.2f}" if nats else "-"])
+    header = ["setting", "validation pairs, noisy", *MEASURED, "training pairs", "flips learnt", "KL, nats"]
+    return ["## Search", "", f"{ATTACKED_NOISE:.0%} of labels flipped.", "", *table(header, rows)]
 
 
 def setting_name(variant: Variant) -> str:
     """What is not the default of its kind."""
+    epochs = f", {variant.epochs} epoch{'s' if variant.epochs > 1 else ''}"
     if variant.architecture == "inform":
-        return f"InfoRM, beta {variant.beta:g}, warm-up {variant.kl_warmup_steps:g}, K {variant.latent_dim}"
-    own = [f"weight decay {variant.weight_decay:g}"] if variant.weight_decay else []
+        return f"InfoRM, beta {variant.beta:g}{epochs}"
+    own = [f"attention dropout {variant.attention_dropout:g}"] if variant.attention_dropout else []
     own += [f"label smoothing {variant.label_smoothing:g}"] if variant.label_smoothing else []
-    own += [f"dropout {variant.dropout:g}"] if variant.dropout else []
-    own += ["head from zero"] if variant.zero_head else []
-    return "standard" + "".join(f", {each}" for each in own)
+    return "standard" + "".join(f", {each}" for each in own) + epochs
 
 
 def competence_table(folder: Path) -> list[str]:
     rows = []
     for noise in NOISE:
-        for name, (variant, members, kind) in methods_of(noise).items():
-            found = [read_run(folder, Run(variant, noise, seed, members)) for seed in REPORT_SEEDS]
-            runs = [run for run in found if run]
-            if runs:
-                cells = [shown(run[kind][key] for run in runs if key in run[kind])
-                         for key in (*MEASURED, "train", "flips learnt")]  # fmt: skip
-                nats = shown(run["kl_nats"] for run in runs if "kl_nats" in run)
-                rows.append([f"{noise:.0%}", name, setting_name(variant), *cells, nats])
+        for name, variant in chosen_of(folder).items():
+            for kind in ("single", "WARM"):
+                prefix = "warm-" if kind == "WARM" else ""
+                runs = [run for seed in REPORT_SEEDS
+                        if (run := read_run(folder, prefix + Run(variant, noise, seed).name))]  # fmt: skip
+                if runs:
+                    cells = [shown([run["accuracy"][key] for run in runs if key in run["accuracy"]])
+                             for key in (*MEASURED, "train", "flips learnt")]  # fmt: skip
+                    nats = shown([run["kl_nats"] for run in runs if "kl_nats" in run])
+                    shown_name = name if kind == "single" else f"{name}, WARM"
+                    rows.append([f"{noise:.0%}", shown_name, setting_name(variant), *cells, nats])
     gates = ", ".join(f"{least} with {noise:.0%} flipped" for noise, least in GATE.items())
     words = f"Needed: {gates} on {GATED} by the chosen single models. Seeds {', '.join(map(str, REPORT_SEEDS))}."
     header = ["flipped", "proxy", "setting", *MEASURED, "training pairs", "flips learnt", "KL, nats"]
@@ -137,27 +149,24 @@ def competence_table(folder: Path) -> list[str]:
 
 
 def attack(folder: Path, noises: list[float]) -> tuple[Found, list[dict[str, Any]]]:
-    """Curves of every method, seed and set of prompts, and CSI for the InfoRM models."""
+    """Curves of every method, seed and set of prompts, and CSI for the InfoRM models; of what has been scored."""
     measured: Found = {}
     watched = []
     for part in SETS:
-        lines = [line for path in sorted((folder / "samples" / part).glob("*.jsonl")) for line in jsonl(path)]
-        gold = gold_rewards(folder, part)
-        if len(gold) != len(lines):
-            raise ValueError(f"{part}: {len(gold)} gold rewards for {len(lines)} responses. Run the stage gold again.")
         for noise in noises:
-            for name, (variant, members, kind) in methods_of(noise).items():
+            for name, variant in chosen_of(folder).items():
                 for seed in REPORT_SEEDS:
-                    run = read_run(folder, Run(variant, noise, seed, members))
-                    if run is None:
-                        continue
-                    found = rewards_of_run(folder, Run(variant, noise, seed, members))
-                    result = curves(found[f"{kind}.{part}"] / run["units"][kind][1], gold, lines)
-                    measured.setdefault((noise, name, part), []).append(result)
-                    if f"latents.{part}" in found and kind == "member 0":
+                    run = Run(variant, noise, seed)
+                    for kind in ("single", "ensemble", "WARM"):
+                        if (folder / "attack" / f"warm-{run.name}.safetensors").exists() or (
+                            kind == "single" and (folder / "attack" / f"{run.name}.safetensors").exists()
+                        ):
+                            method = name if kind == "single" else f"{name}, {kind}"
+                            measured.setdefault((noise, method, part), []).append(curves_of(folder, run, kind, part))
+                    path = folder / "attack" / f"{run.name}.csi.json"
+                    if path.exists():
                         about = {"noise": noise, "method": name, "set": part, "seed": seed}
-                        values = watch(found[f"{kind}.{part}"], found[f"latents.{part}"], lines, seed)
-                        watched.append(about | {"values": values})
+                        watched.append({**about, "values": json.loads(path.read_text())[part]})
     return measured, watched
 
 
@@ -203,6 +212,8 @@ def _reaches(measure: Callable[[dict[str, Any]], float], run: dict[str, Any]) ->
 
 
 def csi_table(watched: list[dict[str, Any]]) -> list[str]:
+    if not watched:
+        return []
     rows = []
     keys = dict.fromkeys((row["noise"], row["method"], row["set"]) for row in watched)
     ns = [value["n"] for value in watched[0]["values"]]
