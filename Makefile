@@ -4,7 +4,7 @@
 # make docs   the documentation as a site, into site/      make docs-serve   the same on port 8001 while you write
 # make fuzz   other random input for the readers in each run; the tests take the same in every run
 # make mutants   mutation tests of the formulas: which changes to them no test sees (an hour on two cores)
-# make test-engines   vLLM serves folded models: are its rewards ours? (half an hour, 3.5 GB; an environment of its own)
+# make test-engines   vLLM serves folded models: are its rewards ours? (half an hour, 4 GB; an environment of its own)
 # Each installs the pinned versions into .venv first where they are not there yet.
 
 PYTHON ?= python3
