@@ -52,11 +52,11 @@ class Writer:
 
         Draws depend on the seed, on what is written at once and on the device.
         """
-        torch.manual_seed(seed)
         ids, lengths = (each.to(self.device) for each in padded(prompts))
         rows, width = len(prompts) * per_prompt, -(-ids.shape[1] // 16) * 16  # few widths: few graphs
         ids = functional.pad(ids, (0, width - ids.shape[1]))
         state = self._state(rows, width)
+        torch.manual_seed(seed)  # recording draws, too
         hidden, keys = self._read(ids)
         state["cache"][..., :width, :] = keys.repeat_interleave(per_prompt, dim=2)
         lengths = lengths.repeat_interleave(per_prompt)
