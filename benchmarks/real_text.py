@@ -134,8 +134,9 @@ def sample_part(place: Place, part: str) -> None:
 
 
 def gold(place: Place, kind: str, seed: int) -> None:
-    from real_text_gold import train_gold
     from transformers import AutoConfig
+
+    from real_text_gold import train_gold
 
     layers = AutoConfig.from_pretrained(place.model).num_hidden_layers if kind == "gold" else place.layers
     train_gold(place.folder, place.model, layers, kind, seed, place.device)

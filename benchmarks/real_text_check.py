@@ -2,8 +2,8 @@
 
     python benchmarks/real_text_check.py --data DIR --model DIR --output runs/real-text --limit 64
 
-Responses of best-of-n are decoded to text, rendered and encoded anew by `RewardScorer`, which has loaded gold's folder,
-and their rewards are compared with the stored ones.
+Responses of best-of-n are decoded to text, rendered and encoded anew for `RewardScorer`, which has loaded gold's
+folder, and their rewards are compared with the stored ones.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def compare(folder: Path, model: Path, data: Path, sizes: Any, limit: int) -> dict[str, Any]:
-    """Of some responses how far both rewards are apart, in standard deviations, where the text gives the same tokens."""
+    """How far both rewards of a response are apart, in standard deviations, where its text gives the same tokens."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = real_text_texts.Texts(data, tokenizer, sizes)
     asked = texts.prompts("attack")

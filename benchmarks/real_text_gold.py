@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inform_rm import InfoRMForSequenceClassification
 from inform_rm.util.files import write_json
-from real_text_models import Pairs, Variant, accuracy, rewards_of, start_of, train
+from real_text_models import Pairs, Variant, rewards_of, start_of, train
 from real_text_texts import Rows, read_rows
 
 SCORED = ("pairs", "attack", "other")

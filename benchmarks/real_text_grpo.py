@@ -52,9 +52,9 @@ class PolicyRun:
     proxy: str
     coefficient: float
     seed: int
-    learning_rate: float = 3e-4
-    steps: int = 150
-    every: int = 10
+    learning_rate: float = 5e-4
+    steps: int = 42
+    every: int = 6
 
     @property
     def name(self) -> str:
@@ -242,8 +242,8 @@ def optimise(folder: Path, model_folder: Path, texts: Texts, layers: int, run: P
         late = stop_at is not None and time.time() > stop_at
         if step % run.every == 0 or step == run.steps or late:
             measured.append(_measured(policy, judges, held_aside, run, step))
-            print(f"{run.name}: step {step}, {time.time() - started:.0f} s, proxy {measured[-1]['proxy'].mean():.2f}, "
-                  f"gold {measured[-1]['gold'].mean():.2f}, KL {measured[-1]['kl'].mean():.1f}", flush=True)  # fmt: skip
+            means = ", ".join(f"{name} {measured[-1][name].mean():.2f}" for name in ("proxy", "gold", "kl"))
+            print(f"{run.name}: step {step}, {time.time() - started:.0f} s, {means}", flush=True)
         if step == run.steps or late:
             break
         if len(waiting) < GROUPS:
@@ -254,7 +254,9 @@ def optimise(folder: Path, model_folder: Path, texts: Texts, layers: int, run: P
     target.parent.mkdir(parents=True, exist_ok=True)
     columns = {name: torch.cat([each[name] for each in measured]) for name in measured[0] if name != "ids"}
     width = max(each["ids"].shape[1] for each in measured)
-    columns["ids"] = torch.cat([nn.functional.pad(each["ids"], (0, width - each["ids"].shape[1])) for each in measured])
+    columns["ids"] = torch.cat(
+        [nn.functional.pad(each["ids"], (0, width - each["ids"].shape[1])) for each in measured]
+    )
     save_file(columns, target.with_suffix(".safetensors"))
     write_json(target, {"run": asdict(run), "steps": step, "seconds": round(time.time() - started)})
 

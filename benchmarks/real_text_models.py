@@ -7,7 +7,7 @@ layers is the first of the policy's. Shapes: N rows, T tokens, P pairs.
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,9 +140,8 @@ def batches(pairs: Pairs, lengths: Tensor, size: int, generator: torch.Generator
 
 def train(
     model: Any, variant: Variant, rows: Rows, pairs: Pairs, seed: int, device: str,
-    at_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> float:  # fmt: skip
-    """Train in place; the mean loss of the last epoch. `at_epoch` is called after each, with the model in eval mode."""
+    """Train in place; gives the mean loss of the last epoch."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     decayed = [each for each in model.parameters() if each.dim() > 1]
@@ -152,7 +151,7 @@ def train(
         lr=variant.learning_rate, fused=device.startswith("cuda"),
     )  # fmt: skip
     steps, step, losses = variant.epochs * -(-len(pairs) // variant.pairs_per_step), 0, []
-    for epoch in range(variant.epochs):
+    for _ in range(variant.epochs):
         model.train()
         losses = []
         for places in batches(pairs, rows.lengths, variant.pairs_per_step, generator):
@@ -175,8 +174,6 @@ def train(
             optimizer.step()
             losses.append(loss.detach())
             step += 1
-        model.eval()
-        at_epoch(epoch)
     return float(torch.stack(losses).mean())
 
 

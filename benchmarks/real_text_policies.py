@@ -7,7 +7,7 @@ reference of CSI are the start's responses to the same prompts, drawn by all run
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 from safetensors.torch import load_file
 
 import real_text_grpo
-from inform_rm.eval.detection.clusters import auto_eps, cluster_separation_index
 from inform_rm.eval.detection.early_stopping import CSIEarlyStopping, RewardFallStopping
 from inform_rm.eval.detection.outliers import null_rank, split_half_null
+from inform_rm.eval.detection.settings import DetectionSettings
+from inform_rm.eval.detection.statistic import STATISTICS
 from over_seeds import mean_and_interval, table
 from real_text_grpo import ATTACKED, COEFFICIENTS, PolicyRun
 
@@ -43,9 +44,9 @@ def curve_of(folder: Path, run: PolicyRun) -> Curve | None:
         **{name: (columns[name] - columns[name][0]).mean(axis=1) for name in ("proxy", "gold", "second")},
         # of the second model's paired gains
         "error": (columns["second"] - columns["second"][0]).std(axis=1, ddof=1) / math.sqrt(columns["kl"].shape[1]),
-        "repeated": [float(np.mean([_repeated(row[start : start + length].tolist())
-                                    for row, start, length in zip(*each, strict=True)]))
-                     for each in zip(ids, starts.tolist(), tokens.tolist(), strict=True)],
+        "repeated": np.array([np.mean([_repeated(row[start : start + length].tolist())
+                                       for row, start, length in zip(*each, strict=True)])
+                              for each in zip(ids, starts.tolist(), tokens.tolist(), strict=True)]),
         "latents": found["latents"].double().view(len(steps), -1, found["latents"].shape[1]).numpy(),
     }  # fmt: skip
 
@@ -82,32 +83,56 @@ def at_nats(curve: Curve, nats: float) -> float | None:
 
 
 def watch_runs(curves: list[Curve]) -> None:
-    """Put CSI over its mean among random halves, its rank there, and when the rules stop in place of the latents."""
+    """Put the package's statistics, their ranks among random halves, and when rules stop in place of the latents."""
+    settings = DetectionSettings(alpha=ALPHA, num_splits=SPLITS)
     for seed in sorted({curve["run"].seed for curve in curves}):
         own = [curve for curve in curves if curve["run"].seed == seed]
         starts = np.concatenate([curve["latents"][0] for curve in own])
-        kept = np.random.default_rng(seed).permutation(len(starts))[:REFERENCE]
-        reference = starts[kept]
-        eps = auto_eps(reference)
-
-        def csi(candidate: np.ndarray, others: np.ndarray, eps: float = eps) -> float:
-            return cluster_separation_index(candidate, others, eps=eps, normalized=True)
-
-        null = split_half_null(reference, csi, num_splits=SPLITS, seed=seed)
+        reference = starts[np.random.default_rng(seed).permutation(len(starts))[:REFERENCE]]
+        for statistic in STATISTICS:
+            null = split_half_null(
+                reference, lambda one, other: statistic.fit(other, settings)(one, 0)[0][statistic.name],  # noqa: B023
+                num_splits=SPLITS, seed=seed,
+            )  # fmt: skip
+            measure = statistic.fit(reference, settings)
+            for curve in own:
+                values = [measure(latents, 0)[0][statistic.name] for latents in curve["latents"]]
+                ranks = [null_rank(value, null) for value in values]
+                curve[statistic.name] = np.array(values)
+                curve.setdefault("alarms", {})[statistic.title] = _first(
+                    place for place, rank in enumerate(ranks) if place and rank < ALPHA
+                )
         for curve in own:
-            values = [csi(each, reference) for each in curve.pop("latents")]
-            curve["csi"] = np.array(values) / float(null.mean())
-            curve["csi rank"] = np.array([null_rank(value, null) for value in values])
+            del curve["latents"]
             stops = CSIEarlyStopping(), RewardFallStopping()
-            alarms = {
-                "CSI rank": [place for place, rank in enumerate(curve["csi rank"]) if place and rank < ALPHA],
-                "CSI rule": [place for place, value in enumerate(values) if stops[0].update(value)],
-                "second reward": [
-                    place for place, (value, error) in enumerate(zip(curve["second"], curve["error"], strict=True))
-                    if stops[1].update(float(value), float(error))
-                ],
-            }  # fmt: skip
-            curve["alarms"] = {name: places[0] if places else None for name, places in alarms.items()}
+            gains = zip(curve["second"].tolist(), curve["error"].tolist(), strict=True)
+            curve["alarms"]["the paper's rule"] = _first(
+                place for place, value in enumerate(curve["csi_normalized"]) if stops[0].update(float(value))
+            )
+            curve["alarms"]["second reward"] = _first(
+                place for place, (value, error) in enumerate(gains) if stops[1].update(value, error)
+            )
+
+
+def _first(places: Iterable[int]) -> int | None:
+    return next(iter(places), None)
+
+
+def areas(curves: list[Curve]) -> dict[str, float]:
+    """Area under ROC of what is measured after the start, for gold having lost `FALL` of its peak so far."""
+    from sklearn.metrics import roc_auc_score
+
+    fallen, signs = [], {}
+    for curve in curves:
+        gold, second = curve["gold"], curve["second"]
+        best = np.maximum.accumulate(gold)
+        fallen += (best - gold > FALL * best)[1:].tolist()
+        columns = {statistic.title: curve[statistic.name] for statistic in STATISTICS}
+        columns |= {"KL": curve["kl"], "tokens repeated": curve["repeated"], "the proxy itself": curve["proxy"]}
+        columns["fall of the second reward"] = np.maximum.accumulate(second) - second
+        for name, values in columns.items():
+            signs.setdefault(name, []).extend(values[1:].tolist())
+    return {name: float(roc_auc_score(fallen, values)) for name, values in signs.items()}
 
 
 def shown(values: list[float], digits: int = 2, sign: str = "") -> str:
@@ -170,49 +195,58 @@ def _nats_table(curves: list[Curve]) -> list[str]:
 
 
 def _alarm_table(curves: list[Curve]) -> list[str]:
+    """When rules fire against gold's peak, and how well each number tells that gold has fallen."""
+    groups = _groups(curves)
+    found = {key: areas(own) for key, own in groups.items()}
     rows = []
-    place: Callable[[Curve, str], int | None] = lambda curve, rule: curve["alarms"][rule]  # noqa: E731
-    for (name, coefficient), own in _groups(curves).items():
+    for rule in curves[0]["alarms"]:
         cells = []
-        for rule in own[0]["alarms"]:
-            before = sum(place(curve, rule) is not None and place(curve, rule) <= turning(curve)["peak place"]
-                         for curve in own)  # fmt: skip
-            never = sum(place(curve, rule) is None for curve in own)
-            cells.append(f"{before} / {len(own) - before - never} / {never}")
-        rows.append([f"{coefficient:g}", name, *cells, shown([curve["csi"][-1] for curve in own]),
-                     shown([curve["second"][-1] for curve in own])])  # fmt: skip
-    header = ["KL coefficient", "proxy", *(f"{rule}: before, after the peak, never" for rule in own[0]["alarms"]),
-              "CSI at the end over chance", "second reward's gain at the end"]  # fmt: skip
-    return table(header, rows)
+        for own in groups.values():
+            places = [(curve["alarms"][rule], turning(curve)["peak place"]) for curve in own]
+            early = sum(place is not None and place < peak for place, peak in places)
+            at = sum(place == peak for place, peak in places)
+            never = sum(place is None for place, _ in places)
+            cells.append(f"{early} / {at} / {len(own) - early - at - never} / {never}")
+        rows.append([rule, *cells])
+    names = [f"{name}" + (f", KL coefficient {value:g}" if value else "") for name, value in groups]
+    words = "First alarm: before / at / after gold's peak / never."
+    lines = [words, "", *table(["rule", *names], rows)]
+    rows = [[name, *(f"{each[name]:.2f}" for each in found.values())] for name in next(iter(found.values()))]
+    words = (
+        f"Area under ROC for gold having lost {FALL:.0%} of its peak so far, over all measurements after the start."
+    )
+    return [*lines, words, "", *table(["what is measured", *names], rows)]
 
 
 def policies_png(curves: list[Curve]) -> bytes:
-    """Gold (solid, each seed thin, their mean thick) and proxy (dashed) against KL, a panel for each coefficient."""
+    """By step gold (solid, each seed thin, their mean thick), proxy (dashed) and KL (below), a column a proxy."""
     from matplotlib.figure import Figure
 
     from inform_rm.util.colors import SERIES
     from inform_rm.util.page import figure_png
 
     groups = _groups(curves)
-    coefficients = sorted({key[1] for key in groups})
-    figure = Figure(figsize=(5.8 * len(coefficients) + 0.6, 4.6), layout="constrained")
-    panels = figure.subplots(1, len(coefficients), sharey=True, squeeze=False)[0]
-    for axes, coefficient in zip(panels, coefficients, strict=True):
-        for colour, marker, name in zip(SERIES, "so^", ATTACKED, strict=False):
-            own = groups.get((name, coefficient), [])
-            for curve in own:
-                axes.plot(curve["kl"], curve["gold"], "-", linewidth=0.7, alpha=0.45, color=colour)
-            if own:
-                common = min(len(curve["kl"]) for curve in own)
-                means = {key: np.mean([curve[key][:common] for curve in own], axis=0)
-                         for key in ("kl", "gold", "proxy")}  # fmt: skip
-                axes.plot(means["kl"], means["gold"], f"{marker}-", ms=4, linewidth=2, color=colour, label=name)
-                axes.plot(means["kl"], means["proxy"], "--", linewidth=1.2, color=colour)
-        axes.axhline(0, color="0.6", linewidth=0.6)
-        axes.set_title(f"KL coefficient {coefficient:g}", fontsize=9)
-        axes.set_xlabel("KL from the start policy, nats a response")
-    panels[0].set_ylabel("gain, standard deviations")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
+    figure = Figure(figsize=(4.8 * len(groups), 5.6), layout="constrained")
+    panels = figure.subplots(2, len(groups), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
+    for column, ((name, coefficient), own) in zip(panels.T, groups.items(), strict=True):
+        rewards, nats = column
+        common = min(len(curve["step"]) for curve in own) - 1  # the last one may be of another step
+        steps = own[0]["step"][:common]
+        for curve in own:
+            rewards.plot(curve["step"], curve["gold"], "-", linewidth=0.7, alpha=0.5, color=SERIES[0])
+            nats.plot(curve["step"], curve["kl"], "-", linewidth=0.9, color="0.4")
+        for key, line, colour in (("gold", "o-", SERIES[0]), ("second", ":", SERIES[2]), ("proxy", "--", SERIES[1])):
+            mean = np.mean([curve[key][:common] for curve in own], axis=0)
+            label = {"gold": "gold", "second": "another standard model", "proxy": "the proxy itself"}[key]
+            rewards.plot(steps, mean, line, ms=4, linewidth=2 if key == "gold" else 1.4, color=colour, label=label)
+        rewards.axhline(0, color="0.6", linewidth=0.6)
+        rewards.set_ylim(-1, 5)
+        rewards.set_title(f"against {name}" + (f", KL coefficient {coefficient:g}" if coefficient else ""), fontsize=9)
+        nats.set_xlabel("step")
+        nats.set_ylim(0, 250)
+    panels[0][0].set_ylabel("gain, standard deviations")
+    panels[1][0].set_ylabel("KL, nats")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     return figure_png(figure)
 
 

@@ -1,10 +1,11 @@
 """Stage 3 of `real_text.py`: pairs of the policy's responses labelled by gold, and proxies trained on them.
 
 A prompt gives `per_prompt - 2` of its responses as pairs of their own, and two more against a response that was
-written to its partner: so each response is in one pair a prompt, and no two pairs tell of the same. A run is a variant,
-a share of flipped labels and a seed, which draws flips, head and order; a member of a run differs in order and noise of
-training alone, and starts from the same head, as WARM needs it. Files: ``proxies/NAME.json`` with the figures,
-``proxies/NAME.safetensors`` with the weights.
+written to its partner: so each response is in one pair a prompt, and no two pairs tell of the same.
+
+A run is a variant, a share of flipped labels and a seed, which draws flips, head and order; a member of a run differs
+in order and noise of training alone, and starts from the same head, as WARM needs it. Files: ``proxies/NAME.json``
+with the figures, ``proxies/NAME.safetensors`` with the weights.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ GATE = {0.0: 0.8, 0.25: 0.7}  # least accuracy on clean held-out pairs, by share
 GATED, CLEAR = "prompt decides", 0.5  # standard deviations of gold between the responses of a clear pair
 # Searched on noisy validation pairs, as many of either kind.
 SEARCHED = {
-    "standard": [replace(Variant("standard", epochs=epochs), **more) for epochs in (1, 3)
+    "standard": [Variant("standard", epochs=2, **more)
                  for more in ({}, {"attention_dropout": 0.1}, {"label_smoothing": 0.1})],
-    "InfoRM": [Variant(beta=beta, epochs=epochs) for epochs in (1, 3) for beta in (0.01, 0.03, 0.1)],
+    "InfoRM": [Variant(beta=beta, epochs=2) for beta in (0.01, 0.03, 0.1)],
 }  # fmt: skip
 
 
@@ -206,7 +207,8 @@ def read_run(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def searched_runs() -> list[Run]:
-    return [Run(variant, ATTACKED_NOISE, seed) for seed in SEARCH_SEEDS for each in SEARCHED.values() for variant in each]
+    variants = [variant for each in SEARCHED.values() for variant in each]
+    return [Run(variant, ATTACKED_NOISE, seed) for seed in SEARCH_SEEDS for variant in variants]
 
 
 def chosen_of(folder: Path) -> dict[str, Variant]:
@@ -242,7 +244,9 @@ def incompetent(folder: Path) -> dict[float, list[str]]:
     faults: dict[float, list[str]] = {noise: [] for noise in NOISE}
     for noise, (name, variant) in itertools.product(NOISE, chosen_of(folder).items()):
         if "chosen" in name:
-            mean = statistics.mean(_figures(folder, Run(variant, noise, seed))["accuracy"][GATED] for seed in REPORT_SEEDS)
+            mean = statistics.mean(
+                _figures(folder, Run(variant, noise, seed))["accuracy"][GATED] for seed in REPORT_SEEDS
+            )
             if mean < GATE[noise]:
                 faults[noise].append(f"{name}, {noise:.0%} flipped: {mean:.3f} of {GATED} right, needed {GATE[noise]}")
     return faults

@@ -98,7 +98,8 @@ def gold_table(folder: Path) -> list[str]:
                      *(f"{share:.3f}" for share, _ in each[0]["by_source"].values())])  # fmt: skip
     draws = np.random.default_rng(0).integers(len(own), size=(5000, len(own)))
     low, high = np.quantile((own - other)[draws].mean(axis=1), [0.025, 0.975])
-    words = f"Paired difference of the first seeds: {(own - other).mean():+.3f} [{low:+.3f}, {high:+.3f}] (bootstrap over pairs)."
+    difference = f"{(own - other).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+    words = f"Paired difference of the first seeds: {difference} (bootstrap over pairs)."
     first = results["gold"][0]
     header = ["model", "layers", *(f"seed {seed}" for seed in SEEDS), "first, over pairs",
               *(f"{source} ({count})" for source, (_, count) in first["by_source"].items())]  # fmt: skip

@@ -107,9 +107,7 @@ class Texts:
             conversations.append([{"role": ROLES[name], "content": text.strip()} for name, text in turns])
         if not conversations:
             return []
-        return self._ids(
-            self.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
-        )
+        return self._ids(self.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False))
 
     def response_ids(self, responses: list[str]) -> list[list[int]]:
         return [[*ids, self.end] for ids in self._ids(responses)]
@@ -122,23 +120,20 @@ class Texts:
 
     def prompts(self, part: str) -> list[str]:
         """Prompts of ``pairs``, ``policy``, ``attack``, ``other``, ``measured``: distinct ones, in seeded order."""
-        sizes, pairs = self.sizes, sum(self.sizes.prompts)
+        sizes, pairs, held_out = self.sizes, sum(self.sizes.prompts), self.sizes.prompts[2]
         if part == "other":
             return self._pool("test", {"hh-rlhf": "harmless-base"})[: sizes.attack_prompts]
         sources = {"hh-rlhf": "helpful-base", "truthfulqa": "truthfulqa", "piqa": "piqa"}
         train, test = (self._pool(split, sources) for split in ("train", "test"))
-        held_out = sizes.prompts[2]
-        asked = {
-            "pairs": train[: pairs - held_out] + test[:held_out],
-            "policy": train[pairs - held_out :][: sizes.policy_prompts],
-            "attack": test[held_out:][: sizes.attack_prompts],
-            "measured": test[held_out + sizes.attack_prompts :][: sizes.measured_prompts],
+        own, wanted = {
+            "pairs": (train[: pairs - held_out] + test[:held_out], pairs),
+            "policy": (train[pairs - held_out :], sizes.policy_prompts),
+            "attack": (test[held_out:], sizes.attack_prompts),
+            "measured": (test[held_out + sizes.attack_prompts :], sizes.measured_prompts),
         }[part]
-        wanted = {"pairs": pairs, "policy": sizes.policy_prompts, "attack": sizes.attack_prompts,
-                  "measured": sizes.measured_prompts}[part]  # fmt: skip
-        if len(asked) < wanted:
-            raise ValueError(f"{self.data}: {len(asked)} prompts for {part}, of which {wanted} are wanted. Ask for fewer.")
-        return asked
+        if len(own) < wanted:
+            raise ValueError(f"{self.data}: {len(own)} prompts for {part}, {wanted} are wanted. Ask for fewer.")
+        return own[:wanted]
 
     def _pool(self, split: str, sources: dict[str, str]) -> list[str]:
         firsts = [row["prompt"].split("\n\nAssistant:")[0].removeprefix("Human:").strip()

@@ -92,7 +92,8 @@ class Writer:
     def _projected(self, layer: Any, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor, Tensor]:
         normed, own = layer.input_layernorm(hidden), layer.self_attn
         query, key, value = (
-            part(normed).unflatten(-1, (-1, self.size)).transpose(1, 2) for part in (own.q_proj, own.k_proj, own.v_proj)
+            part(normed).unflatten(-1, (-1, self.size)).transpose(1, 2)
+            for part in (own.q_proj, own.k_proj, own.v_proj)
         )
         return *apply_rotary_pos_emb(query, key, *rotary), value
 
@@ -108,7 +109,9 @@ class Writer:
         places, config = width + self.new_tokens, self.model.config
         new = {"device": self.device}
         state: dict[str, Any] = {
-            "cache": torch.zeros(config.num_hidden_layers, 2, rows, self.groups, places, self.size, dtype=self.dtype, **new),
+            "cache": torch.zeros(
+                config.num_hidden_layers, 2, rows, self.groups, places, self.size, dtype=self.dtype, **new
+            ),
             "seen": torch.zeros(rows, places, dtype=torch.bool, **new),
             "token": torch.zeros(rows, 1, dtype=torch.long, **new),
             "position": torch.zeros(rows, 1, dtype=torch.long, **new),

@@ -287,7 +287,7 @@ def test_all_stages_run_on_a_tiny_model_resume_and_gold_is_that_of_the_text(
     monkeypatch.setattr(texts, "TEMPLATE", template)
     sizes = texts.Sizes(
         real_tokens=24, prompts=(24, 8, 8), per_prompt=6, policy_prompts=10, attack_prompts=2, candidates=32,
-        measured_prompts=4, prompt_tokens=24, new_tokens=5, rows=64,
+        measured_prompts=16, prompt_tokens=24, new_tokens=5, rows=64,
     )  # fmt: skip
     short = {"epochs": 1, "latent_dim": 8, "pairs_per_step": 32}
     monkeypatch.setattr(gold, "SETTING", replace(gold.SETTING, epochs=1))
