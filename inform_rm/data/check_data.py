@@ -22,7 +22,7 @@ from inform_rm.data.check_groups import (
 from inform_rm.data.encoding import TokenGroup, encode_each, removable_prompt_tokens
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import PreferenceData, load_preferences
-from inform_rm.data.rendered_text import partly_rendered
+from inform_rm.data.rendered_text import not_as_written
 from inform_rm.data.tokenizer import PLAIN_FORM, fix_date, load_tokenizer, with_plain_template
 from inform_rm.errors import InputError, check_whole_number
 from inform_rm.safety.chat_templates import TEMPLATE_DATE, has_fixed_date
@@ -180,11 +180,9 @@ def _longer(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
 
 
 def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    special = [token for token in {*tokenizer.all_special_tokens, *added} if token]
     measured = array("q")  # the numbers of `_measured`, pair after pair
     refused: list[dict[str, Any]] = []
-    losses: list[str | None] = []
+    changed: list[str | None] = []
     endings: Counter[tuple[int, ...]] = Counter()
     example: TokenGroup | None = None
     # A ranking, of which training takes all pairs or none, counts once: its pairs, side by side, have one number.
@@ -200,21 +198,18 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
                 continue
             example = example or pair
             row = batch["row"][index]
-            texts = (*(turn["content"] for turn in batch["prompt"][index]), batch["chosen"][index],
-                     batch["rejected"][index])  # fmt: skip
-            holds_special = any(token in text for text in texts for token in special)
             numbers.append(number)
-            measured.extend((row, holds_special, *_measured(pair, tokenizer)))
+            measured.extend(_measured(pair, tokenizer))
             endings.update(_ending(ids[pair.prompt_length :], tokenizer.eos_token_id) for ids in pair.ids)
-            losses.append(pair.lost and f"row {row}: {pair.lost}")
+            changed.append(pair.not_as_written and f"row {row}: {pair.not_as_written}")
     tokens: dict[str, Any] = {
-        "pairs": len(losses), "not_encodable": len(refused), "not_encodable_examples": refused[:SHOWN_EXAMPLES],
+        "pairs": len(changed), "not_encodable": len(refused), "not_encodable_examples": refused[:SHOWN_EXAMPLES],
         "unusable": len(unusable),
     }  # fmt: skip
     if example is None:
         return {"tokens": tokens}
-    columns = np.frombuffer(measured, dtype=np.int64).reshape(len(losses), -1).T
-    rows, has_special, prompt, chosen, rejected, removable, *faults = columns
+    columns = np.frombuffer(measured, dtype=np.int64).reshape(len(changed), -1).T
+    prompt, chosen, rejected, removable, *faults = columns
     longest = np.maximum(chosen, rejected)
     is_unusable = (faults[0] > 0) | (longest > (longest.max() if max_length is None else max_length))
     tokens["unusable"] = len(unusable.union(np.frombuffer(numbers, dtype=np.int64)[is_unusable].tolist()))
@@ -224,9 +219,7 @@ def _token_report(data: PreferenceData, tokenizer: Any, max_length: int | None) 
         "chosen_longer_tokens": _longer(chosen, rejected),
         "template": {
             **{name: int(found.sum()) for name, found in zip(TOKEN_FAULTS, faults, strict=False)},
-            "special_tokens_in_text": int(has_special.sum()),
-            "special_tokens_in_text_rows": rows[has_special > 0][:SHOWN_EXAMPLES].tolist(),
-            "partly_rendered": partly_rendered(losses),
+            "not_as_written": not_as_written(changed),
             "responses": sum(endings.values()),
             "endings": [
                 {"ending": tokenizer.decode(ending), "ids": list(ending), "n": count}
@@ -295,22 +288,18 @@ def _warnings(result: dict[str, Any]) -> list[str]:
             found += scored_warnings(report)
             continue
         template, longer = report.get("template", {}), report["chosen_longer_characters"]
-        lost = template.get("partly_rendered", {"n": 0, "examples": []})
+        changed = template.get("not_as_written", {"n": 0, "examples": []})
         without_end = sum(ending["n"] for ending in template.get("endings", []) if not ending["ids"])
         counted = {
             f"of {report['rows']} rows are bad: correct them or pass on_bad_row='skip'": report["bad_rows"]["n"],
             "rows repeat an earlier pair": report["duplicates"]["n"],
             "rows have a twin with the opposite label": report["conflicting_labels"]["n"],
             "pairs cannot be encoded; training would stop there": report.get("tokens", {}).get("not_encodable"),
-            "pairs lose text in the chat template, so that training would not read it: "
-            + "; ".join(lost["examples"]): lost["n"],
+            "pairs would not be read as they stand: " + "; ".join(changed["examples"]): changed["n"],
             "pairs have the same tokens on both sides; training would stop there": template.get("identical_tokens"),
             "pairs start with two BOS tokens: the chat template repeats it": template.get("double_bos"),
             "pairs end with two end tokens: the text or the template repeats it": template.get("double_eos"),
             "pairs hold unknown tokens: the tokenizer lost their text": template.get("with_unknown_tokens"),
-            "pairs hold a special token's name in their text, which becomes that token: rows "
-            + ", ".join(map(str, template.get("special_tokens_in_text_rows", []))):
-                template.get("special_tokens_in_text"),
             "responses hold no end token": without_end,
             "pairs are over max_length": report.get("max_length", {}).get("overlong"),
         }  # fmt: skip

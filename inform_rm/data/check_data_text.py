@@ -120,8 +120,7 @@ def _format_tokens(source: dict[str, Any]) -> list[str]:
         examples = source["tokens"]["not_encodable_examples"]
         lines += [f"  not encodable {number:,}", *(f"    row {row['row']}: {row['reason']}" for row in examples)]
     if template := source.get("template"):
-        audit = (*TOKEN_FAULTS[1:], "special_tokens_in_text")
-        counts = ", ".join(f"{name.replace('_', ' ')} {template.get(name, 0):,}" for name in audit)
+        counts = ", ".join(f"{name.replace('_', ' ')} {template.get(name, 0):,}" for name in TOKEN_FAULTS[1:])
         lines += [
             f"  template: {counts}",
             *(

@@ -4,8 +4,8 @@ With a chat template the ids are exactly those of `tokenizer.apply_chat_template
 feed. Without one, the ids are those of prompt + response as one text, with the end token added.
 
 A special token's name in a message (``</s>``, ``<|assistant|>``) becomes that token, as it does in
-`apply_chat_template`: who writes a response can end a turn in it and open another. `inform-rm check-data` counts such
-rows and names the first ones; remove or rewrite them where the text is not your own.
+`apply_chat_template`: who writes a response can end a turn in it and open another. Such rows are counted and named,
+with those of which the template deletes text; remove or rewrite them where the text is not your own.
 """
 
 import json
@@ -23,11 +23,11 @@ from inform_rm.data.preferences import FEATURES
 from inform_rm.data.rendered_text import (
     NotRenderedError,
     is_reasoning_alone,
-    partly_rendered,
-    warn_of_loss,
+    not_as_written,
+    warn_of_text,
     what_is_lost,
 )
-from inform_rm.data.tokenizer import ids_of_rendered, render
+from inform_rm.data.tokenizer import ids_of_rendered, render, special_tokens_in
 from inform_rm.errors import InputError, check_choice, check_whole_number
 
 logger = logging.getLogger(__name__)
@@ -48,22 +48,31 @@ ENCODED_GROUPS = {
 }  # fmt: skip
 # Columns of `encode_pairs` alone; the last is a bad row as JSON, or null.
 _FAULT = "fault"
-_OWN_COLUMNS = {"truncated": Value("bool"), "lost": Value("string"), _FAULT: Value("string")}
+_OWN_COLUMNS = {"truncated": Value("bool"), "not_as_written": Value("string"), _FAULT: Value("string")}
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "file", "row")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a prompt and of the response that follows it; ``lost`` is text that the template deleted."""
+    """Token ids of a prompt and of the response that follows it.
+
+    ``lost`` is text that the template deleted, ``special`` names of special tokens that became those tokens.
+    """
 
     prompt_ids: list[int]
     response_ids: list[int]
     lost: str | None = None
+    special: str | None = None
 
     @property
     def input_ids(self) -> list[int]:
         """What the model reads: prompt and response."""
         return self.prompt_ids + self.response_ids
+
+    @property
+    def not_as_written(self) -> str | None:
+        """What the model does not read as it stands."""
+        return "; ".join(filter(None, (self.lost, self.special))) or None
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class EncodedPairs:
             groups responses_input_ids and characters (one entry a response, in the order of the row) in place of both
             sides', and labels; there is no margin.
         counts: ``pairs`` given, ``overlong`` among them, and of those ``dropped`` or ``truncated`` (the others are bad
-            rows); ``partly_rendered``: ``n`` of which the chat template deleted text, and up to 5 ``examples``.
+            rows); ``not_as_written``: ``n`` that the model does not read as they stand, and up to 5 ``examples``.
         bad_rows: the pairs left out under ``on_bad_row="skip"``, in order.
     """
 
@@ -134,12 +143,28 @@ def encode_many(tokenizer: Any, prompts: Sequence[str | list[Message]], response
         losses = [what_is_lost(dialogue, text) for dialogue, text in zip(dialogues, texts, strict=True)]
         full = ids_of_rendered(tokenizer, texts)
     encoded = []
-    for start, ids, lost in zip(starts, full, losses, strict=True):
+    for start, ids, lost, special in zip(
+        starts, full, losses, _special_tokens(tokenizer, conversations, responses), strict=True
+    ):
         shared = shared_prefix_length(start, ids)
         if shared == len(ids):
             raise InputError("a response leaves no token after its prompt: the template or tokenizer discards it.")
-        encoded.append(Encoded(list(ids[:shared]), list(ids[shared:]), lost))
+        encoded.append(Encoded(list(ids[:shared]), list(ids[shared:]), lost, special))
     return encoded
+
+
+def _special_tokens(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], responses: Sequence[str]
+) -> list[str | None]:
+    """Of each conversation with its response which messages hold a special token's name."""
+    in_turns = iter(special_tokens_in(tokenizer, [turn["content"] for turns in conversations for turn in turns]))
+    found = []
+    for turns, in_response in zip(conversations, special_tokens_in(tokenizer, list(responses)), strict=True):
+        names = [(f"turn {number} ({turn['role']})", next(in_turns)) for number, turn in enumerate(turns, start=1)]
+        held = [f"{name} with {token!r}, which becomes that token"
+                for name, token in [*names, ("the response", in_response)] if token]  # fmt: skip
+        found.append("; ".join(held) or None)
+    return found
 
 
 def encode_groups(
@@ -161,14 +186,15 @@ def encode_groups(
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """Token ids of the responses to a prompt, each with it, how many at the start all share, and what was lost.
+    """Token ids of the responses to a prompt, each with it, and how many at the start all share.
 
-    Of a pair the chosen side comes first. ``lost`` is text that the chat template deleted, and of which response.
+    Of a pair the chosen side comes first. ``not_as_written`` is what the model does not read as it stands, and of
+    which response.
     """
 
     ids: list[list[int]]
     prompt_length: int
-    lost: str | None = None
+    not_as_written: str | None = None
 
     @property
     def longest(self) -> int:
@@ -195,18 +221,19 @@ def _token_group(
 ) -> TokenGroup | BadRow:
     if isinstance(group, InputError):
         return not_encodable(file, row, group)
-    losses = [encoded.lost for encoded in group]
-    for number, (lost, text) in enumerate(zip(losses, texts, strict=True), start=1):
-        if lost is not None and is_reasoning_alone(text):
+    for number, (encoded, text) in enumerate(zip(group, texts, strict=True), start=1):
+        if encoded.lost is not None and is_reasoning_alone(text):
+            side = "a side" if is_pair else f"response {number}"
             error = NotRenderedError(
-                f"the chat template leaves nothing of {'a side' if is_pair else f'response {number}'}: {lost}. Remove "
-                "the row, or pass another chat_template (a file, or 'plain')."
+                f"the chat template leaves nothing of {side}: {encoded.lost}. Remove the row, or pass another "
+                "chat_template (a file, or 'plain')."
             )
             return not_encodable(file, row, error)
-    what = losses[0]
-    if len(set(losses)) > 1:
+    found = [encoded.not_as_written for encoded in group]
+    what = found[0]
+    if len(set(found)) > 1:
         names = ("chosen", "rejected") if is_pair else [f"response {number}" for number in range(1, len(group) + 1)]
-        what = "; ".join(f"{name}: {lost}" for name, lost in zip(names, losses, strict=True) if lost is not None)
+        what = "; ".join(f"{name}: {each}" for name, each in zip(names, found, strict=True) if each is not None)
     return TokenGroup([encoded.input_ids for encoded in group], min(len(each.prompt_ids) for each in group), what)
 
 
@@ -235,7 +262,7 @@ def fit_group(
     Example:
         >>> group = TokenGroup([[1, 5, 6, 7], [1, 5, 6, 8, 9]], prompt_length=3)
         >>> fit_group(group, 4, "truncate_prompt", 1, "pairs.jsonl", 1)
-        TokenGroup(ids=[[1, 6, 7], [1, 6, 8, 9]], prompt_length=2, lost=None)
+        TokenGroup(ids=[[1, 6, 7], [1, 6, 8, 9]], prompt_length=2, not_as_written=None)
     """
     excess = max(0, group.longest - max_length)
     if excess and overlong == "error":
@@ -251,7 +278,7 @@ def fit_group(
             "overlong",
         )  # fmt: skip
     ids = [each[:keep] + each[keep + excess :] for each in group.ids]
-    return TokenGroup(ids, group.prompt_length - excess, group.lost)
+    return TokenGroup(ids, group.prompt_length - excess, group.not_as_written)
 
 
 def none_usable(number: int, bad_rows: Sequence[BadRow | str], max_length: int | None = None) -> InputError:
@@ -275,7 +302,7 @@ def encode_columns(
 
     Returns:
         The columns of those that fit, with the batch's own in ``kept``, and the bad rows. ``truncated`` says whether
-        the prompt was cut, ``lost`` (place and text, or None) what the chat template deleted.
+        the prompt was cut, ``not_as_written`` (or None) the place and what the model does not read as it stands.
     """
     places: list[int] = []
     groups: list[TokenGroup] = []
@@ -309,7 +336,9 @@ def encode_columns(
         "prompt_length": [group.prompt_length for group in groups],
         "length": [group.longest for group in groups],
         "truncated": truncated,
-        "lost": [group.lost and f"{file}, row {row}: {group.lost}" for file, row, group in where],
+        "not_as_written": [
+            group.not_as_written and f"{file}, row {row}: {group.not_as_written}" for file, row, group in where
+        ],
     }
     if "responses" in batch:
         characters = [list(map(len, responses)) for responses in of_batch("responses")]
@@ -355,7 +384,7 @@ def encode_pairs(
     on_bad_row: str = "error",
     keep_text: bool = False,
 ) -> EncodedPairs:
-    """Encode a whole dataset of pairs or groups; a log line says where the chat template deletes text.
+    """Encode a whole dataset of pairs or groups; a log line says which text the model does not read as it stands.
 
     Args:
         dataset: Columns as in `preferences.FEATURES` or `groups.GROUP_FEATURES`.
@@ -393,9 +422,9 @@ def encode_pairs(
         new_fingerprint=uuid.uuid4().hex,
         desc="Encoding pairs",
     )  # fmt: skip
-    faults, truncated, losses = (
+    faults, truncated, changed = (
         [value for batch in encoded.select_columns(name).iter(100_000) for value in batch[name]]
-        for name in (_FAULT, "truncated", "lost")
+        for name in (_FAULT, "truncated", "not_as_written")
     )
     bad_rows = [BadRow(*json.loads(fault)) for fault in faults if fault is not None]
     dropped = len(dataset) - len(encoded)
@@ -403,11 +432,11 @@ def encode_pairs(
         raise none_usable(len(dataset), bad_rows, max_length)
     if bad_rows:
         encoded = encoded.select([row for row, fault in enumerate(faults) if fault is None]).flatten_indices()
-    lost = partly_rendered(losses)
-    warn_of_loss(lost, len(encoded))
+    told = not_as_written(changed)
+    warn_of_text(told, len(encoded))
     overlong_pairs = dropped + sum(truncated) + sum(bad.kind == "overlong" for bad in bad_rows)
     counts = {
         "pairs": len(dataset), "overlong": overlong_pairs, "dropped": dropped, "truncated": sum(truncated),
-        "partly_rendered": lost,
+        "not_as_written": told,
     }  # fmt: skip
     return EncodedPairs(encoded.remove_columns(list(_OWN_COLUMNS)), counts, bad_rows)

@@ -15,7 +15,7 @@ from inform_rm.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-SHOWN_LOSSES = 5
+SHOWN_CHANGES = 5
 
 _END_OF_REASONING = "</think>"
 # Templates write these tags on lines of their own, with other blanks around them than the text had.
@@ -78,24 +78,24 @@ def is_reasoning_alone(response: str) -> bool:
     return bool(tag) and not answer.strip()
 
 
-def partly_rendered(losses: Iterable[str | None]) -> dict[str, Any]:
-    """``{"n": how many, "examples": the first 5}`` of what was lost, None standing for nothing."""
-    found = list(filter(None, losses))
-    return {"n": len(found), "examples": found[:SHOWN_LOSSES]}
+def not_as_written(changes: Iterable[str | None]) -> dict[str, Any]:
+    """``{"n": how many, "examples": the first 5}`` of what is not read as it stands, None standing for nothing."""
+    found = list(filter(None, changes))
+    return {"n": len(found), "examples": found[:SHOWN_CHANGES]}
 
 
-def add_partly_rendered(total: dict[str, Any], more: dict[str, Any]) -> None:
-    """Add what `partly_rendered` found in other rows."""
+def add_not_as_written(total: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add what `not_as_written` found in other rows."""
     total["n"] += more["n"]
-    total["examples"] = [*total["examples"], *more["examples"]][:SHOWN_LOSSES]
+    total["examples"] = [*total["examples"], *more["examples"]][:SHOWN_CHANGES]
 
 
-def warn_of_loss(found: dict[str, Any], number: int, unit: str = "pairs") -> None:
-    """One log line where a template deleted text of some of ``number`` rows; ``found`` is from `partly_rendered`."""
+def warn_of_text(found: dict[str, Any], number: int, unit: str = "pairs") -> None:
+    """One log line where some of ``number`` rows are not read as they stand; ``found`` is from `not_as_written`."""
     if found["n"]:
         logger.warning(
-            "the chat template deletes text of %d of %d %s, so that the model does not read it: %s. Pass another "
-            "chat_template (a file, or 'plain') if it should.",
+            "the model does not read text of %d of %d %s as it stands: %s. Pass another chat_template (a file, or "
+            "'plain') where one deletes what should be read; remove special tokens' names where they are not meant.",
             found["n"], number, unit, "; ".join(found["examples"]),
         )  # fmt: skip
 

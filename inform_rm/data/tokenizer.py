@@ -1,7 +1,9 @@
 """Tokenizers as they are used here: able to pad, with a chat template that was checked and reads no clock."""
 
 import copy
+import functools
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,19 @@ def render(tokenizer: Any, conversations: list[list[Message]], tokenize: bool = 
 def ids_of_rendered(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of rendered text, as `apply_chat_template` makes them: the special tokens are in the text."""
     return tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
+
+
+def special_tokens_in(tokenizer: Any, texts: list[str]) -> list[str | None]:
+    """Of each text the first special token's name that stands in it, which the tokenizer makes that token."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = _pattern(tuple(sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)))
+    return [found and found[0] for found in map(names.search, texts)]
+
+
+@functools.lru_cache(maxsize=8)
+def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Any of the names, the longest first; nothing without names."""
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
 
 def _read_template(tokenizer: Any, chat_template: str) -> str:

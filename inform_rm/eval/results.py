@@ -32,8 +32,8 @@ class EvaluationResult(ModelResult):
 
     Attributes:
         data: per source its fingerprint and counts of pairs read, not sampled, over-long, dropped, truncated and
-            evaluated, the bad rows, and ``partly_rendered``: ``n`` pairs of which the chat template deleted text, and
-            up to 5 ``examples``.
+            evaluated, the bad rows, and ``not_as_written``: ``n`` pairs that are not read as they stand, and up to 5
+            ``examples``.
         num_pairs: that were evaluated.
         accuracy: share of pairs with the larger reward for the chosen response, ties half.
         accuracy_interval: 95 % Wilson interval.

@@ -49,7 +49,7 @@ class EvaluationSource:
         }
         encoded = encode_pairs(self.pairs, scorer.tokenizer, keep_text=keep_text, **rules)
         add_bad_rows(self.record, encoded.bad_rows)
-        self.record["partly_rendered"] = encoded.counts["partly_rendered"]
+        self.record["not_as_written"] = encoded.counts["not_as_written"]
         return encoded
 
 

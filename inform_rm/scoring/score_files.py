@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from inform_rm.data.columns import Reading, log_reading
 from inform_rm.data.encoding import BAD_ROW_POLICIES, Encoded
-from inform_rm.data.rendered_text import add_partly_rendered, partly_rendered, warn_of_loss
+from inform_rm.data.rendered_text import add_not_as_written, not_as_written, warn_of_text
 from inform_rm.data.response_rows import RowFault, ScoreRow, score_rows_or_faults
 from inform_rm.data.sources import Source, source_label
 from inform_rm.errors import InputError, check_choice
@@ -62,8 +62,8 @@ def score_file(
         columns: which columns are prompt, response, system and history: see `inform_rm.data.columns.Columns.of`.
 
     Returns:
-        ``{"output", "rows", "resumed_rows", "bad_rows", "partly_rendered"}``: rows written, how many of them have a
-        reward that an earlier call had computed, how many have none, and of how many the chat template deleted text
+        ``{"output", "rows", "resumed_rows", "bad_rows", "not_as_written"}``: rows written, how many of them have a
+        reward that an earlier call had computed, how many have none, and how many are not read as they stand
         (``n`` and up to 5 ``examples``).
 
     Raises:
@@ -122,9 +122,9 @@ def score_file(
         journal.close()
         if writes:
             rows_path.unlink(missing_ok=True)
-    warn_of_loss(lost, num_rows - num_bad, "rows")
+    warn_of_text(lost, num_rows - num_bad, "rows")
     return {
-        "output": str(output), "rows": num_rows, "resumed_rows": resumed, "bad_rows": num_bad, "partly_rendered": lost
+        "output": str(output), "rows": num_rows, "resumed_rows": resumed, "bad_rows": num_bad, "not_as_written": lost
     }  # fmt: skip
 
 
@@ -163,16 +163,17 @@ def encoded_or_faults(scorer: RewardScorer, rows: Sequence[ScoreRow | RowFault])
 def _check_all(
     chunks: Iterator[list[Row]], name: str, progress: bool, on_bad_row: str
 ) -> tuple[int, int, dict[str, Any]]:
-    """Number of rows, and of those that cannot be scored, and what the chat template deleted of the others."""
+    """Number of rows, and of those that cannot be scored, and what of the others is not read as it stands."""
     num_rows = num_bad = 0
     first: list[str] = []
-    lost = partly_rendered([])
+    lost = not_as_written([])
     with tqdm(unit="row", desc="check", disable=not (progress and is_main_process())) as bar:
         for chunk in chunks:
             reasons = [row.reason for row in chunk if isinstance(row, RowFault)]
             first = [*first, *reasons][:_SHOWN_FAULTS]
             good = [row for row in chunk if not isinstance(row, RowFault)]
-            add_partly_rendered(lost, partly_rendered(ids.lost and f"{row.where}: {ids.lost}" for row, ids in good))
+            changed = [ids.not_as_written and f"{row.where}: {ids.not_as_written}" for row, ids in good]
+            add_not_as_written(lost, not_as_written(changed))
             num_rows, num_bad = num_rows + len(chunk), num_bad + len(reasons)
             bar.update(len(chunk))
     if not num_rows:

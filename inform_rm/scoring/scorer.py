@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from inform_rm.data.encoding import Encoded, encode_groups
 from inform_rm.data.messages import Fault, conversation, found
-from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
+from inform_rm.data.rendered_text import not_as_written, warn_of_text
 from inform_rm.data.tokenizer import check_vocabulary, fix_date, load_tokenizer, warn_of_no_template
 from inform_rm.errors import InputError, check_choice, check_whole_number, shortened
 from inform_rm.scoring.packing import (
@@ -89,7 +89,7 @@ class RewardScorer:
         InputError: if the model is no reward model, or the tokenizer is missing or does not fit it.
     """
 
-    _told_of_loss = False
+    _told_of_text = False
 
     def __init__(
         self,
@@ -237,7 +237,7 @@ class RewardScorer:
             if isinstance(row, InputError):
                 raise row
             encoded.append(row)
-        self.tell_of_loss(encoded, places)
+        self.tell_of_text(encoded, places)
         return encoded
 
     def encode_each(
@@ -258,12 +258,13 @@ class RewardScorer:
                 encoded.append(error)
         return encoded
 
-    def tell_of_loss(self, encoded: Sequence[Encoded], places: Sequence[str]) -> None:
-        """Log where the chat template deleted text of rows, the first time only: servers ask for rewards for ever."""
-        if not self._told_of_loss:
-            lost = [row.lost and f"{where}: {row.lost}" for row, where in zip(encoded, places, strict=True)]
-            warn_of_loss(partly_rendered(lost), len(lost), "rows")
-            self._told_of_loss = any(lost)
+    def tell_of_text(self, encoded: Sequence[Encoded], places: Sequence[str]) -> None:
+        """Log what is not read as it stands, the first time only: servers ask for rewards for ever."""
+        if not self._told_of_text:
+            found = [row.not_as_written and f"{where}: {row.not_as_written}"
+                     for row, where in zip(encoded, places, strict=True)]  # fmt: skip
+            warn_of_text(not_as_written(found), len(found), "rows")
+            self._told_of_text = any(found)
 
     def iter_scores(
         self,

@@ -36,7 +36,7 @@ def encode_rows(scorer: RewardScorer, prompts: Sequence[Prompt], responses: Sequ
         if isinstance(found, InputError):
             raise RowError(row, str(found)) from found
         encoded.append(found)
-    scorer.tell_of_loss(encoded, [f"{place} of a request" for place in places])
+    scorer.tell_of_text(encoded, [f"{place} of a request" for place in places])
     return encoded
 
 

@@ -18,7 +18,7 @@ from inform_rm.data.columns import log_reading
 from inform_rm.data.encoding import ENCODED_GROUPS, EncodedPairs, encode_pairs
 from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import load_preferences
-from inform_rm.data.rendered_text import add_partly_rendered, warn_of_loss
+from inform_rm.data.rendered_text import add_not_as_written, warn_of_text
 from inform_rm.data.sources import source_digest
 from inform_rm.errors import InputError
 from inform_rm.scoring.reward_models import fingerprint_tokenizer
@@ -54,7 +54,7 @@ class TrainingPairs:
         dataset: see `inform_rm.data.encoding.EncodedPairs`; groups where rankings or scored responses are among the
             sources.
         counts: pairs used (of rankings all untied ones; with them ``rows``, ``responses`` and ``layouts``, too),
-            overlong, dropped and truncated rows, those ``partly_rendered`` (see `EncodedPairs`), the ``bad_rows`` that
+            overlong, dropped and truncated rows, those ``not_as_written`` (see `EncodedPairs`), the ``bad_rows`` that
             were left out, as text, and the ``reading`` of each source: which columns were read, and how.
         fingerprints: per source the SHA-256 of its pairs, see `inform_rm.data.preferences.PreferenceData`.
     """
@@ -132,7 +132,7 @@ def load_training_pairs(
         else:
             check_layouts(args, argument, set(pairs.counts.get("layouts", ("pair",))))
             logger.info("%s: taken from the cache %s.", argument, folder)
-            warn_of_loss(pairs.counts["partly_rendered"], pairs.counts["pairs"])
+            warn_of_text(pairs.counts["not_as_written"], pairs.counts["pairs"])
     counts = pairs.counts
     if argument == "data" and args.ranking_loss == "plackett_luce" and "layouts" in counts:
         _check_ties(pairs.dataset)
@@ -196,10 +196,10 @@ def encode_mixed(parts: Sequence[tuple[str, Dataset]], tokenizer: Any, **rules: 
         encoded = encode_pairs(part, tokenizer, **rules)
         datasets.append(as_groups(encoded.dataset) if layout == "pair" else encoded.dataset)
         bad_rows += encoded.bad_rows
-        lost = counts.pop("partly_rendered", {"n": 0, "examples": []})
-        add_partly_rendered(lost, encoded.counts.pop("partly_rendered"))
+        lost = counts.pop("not_as_written", {"n": 0, "examples": []})
+        add_not_as_written(lost, encoded.counts.pop("not_as_written"))
         counts = {name: counts.get(name, 0) + number for name, number in encoded.counts.items()}
-        counts["partly_rendered"] = lost
+        counts["not_as_written"] = lost
     return EncodedPairs(concatenate_datasets(datasets), counts, bad_rows)
 
 

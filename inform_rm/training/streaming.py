@@ -30,7 +30,7 @@ from transformers import TrainerCallback, TrainingArguments
 from inform_rm.data.encoding import encode_columns, none_usable
 from inform_rm.data.pairs import BadRow, parse_pair, row_or_fault
 from inform_rm.data.preferences import FEATURES
-from inform_rm.data.rendered_text import SHOWN_LOSSES, warn_of_loss
+from inform_rm.data.rendered_text import SHOWN_CHANGES, warn_of_text
 from inform_rm.errors import InputError
 from inform_rm.training.stream_sources import Row, StreamSource, examples
 from inform_rm.util.files import write_json
@@ -51,10 +51,10 @@ class StreamCounts:
         dropped: of these, left out.
         truncated: of these, learnt from with a shorter prompt.
         num_bad_rows: rows left out because they are no pair or cannot be encoded within max_length.
-        num_partly_rendered: pairs learnt from of which the chat template deleted text.
+        num_not_as_written: pairs learnt from that are not read as they stand.
         passes: epochs that were begun.
         bad_rows: which and why, each once, at most 1000.
-        partly_rendered: the first five of which text was deleted, and what.
+        not_as_written: the first five of which text was deleted, and what.
     """
 
     pairs: int = 0
@@ -62,17 +62,17 @@ class StreamCounts:
     dropped: int = 0
     truncated: int = 0
     num_bad_rows: int = 0
-    num_partly_rendered: int = 0
+    num_not_as_written: int = 0
     passes: int = 0
     bad_rows: list[str] = field(default_factory=list)
-    partly_rendered: list[str] = field(default_factory=list)
+    not_as_written: list[str] = field(default_factory=list)
 
     def add(self, other: "StreamCounts") -> None:
         """Add the counts of other rows."""
-        for name in ("pairs", "overlong", "dropped", "truncated", "num_bad_rows", "num_partly_rendered"):
+        for name in ("pairs", "overlong", "dropped", "truncated", "num_bad_rows", "num_not_as_written"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.passes = max(self.passes, other.passes)
-        for name, most in (("bad_rows", _LISTED_BAD_ROWS), ("partly_rendered", SHOWN_LOSSES)):
+        for name, most in (("bad_rows", _LISTED_BAD_ROWS), ("not_as_written", SHOWN_CHANGES)):
             if more := getattr(other, name):
                 setattr(self, name, [*dict.fromkeys([*getattr(self, name), *more])][:most])
 
@@ -168,14 +168,17 @@ class EncodedStream(torch.utils.data.IterableDataset):
             {name: [pair[name] for pair in pairs] for name in FEATURES}, self.tokenizer, **self._rules
         )
         bad_rows = [pair for pair in found if isinstance(pair, BadRow)] + unfit
-        truncated, lost = sum(columns.pop("truncated")), [text for text in columns.pop("lost") if text is not None]
+        truncated, lost = (
+            sum(columns.pop("truncated")),
+            [text for text in columns.pop("not_as_written") if text is not None],
+        )
         encoded = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         dropped = len(pairs) - len(unfit) - len(encoded)
         overlong = dropped + truncated + sum(bad.kind == "overlong" for bad in bad_rows)
         counts.add(
             StreamCounts(
-                len(encoded), overlong, dropped, truncated, len(bad_rows), len(lost),
-                bad_rows=[str(bad) for bad in bad_rows], partly_rendered=lost,
+                len(encoded), overlong, dropped, truncated, len(bad_rows), len(changed),
+                bad_rows=[str(bad) for bad in bad_rows], not_as_written=changed,
             )
         )  # fmt: skip
         return encoded
@@ -200,11 +203,11 @@ class EncodedStream(torch.utils.data.IterableDataset):
         place, counts = batch.pop("read")
         self._batches += 1
         self._places[place.position // (self.args.train_batch_size * self.args.world_size) % len(self._places)] = place
-        told, told_of_loss = len(self.counts.bad_rows), self.counts.num_partly_rendered
+        told, told_of_text = len(self.counts.bad_rows), self.counts.num_not_as_written
         self.counts.add(counts)
-        if not told_of_loss:  # while there is time to stop; the number of all comes at the end
-            lost = {"n": self.counts.num_partly_rendered, "examples": self.counts.partly_rendered}
-            warn_of_loss(lost, self.counts.pairs, "pairs so far")
+        if not told_of_text:  # while there is time to stop; the number of all comes at the end
+            lost = {"n": self.counts.num_not_as_written, "examples": self.counts.not_as_written}
+            warn_of_text(lost, self.counts.pairs, "pairs so far")
         for text in self.counts.bad_rows[told:_LOGGED_BAD_ROWS]:
             logger.warning("data: left out: %s", text)
 
@@ -245,7 +248,7 @@ class EncodedStream(torch.utils.data.IterableDataset):
         total = StreamCounts()
         for counts in gather_object([self.counts]):
             total.add(counts)
-        if total.num_bad_rows or total.overlong or total.num_partly_rendered:
+        if total.num_bad_rows or total.overlong or total.num_not_as_written:
             logger.warning("data: %s", asdict(total))
         return {**asdict(total), "reading": self.source.readings}
 

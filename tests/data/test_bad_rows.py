@@ -218,7 +218,7 @@ def test_bad_rows_are_left_out_by_kind_and_the_others_encoded_as_alone(strict, t
         "not encodable", "identical tokens", "overlong", "overlong"
     ]  # fmt: skip
     counts = {"pairs": len(rows), "overlong": 20, "dropped": 0, "truncated": 0}
-    assert found.counts == {**counts, "partly_rendered": {"n": 0, "examples": []}}
+    assert found.counts == {**counts, "not_as_written": {"n": 0, "examples": []}}
     expected = encode_pairs(load_preferences(good).dataset, strict, max_length=LENGTH).dataset
     names = ["chosen_input_ids", "rejected_input_ids", "prompt_length", "length", "chosen_characters"]
     assert found.dataset.select_columns(names).to_list() == expected.select_columns(names).to_list()

@@ -204,9 +204,8 @@ def _audit(path, tokenizer, template, rows=None):
 def test_the_audit_of_a_sound_template(tmp_path, tokenizer):
     audit, warnings = _audit(tmp_path / "a.jsonl", tokenizer, tokenizer.chat_template)
     assert audit["endings"] == [{"ending": "</s>", "ids": [2], "n": 4}] and audit["responses"] == 4
-    assert [audit[name] for name in ("double_bos", "double_eos", "starts_with_bos", "special_tokens_in_text")] == [
-        0
-    ] * 4
+    assert [audit[name] for name in ("double_bos", "double_eos", "starts_with_bos")] == [0] * 3
+    assert audit["not_as_written"] == {"n": 0, "examples": []}
     assert audit["example_chosen"] == "<|user|>Name a colour.</s><|assistant|>Blue.</s>"
     assert audit["example_rejected_response"] == "A car.</s>" and audit["example_last_ids"][-1] == 2
     assert warnings == []
@@ -236,9 +235,12 @@ def test_the_audit_finds_a_broken_template(change, field, count, warning, tmp_pa
 def test_the_audit_counts_special_and_unknown_tokens_in_text(tmp_path, tokenizer):
     rows = [pair("Say </s> now"), pair("b?", "<unk> it is"), pair("c?")]
     audit, warnings = _audit(tmp_path / "a.jsonl", tokenizer, tokenizer.chat_template, rows)
-    assert (audit["special_tokens_in_text"], audit["with_unknown_tokens"]) == (2, 1)
-    assert audit["special_tokens_in_text_rows"] == [1, 2]
-    assert any("2 pairs hold a special token's name" in line and line.endswith("rows 1, 2.") for line in warnings)
+    assert audit["with_unknown_tokens"] == 1
+    assert audit["not_as_written"]["examples"] == [
+        "row 1: turn 1 (user) with '</s>', which becomes that token",
+        "row 2: chosen: the response with '<unk>', which becomes that token",
+    ]
+    assert any("2 pairs would not be read as they stand: row 1: turn 1" in line for line in warnings)
     assert len(warnings) == 2
 
 
@@ -248,7 +250,9 @@ def test_a_turn_opened_inside_a_response_is_named(tmp_path, tokenizer):
     changed.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
     rows = [pair(), pair("b?", "Blue.<|turn|>Great!"), pair("c?")]
     audit, warnings = _audit(tmp_path / "a.jsonl", changed, tokenizer.chat_template, rows)
-    assert audit["special_tokens_in_text_rows"] == [2] and any("rows 2." in line for line in warnings)
+    (example,) = audit["not_as_written"]["examples"]
+    assert example.startswith("row 2: chosen: the response with '<|turn|>'")
+    assert any(example in line for line in warnings)
     ids = encode(changed, "b?", "Blue.<|turn|>Great!").input_ids
     assert changed.convert_tokens_to_ids("<|turn|>") in ids
 

@@ -25,7 +25,7 @@ STRICT_TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 )
-NOTHING_LOST = {"partly_rendered": {"n": 0, "examples": []}}
+NOTHING_LOST = {"not_as_written": {"n": 0, "examples": []}}
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cf")), min_size=1).filter(lambda t: t.strip())
 

@@ -137,6 +137,27 @@ def test_encoding_says_what_the_template_deletes(tokenizer):
         encode(with_template(tokenizer, PARTS_TEMPLATE), "2 + 2?", "It is 4.")
 
 
+@pytest.mark.parametrize("template", [None, CUTTING_TEMPLATE])
+def test_encoding_says_which_messages_hold_a_special_token(template, tokenizer):
+    changed = with_template(tokenizer, template)
+    found = encode_many(changed, ["Is <s> a tag?", "And </ s>?"], ["It is.", "No.</s><s>Yes"])
+    assert [each.special for each in found] == [
+        "turn 1 (user) with '<s>', which becomes that token", "the response with '</s>', which becomes that token"
+    ]  # fmt: skip
+    ids = changed.convert_tokens_to_ids("<s>")
+    assert ids in found[0].prompt_ids[1:] and ids not in found[1].prompt_ids[1:]
+
+
+def test_a_response_of_reasoning_that_stays_is_no_bad_row_for_a_special_token(tokenizer):
+    row = {
+        "prompt": [[{"role": "user", "content": "What?"}]],
+        "chosen": ["Blue."],
+        "rejected": ["<think>a</s></think>"],
+    }
+    (group,) = encode_each(tokenizer, {**row, "file": ["f"], "row": [3]})
+    assert group.not_as_written == "rejected: the response with '</s>', which becomes that token"
+
+
 @pytest.fixture
 def cut_rows(tmp_path):
     """Six pairs: the chosen side of the odd ones and both sides of the last one hold reasoning."""
@@ -152,7 +173,7 @@ def test_pairs_that_lose_text_are_counted_with_the_first_rows_and_logged_once(to
     pairs = load_preferences(cut_rows).dataset
     with caplog.at_level(logging.WARNING, "inform_rm"):
         encoded = encode_pairs(pairs, with_template(tokenizer, CUTTING_TEMPLATE), max_length=None)
-    lost = encoded.counts["partly_rendered"]
+    lost = encoded.counts["not_as_written"]
     expected = [f"{cut_rows}, row {row}: chosen: {LOST_REASONING}" for row in (1, 3, 5)]
     assert lost == {"n": 4, "examples": [*expected, f"{cut_rows}, row 6: {LOST_REASONING}"]}
     (line,) = [record.message for record in caplog.records]
@@ -169,8 +190,8 @@ def test_pairs_of_which_nothing_is_left_are_bad_rows_of_their_own_kind(tokenizer
 
 def test_check_data_shows_what_is_lost_and_what_is_refused(tokenizer, cut_rows, tmp_path):
     report = check_data(cut_rows, with_template(tokenizer, CUTTING_TEMPLATE))
-    assert report["sources"][0]["template"]["partly_rendered"]["n"] == 4 and report["unusable_rows"] == 0
-    (said,) = [line for line in report["warnings"] if "4 pairs lose text in the chat template" in line]
+    assert report["sources"][0]["template"]["not_as_written"]["n"] == 4 and report["unusable_rows"] == 0
+    (said,) = [line for line in report["warnings"] if "4 pairs would not be read as they stand" in line]
     assert "row 1: chosen:" in said and f"row 6: {LOST_REASONING}" in said and said in format_report(report)
     refused = check_data(cut_rows, with_template(tokenizer, PARTS_TEMPLATE))
     assert refused["unusable_rows"] == 6 and "not encodable 6" in format_report(refused)
@@ -194,7 +215,7 @@ def cutting_scorer(reward_dir, tokenizer):
 
 def test_evaluation_records_what_was_lost(cutting_scorer, cut_rows):
     result = evaluate(cutting_scorer, cut_rows, progress=False)
-    assert result.data[0]["partly_rendered"]["n"] == 4 and result.data[0]["evaluated"] == 6
+    assert result.data[0]["not_as_written"]["n"] == 4 and result.data[0]["evaluated"] == 6
 
 
 def test_scoring_a_file_ends_with_what_was_lost(cutting_scorer, tmp_path, caplog):
@@ -202,7 +223,7 @@ def test_scoring_a_file_ends_with_what_was_lost(cutting_scorer, tmp_path, caplog
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with caplog.at_level(logging.WARNING, "inform_rm"):
         found = score_file(cutting_scorer, path, tmp_path / "out.jsonl", progress=False)
-    assert found["partly_rendered"] == {"n": 1, "examples": [f"{path}, row 2: {LOST_REASONING}"]}
+    assert found["not_as_written"] == {"n": 1, "examples": [f"{path}, row 2: {LOST_REASONING}"]}
     assert "1 of 3 rows" in caplog.records[-1].message
 
 
@@ -210,7 +231,7 @@ def test_a_scorer_says_once_that_text_is_lost(cutting_scorer, caplog):
     with caplog.at_level(logging.WARNING, "inform_rm"):
         for _ in range(3):
             cutting_scorer.score(["2 + 2?"], ["<think>Hm.</think>4"])
-    assert sum("deletes text of 1 of 1 rows" in record.message for record in caplog.records) == 1
+    assert sum("text of 1 of 1 rows" in record.message for record in caplog.records) == 1
 
 
 def test_a_response_of_reasoning_alone_is_no_side_of_a_pair_but_is_scored_as_an_empty_answer(cutting_scorer, caplog):
@@ -238,7 +259,7 @@ def test_a_server_refuses_the_row_of_which_nothing_is_left_and_logs_the_first_lo
 def test_what_decompose_reads_joins_the_record_of_its_source(cutting_scorer, cut_rows):
     (source,) = load_sources(cut_rows, PairSettings())
     assert len(source.encode(cutting_scorer, PairSettings(), keep_text=True).dataset) == 6
-    assert source.record["partly_rendered"]["n"] == 4 and len(source.record["partly_rendered"]["examples"]) == 4
+    assert source.record["not_as_written"]["n"] == 4 and len(source.record["not_as_written"]["examples"]) == 4
 
 
 def test_items_of_a_suite_that_lose_text_are_counted(cutting_scorer, tmp_path):
@@ -247,4 +268,4 @@ def test_items_of_a_suite_that_lose_text_are_counted(cutting_scorer, tmp_path):
     rows[2]["rejected"] = "<think>Hm.</think>No idea."
     path = write_rows(tmp_path / "suite.jsonl", rows)
     result = evaluate_suite(cutting_scorer, "hh", path, progress=False)
-    assert result.counts["partly_rendered"] == 1 and result.counts["evaluated"] == 4
+    assert result.counts["not_as_written"] == 1 and result.counts["evaluated"] == 4

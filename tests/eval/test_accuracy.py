@@ -205,7 +205,7 @@ def test_result_follows_from_rewards_computed_one_by_one(model, tokenizer, data,
     counts = {"pairs_read": 24, "not_sampled": 0, "overlong": 0, "dropped": 0, "truncated": 0, "bad_rows": 0}
     named = {"source": str(data), "is_local": True, "fingerprint": source["fingerprint"], "reading": source["reading"]}
     assert list(source["reading"]["columns"]) == ["prompt", "chosen", "rejected", "subset", "id"]
-    assert source == {**named, **counts, "evaluated": 24, "partly_rendered": {"n": 0, "examples": []}}
+    assert source == {**named, **counts, "evaluated": 24, "not_as_written": {"n": 0, "examples": []}}
 
 
 def test_a_model_that_ignores_the_prompt_scores_half_on_swapped_prompts(scorer, model, tokenizer, tmp_path):

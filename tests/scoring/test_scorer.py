@@ -573,7 +573,7 @@ def test_file_keeps_rows_order_and_fields_and_adds_the_reward(scorer, tmp_path):
     summary = score_file(scorer, source, tmp_path / "out.jsonl", chunk_rows=7, progress=False)
     assert summary == {
         "output": str(tmp_path / "out.jsonl"), "rows": 30, "resumed_rows": 0, "bad_rows": 0,
-        "partly_rendered": {"n": 0, "examples": []},
+        "not_as_written": {"n": 0, "examples": []},
     }  # fmt: skip
     written = read_jsonl(tmp_path / "out.jsonl")
     assert [{key: value for key, value in item.items() if key != "reward"} for item in written] == rows

@@ -404,7 +404,7 @@ def test_a_streamed_run_learns_what_a_run_in_memory_learns(run_settings, tmp_pat
     assert losses(streamed) == pytest.approx(losses(memory), abs=1e-5)
     assert streamed["train_pairs"] == {
         "pairs": 62, "overlong": 0, "dropped": 0, "truncated": 0, "num_bad_rows": 0, "passes": 2, "bad_rows": [],
-        "num_partly_rendered": 0, "partly_rendered": [],
+        "num_not_as_written": 0, "not_as_written": [],
         "reading": {str(tmp_path / "data"): {
             "columns": {name: name for name in ("prompt", "chosen", "rejected")}, "layouts": {},
             "unread_columns": {},

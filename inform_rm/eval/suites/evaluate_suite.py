@@ -13,7 +13,7 @@ import torch
 from inform_rm.data import encoding
 from inform_rm.data.encoding import Encoded, TokenGroup
 from inform_rm.data.pairs import BadRow
-from inform_rm.data.rendered_text import partly_rendered, warn_of_loss
+from inform_rm.data.rendered_text import not_as_written, warn_of_text
 from inform_rm.data.sources import Sources
 from inform_rm.errors import InputError
 from inform_rm.eval.frame import Frame, json_lines, progress_bars, settings_of
@@ -152,16 +152,16 @@ def encode_items(
                 continue
             if found is not None:
                 encoded.append(found)
-                what = next((row.lost for row in rows if row.lost is not None), None)
+                what = next((row.not_as_written for row in rows if row.not_as_written is not None), None)
                 losses.append(what and f"{item.file}, row {item.row}: {what}")
-    lost = partly_rendered(losses)
-    warn_of_loss(lost, len(encoded), "items")
+    lost = not_as_written(losses)
+    warn_of_text(lost, len(encoded), "items")
     if not encoded and bad_rows:
         shown = "; ".join(str(bad) for _, bad in bad_rows[:3])
         raise InputError(f"data: none of the {len(items)} items can be used, {len(bad_rows)} are bad rows. {shown}")
     if not encoded:
         raise InputError(f"max_length: {scorer.max_length} leaves none of the {len(items)} items. Raise it.")
-    return encoded, {**counts, "evaluated": len(encoded), "partly_rendered": lost["n"]}, bad_rows
+    return encoded, {**counts, "evaluated": len(encoded), "not_as_written": lost["n"]}, bad_rows
 
 
 def _encoded_item(

@@ -34,8 +34,8 @@ class SuiteResult(ModelResult):
         styles: RM-Bench: hard, normal, easy, overall and by domain.
         twins: prompt-swap: ``num_twins``, and the share of them of which both are right, ``both_right``.
         counts: items read, over-long, dropped, truncated, evaluated, those of which a correct and a wrong candidate
-            become the same tokens (``indistinguishable``), and those of which the chat template deleted text
-            (``partly_rendered``).
+            become the same tokens (``indistinguishable``), and those that are not read as they stand
+            (``not_as_written``).
         data: each source as `load_suite_items` describes it.
         on_hub: ``id``, ``config`` and ``split`` of the parts of the suite's data set on the Hub, wherever its items
             were read; ``None`` if it has none.

@@ -216,7 +216,7 @@ def test_overlong_items_follow_the_policy(model, tokenizer, tmp_path):
     dropped = run("drop")
     assert dropped.counts == {
         "items": 3, "overlong": 2, "dropped": 2, "truncated": 0, "evaluated": 1, "indistinguishable": 0,
-        "partly_rendered": 0,
+        "not_as_written": 0,
     }  # fmt: skip
     assert dropped.subsets["hep-go"]["num_dropped"] == 2
     cut = run("truncate_prompt")
