@@ -168,10 +168,7 @@ class EncodedStream(torch.utils.data.IterableDataset):
             {name: [pair[name] for pair in pairs] for name in FEATURES}, self.tokenizer, **self._rules
         )
         bad_rows = [pair for pair in found if isinstance(pair, BadRow)] + unfit
-        truncated, lost = (
-            sum(columns.pop("truncated")),
-            [text for text in columns.pop("not_as_written") if text is not None],
-        )
+        truncated, changed = sum(columns.pop("truncated")), [each for each in columns.pop("not_as_written") if each]
         encoded = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         dropped = len(pairs) - len(unfit) - len(encoded)
         overlong = dropped + truncated + sum(bad.kind == "overlong" for bad in bad_rows)
