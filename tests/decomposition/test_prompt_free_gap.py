@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -361,6 +362,7 @@ def test_tempering_at_its_ends():
     weights, exponents = tempered_weights(scores, 0.3)
     assert exponents.tolist() == [1.0] * 4
     torch.testing.assert_close(weights, scores.softmax(1))
+    assert tempered_weights(doubles([0.0, -1000.0]), 0.5)[1].item() == 1.0  # 1 of 2 is enough and no more
 
 
 def test_by_default_a_quarter_of_the_prompts_stays_in_play():
@@ -431,6 +433,15 @@ def test_all_others_are_equally_likely_in_every_column_and_pair_of_columns(strat
         _, counts = (rows[:, first] * population + rows[:, second]).unique(return_counts=True)
         assert len(counts) == 42
         assert ((counts.double() - draws / 42) ** 2 / (draws / 42)).sum() < chi_square_bound(41)
+
+
+def test_within_a_stratum_prompts_are_counted_in_their_order():
+    labels = torch.arange(300) % 2
+    rows = sample_prompts(torch.full((4,), 30), 20, 300, seed=5, strata=labels)
+    for number, row in enumerate(rows.tolist()):
+        drawn = np.random.default_rng([5, number, 30]).choice(149, size=19, replace=False)
+        others = [prompt for prompt in range(0, 300, 2) if prompt != 30]
+        assert row == [30, *(others[place] for place in drawn)]
 
 
 def test_draws_from_a_large_population_are_spread_evenly():
