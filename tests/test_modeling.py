@@ -26,6 +26,7 @@ from inform_rm.modeling_inform import (
     InfoRMHead,
     InfoRMOutput,
     RewardLinear,
+    _last_token,
     _with_padding_at_the_end,
     bradley_terry_loss,
     kl_to_standard_normal,
@@ -264,8 +265,10 @@ def test_given_positions_stay_with_their_tokens(model):
     assert (stretched - expected)[:3].abs().min() > 1e-6  # the last row has one token, at 0
 
 
-def test_padding_is_turned_on_the_masks_device():
-    assert _with_padding_at_the_end(torch.ones(2, 3, device="meta"))[0].is_meta
+def test_padding_is_turned_and_the_last_token_found_on_the_masks_device():
+    mask = torch.ones(2, 3, device="meta")  # stands for a GPU
+    assert _with_padding_at_the_end(mask)[0].is_meta
+    assert _last_token(mask[:, :, None], mask).is_meta
 
 
 def test_unknown_keywords_are_ignored_and_eval_is_deterministic(model):

@@ -112,9 +112,7 @@ def test_csi_is_that_of_the_pseudocode_and_of_the_named_clusters(sets, eps, min_
     cluster, total = np.array(columns["cluster"]), 0.0
     for number in set(columns["cluster"]) - {-1}:
         centroid = candidate[cluster == number].mean(axis=0)
-        far = np.linalg.norm(reference - centroid, axis=1).min()
-        assert np.array(columns["csi_distance"])[cluster == number] == pytest.approx(far)
-        total += (cluster == number).sum() * far
+        total += (cluster == number).sum() * np.linalg.norm(reference - centroid, axis=1).min()
     assert total == pytest.approx(csi, rel=1e-9, abs=1e-9)
 
 
@@ -126,6 +124,8 @@ def test_noise_is_one_cluster_singletons_or_nothing():
     assert csi["drop"] == pytest.approx(3 * 0.1)
     assert csi["singletons"] == pytest.approx(3 * 0.1 + 4 + 2)
     assert csi["cluster"] == pytest.approx(3 * 0.1 + 2 * 4)  # the centroid, 6, lies 4 from 10
+    _, columns = fit_csi(reference, DetectionSettings(min_samples=3, noise="drop"))(candidate, 0)
+    assert columns["csi_distance"] == [pytest.approx(0.1)] * 3 + [None] * 2
     with pytest.warns(UserWarning, match="all 1 points are DBSCAN noise at eps 0.5"):
         assert cluster_separation_index([[3.0, 4.0]], np.zeros((1, 2)), noise="drop") == 0.0
 
