@@ -124,7 +124,7 @@ def test_noise_is_one_cluster_singletons_or_nothing():
     assert csi["drop"] == pytest.approx(3 * 0.1)
     assert csi["singletons"] == pytest.approx(3 * 0.1 + 4 + 2)
     assert csi["cluster"] == pytest.approx(3 * 0.1 + 2 * 4)  # the centroid, 6, lies 4 from 10
-    _, columns = fit_csi(reference, DetectionSettings(min_samples=3, noise="drop"))(candidate, 0)
+    _, columns = fit_csi(reference, DetectionSettings(eps=0.5, min_samples=3, noise="drop"))(candidate, 0)
     assert columns["csi_distance"] == [pytest.approx(0.1)] * 3 + [None] * 2
     with pytest.warns(UserWarning, match="all 1 points are DBSCAN noise at eps 0.5"):
         assert cluster_separation_index([[3.0, 4.0]], np.zeros((1, 2)), noise="drop") == 0.0
