@@ -72,6 +72,7 @@ WINDOW = st.none() | st.integers(1, 300)
 
 
 @given(segments=LONG, window=WINDOW)
+@example(segments=[[ROW_MULTIPLE], [ROW_MULTIPLE]], window=None)  # blocks of one tree each
 @example(segments=[[3 * ROW_MULTIPLE]], window=3 * ROW_MULTIPLE - 1)  # the first token is just out of the last one's
 @settings(max_examples=25)
 def test_a_block_is_looked_at_where_and_only_where_a_token_of_it_is_seen(segments, window):
