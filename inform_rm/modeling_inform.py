@@ -333,7 +333,7 @@ class InfoRMForSequenceClassification(PreTrainedModel):
             with torch.no_grad():
                 if not getattr(module.weight, "_is_hf_initialized", False):
                     for rows, gain in zip(module.weight.chunk(len(gains)), gains, strict=True):
-                        rows.normal_(mean=0.0, std=gain / math.sqrt(module.in_features))
+                        rows.normal_(std=gain / math.sqrt(module.in_features))
                     if module.mirrored is not None:
                         half = module.weight.shape[module.mirrored] // 2
                         first = module.weight.narrow(module.mirrored, 0, half)

@@ -24,7 +24,9 @@ from transformers import (
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.modeling_inform import (
     InfoRMHead,
+    InfoRMOutput,
     RewardLinear,
+    _last_token,
     _with_padding_at_the_end,
     bradley_terry_loss,
     kl_to_standard_normal,
@@ -134,6 +136,22 @@ def test_rewards_are_decoded_draws_given_or_from_seed_0(shape, backbone_configs)
     torch.testing.assert_close(found, head.decode(mean + log_variance.exp().sqrt() * noise))
 
 
+def test_draws_are_on_the_device_of_the_latents(backbone_configs, monkeypatch):
+    head = InfoRMHead(InfoRMConfig(backbone_configs["llama"], latent_dim=3), 32)
+    there = torch.ones(2, 3, device="meta")  # stands for a GPU; autocast does not know it
+    monkeypatch.setattr(head, "encode", lambda hidden: (there, there))
+    monkeypatch.setattr(head, "decode", lambda latent: latent)
+    assert head(there, reward_samples=7).is_meta
+    assert head(there, latent_noise=torch.ones(2, 3)).is_meta
+
+
+def test_given_draws_reach_the_head(model):
+    batch, noise = padded(rows(), "right"), tensors(1, 4, 8)
+    output = model.train()(**batch, latent_noise=noise)
+    drawn = output.latent_mean + output.latent_log_variance.exp().sqrt() * noise
+    torch.testing.assert_close(output.logits, model.score.decode(drawn))
+
+
 def test_loss_matches_ten_lines_of_numpy(model):
     batch = padded(rows(1, (7, 4, 6, 3)), "right")
     margin = torch.tensor([0.3, -0.1])
@@ -196,6 +214,7 @@ def test_reward_samples_do_not_depend_on_batch_mates_or_random_state(model):
     torch.testing.assert_close(together.logits[1], alone.logits[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(together.reward_std[1], alone.reward_std[0], atol=1e-5, rtol=0)
     assert (together.reward_std > 0).all()
+    assert model(token_rows[0][None], reward_samples=2).reward_std.isfinite().all()  # the fewest
 
 
 # --- one score ---
@@ -230,15 +249,35 @@ def test_embeddings_in_place_of_tokens_give_the_same_rewards(model):
         torch.testing.assert_close(found, model(**batch).logits)
 
 
-def test_padding_is_turned_on_the_masks_device():
-    assert _with_padding_at_the_end(torch.ones(2, 3, device="meta"))[0].is_meta
+def test_tokens_that_a_mask_leaves_out_are_not_there(model):
+    row = rows()[0]
+    ids, mask = torch.cat([row[:4], torch.tensor([9, 9]), row[4:]])[None], torch.ones(1, 14).long()
+    mask[0, 4:6] = 0
+    torch.testing.assert_close(model(ids, mask).logits, model(row[None]).logits)
+
+
+def test_given_positions_stay_with_their_tokens(model):
+    batch = padded(rows(), "left", 3)
+    counted = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    expected = model(**batch).logits
+    torch.testing.assert_close(model(**batch, position_ids=counted).logits, expected)
+    stretched = model(**batch, position_ids=3 * counted).logits
+    assert (stretched - expected)[:3].abs().min() > 1e-6  # the last row has one token, at 0
+
+
+def test_padding_is_turned_and_the_last_token_found_on_the_masks_device():
+    mask = torch.ones(2, 3, device="meta")  # stands for a GPU
+    assert _with_padding_at_the_end(mask)[0].is_meta
+    assert _last_token(mask[:, :, None], mask).is_meta
 
 
 def test_unknown_keywords_are_ignored_and_eval_is_deterministic(model):
     batch = padded(rows(), "right")
     expected = model(**batch).logits
     torch.testing.assert_close(model(**batch, num_items_in_batch=3, use_cache=True, other="x").logits, expected)
-    assert len(model(**batch, return_dict=False)) == 4  # logits, mean, log variance, kl
+    output = model(**batch, return_dict=False)
+    assert type(output) is tuple and len(output) == 4  # logits, mean, log variance, kl
+    assert type(model(**batch, return_dict=True)) is InfoRMOutput
 
 
 @pytest.mark.parametrize(
@@ -248,6 +287,8 @@ def test_unknown_keywords_are_ignored_and_eval_is_deterministic(model):
         ({"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(2, 4)}, r"expected \(2, 3\)"),
         ({"input_ids": torch.ones(3, 3).long(), "return_loss": True}, "got 3 rows"),
         ({"input_ids": torch.ones(2, 3).long(), "reward_samples": 1}, "at least 2"),
+        ({"input_ids": torch.ones(1, 3).long(), "packed_segments": [[3]]}, "go together.*got 1"),
+        ({"input_ids": torch.ones(2, 3).long(), "pooled_positions": torch.tensor([2])}, "go together.*got 2"),
     ],
 )
 def test_wrong_arguments_are_refused(model, arguments, message):
@@ -367,6 +408,32 @@ def test_standard_architecture_equals_transformers_own_class(causal_lm_dir, tmp_
     theirs.save_pretrained(tmp_path)
     continued = InfoRMForSequenceClassification.from_backbone(tmp_path, architecture="standard").eval()
     torch.testing.assert_close(continued(**batch).logits, theirs(**batch).logits, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("left", ["weight", "bias"])
+def test_of_a_head_that_is_stored_in_part_the_rest_is_fresh(backbone_configs, left, tmp_path):
+    config = InfoRMConfig(backbone_configs["llama"], architecture="standard", head_bias=True)
+    model = InfoRMForSequenceClassification(config)
+    assert model.num_labels == 1  # PEFT asks
+    torch.nn.init.constant_(model.score.weight, 5.0)
+    torch.nn.init.constant_(model.score.bias, 5.0)
+    stored = {
+        name: value for name, value in model.state_dict().items() if name.startswith(("model.", f"score.{left}"))
+    }
+    model.save_pretrained(tmp_path, state_dict=stored)
+    score = InfoRMForSequenceClassification.from_pretrained(tmp_path).score
+    kept, fresh = (score.weight, score.bias) if left == "weight" else (score.bias, score.weight)
+    assert kept.eq(5.0).all() and fresh.abs().max() < 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen", "found"), [("gemma2", "sdpa", "eager"), ("gemma2", "eager", "eager"), ("llama", "sdpa", "sdpa")]
+)
+def test_soft_caps_are_not_left_to_a_kernel_that_has_none(kind, chosen, found):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, vocab_size=99, **sizes, num_key_value_heads=2, head_dim=16)
+    model = InfoRMForSequenceClassification(InfoRMConfig(config, latent_dim=4, attn_implementation=chosen))
+    assert model.model.config._attn_implementation == found
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def flex_packed_attention(
     as_it_is = query.device.type == "cpu" or torch.compiler.is_compiling()
     found = (flex_attention if as_it_is else compiled_kernel())(
         query, key, value, score_mod=None if softcap is None else capped, block_mask=mask, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1], return_aux=None if sinks is None else AuxRequest(lse=True),
+        enable_gqa=True, return_aux=None if sinks is None else AuxRequest(lse=True),
     )  # fmt: skip
     if sinks is None:
         return found

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -431,6 +432,15 @@ def test_all_others_are_equally_likely_in_every_column_and_pair_of_columns(strat
         _, counts = (rows[:, first] * population + rows[:, second]).unique(return_counts=True)
         assert len(counts) == 42
         assert ((counts.double() - draws / 42) ** 2 / (draws / 42)).sum() < chi_square_bound(41)
+
+
+def test_within_a_stratum_prompts_are_counted_in_their_order():
+    labels = torch.arange(300) % 2
+    rows = sample_prompts(torch.full((4,), 30), 20, 300, seed=5, strata=labels)
+    for number, row in enumerate(rows.tolist()):
+        drawn = np.random.default_rng([5, number, 30]).choice(149, size=19, replace=False)
+        others = [prompt for prompt in range(0, 300, 2) if prompt != 30]
+        assert row == [30, *(others[place] for place in drawn)]
 
 
 def test_draws_from_a_large_population_are_spread_evenly():

@@ -1,5 +1,6 @@
 """FlexAttention of packed rows against one sequence at a time, and its rule against brute force."""
 
+import math
 import os
 import shutil
 import sysconfig
@@ -34,7 +35,7 @@ MODELS = {
     "mistral": {"sliding_window": 5},
     "qwen2": {},
     "qwen3": {},
-    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
+    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 4},  # not the head's size
     "gemma3_text": {"sliding_window": 5, "query_pre_attn_scalar": 16},
     "gpt_neox": {"hidden_size": 64},  # a head of 16: FlexAttention takes no smaller one
     "gpt_oss": {"sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 1},
@@ -71,6 +72,7 @@ WINDOW = st.none() | st.integers(1, 300)
 
 
 @given(segments=LONG, window=WINDOW)
+@example(segments=[[ROW_MULTIPLE], [ROW_MULTIPLE]], window=None)  # blocks of one tree each
 @example(segments=[[3 * ROW_MULTIPLE]], window=3 * ROW_MULTIPLE - 1)  # the first token is just out of the last one's
 @settings(max_examples=25)
 def test_a_block_is_looked_at_where_and_only_where_a_token_of_it_is_seen(segments, window):
@@ -109,6 +111,38 @@ def test_any_packing_gives_attention_under_the_mask_written_token_by_token(segme
     )
     output = flex_packed_attention(query, key, value, block_mask(*layout, window), None)
     torch.testing.assert_close(output[:, :, :total], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_rows_and_masks_are_on_the_models_device(monkeypatch):
+    monkeypatch.setattr(packed_flex, "block_mask", lambda *given: given[:3])
+    row = pack_sequences([[1, 2]], [0])
+    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "packed_segments": row.segments}
+    found = flex_inputs(inputs, AutoConfig.for_model("llama", **SIZES), torch.device("meta"))  # stands for a GPU
+    assert found["input_ids"].is_meta and found["position_ids"].is_meta
+    assert all(layout.is_meta for layout in found["packed_segments"][None])
+
+
+def test_the_kernel_is_compiled_on_a_gpu_outside_of_a_compiled_model(monkeypatch):
+    monkeypatch.setattr(packed_flex, "flex_attention", lambda *tensors, **options: "as it is")
+    monkeypatch.setattr(packed_flex, "compiled_kernel", lambda: lambda *tensors, **options: "compiled")
+    here, there = torch.ones(1), torch.ones(1, device="meta")  # stands for a GPU
+    assert flex_packed_attention(here, here, here, None, None) == "as it is"
+    assert flex_packed_attention(there, there, there, None, None) == "compiled"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert flex_packed_attention(there, there, there, None, None) == "as it is"
+
+
+def test_in_half_precision_soft_caps_keep_their_digits_and_sinks_the_dtype(monkeypatch):
+    query = torch.ones(1, 2, ROW_MULTIPLE, 16, dtype=torch.bfloat16)
+    mask = block_mask(*row_layout([[ROW_MULTIPLE]]), None)
+    found = flex_packed_attention(query, query, query, mask, None, sinks=torch.zeros(2))
+    assert found.dtype == torch.bfloat16
+    # One key of score 4 beside a sink of 0, then 128 of them.
+    expected = [n * math.exp(4) / (n * math.exp(4) + 1) for n in (1, ROW_MULTIPLE)]
+    torch.testing.assert_close(found[0, 0, [0, -1], 0], torch.tensor(expected).bfloat16())
+    monkeypatch.setattr(packed_flex, "flex_attention", lambda *tensors, score_mod, **options: score_mod)
+    capped = flex_packed_attention(query, query, query, mask, None, softcap=0.3)  # 0.3008 in bfloat16
+    assert capped(torch.tensor(9.0), *range(4)).item() == pytest.approx(0.3, abs=1e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)

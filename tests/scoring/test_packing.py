@@ -322,6 +322,15 @@ def test_a_reason_is_given_where_a_model_names_no_padding_or_fails(backbone_conf
     assert why_not_packed(model) == "RuntimeError: no " + 117 * "x"
 
 
+def test_packing_is_tried_on_the_models_device(backbone_configs):
+    model, devices = build(backbone_configs["llama"]).to("meta"), []  # stands for a GPU
+    model.register_forward_pre_hook(
+        lambda module, args, named: devices.append(named["input_ids"].device.type), with_kwargs=True
+    )
+    why_not_packed(model)
+    assert devices and set(devices) == {"meta"}
+
+
 def test_a_layer_that_hides_its_sliding_window_is_not_packed(backbone_configs):
     model = build(backbone_configs["llama"])
     model.config.text_config.sliding_window = 4

@@ -113,7 +113,10 @@ def test_a_pair_loss_is_its_formula_smoothed_and_with_kl(loss_type, rewards):
 
 
 def test_without_margins_the_weighted_loss_is_bradley_terry(rewards):
-    torch.testing.assert_close(scaled_bradley_terry_loss(*rewards), bradley_terry_loss(*rewards))
+    expected = bradley_terry_loss(*rewards)
+    torch.testing.assert_close(scaled_bradley_terry_loss(*rewards), expected)
+    ones = torch.ones(len(rewards[0]), dtype=torch.float64)  # the loss stays float32
+    torch.testing.assert_close(scaled_bradley_terry_loss(*rewards, ones), expected)
 
 
 def test_the_warm_up_of_the_kl_is_in_steps_from_1_on_and_below_in_parts_of_the_run():

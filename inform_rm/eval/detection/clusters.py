@@ -186,7 +186,7 @@ def _cluster(
     points: NDArray, eps: float, settings: DetectionSettings, weights: NDArray | None = None
 ) -> tuple[NDArray, NDArray, NDArray, NDArray]:
     """Cluster of each point (-1: none), whether it is noise, and sizes ``(C,)`` and centroids ``(C, K)``."""
-    weights = np.ones(len(points), dtype=np.int64) if weights is None else weights
+    weights = np.ones(len(points)) if weights is None else weights
     dbscan = DBSCAN(eps=eps, min_samples=settings.min_samples)
     clusters = dbscan.fit(points, sample_weight=weights).labels_.astype(np.int64)
     is_noise = clusters == -1
@@ -196,7 +196,7 @@ def _cluster(
     elif settings.noise == "singletons":
         clusters[is_noise] = found + np.arange(is_noise.sum())
     kept = clusters >= 0
-    sizes = np.bincount(clusters[kept], weights=weights[kept]).astype(np.int64)
+    sizes = np.bincount(clusters[kept], weights=weights[kept])
     sums = np.zeros((len(sizes), points.shape[1]))
     np.add.at(sums, clusters[kept], points[kept] * weights[kept, None])
     return clusters, is_noise, sizes, sums / sizes[:, None]

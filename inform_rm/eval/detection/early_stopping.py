@@ -101,7 +101,7 @@ class RewardFallStopping:
     """
 
     def __init__(self, max_fall: float = 0.05):
-        if isinstance(max_fall, bool) or not isinstance(max_fall, int | float) or not 0 < max_fall < 1:
+        if not isinstance(max_fall, int | float) or not 0 < max_fall < 1:
             raise InputError(f"max_reward_fall: {max_fall!r}; it is a share, above 0 and below 1 (default 0.05).")
         self.max_fall = float(max_fall)
         self._start: float | None = None

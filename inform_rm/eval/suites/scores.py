@@ -75,7 +75,7 @@ def correct_mass(rewards: Sequence[float], num_correct: int) -> float:
         >>> round(correct_mass([np.log(3.0), np.log(1.0), np.log(4.0)], 2), 6)
         0.5
     """
-    values = np.asarray(rewards, dtype=np.float64)
+    values = np.asarray(rewards)
     weights = np.exp(values - values.max())
     return float(weights[:num_correct].sum() / weights.sum())
 

@@ -135,6 +135,9 @@ def test_a_fall_within_chance_does_not_fire():
         assert [rule.update(reward, error) for reward in (0.0, 5.0, 4.0)] == [False, False, fires]
     rule = RewardFallStopping(0.1)
     assert [rule.update(*step) for step in ((0.0, 0.0), (5.0, 0.0), (4.0, 0.5))] == 3 * [False]  # 1 is not above 1
+    steps = ((0.0, 0.0), (5.0, 1.0), (5.0, 0.0), (4.0, 0.0))  # of equal largest ones the last counts
+    rule = RewardFallStopping(0.1)
+    assert [rule.update(*step) for step in steps] == [False, False, False, True]
 
 
 @settings(max_examples=30)
@@ -159,7 +162,7 @@ def test_a_reward_that_is_no_number_leaves_the_state(reward):
     assert vars(rule) == vars(other)
 
 
-@pytest.mark.parametrize("share", (0, 1, -0.1, math.nan, True))
+@pytest.mark.parametrize("share", (0, 1, -0.1, math.nan, True, False, "0.1"))
 def test_wrong_share_is_named(share):
     with pytest.raises(InputError, match=r"max_reward_fall: .*; it is a share"):
         RewardFallStopping(share)

@@ -124,6 +124,8 @@ def test_noise_is_one_cluster_singletons_or_nothing():
     assert csi["drop"] == pytest.approx(3 * 0.1)
     assert csi["singletons"] == pytest.approx(3 * 0.1 + 4 + 2)
     assert csi["cluster"] == pytest.approx(3 * 0.1 + 2 * 4)  # the centroid, 6, lies 4 from 10
+    _, columns = fit_csi(reference, DetectionSettings(eps=0.5, min_samples=3, noise="drop"))(candidate, 0)
+    assert columns["csi_distance"] == [pytest.approx(0.1)] * 3 + [None] * 2
     with pytest.warns(UserWarning, match="all 1 points are DBSCAN noise at eps 0.5"):
         assert cluster_separation_index([[3.0, 4.0]], np.zeros((1, 2)), noise="drop") == 0.0
 
@@ -138,8 +140,9 @@ def test_a_candidate_equal_to_the_reference_has_csi_0_where_centroids_are_refere
     assert cluster_separation_index(square, square) == pytest.approx(4 * math.sqrt(0.5))
 
 
-@pytest.mark.parametrize("offset", (0.0, 1e6))
+@pytest.mark.parametrize("offset", (0.0, 1e9))
 def test_neither_blocks_nor_an_offset_change_the_result(monkeypatch, offset):
+    offset = offset * np.resize([1, -1], 24)  # no one number is near all
     candidate, reference = 100 * normal(0, 15, 24) + offset, 100 * normal(1, 40, 24) + offset
     plain = np.linalg.norm(candidate[:, None] - reference[None], axis=2).min(axis=1)
     csi = cluster_separation_index(candidate, reference, noise="singletons")
@@ -148,6 +151,13 @@ def test_neither_blocks_nor_an_offset_change_the_result(monkeypatch, offset):
     for elements in (4, 7 * 24, 2**23):
         monkeypatch.setattr(latent_arrays, "_BLOCK_ELEMENTS", elements)  # blocks of 1, 7 and all rows
         np.testing.assert_allclose(fit_mahalanobis(reference).squared_distances(candidate), squares, rtol=1e-6)
+
+
+def test_latents_in_half_precision_are_compared_in_float64():
+    reference = np.array(
+        [[0.0], [1.0], [1.001], [4000.0]], dtype=np.float16
+    )  # around their mean the middle two are one
+    assert cluster_separation_index(reference[2:3], reference) == 0
 
 
 def test_a_subsample_is_reported_seeded_and_scaled_up(monkeypatch):
@@ -167,6 +177,7 @@ def test_a_subsample_is_reported_seeded_and_scaled_up(monkeypatch):
     chosen = cluster_separation_index(candidate[used], reference, eps=2.0)
     assert part["csi"] == pytest.approx(2 * chosen) == pytest.approx(whole["csi"], rel=0.1)
     assert part["csi_normalized"] == pytest.approx(chosen / 200)
+    assert cluster_separation_index(candidate, reference, eps=2.0, seed=1) not in (part["csi"], whole["csi"])
 
 
 def test_auto_eps_makes_nine_in_ten_reference_points_core_points():
@@ -185,6 +196,9 @@ def test_auto_eps_makes_nine_in_ten_reference_points_core_points():
         assert found["csi"] == cluster_separation_index(candidate, reference, eps=eps)
         assert 0 < found["noise_share"] < 0.25
     assert auto_eps(reference, num_points=100, seed=3) > eps
+    found, eps = (cluster_separation_index(candidate, reference, eps=radius, min_samples=9)
+                  for radius in ("auto", auto_eps(reference, min_samples=9)))  # fmt: skip
+    assert found == eps
     assert auto_eps(normal(0, 5, 3), min_samples=5) > 0
 
 
