@@ -180,8 +180,9 @@ def tokens_for_training(
         weights = sum(parameter.numel() * parameter.element_size() for parameter in learnt)
         halves = sum(parameter.numel() * 2 for parameter in learnt if parameter.element_size() == 2)
         free, total = torch.cuda.mem_get_info(device)
-        # What the process may take at most, where others share the card.
-        most = int(total * torch.cuda.get_per_process_memory_fraction(device))
+        # What the process may take at most, where others share the card. Of a device, torch wants its number here;
+        # None is the current one.
+        most = int(total * torch.cuda.get_per_process_memory_fraction(device.index))
         free = min(free + torch.cuda.memory_reserved(device), most)
         free -= torch.cuda.memory_allocated(device) + (4 if in_buckets else 3) * weights + halves
         found, why = tokens_that_fit(token_bytes, free), None
