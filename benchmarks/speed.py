@@ -258,9 +258,11 @@ def fresh_inform_rm(shared: Path, architecture: str, layers: int | None = None) 
 
 
 def common_arguments() -> dict[str, Any]:
-    # The order of the pairs is part of the measurement, so nobody shuffles them again. Ours would make an update of 64.
+    # The order of the pairs is part of the measurement, so nobody shuffles them again. Without accumulation: of
+    # ourselves we would make one update of 64 pairs.
     return {
-        "per_device_train_batch_size": PAIRS_A_STEP, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "learning_rate": 1e-5,
+        "per_device_train_batch_size": PAIRS_A_STEP, "gradient_accumulation_steps": 1,
+        "num_train_epochs": 1, "learning_rate": 1e-5,
         "report_to": "none", "seed": 0, "save_strategy": "no", "logging_strategy": "no", "use_cpu": True,
         "disable_tqdm": True, "bf16": False, "train_sampling_strategy": "sequential",
     }  # fmt: skip
