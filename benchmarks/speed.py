@@ -443,12 +443,15 @@ def write_profile(shared: Path, path: Path) -> None:
 
     from inform_rm.scoring.scorer import RewardScorer
 
-    training = ours(shared, training_pairs(shared, "qa-feedback", 8)[0], "packed")
+    training = {
+        f"training, 8 pairs of {source}": ours(shared, training_pairs(shared, source, 8)[0], "packed")
+        for source in ("hh-rlhf", "qa-feedback")
+    }
     scorer = RewardScorer(fresh_inform_rm(shared, "standard").eval())
     rows = made_up_rows(4, 16, 200, 100)
     scoring = Contestant(lambda: scorer.score_encoded(*rows))
     lines = []
-    for title, work in (("training, 8 pairs of qa-feedback", training), ("scoring, 4 x 16 responses", scoring)):
+    for title, work in {**training, "scoring, 4 x 16 responses": scoring}.items():
         work.prepare()
         work.run()
         work.prepare()
