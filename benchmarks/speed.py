@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,30 @@ def measure_head(shared: Path) -> list[Contest]:
     }
     setting = f"16 pairs of hh-rlhf, {PAIRS_A_STEP} a step, packed; K = 128, MLP decoder"
     return [Contest("InfoRM head against linear head", "pairs", 16, contestants, setting)]
+
+
+def measure_last_mlp(shared: Path) -> list[Contest]:
+    """CPU seconds of training with the last layer's MLP at every token, and where rewards are read; with TRL's."""
+    from inform_rm.training.passes import PassesThatFit
+
+    where_read = PassesThatFit.computed_where_read
+    grouped, _ = training_pairs(shared, "hh-rlhf", 32)
+    packed = ours(shared, grouped, "packed")
+
+    def with_block(block: Any) -> Contestant:
+        def prepare() -> None:
+            packed.prepare()
+            PassesThatFit.computed_where_read = block
+
+        return Contestant(packed.run, prepare)
+
+    contestants = {
+        "TRL, length-grouped, no checkpointing": trl(shared, grouped, None, gradient_checkpointing=False),
+        "inform-rm packed, the last MLP at every token": with_block(lambda trainer, part: nullcontext()),
+        "inform-rm packed": with_block(where_read),
+    }
+    setting = f"32 pairs, {PAIRS_A_STEP} a step, as in training; CPU seconds"
+    return [Contest("the last MLP on hh-rlhf", "pairs", 32, contestants, setting, clock=time.process_time)]
 
 
 def measure_row_length(shared: Path) -> list[Contest]:
@@ -233,9 +258,11 @@ def fresh_inform_rm(shared: Path, architecture: str, layers: int | None = None) 
 
 
 def common_arguments() -> dict[str, Any]:
-    # The order of the pairs is part of the measurement, so nobody shuffles them again.
+    # The order of the pairs is part of the measurement, so nobody shuffles them again. Without accumulation: of
+    # ourselves we would make one update of 64 pairs.
     return {
-        "per_device_train_batch_size": PAIRS_A_STEP, "num_train_epochs": 1, "learning_rate": 1e-5,
+        "per_device_train_batch_size": PAIRS_A_STEP, "gradient_accumulation_steps": 1,
+        "num_train_epochs": 1, "learning_rate": 1e-5,
         "report_to": "none", "seed": 0, "save_strategy": "no", "logging_strategy": "no", "use_cpu": True,
         "disable_tqdm": True, "bf16": False, "train_sampling_strategy": "sequential",
     }  # fmt: skip
@@ -416,12 +443,15 @@ def write_profile(shared: Path, path: Path) -> None:
 
     from inform_rm.scoring.scorer import RewardScorer
 
-    training = ours(shared, training_pairs(shared, "qa-feedback", 8)[0], "packed")
+    training = {
+        f"training, 8 pairs of {source}": ours(shared, training_pairs(shared, source, 8)[0], "packed")
+        for source in ("hh-rlhf", "qa-feedback")
+    }
     scorer = RewardScorer(fresh_inform_rm(shared, "standard").eval())
     rows = made_up_rows(4, 16, 200, 100)
     scoring = Contestant(lambda: scorer.score_encoded(*rows))
     lines = []
-    for title, work in (("training, 8 pairs of qa-feedback", training), ("scoring, 4 x 16 responses", scoring)):
+    for title, work in {**training, "scoring, 4 x 16 responses": scoring}.items():
         work.prepare()
         work.run()
         work.prepare()
@@ -439,8 +469,8 @@ def write_profile(shared: Path, path: Path) -> None:
 
 
 MEASUREMENTS: dict[str, Callable[[Path], list[Contest]]] = {
-    "train": measure_training, "large": measure_large_shape, "head": measure_head, "rows": measure_row_length,
-    "score": measure_scoring,
+    "train": measure_training, "large": measure_large_shape, "last": measure_last_mlp, "head": measure_head,
+    "rows": measure_row_length, "score": measure_scoring,
     "grid": measure_grid, "growth": measure_growth,
 }  # fmt: skip
 WITH_MEMORY = ("train", "large", "score", "grid")

@@ -8,7 +8,7 @@ separate sequences; so are rewards and gradients, up to rounding.
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -290,7 +290,9 @@ def packed_rewards(model: Any, row: PackedRow, reward_samples: int | None = None
     inputs = packed_inputs(model, row)
     places = row.pooled_positions.to(inputs["input_ids"].device)
     backbone = getattr(model, model.base_model_prefix)
-    with _last_mlp_at(backbone, row.pooled_positions.unique().to(places.device), inputs["input_ids"].shape[1]):
+    # With gradient, activations may be computed again in a backward pass, which is the caller's.
+    read = row.pooled_positions.unique().to(places.device)
+    with nullcontext() if torch.is_grad_enabled() else last_mlp_at(backbone, read):
         if model.config.model_type == "inform":
             output = model(**inputs, pooled_positions=places, reward_samples=reward_samples)
             return output.logits.flatten(), None if reward_samples is None else output.reward_std.flatten()
@@ -299,24 +301,28 @@ def packed_rewards(model: Any, row: PackedRow, reward_samples: int | None = None
 
 
 @contextmanager
-def _last_mlp_at(backbone: Any, places: Tensor, length: int) -> Iterator[None]:
-    """Inside the block the MLP of the last decoder layer is computed at the places that are read alone.
+def last_mlp_at(backbone: Any, places: Tensor) -> Iterator[None]:
+    """Inside the block the MLP of the last decoder layer is computed at the places that are read alone, each once.
 
-    An MLP takes each token by itself, so what it gives at the others, 0 here, is read by nothing. Without gradient
-    only: checkpointing would compute the layer again after the block.
+    An MLP takes each token by itself, so what it gives at the others, 0 here, is read by nothing and has no gradient.
+    A backward pass belongs into the block as well: checkpointing computes the layer again there.
     """
-    layers = [module for module in backbone.modules() if type(module).__name__ in (backbone._no_split_modules or ())]
+    names = set(backbone._no_split_modules or ())
+    # FSDP2 gives a layer a class of its own, derived from its class.
+    layers = [each for each in backbone.modules() if names & {base.__name__ for base in type(each).__mro__}]
     mlp = getattr(layers[-1], "mlp", None) if layers else None
-    if mlp is None or torch.is_grad_enabled():
+    if mlp is None:
         yield
         return
+    lengths: list[int] = []
 
     def take(_module: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (given[0][:, places], *given[1:])
+        lengths[:] = given[0].shape[:2]
+        return (given[0].index_select(1, places), *given[1:])
 
     def put(_module: Any, given: tuple[Tensor, ...], found: Any) -> Any:
         output = found[0] if isinstance(found, tuple) else found
-        whole = output.new_zeros(1, length, output.shape[-1]).index_copy(1, places, output)
+        whole = output.new_zeros(*lengths, output.shape[-1]).index_copy(1, places, output)
         return (whole, *found[1:]) if isinstance(found, tuple) else whole
 
     hooks = [mlp.register_forward_pre_hook(take), mlp.register_forward_hook(put)]

@@ -6,6 +6,7 @@ architecture.
 """
 
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from inform_rm.scoring.packing import last_mlp_at
 
 _EMBEDDING_GRADIENT = torch.ops.aten.embedding_dense_backward.default
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -49,9 +52,10 @@ class PassCounts:
         return PassCounts(**{name: few + (many - few) * steps for name, (few, many) in both.items()})
 
 
-def count_pass(model: Any, rows: int, length: int, *, autocast: bool) -> PassCounts:
+def count_pass(model: Any, rows: int, length: int, *, autocast: bool, read: int | None = None) -> PassCounts:
     """Count a pass over ``(rows, length)`` tokens, none of them padding, in bfloat16 where ``autocast`` computes so.
 
+    ``read``: the last layer's MLP is computed at so many places of a row alone (`last_mlp_at`); ``None``: at all.
     The model is on the meta device and in training mode; its weights are replaced, and it cannot be used afterwards.
     One whose layers all have the same weights is run with few of them, and the rest is on a line.
     """
@@ -65,11 +69,11 @@ def count_pass(model: Any, rows: int, length: int, *, autocast: bool) -> PassCou
                 weight.register_post_accumulate_grad_hook(_forget_gradient)
         tokens = torch.zeros(rows, length, dtype=torch.long)
         if not alike or number <= _MORE:
-            return _count(model, tokens, autocast)
+            return _count(model, tokens, autocast, read)
         found = []
         for kept in (_MORE, _FEW):
             del layers[kept:]
-            found.append(_count(model, tokens, autocast))
+            found.append(_count(model, tokens, autocast, read))
     more, few = found
     return few.with_layers(more, number)
 
@@ -82,9 +86,11 @@ def layers_of(model: Any) -> nn.ModuleList:
     return max(of_layers or lists, key=len)
 
 
-def _count(model: Any, tokens: Tensor, autocast: bool) -> PassCounts:
+def _count(model: Any, tokens: Tensor, autocast: bool, read: int | None) -> PassCounts:
+    backbone = getattr(model, model.base_model_prefix)
+    where = nullcontext() if read is None else last_mlp_at(backbone, torch.arange(read))
     held = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers(), tokens)]
-    with _Counter(held) as counter:
+    with _Counter(held) as counter, where:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             rewards = model(input_ids=tokens).logits
         kept, forward_flops = counter.bytes_now, counter.flops

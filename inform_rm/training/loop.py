@@ -247,7 +247,8 @@ class RewardLoop(PassesThatFit):
 
     def _predicted(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Of one forward pass, what `prediction_step` gives."""
-        rewards, kl, _ = self.rewards_of(model, inputs)
+        with self.computed_where_read(inputs):
+            rewards, kl, _ = self.rewards_of(model, inputs)
         if "groups" in inputs:
             labels, groups, margin = (inputs[name] for name in ("labels", "groups", "margin"))
             return padded_predictions(rewards.detach(), kl, labels, groups, len(margin)), margin

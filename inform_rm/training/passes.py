@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from inform_rm.scoring.packed_flex import ROW_MULTIPLE, for_device, row_layout
-from inform_rm.scoring.packing import pack_sequences
+from inform_rm.scoring.packing import last_mlp_at, pack_sequences
 from inform_rm.training.collators import PackedPairCollator
 from inform_rm.training.reward_arguments import RewardTrainingArguments
 
@@ -80,7 +81,7 @@ class PassesThatFit(Trainer):
         """The loss of a pass whose gradients have been added; in two, if it is too much for the GPU, or in more."""
         sums = self._sums
         try:
-            loss = super().training_step(model, part, num_items_in_batch)
+            loss = self._add_gradients(model, part, num_items_in_batch)
         except torch.OutOfMemoryError:
             halves = split_in_two(part)
             is_joint = getattr(model, "require_backward_grad_sync", True) and self.accelerator.num_processes > 1
@@ -102,13 +103,28 @@ class PassesThatFit(Trainer):
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()
         for done in self._passed:
-            super().training_step(model, done, num_items_in_batch)
+            self._add_gradients(model, done, num_items_in_batch)
         self._sums = sums
         losses = []
         for half in halves:  # what the first half showed to be too much is not tried with the second
             for each in parts_within(half, self._most_tokens):
                 losses.append(self._forward_and_backward(model, each, num_items_in_batch))
         return torch.stack(losses).sum()
+
+    def _add_gradients(self, model: Any, part: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        with self.computed_where_read(part):
+            return super().training_step(model, part, num_items_in_batch)
+
+    def computed_where_read(self, part: dict[str, Any]) -> AbstractContextManager[None]:
+        """A block in which a packed row goes through the last layer's MLP only where its rewards are read.
+
+        Compiled layers are left as they are: all share their graphs, and the last would need its own.
+        """
+        if "packed_segments" not in part or self.args.torch_compile:
+            return nullcontext()
+        model = self.accelerator.unwrap_model(self.model)
+        backbone = getattr(model, model.base_model_prefix)
+        return last_mlp_at(backbone, part["pooled_positions"].unique().to(self.args.device))
 
     def rewards_of(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Any]:
         """Rewards and KL of the batch's responses in order, in float32, and the model's output."""
@@ -133,9 +149,10 @@ class PassesThatFit(Trainer):
             if self.args.gradient_checkpointing:  # as the Trainer is about to do
                 model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
             model.train()
-            with self.accelerator.autocast():
-                rewards, _, _ = self.rewards_of(model, send_to_device(row, self.args.device))
-            rewards.sum().backward()
+            with self.computed_where_read(row):
+                with self.accelerator.autocast():
+                    rewards, _, _ = self.rewards_of(model, send_to_device(row, self.args.device))
+                rewards.sum().backward()
 
         found = tokens_for_training(
             model, run, self.args.device, self.max_length, in_buckets=self.accelerator.num_processes > 1
@@ -180,8 +197,9 @@ def tokens_for_training(
         weights = sum(parameter.numel() * parameter.element_size() for parameter in learnt)
         halves = sum(parameter.numel() * 2 for parameter in learnt if parameter.element_size() == 2)
         free, total = torch.cuda.mem_get_info(device)
-        # What the process may take at most, where others share the card.
-        most = int(total * torch.cuda.get_per_process_memory_fraction(device))
+        # What the process may take at most, where others share the card. Of a device, torch wants its number here;
+        # None is the current one.
+        most = int(total * torch.cuda.get_per_process_memory_fraction(device.index))
         free = min(free + torch.cuda.memory_reserved(device), most)
         free -= torch.cuda.memory_allocated(device) + (4 if in_buckets else 3) * weights + halves
         found, why = tokens_that_fit(token_bytes, free), None

@@ -148,7 +148,8 @@ def plan(
     head = sum(weight.numel() for weight in model.score.parameters() if weight.requires_grad)  # peft keeps a copy, too
     if machine.shards:
         model.to(torch.bfloat16)  # what FSDP gathers; it keeps float32
-    counts = count_pass(model, *shape, autocast=args.bf16 or args.fp16 or machine.autocasts)
+    autocast = args.bf16 or args.fp16 or machine.autocasts
+    counts = count_pass(model, *shape, autocast=autocast, read=2 if packed and not args.torch_compile else None)
     dynamic = dynamic_parts(counts, sizes)
     if quantized and not sizes:
         largest = max(weights[name].numel() for name in quantized)

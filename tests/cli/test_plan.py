@@ -13,7 +13,7 @@ SHAPE = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "nu
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    def count(model, rows, length, *, autocast):
+    def count(model, rows, length, *, autocast, read):
         return PassCounts(*(rows * length * each for each in (1e4, 1.5e4, 0.0, 1e6, 3e6)))
 
     monkeypatch.setattr("inform_rm.training.plan.count_pass", count)

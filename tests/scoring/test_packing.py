@@ -24,6 +24,7 @@ from inform_rm.scoring.packing import (
     CPU_TOKENS_PER_BATCH,
     default_tokens_per_batch,
     engine_line,
+    last_mlp_at,
     pack_sequences,
     packed_attention,
     packed_attention_of,
@@ -440,6 +441,44 @@ def test_activations_that_are_computed_again_give_the_same_gradients(backbone_co
     assert found[1][0] == 2 * found[0][0]  # that it was computed again
     for name, value in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], value, msg=name)
+
+
+def gradients_of(model, rewards):
+    model.zero_grad()
+    (rewards * torch.linspace(-1, 1, len(rewards)).exp()).sum().backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize("name", ("llama", "mistral", "gpt_neox", "gpt2"))
+def test_the_last_mlp_computed_where_it_is_read_alone_changes_no_gradient(backbone_configs, name, checkpointing):
+    model = build(backbone_configs[name])
+    expected = rewards_alone(model, SEQUENCES)
+    expected_gradients = gradients_of(model, expected)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    row = pack_sequences(SEQUENCES, PROMPT_LENGTHS)
+    *others, last = [module.mlp for module in model.modules() if hasattr(module, "mlp")]
+    seen = {mlp: [] for mlp in (*others, last)}
+    noise = torch.zeros(len(SEQUENCES), model.config.latent_dim)
+    with packed_attention_of(model), last_mlp_at(model.model, row.pooled_positions):
+        for mlp, lengths in seen.items():  # pre: where a layer is computed again its last steps are left out
+            mlp.register_forward_pre_hook(lambda mlp, given, lengths=lengths: lengths.append(given[0].shape[1]))
+        inputs = packed_inputs(model, row)
+        rewards = model(**inputs, pooled_positions=row.pooled_positions, latent_noise=noise).logits.flatten()
+        gradients = gradients_of(model, rewards)
+    passes = 1 + checkpointing
+    assert seen.pop(last) == [len(SEQUENCES)] * passes
+    assert all(lengths == [row.input_ids.shape[1]] * passes for lengths in seen.values())
+    assert expected.std() > 0.1  # otherwise the comparison shows nothing
+    torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, value in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], value, atol=1e-4 * value.abs().max().item(), rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("name", ("llama", "gpt_neox", "gpt2"))

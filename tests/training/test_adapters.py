@@ -563,7 +563,7 @@ def test_adapters_on_a_trained_reward_model_load_back(settings, tmp_path, tokeni
     assert (rewards(second.output_dir, None) - rewards(first.output_dir, None)).abs().max() > 0.01
 
 
-# --- On a GPU; written without one at hand, never run ---------------------------------------------------------------
+# --- On a GPU; never run: bitsandbytes was not where the others ran ------------------------------------------------
 
 
 @pytest.mark.gpu

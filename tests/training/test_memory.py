@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.cuda._utils import _get_device_index
 from transformers import LlamaConfig
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
@@ -149,7 +150,7 @@ def a_card(monkeypatch):
     for name, value in held.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100_000_000, 200_000_000))
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 1.0)
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *device: None)
     plain = torch.random.fork_rng
@@ -176,9 +177,15 @@ def test_memory_is_measured_beside_gradients_and_the_optimizer(a_card, dtype, in
     assert rows == [4096] and model.weight.grad is None and torch.get_rng_state().equal(state)
 
 
-def test_no_more_is_taken_than_the_process_may(a_card, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)  # 50 MB of 200
-    found = tokens_for_training(torch.nn.Linear(100, 100, bias=False), lambda row: None, a_card)
+@pytest.mark.parametrize("device", ("cuda", "cuda:0"))
+def test_no_more_is_taken_than_the_process_may(a_card, monkeypatch, device):
+    def quarter(index):
+        if index is not None:
+            _get_device_index(index)  # as torch does, which raises for a device without a number
+        return 0.25  # 50 MB of 200
+
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", quarter)
+    found = tokens_for_training(torch.nn.Linear(100, 100, bias=False), lambda row: None, torch.device(device))
     assert found == int(0.85 * (50_000_000 - 50_000 - 3 * 40_000) / 100) // 128 * 128
 
 
@@ -216,8 +223,8 @@ def test_all_processes_take_what_fits_into_the_memory_of_each(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_the_row_that_is_found_fits_and_fills_most_of_the_memory(request):
-    device = torch.device("cuda")
+def test_the_row_that_is_found_fits_and_fills_most_of_the_memory(request, caplog):
+    device = torch.device("cuda")  # without a number, which the trainer's has
     torch.cuda.set_per_process_memory_fraction(0.4)  # others may be tested on the same card
     request.addfinalizer(lambda: torch.cuda.set_per_process_memory_fraction(1.0))
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 16}
@@ -230,6 +237,7 @@ def test_the_row_that_is_found_fits_and_fills_most_of_the_memory(request):
         model(**flex_inputs(row, model.config, device), pooled_positions=places).logits.sum().backward()
 
     found = tokens_for_training(model, run, device)
+    assert not caplog.messages, "it was not measured"
     torch.cuda.reset_peak_memory_stats()
     run(probe_row(found))
     allowed = 0.4 * torch.cuda.get_device_properties(0).total_memory

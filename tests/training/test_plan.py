@@ -33,7 +33,7 @@ def arguments(folder, **settings):
 def evenly(monkeypatch):
     """In place of a pass on fake tensors one whose counts grow with its tokens; checkpointing keeps a quarter."""
 
-    def count(model, rows, length, *, autocast):
+    def count(model, rows, length, *, autocast, read):
         share = 0.25 if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) else 1.0
         return PassCounts(*(rows * length * each for each in (share * 1e4, share * 1.5e4, 0.0, 1e6, 3e6)))
 

@@ -1,5 +1,6 @@
 """Runs of the trainer on a tiny model: equal to a plain loop, resumable, loadable, and honest about its counts."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -20,8 +21,10 @@ from inform_rm.training.data import load_training_pairs
 from inform_rm.training.loop import choose_tf32
 from inform_rm.training.losses import reward_model_loss
 from inform_rm.training.models import load_model
+from inform_rm.training.passes import PassesThatFit
 from inform_rm.training.reward_arguments import RewardTrainingArguments
 from inform_rm.training.run import train
+from inform_rm.training.trainer import RewardTrainer
 
 
 @pytest.fixture
@@ -238,6 +241,33 @@ def test_packed_and_padded_batches_train_alike(settings, architecture, tmp_path)
     assert (packed["batching"], padded["batching"]) == ("packed", "padded")
     assert losses(packed) == pytest.approx(losses(padded), abs=1e-4)
     assert losses(packed)[-1] < 0.9 * losses(packed)[0]  # a curve, not a line that anything would match
+
+
+@pytest.mark.parametrize("more", ({}, {"lora_r": 4}, {"gradient_checkpointing": True}), ids=str)
+def test_training_and_evaluation_compute_the_last_mlp_where_it_is_read_alone(settings, pairs_file, tmp_path, more):
+    config = dataclasses.replace(settings, eval_data=(str(pairs_file),), eval_steps=3, max_steps=3, **more)
+
+    def run(name):
+        trainer = RewardTrainer(args=dataclasses.replace(config, output_dir=str(tmp_path / name)))
+        seen = []
+        *_, last = [module.mlp for module in trainer.model.modules() if hasattr(module, "mlp")]
+        last.register_forward_hook(lambda mlp, given, found: seen.append(given[0].shape[1]))
+        trainer.train()
+        return trainer, seen
+
+    trainer, seen = run("read")
+    pairs = config.per_device_train_batch_size
+    assert set(seen) <= {2 * size for size in range(1, max(pairs, config.per_device_eval_batch_size) + 1)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PassesThatFit, "computed_where_read", lambda self, part: contextlib.nullcontext())
+        whole, every = run("whole")
+    assert len(every) == len(seen) and sum(every) > 3 * sum(seen)
+    for one, other in zip(whole.state.log_history[:-1], trainer.state.log_history[:-1], strict=True):
+        for name in {"loss", "grad_norm", "eval_loss", "eval_accuracy"} & set(one):
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+    expected = whole.model.state_dict()
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("batching", ("packed", "padded"))
