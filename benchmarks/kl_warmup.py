@@ -182,6 +182,7 @@ def main() -> None:
     world = World(arguments.data, Sizes())
     pairs, sets = some_of(world)
     whole = start_of(arguments.model, LAYERS, Variant("standard"), 0, "cpu").eval()
+    whole.set_attn_implementation("eager")  # about twice as quick in bfloat16 on a CPU
     top = Top(whole, world.rows, _rows_of({**sets, "train": pairs}))
     for seed in arguments.seeds:
         for architecture, beta, warmup, noise in RUNS:
