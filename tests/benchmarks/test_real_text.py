@@ -18,6 +18,7 @@ if not FOLDER.is_dir():
     pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
 sys.path.insert(0, str(FOLDER))
 
+import kl_warmup  # noqa: E402
 import real_text_attack as attack  # noqa: E402
 import real_text_gold as gold  # noqa: E402
 import real_text_grpo as grpo  # noqa: E402
@@ -77,6 +78,28 @@ def test_first_layers_are_those_of_the_model(causal_lm_dir, tmp_path):
     with torch.no_grad():
         states = whole(ids, output_hidden_states=True).hidden_states[1]
         torch.testing.assert_close(found.model(ids).last_hidden_state, whole.norm(states))
+
+
+def test_the_top_layer_on_kept_states_is_that_of_the_whole_model_and_learns(causal_lm_dir):
+    model = models.start_of(causal_lm_dir("llama_tied"), 2, models.Variant(), 0, "cpu").eval()
+    rows = texts.rows_of(
+        [[5, 9], [7, 8, 9, 11], [4, 6, 3], [10]], [[40, END], [41, 44, END], [42, END], [43, END]], [0, 1, 2, 3]
+    )
+    top = kl_warmup.Top(model, rows, torch.tensor([3, 0, 1]))
+    places = torch.tensor([1, 3, 0])
+    with torch.no_grad():
+        whole, kept = model(*models.batch(rows, places, "cpu")).logits, model.score(top(model, places))
+    assert whole.std() > 0.05
+    torch.testing.assert_close(kept, whole, atol=0.01, rtol=0.02)  # states are kept in bfloat16
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    variant = models.Variant(beta=0.01, kl_warmup_steps=0.0, pairs_per_step=1, epochs=25, learning_rate=1e-2)
+    log = kl_warmup.run(top, model, variant, models.Pairs(torch.tensor([1]), torch.tensor([0])), seed=0)
+    assert [row["update"] for row in log] == [25] and log[0]["weight"] == 0.01
+    assert log[0]["gradient of KL"] > 0 and log[0]["spread"] + log[0]["offset"] < log[0]["kl"]
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    trained = {name for name in before if name.startswith(("model.layers.1.", "model.norm.", "score."))}
+    assert moved == trained - {"score.decoder.2.bias"}  # the same for both responses
+    assert kl_warmup.judged(top, model, {"both": models.Pairs(torch.tensor([1]), torch.tensor([0]))}) == {"both": 1.0}
 
 
 SIZES = texts.Sizes(prompts=(60, 6, 8), per_prompt=6)
