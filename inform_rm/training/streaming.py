@@ -54,7 +54,7 @@ class StreamCounts:
         num_not_as_written: pairs learnt from that are not read as they stand.
         passes: epochs that were begun.
         bad_rows: which and why, each once, at most 1000.
-        not_as_written: the first five of which text was deleted, and what.
+        not_as_written: the first five of them, and what is read otherwise.
     """
 
     pairs: int = 0
