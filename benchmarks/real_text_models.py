@@ -7,6 +7,7 @@ layers is the first of the policy's. Shapes: N rows, T tokens, P pairs.
 import contextlib
 import copy
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +57,11 @@ class Pairs:
 
 def start_of(model_folder: Path, layers: int, variant: Variant, seed: int, device: str) -> Any:
     """The first `layers` layers and the final norm of the language model, and a fresh head from `seed`."""
-    from transformers import AutoConfig
-
     torch.manual_seed(seed)
     model = InfoRMForSequenceClassification.from_backbone(
         str(folder_of_layers(model_folder, layers)), architecture=variant.architecture, beta=variant.beta,
         latent_dim=variant.latent_dim, dtype=torch.float32,
     )  # fmt: skip
-    assert AutoConfig.from_pretrained(model_folder).hidden_size == model.config.text_config.hidden_size
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = variant.attention_dropout
     return model.to(device)
@@ -85,8 +83,9 @@ def folder_of_layers(model_folder: Path, layers: int) -> Path:
         weights = load_file(model_folder / "model.safetensors")
         kept = {name: value for name, value in weights.items()
                 if ".layers." not in name or int(name.split(".layers.")[1].split(".")[0]) < layers}  # fmt: skip
-        save_file(kept, target / "model.part", {"format": "pt"})
-        (target / "model.part").rename(target / "model.safetensors")
+        part = target / f"{os.getpid()}.part"  # of several processes each writes its own
+        save_file(kept, part, {"format": "pt"})
+        part.rename(target / "model.safetensors")
     return target
 
 

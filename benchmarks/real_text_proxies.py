@@ -66,7 +66,7 @@ class World:
     """
 
     def __init__(self, folder: Path, sizes: Sizes):
-        self.folder, self.per_prompt, self.splits = folder, sizes.per_prompt, splits_of(sizes)
+        self.folder, self.sizes, self.per_prompt, self.splits = folder, sizes, sizes.per_prompt, splits_of(sizes)
         self.rows, self.gold = read_rows(folder, "pairs"), gold_rewards(folder, "pairs")
 
     def prompts(self, split: str) -> list[int]:
@@ -171,8 +171,7 @@ def is_train(world_rows: Rows, sizes: Sizes) -> Tensor:
 
 def units_of(world: World, rewards: Tensor) -> list[float]:
     """Mean and standard deviation of a model's rewards of the policy's training responses."""
-    own = torch.tensor([name == "train" for name in world.splits])[world.rows.prompts]
-    own &= torch.arange(len(rewards)) % (2 * world.per_prompt) < world.per_prompt
+    own = is_train(world.rows, world.sizes)
     return [float(rewards[own].mean()), float(rewards[own].std())]
 
 
