@@ -144,9 +144,8 @@ def gold(place: Place, kind: str, seed: int) -> None:
 
 def score(place: Place) -> None:
     from real_text_gold import score_with_gold
-    from real_text_proxies import is_train
 
-    score_with_gold(place.folder, place.device, lambda rows: is_train(rows, place.sizes))
+    score_with_gold(place.folder, place.device, place.sizes)
 
 
 def proxy(place: Place, run: Any) -> None:

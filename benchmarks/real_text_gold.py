@@ -6,7 +6,6 @@ the package saves it, and ``gold/rewards.safetensors``, one tensor a part in uni
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from inform_rm import InfoRMForSequenceClassification
 from inform_rm.util.files import write_json
 from real_text_models import Pairs, Variant, rewards_of, start_of, train
-from real_text_texts import Rows, read_rows
+from real_text_texts import Rows, Sizes, is_train, read_rows
 
 SCORED = ("pairs", "attack", "other")
 SEEDS = (0, 1)  # the first is gold
@@ -76,8 +75,8 @@ class Gold:
         return (rewards_of(self.model, rows, self.device)[0].double() - self.units[0]) / self.units[1]
 
 
-def score_with_gold(folder: Path, device: str, is_train: Callable[[Rows], Tensor]) -> None:
-    """Gold's rewards of all parts; its units are those of the rows that `is_train` names among the pairs'."""
+def score_with_gold(folder: Path, device: str, sizes: Sizes) -> None:
+    """Gold's rewards of all parts, in units of those of the policy's training responses."""
     target = folder / "gold" / "rewards.safetensors"
     if target.exists():
         return
@@ -87,7 +86,7 @@ def score_with_gold(folder: Path, device: str, is_train: Callable[[Rows], Tensor
         rows = read_rows(folder, part)
         found[part] = rewards_of(model, rows, device)[0].double()
         if part == "pairs":
-            own = found[part][is_train(rows)]
+            own = found[part][is_train(rows, sizes)]
             units = torch.stack([own.mean(), own.std()])
     scaled = {part: (values - units[0]) / units[1] for part, values in found.items()}
     save_file({**scaled, UNITS: units}, target)

@@ -176,11 +176,6 @@ def train(
     return float(torch.stack(losses).mean())
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all weights."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
 def averaged(members: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """WARM (arXiv:2401.12187): the mean of weights that were trained from one start."""
     return {name: torch.stack([each[name].float() for each in members]).mean(dim=0) for name in members[0]}

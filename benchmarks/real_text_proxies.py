@@ -25,7 +25,7 @@ from inform_rm.training.losses import kl_to_standard_normal
 from inform_rm.util.files import write_json
 from real_text_gold import gold_rewards
 from real_text_models import Pairs, Variant, accuracy, averaged, batch, half_products, rewards_of, start_of, train
-from real_text_texts import Rows, Sizes, read_rows, splits_of
+from real_text_texts import Rows, Sizes, is_train, read_rows, splits_of
 
 SEARCH_SEEDS = (0,)
 REPORT_SEEDS = (10, 11, 12)
@@ -160,13 +160,6 @@ def _kl(model: Any, rows: Rows, device: str) -> float:
     with half_products(device, training=False):
         output = model(*batch(rows, torch.arange(0, len(rows.lengths), -(-len(rows.lengths) // 256)), device))
     return float(kl_to_standard_normal(output.latent_mean, output.latent_log_variance).mean())
-
-
-def is_train(world_rows: Rows, sizes: Sizes) -> Tensor:
-    """Which of the pairs' rows are responses to their own prompt, of the training split."""
-    splits, own = splits_of(sizes), sizes.per_prompt
-    known = torch.tensor([name == "train" for name in splits])[world_rows.prompts]
-    return known & (torch.arange(len(world_rows.prompts)) % (2 * own) < own)
 
 
 def units_of(world: World, rewards: Tensor) -> list[float]:

@@ -179,6 +179,13 @@ def splits_of(sizes: Sizes) -> list[str]:
     return [name for name, count in zip(SPLITS, sizes.prompts, strict=True) for _ in range(count)]
 
 
+def is_train(rows: Rows, sizes: Sizes) -> Tensor:
+    """Which of the pairs' rows are responses to their own prompt, of the training split."""
+    splits, own = splits_of(sizes), sizes.per_prompt
+    known = torch.tensor([name == "train" for name in splits])[rows.prompts]
+    return known & (torch.arange(len(rows.prompts)) % (2 * own) < own)
+
+
 def seed_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:6], "big")
 

@@ -170,7 +170,8 @@ def special_tokens_in(tokenizer: Any, texts: list[str]) -> list[str | None]:
     """Of each text the first special token's name that stands in it, which the tokenizer makes that token."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     names = _pattern(tuple(sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)))
-    return [found and found[0] for found in map(names.search, texts)]
+    found = {text: names.search(text) for text in set(texts)}  # responses to one prompt bring it each time
+    return [hit and hit[0] for hit in map(found.get, texts)]
 
 
 @functools.lru_cache(maxsize=8)
