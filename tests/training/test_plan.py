@@ -1,5 +1,6 @@
 """`plan`: what it counts against hand calculation, real optimizers, and the peaks of real training on a CPU."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from inform_rm.training.fake_step import PassCounts, count_pass
 from inform_rm.training.plan import Lengths, Machine, advise, plan, read_config
 from inform_rm.training.plan_memory import GIB, model_on_meta
 
+M_MMAP_THRESHOLD = -3  # in malloc.h of glibc
 SHAPES = Path(__file__).resolve().parents[2] / "recipes" / "shapes"
 PROMPT, RESPONSE, LAYERS = 40, 30, 4
 SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": LAYERS, "num_attention_heads": 6}
@@ -330,6 +332,11 @@ def test_the_peak_is_that_of_a_real_process(tokenizer, tmp_path, exit_code_of_fo
 
     def measure():
         trainer = trainer_of(args, tokenizer, config)
+        # What glibc holds free for later is neither part of the training nor of what was there before: each larger
+        # block is to be a mapping of its own, that goes back to the kernel when it is freed.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 65536)
+        libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = kibibytes("VmRSS")
         trainer.train()
@@ -337,4 +344,4 @@ def test_the_peak_is_that_of_a_real_process(tokenizer, tmp_path, exit_code_of_fo
 
     assert exit_code_of_fork(measure) == 0
     measured = int((tmp_path / "peak").read_text()) * 1024
-    assert (found.total - found.parts["weights"]) * GIB == pytest.approx(measured, rel=0.15)
+    assert (found.total - found.parts["weights"]) * GIB == pytest.approx(measured, rel=0.1)
