@@ -88,8 +88,8 @@ def measure_head(shared: Path) -> list[Contest]:
     return [Contest("InfoRM head against linear head", "pairs", 16, contestants, setting)]
 
 
-def measure_last_mlp(shared: Path) -> list[Contest]:
-    """CPU seconds of training with the last layer's MLP at every token, and where rewards are read; with TRL's."""
+def measure_last_layer(shared: Path) -> list[Contest]:
+    """CPU seconds of training with the last layer at every token, and where rewards are read; with TRL's."""
     from inform_rm.training.passes import PassesThatFit
 
     where_read = PassesThatFit.computed_where_read
@@ -105,11 +105,11 @@ def measure_last_mlp(shared: Path) -> list[Contest]:
 
     contestants = {
         "TRL, length-grouped, no checkpointing": trl(shared, grouped, None, gradient_checkpointing=False),
-        "inform-rm packed, the last MLP at every token": with_block(lambda trainer, part: nullcontext()),
+        "inform-rm packed, the last layer at every token": with_block(lambda trainer, part: nullcontext()),
         "inform-rm packed": with_block(where_read),
     }
     setting = f"32 pairs, {PAIRS_A_STEP} a step, as in training; CPU seconds"
-    return [Contest("the last MLP on hh-rlhf", "pairs", 32, contestants, setting, clock=time.process_time)]
+    return [Contest("the last layer on hh-rlhf", "pairs", 32, contestants, setting, clock=time.process_time)]
 
 
 def measure_row_length(shared: Path) -> list[Contest]:
@@ -469,7 +469,7 @@ def write_profile(shared: Path, path: Path) -> None:
 
 
 MEASUREMENTS: dict[str, Callable[[Path], list[Contest]]] = {
-    "train": measure_training, "large": measure_large_shape, "last": measure_last_mlp, "head": measure_head,
+    "train": measure_training, "large": measure_large_shape, "last": measure_last_layer, "head": measure_head,
     "rows": measure_row_length, "score": measure_scoring,
     "grid": measure_grid, "growth": measure_growth,
 }  # fmt: skip

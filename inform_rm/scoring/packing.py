@@ -292,7 +292,7 @@ def packed_rewards(model: Any, row: PackedRow, reward_samples: int | None = None
     backbone = getattr(model, model.base_model_prefix)
     # With gradient, activations may be computed again in a backward pass, which is the caller's.
     read = row.pooled_positions.unique().to(places.device)
-    with nullcontext() if torch.is_grad_enabled() else last_mlp_at(backbone, read):
+    with nullcontext() if torch.is_grad_enabled() else last_layer_at(backbone, read):
         if model.config.model_type == "inform":
             output = model(**inputs, pooled_positions=places, reward_samples=reward_samples)
             return output.logits.flatten(), None if reward_samples is None else output.reward_std.flatten()
@@ -301,19 +301,20 @@ def packed_rewards(model: Any, row: PackedRow, reward_samples: int | None = None
 
 
 @contextmanager
-def last_mlp_at(backbone: Any, places: Tensor) -> Iterator[None]:
-    """Inside the block the MLP of the last decoder layer is computed at the places that are read alone, each once.
+def last_layer_at(backbone: Any, places: Tensor) -> Iterator[None]:
+    """Inside the block what can be of the last decoder layer is computed at the places that are read alone, each once.
 
-    An MLP takes each token by itself, so what it gives at the others, 0 here, is read by nothing and has no gradient.
-    A backward pass belongs into the block as well: checkpointing computes the layer again there.
+    That is its MLP and, by the names they have in Llama, the projections to queries and of the attention's output:
+    they take each token by itself, so that what they give at other places, 0 here, reaches nothing that is read and
+    has no gradient. Keys and values are computed everywhere. A backward pass belongs into the block as well:
+    checkpointing computes the layer again there.
     """
     names = set(backbone._no_split_modules or ())
     # FSDP2 gives a layer a class of its own, derived from its class.
     layers = [each for each in backbone.modules() if names & {base.__name__ for base in type(each).__mro__}]
-    mlp = getattr(layers[-1], "mlp", None) if layers else None
-    if mlp is None:
-        yield
-        return
+    attention = getattr(layers[-1], "self_attn", None) if layers else None
+    modules = [getattr(attention, "q_proj", None), getattr(attention, "o_proj", None)]
+    modules += [getattr(layers[-1], "mlp", None)] if layers else []
     lengths: list[int] = []
 
     def take(_module: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -325,7 +326,10 @@ def last_mlp_at(backbone: Any, places: Tensor) -> Iterator[None]:
         whole = output.new_zeros(*lengths, output.shape[-1]).index_copy(1, places, output)
         return (whole, *found[1:]) if isinstance(found, tuple) else whole
 
-    hooks = [mlp.register_forward_pre_hook(take), mlp.register_forward_hook(put)]
+    hooks: list[Any] = []
+    for module in modules:
+        if module is not None:
+            hooks += [module.register_forward_pre_hook(take), module.register_forward_hook(put)]
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from inform_rm.scoring.packing import last_mlp_at
+from inform_rm.scoring.packing import last_layer_at
 
 _EMBEDDING_GRADIENT = torch.ops.aten.embedding_dense_backward.default
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -55,7 +55,7 @@ class PassCounts:
 def count_pass(model: Any, rows: int, length: int, *, autocast: bool, read: int | None = None) -> PassCounts:
     """Count a pass over ``(rows, length)`` tokens, none of them padding, in bfloat16 where ``autocast`` computes so.
 
-    ``read``: the last layer's MLP is computed at so many places of a row alone (`last_mlp_at`); ``None``: at all.
+    ``read``: the last layer is computed at so many places of a row alone (`last_layer_at`); ``None``: at all.
     The model is on the meta device and in training mode; its weights are replaced, and it cannot be used afterwards.
     One whose layers all have the same weights is run with few of them, and the rest is on a line.
     """
@@ -88,7 +88,7 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 def _count(model: Any, tokens: Tensor, autocast: bool, read: int | None) -> PassCounts:
     backbone = getattr(model, model.base_model_prefix)
-    where = nullcontext() if read is None else last_mlp_at(backbone, torch.arange(read))
+    where = nullcontext() if read is None else last_layer_at(backbone, torch.arange(read))
     held = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers(), tokens)]
     with _Counter(held) as counter, where:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from inform_rm.scoring.packed_flex import ROW_MULTIPLE, for_device, row_layout
-from inform_rm.scoring.packing import last_mlp_at, pack_sequences
+from inform_rm.scoring.packing import last_layer_at, pack_sequences
 from inform_rm.training.collators import PackedPairCollator
 from inform_rm.training.reward_arguments import RewardTrainingArguments
 
@@ -116,7 +116,7 @@ class PassesThatFit(Trainer):
             return super().training_step(model, part, num_items_in_batch)
 
     def computed_where_read(self, part: dict[str, Any]) -> AbstractContextManager[None]:
-        """A block in which a packed row goes through the last layer's MLP only where its rewards are read.
+        """A block in which a packed row's last layer is computed where its rewards are read alone (`last_layer_at`).
 
         Compiled layers are left as they are: all share their graphs, and the last would need its own.
         """
@@ -124,7 +124,7 @@ class PassesThatFit(Trainer):
             return nullcontext()
         model = self.accelerator.unwrap_model(self.model)
         backbone = getattr(model, model.base_model_prefix)
-        return last_mlp_at(backbone, part["pooled_positions"].unique().to(self.args.device))
+        return last_layer_at(backbone, part["pooled_positions"].unique().to(self.args.device))
 
     def rewards_of(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Any]:
         """Rewards and KL of the batch's responses in order, in float32, and the model's output."""

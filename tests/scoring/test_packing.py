@@ -15,6 +15,7 @@ from transformers import (
     FalconConfig,
     Gemma2Config,
     LlamaConfig,
+    Qwen3Config,
     RwkvConfig,
 )
 
@@ -24,7 +25,7 @@ from inform_rm.scoring.packing import (
     CPU_TOKENS_PER_BATCH,
     default_tokens_per_batch,
     engine_line,
-    last_mlp_at,
+    last_layer_at,
     pack_sequences,
     packed_attention,
     packed_attention_of,
@@ -449,10 +450,20 @@ def gradients_of(model, rewards):
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
+def skipped_parts(layer):
+    """What of a last layer takes each token by itself and is computed where it is read alone."""
+    attention = getattr(layer, "self_attn", None)
+    return [layer.mlp] if attention is None else [layer.mlp, attention.q_proj, attention.o_proj]
+
+
 @pytest.mark.parametrize("checkpointing", (False, True))
-@pytest.mark.parametrize("name", ("llama", "mistral", "gpt_neox", "gpt2"))
-def test_the_last_mlp_computed_where_it_is_read_alone_changes_no_gradient(backbone_configs, name, checkpointing):
-    model = build(backbone_configs[name])
+@pytest.mark.parametrize("name", ("llama", "mistral", "qwen3", "gpt_neox", "gpt2"))
+def test_the_last_layer_computed_where_it_is_read_alone_changes_no_gradient(backbone_configs, name, checkpointing):
+    model = build(
+        backbone_configs[name]
+        if name != "qwen3"
+        else Qwen3Config(**backbone_configs["qwen2"].to_dict() | {"head_dim": 8})
+    )
     expected = rewards_alone(model, SEQUENCES)
     expected_gradients = gradients_of(model, expected)
     if checkpointing:
@@ -462,17 +473,18 @@ def test_the_last_mlp_computed_where_it_is_read_alone_changes_no_gradient(backbo
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
     row = pack_sequences(SEQUENCES, PROMPT_LENGTHS)
-    *others, last = [module.mlp for module in model.modules() if hasattr(module, "mlp")]
-    seen = {mlp: [] for mlp in (*others, last)}
+    layers = [skipped_parts(layer) for layer in model.modules() if hasattr(layer, "mlp")]
+    seen, last = {module: [] for parts in layers for module in parts}, layers[-1]
     noise = torch.zeros(len(SEQUENCES), model.config.latent_dim)
-    with packed_attention_of(model), last_mlp_at(model.model, row.pooled_positions):
-        for mlp, lengths in seen.items():  # pre: where a layer is computed again its last steps are left out
-            mlp.register_forward_pre_hook(lambda mlp, given, lengths=lengths: lengths.append(given[0].shape[1]))
+    with packed_attention_of(model), last_layer_at(model.model, row.pooled_positions):
+        for module, lengths in seen.items():  # pre: where a layer is computed again its last steps are left out
+            module.register_forward_pre_hook(lambda module, given, lengths=lengths: lengths.append(given[0].shape[1]))
         inputs = packed_inputs(model, row)
         rewards = model(**inputs, pooled_positions=row.pooled_positions, latent_noise=noise).logits.flatten()
         gradients = gradients_of(model, rewards)
     passes = 1 + checkpointing
-    assert seen.pop(last) == [len(SEQUENCES)] * passes
+    assert len(last) == (1 if name.startswith("gpt") else 3)
+    assert [seen.pop(module) for module in last] == [[len(SEQUENCES)] * passes] * len(last)
     assert all(lengths == [row.input_ids.shape[1]] * passes for lengths in seen.values())
     assert expected.std() > 0.1  # otherwise the comparison shows nothing
     torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
@@ -482,7 +494,7 @@ def test_the_last_mlp_computed_where_it_is_read_alone_changes_no_gradient(backbo
 
 
 @pytest.mark.parametrize("name", ("llama", "gpt_neox", "gpt2"))
-def test_without_gradient_the_last_mlp_is_computed_where_it_is_read_alone(backbone_configs, name):
+def test_without_gradient_the_last_layer_is_computed_where_it_is_read_alone(backbone_configs, name):
     model = build(backbone_configs[name])
     row = pack_sequences([*SEQUENCES, SEQUENCES[0]], [*PROMPT_LENGTHS, PROMPT_LENGTHS[0]])
     seen = []

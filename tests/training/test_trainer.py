@@ -245,7 +245,7 @@ def test_packed_and_padded_batches_train_alike(settings, architecture, tmp_path)
 
 
 @pytest.mark.parametrize("more", ({}, {"lora_r": 4}, {"gradient_checkpointing": True}), ids=str)
-def test_training_and_evaluation_compute_the_last_mlp_where_it_is_read_alone(settings, pairs_file, tmp_path, more):
+def test_training_and_evaluation_compute_the_last_layer_where_it_is_read_alone(settings, pairs_file, tmp_path, more):
     config = dataclasses.replace(settings, eval_data=(str(pairs_file),), eval_steps=3, max_steps=3, **more)
 
     def run(name):
