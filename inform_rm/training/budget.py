@@ -19,9 +19,10 @@ from inform_rm.util.intervals import wilson_interval
 
 logger = logging.getLogger(__name__)
 
-EMPTY_NATS = 0.05  # a KL below this, with an accuracy at chance, is a collapse
 _LEAST_PAIRS = 200  # a verdict rests on so many
-_AT_CHANCE = 0.55
+# A KL below this, where hardly anything is learnt: an accuracy of at most so much, or preferences that earn fewer nats
+# than a calibrated model that is right in 57 of 100 pairs (ln 2 - H(0.43)).
+_LITTLE_NATS, _AT_CHANCE, _NOTHING_EARNED = 1.0, 0.55, 0.01
 _OVERSPENT = 2.0  # so many times as much as it earns costs the KL term
 
 
@@ -107,7 +108,8 @@ class BudgetWatch(TrainerCallback):
 
     Judged are log lines after the KL term has its whole weight and a quarter of the steps is done, by all pairs since:
 
-    - *empty*: a mean KL below `EMPTY_NATS`, and a training accuracy of at most 0.55 or not above chance (Wilson);
+    - *empty*: a mean KL below 1 nat, and a training accuracy of at most 0.55 or not above chance (Wilson), or a loss
+      of the preferences above ``ln 2 - 0.01``;
     - *overspent*, in the second half of what is left then: ``2 beta share KL`` is over twice ``ln 2`` minus the loss
       of the preferences, while at a minimum it is at most that. It needs no guess at the labels' noise.
 
@@ -118,7 +120,7 @@ class BudgetWatch(TrainerCallback):
     def __init__(self) -> None:
         self.warned: str | None = None
         self._seen = 0
-        self._sums = [0.0, 0.0, 0.0]  # pairs, right ones, KL
+        self._sums = [0.0, 0.0, 0.0, 0.0]  # pairs, right ones, KL, ln 2 - loss of the preferences
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The first line of a resumed run is about the steps since its checkpoint."""
@@ -133,29 +135,32 @@ class BudgetWatch(TrainerCallback):
         first = max(whole, state.max_steps / 4)
         if state.global_step <= first or not args.beta:
             return
-        for at, value in enumerate((1.0, logs["accuracy"], logs["kl_nats"])):
+        # Not a number where it is not known: then no comparison with it holds.
+        earns = logs.get("label_information_nats", math.nan) if args.loss_type == "bradley_terry" else math.nan
+        for at, value in enumerate((1.0, logs["accuracy"], logs["kl_nats"], earns)):
             self._sums[at] += pairs * value
-        number, right, kl = self._sums
+        number, right, kl, earned = self._sums
         if number < _LEAST_PAIRS:
             return
-        accuracy, kl = right / number, kl / number
-        if kl < EMPTY_NATS and (accuracy <= _AT_CHANCE or wilson_interval(right, round(number))[0] <= 0.5):
+        accuracy, kl, earned = right / number, kl / number, earned / number
+        at_chance = accuracy <= _AT_CHANCE or wilson_interval(right, round(number))[0] <= 0.5
+        if kl < _LITTLE_NATS and (at_chance or earned < _NOTHING_EARNED):
             self._warn(
                 "empty", state,
-                f"The bottleneck is empty: since step {first:.0f} a response carries {kl:.2g} nats, and "
-                f"{accuracy:.3f} of {number:.0f} training pairs are right (chance: 0.5). Lower beta (now "
-                f"{args.beta:g}), or give the preferences more time before the KL term: "
-                f"kl_warmup_steps (now {args.kl_warmup_steps:g}).",
+                f"The bottleneck is empty, or nearly so: since step {first:.0f} a response carries {kl:.2g} nats, and "
+                f"{accuracy:.3f} of {number:.0f} training pairs are right (chance: 0.5). Give the preferences more "
+                f"time before the KL term, kl_warmup_steps (now {args.kl_warmup_steps:g}), or take a larger "
+                f"learning_rate or a smaller beta (now {args.beta:g}). Where architecture: standard learns no more, "
+                "it is not the bottleneck.",
             )  # fmt: skip
             return
         share = getattr(kwargs["model"].config, "kl_share", 1.0)
-        earned, cost = logs.get("label_information_nats"), 2 * args.beta * share * logs["kl_nats"]
-        late = state.global_step > (first + state.max_steps) / 2
-        if late and args.loss_type == "bradley_terry" and earned is not None and cost > _OVERSPENT * max(earned, 0.01):
+        cost, late = 2 * args.beta * share * logs["kl_nats"], state.global_step > (first + state.max_steps) / 2
+        if late and cost > _OVERSPENT * earns and cost > _OVERSPENT * _NOTHING_EARNED:
             self._warn(
                 "overspent", state,
                 f"The KL term does not hold yet: at step {state.global_step} a response carries {logs['kl_nats']:.3g} "
-                f"nats, which cost {cost:.2g} a pair (2 beta KL), while preferences earn {earned:.2g} (ln 2 - loss); "
+                f"nats, which cost {cost:.2g} a pair (2 beta KL), while preferences earn {earns:.2g} (ln 2 - loss); "
                 f"beta {args.beta:g} pays for at most {kl_budget(args.beta, 0.0, share):.3g} nats a response. What is "
                 f"not paid for would still go: take more steps, a smaller kl_warmup_steps (now "
                 f"{args.kl_warmup_steps:g}) or a larger learning_rate; where nothing is learnt, a smaller beta.",

@@ -79,10 +79,10 @@ def test_what_a_run_records_and_says():
     assert "flip_rate_at_most" not in budget_of_run(SETTINGS, 1.0, ranked)
 
 
-def watched(lines, *, beta=0.1, warmup=0.25, steps=100, kl_share=1.0, pairs=64):
+def watched(lines, *, beta=0.1, warmup=0.25, steps=100, kl_share=1.0, pairs=64, loss="bradley_terry"):
     """What is warned of a run with log lines ``step: (accuracy, kl, information)``."""
     watch = BudgetWatch()
-    args = SimpleNamespace(pairs_of_step=pairs, kl_warmup_steps=warmup, beta=beta, loss_type="bradley_terry")
+    args = SimpleNamespace(pairs_of_step=pairs, kl_warmup_steps=warmup, beta=beta, loss_type=loss)
     model = SimpleNamespace(config=SimpleNamespace(kl_share=kl_share))
     for step, (accuracy, kl, information) in lines.items():
         state = SimpleNamespace(global_step=step, max_steps=steps, is_world_process_zero=True)
@@ -104,6 +104,10 @@ TENS = range(10, 101, 10)
         (dict.fromkeys(TENS, (0.70, 0.01, 0.1)), {}, None),  # little, but it tells something
         (dict.fromkeys(TENS, (0.52, 2.0, 0.0)), {"beta": 0.001}, None),
         (dict.fromkeys(TENS, (0.52, 0.01, 0.0)), {"pairs": 2}, None),  # 100 pairs
+        (dict.fromkeys(TENS, (0.57, 0.25, 0.005)), {"beta": 0.01}, "empty"),  # hardly anything, far below its price
+        (dict.fromkeys(TENS, (0.57, 0.25, 0.015)), {"beta": 0.01}, None),
+        (dict.fromkeys(TENS, (0.57, 1.2, 0.005)), {"beta": 0.001}, None),  # it does carry something
+        (dict.fromkeys(TENS, (0.57, 0.25, 0.005)), {"loss": "hinge"}, None),  # of which ln 2 says nothing
         (dict.fromkeys(TENS, (0.90, 66.0, 0.4)), {}, "overspent"),  # 13 nats a pair for 0.4
         (dict.fromkeys(range(10, 71, 10), (0.90, 66.0, 0.4)), {}, None),  # the KL term has just begun
         (dict.fromkeys(TENS, (0.75, 5.0, 0.15)), {"beta": 0.01}, None),  # 0.1 for 0.15
