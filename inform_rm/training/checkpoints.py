@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,17 @@ from inform_rm.training.reward_arguments import (
 from inform_rm.util.checkpoints import checkpoint_step, complete_checkpoints, is_complete
 from inform_rm.util.files import atomic_write_text, file_digest, versions, write_json
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "train_result.json"
 CONFIG_FILE = "training_config.yaml"
 STAGING = ".final"  # where the finished model is written before its files are moved into the run's folder
+_WAIT_SECONDS = 15.0  # so long a run that was killed may take to end, its data loaders among it
 
 
 @contextlib.contextmanager
@@ -52,6 +59,43 @@ def reading_checkpoint(checkpoint: str | Path | None, files: str) -> Iterator[No
             f"{' '.join(str(error).split())[:300]}). Do not trust it: remove the checkpoint, or pass --overwrite true "
             "to start again."
         ) from error
+
+
+@contextlib.contextmanager
+def only_run_in(output: Path) -> Iterator[None]:
+    """Inside the block no other process of this machine can train into the folder; the kernel forgets it with us.
+
+    Where the system or the file system has no such locks, nothing is checked.
+
+    Raises:
+        InputError: another process trains into it.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle, last = os.open(output, os.O_RDONLY), time.monotonic() + _WAIT_SECONDS
+    try:
+        while not _locked(handle):
+            if time.monotonic() >= last:
+                raise InputError(
+                    f"output_dir: another process trains into {output} now. Wait for its end, or name another folder."
+                )
+            time.sleep(0.5)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # for what was forked inside the block, too
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.debug("no lock: %s", error)
+    return True
 
 
 def discard(folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from inform_rm.hub.cards import model_card
 from inform_rm.hub.eval_results import entries_of_run, write_entries
 from inform_rm.hub.export import push_folder
 from inform_rm.training.budget import BudgetWatch, budget_of_run
-from inform_rm.training.checkpoints import check_resume, discard_incomplete, discard_run
+from inform_rm.training.checkpoints import check_resume, discard_incomplete, discard_run, only_run_in
 from inform_rm.training.collators import PackedPairCollator, PairCollator, tokens_per_batch
 from inform_rm.training.data import (
     ARGUMENTS,
@@ -239,13 +240,18 @@ class RewardTrainer(RewardLoop):
         it. Further arguments are those of `transformers.Trainer.train`.
 
         Raises:
-            InputError: the output folder holds another run, or what decides the result has changed.
+            InputError: the output folder holds another run, another process trains into it, or what decides the
+                result has changed.
             NonFiniteLossError: a loss or gradient is NaN or infinite.
             Interrupted: after SIGTERM, when a checkpoint has been saved.
             OSError: a checkpoint cannot be written; earlier ones are as they were.
         """
         output = check_output_directory(str(self.args.output_dir))
-        checkpoint = self._prepare_output(output, resume_from_checkpoint)
+        with only_run_in(output) if self.is_world_process_zero() else nullcontext():
+            return self._train_in(output, resume_from_checkpoint, *args, **kwargs)
+
+    def _train_in(self, output: Path, resume: Any, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = self._prepare_output(output, resume)
         adapters = None if self.peft_config is None else self.peft_config.to_dict()
         config: Any = self.accelerator.unwrap_model(self.model).config
         check_resume(

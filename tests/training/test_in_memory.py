@@ -196,6 +196,23 @@ def test_a_cut_off_run_goes_on_and_is_not_overwritten(arguments, causal_lm_dir):
     assert_same(resumed.model.state_dict(), expected)
 
 
+def test_two_processes_do_not_train_into_one_folder(arguments, causal_lm_dir, exit_code_of_fork, monkeypatch):
+    monkeypatch.setattr("inform_rm.training.checkpoints._WAIT_SECONDS", 1.0)
+    backbone, codes = str(causal_lm_dir("llama")), []
+
+    class SecondProcess(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            codes.append(exit_code_of_fork(refused))
+
+    def refused():
+        with pytest.raises(InputError, match=r"another process trains into .* now"):
+            RewardTrainer(backbone, arguments(max_steps=1, overwrite=True), train_dataset=ROWS).train()
+
+    RewardTrainer(backbone, arguments(max_steps=1), train_dataset=ROWS, callbacks=[SecondProcess()]).train()
+    assert codes == [0]
+    RewardTrainer(backbone, arguments(max_steps=1, overwrite=True), train_dataset=ROWS).train()  # that was all
+
+
 def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(arguments, causal_lm_dir, tmp_path):
     backbone = str(causal_lm_dir("llama"))
     cut = RewardTrainer(backbone, arguments(max_steps=4), train_dataset=ROWS, callbacks=[Halts()])
