@@ -1,11 +1,12 @@
-"""Why latents empty: small runs on the pairs of `real_text.py`, with the KL term early and late.
+"""Why latents empty, and when the KL term should begin: small runs on human pairs, two cores, no GPU.
 
-    python benchmarks/kl_warmup.py --data runs/real-text --model DIR --output runs/kl-warmup
+    python benchmarks/kl_warmup.py --data DIR/data --model DIR/models/smollm2-135m-first6-v16k --output runs/kl-warmup
 
-`--data` is an output folder of `real_text.py` after its stage ``gold``. Of six layers the top one, the final norm and
-the head are trained, on the states before that layer, and only the last token goes through it: a run is about a minute
-on a core. Each run is a line of ``runs.jsonl``: accuracy on clean test pairs, and every 25 updates the pair loss, the
-KL and its parts, and the norms of both gradients. Shapes: N rows, T tokens, H hidden size.
+The pairs are those that `real_text.py` trains its gold model on, up to `LONGEST` tokens, with flipped labels. Of six
+layers the top one, the final norm and the head are trained, on the states before that layer, and only the last token
+goes through it: a run is about half a minute on a core. Each run is a line of ``runs.jsonl``: accuracy on clean test
+pairs, and every 25 updates the pair loss, the KL and its parts, and the norms of both gradients. Shapes: N rows, T
+tokens, H hidden size.
 """
 
 import argparse
@@ -18,15 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inform_rm.training.losses import kl_to_standard_normal, kl_weight, reward_model_loss
+from inform_rm.training.kl_warmup import KLWarmup
+from inform_rm.training.losses import kl_to_standard_normal, reward_model_loss
 from real_text_models import WARMUP, Pairs, Variant, accuracy, batch, batches, start_of
-from real_text_proxies import GATED, World, labelled
-from real_text_texts import Rows, Sizes
+from real_text_proxies import labelled
+from real_text_texts import OTHERS_ANSWER, Rows, Sizes, read_rows, sample
 
-LAYERS, PAIRS, EPOCHS, RATE, PART = 6, 4000, 4, 3e-4, 25
-RUNS = [  # (architecture, beta, kl_warmup_steps, share of flipped labels)
-    ("standard", 0.0, 0.0, 0.25), ("inform", 0.01, 0.1, 0.25), ("inform", 0.01, 0.4, 0.25), ("inform", 0.1, 0.1, 0.25),
-    ("inform", 0.1, 0.4, 0.25), ("standard", 0.0, 0.0, 0.0), ("inform", 0.001, 0.1, 0.0),
+LAYERS, PAIRS, TEST_PAIRS, LONGEST, EPOCHS, RATE, PART = 6, 4000, 1000, 96, 4, 3e-4, 25
+RUNS = [  # (architecture, beta, kl_warmup_steps, kl_warmup_nats, share of flipped labels)
+    ("standard", 0.0, 0.0, 0.0, 0.25), ("inform", 0.01, 0.1, 0.0, 0.25), ("inform", 0.01, 0.4, 0.0, 0.25),
+    ("inform", 0.01, 0.1, 0.03, 0.25), ("inform", 0.1, 0.1, 0.0, 0.25), ("inform", 0.1, 0.1, 0.03, 0.25),
+    ("standard", 0.0, 0.0, 0.0, 0.0), ("inform", 0.001, 0.1, 0.0, 0.0), ("inform", 0.001, 0.1, 0.03, 0.0),
 ]  # fmt: skip
 
 
@@ -104,7 +107,7 @@ def run(top: Top, model: Any, variant: Variant, pairs: Pairs, seed: int) -> list
     steps = variant.epochs * -(-len(pairs) // variant.pairs_per_step)
     order = (places for _ in range(variant.epochs)
              for places in batches(pairs, top.lengths, variant.pairs_per_step, generator))  # fmt: skip
-    found, losses = [], []
+    found, losses, warmup = [], [], KLWarmup(variant.beta, variant.kl_warmup_steps, variant.kl_warmup_nats)
     model.train()
     for step, places in enumerate(order):
         rise = min(1.0, (step + 1) / (WARMUP * steps))
@@ -120,7 +123,8 @@ def run(top: Top, model: Any, variant: Variant, pairs: Pairs, seed: int) -> list
         row: dict[str, float] = {"update": step + 1}
         if variant.architecture == "inform":
             kl = kl_to_standard_normal(mean, log_variance)
-            weight = kl_weight(step, steps, variant.beta, variant.kl_warmup_steps)
+            weight = warmup.weight(step, steps)
+            warmup.add(len(places), len(places) * losses[-1])
             price = weight * 2 * kl.mean()
             loss = preferences + price
             if (step + 1) % PART == 0:
@@ -161,44 +165,46 @@ def _rows_of(sets: dict[str, Pairs]) -> Tensor:
     return torch.cat([rows for each in sets.values() for rows in (each.chosen, each.rejected)]).unique()
 
 
-def some_of(world: World) -> tuple[Pairs, dict[str, Pairs]]:
-    """The first `PAIRS` training pairs, and the test pairs of the first third of the rows that test pairs have."""
-    pairs, sets = world.pairs("train"), world.test_sets()
-    sets = {name: sets[name] for name in ("all pairs", GATED)}
-    rows = _rows_of(sets)
-    last = int(rows.min()) + int(rows.max() - rows.min()) // 3
-    kept = {name: each[(each.chosen < last) & (each.rejected < last)] for name, each in sets.items()}
-    return pairs[torch.arange(min(PAIRS, len(pairs)))], kept
+def human_pairs(folder: Path, data: Path, model_folder: Path) -> tuple[Rows, Pairs, dict[str, Pairs]]:
+    """Rows of tokens, training pairs, and clean test pairs: all, and those in which the prompt decides."""
+    sample(folder, data, model_folder, Sizes(), "cpu", "real")
+    rows, about = read_rows(folder, "real"), json.loads((folder / "samples" / "real.json").read_text())
+    is_short = (rows.lengths.view(-1, 2).amax(dim=1) <= LONGEST).tolist()
+    generator, kept = torch.Generator().manual_seed(0), {}
+    for split, most in (("train", PAIRS), ("test", TEST_PAIRS)):
+        places = torch.tensor([at for at, row in enumerate(about) if row["split"] == split and is_short[at]])
+        kept[split] = places[torch.randperm(len(places), generator=generator)][:most]
+    sources = [about[at]["source"] for at in kept["test"].tolist()]
+    by_prompt = kept["test"][torch.tensor([name == OTHERS_ANSWER or name.startswith("swap-") for name in sources])]
+    sets = {"all pairs": kept["test"], "prompt decides": by_prompt}
+    return (
+        rows,
+        Pairs(2 * kept["train"], 2 * kept["train"] + 1),
+        {name: Pairs(2 * at, 2 * at + 1) for name, at in sets.items()},
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder of preference data")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a language model")
     parser.add_argument("--output", type=Path, default=Path("runs/kl-warmup"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    world = World(arguments.data, Sizes())
-    pairs, sets = some_of(world)
+    rows, pairs, sets = human_pairs(arguments.output, arguments.data, arguments.model)
     whole = start_of(arguments.model, LAYERS, Variant("standard"), 0, "cpu").eval()
     whole.set_attn_implementation("eager")  # about twice as quick in bfloat16 on a CPU
-    top = Top(whole, world.rows, _rows_of({**sets, "train": pairs}))
+    top = Top(whole, rows, _rows_of({**sets, "train": pairs}))
     for seed in arguments.seeds:
-        for architecture, beta, warmup, noise in RUNS:
-            variant = Variant(architecture, beta, warmup, learning_rate=RATE, epochs=EPOCHS)
+        for architecture, beta, steps, nats, noise in RUNS:
+            variant = Variant(architecture, beta, steps, nats, learning_rate=RATE, epochs=EPOCHS)
             model = start_of(arguments.model, LAYERS, variant, seed, "cpu")
             log = run(top, model, variant, labelled(pairs, noise, seed)[0], seed)
-            row = {
-                "variant": asdict(variant),
-                "noise": noise,
-                "seed": seed,
-                "accuracy": judged(top, model, sets),
-                "log": log,
-            }
+            found = {"noise": noise, "seed": seed, "accuracy": judged(top, model, sets), "log": log}
             with (arguments.output / "runs.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(architecture, beta, warmup, noise, seed, row["accuracy"], log[-1], flush=True)
+                file.write(json.dumps({"variant": asdict(variant), **found}) + "\n")
+            print(architecture, beta, steps, nats, noise, seed, found["accuracy"], log[-1], flush=True)
 
 
 if __name__ == "__main__":

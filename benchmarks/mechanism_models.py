@@ -18,7 +18,8 @@ from torch.func import functional_call, vmap
 from transformers import LlamaConfig
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
-from inform_rm.training.losses import kl_to_standard_normal, kl_weight, reward_model_loss
+from inform_rm.training.kl_warmup import KLWarmup
+from inform_rm.training.losses import kl_to_standard_normal, reward_model_loss
 from mechanism_forward import last_states
 from mechanism_world import (
     BIASED,
@@ -53,6 +54,7 @@ class Variant:
     architecture: str = "inform"
     beta: float = 0.1
     kl_warmup_steps: float = 0.25
+    kl_warmup_nats: float = 0.0
     latent_dim: int = 128
     decoder: str = "mlp"
     weight_decay: float = 0.0
@@ -247,16 +249,19 @@ def train(proxies: Proxies, variants: list[Variant], seeds: list[int], sets: lis
     optimizer = torch.optim.AdamW(leaves.values(), weight_decay=0.0, fused=True)
     best = {name: value.clone() for name, value in proxies.weights.items()}
     best_accuracy, epochs = (torch.full((len(variants),), start, device=device) for start in (-1.0, 0.0))
+    warmups = [KLWarmup(each.beta, each.kl_warmup_steps, each.kl_warmup_nats) for each in variants]
     losses, latent_dim = [], variants[0].latent_dim if proxies.is_inform else 0
     validation = [torch.stack([each.validation[side] for each in sets]) for side in (0, 1)]
     for step, (words, noise) in enumerate(batches(sets, seeds, latent_dim, device)):
         proxies.model.train()
-        beta = torch.tensor([kl_weight(step, total, each.beta, each.kl_warmup_steps) for each in variants])
+        beta = torch.tensor([each.weight(step, total) for each in warmups])
         whole, pair = vmap(loss)(*proxies.rewards(leaves, words, noise), beta.to(device), smoothing)
         # No model's loss depends on another's weights: the gradient of the sum is that of each.
         optimizer.zero_grad()
         whole.sum().backward()
         losses.append(pair.detach())
+        for warmup, mean in zip(warmups, pair.tolist(), strict=True):
+            warmup.add(PAIRS_PER_STEP, PAIRS_PER_STEP * mean)
         rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / total))
         prepare(leaves, rate * decay)
         optimizer.param_groups[0]["lr"] = rate

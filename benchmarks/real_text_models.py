@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from inform_rm import InfoRMForSequenceClassification
-from inform_rm.training.losses import kl_to_standard_normal, kl_weight, reward_model_loss
+from inform_rm.training.kl_warmup import KLWarmup
+from inform_rm.training.losses import kl_to_standard_normal, reward_model_loss
 from real_text_texts import Rows
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
@@ -32,6 +33,7 @@ class Variant:
     architecture: str = "inform"
     beta: float = 0.1
     kl_warmup_steps: float = 0.1
+    kl_warmup_nats: float = 0.02
     latent_dim: int = 128
     weight_decay: float = 0.0
     attention_dropout: float = 0.0
@@ -149,6 +151,7 @@ def train(
         [{"params": decayed, "weight_decay": variant.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=variant.learning_rate, fused=device.startswith("cuda"),
     )  # fmt: skip
+    warmup = KLWarmup(variant.beta, variant.kl_warmup_steps, variant.kl_warmup_nats)
     steps, step, losses = variant.epochs * -(-len(pairs) // variant.pairs_per_step), 0, []
     for _ in range(variant.epochs):
         model.train()
@@ -165,8 +168,10 @@ def train(
                 kls = list(kl_to_standard_normal(output.latent_mean, output.latent_log_variance).chunk(2))
             loss = reward_model_loss(
                 *output.logits[:, 0].chunk(2), *kls, label_smoothing=variant.label_smoothing,
-                beta=kl_weight(step, steps, variant.beta, variant.kl_warmup_steps),
+                beta=warmup.weight(step, steps),
             )  # fmt: skip
+            if warmup.waits:
+                warmup.add(len(places), float(reward_model_loss(*output.logits.detach()[:, 0].chunk(2))) * len(places))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -72,6 +72,7 @@ def one_line(text):
     ("setting", "said"),
     [
         ("kl_warmup_steps", "not in the paper, which has beta from the first step (0)"),
+        ("kl_warmup_nats", "unless kl_warmup_steps is 0, the KL weight stays 0 for longer"),
         ("pairs_per_step", "over all processes and forward passes"),
         ("kl_reduction", "K 512, beta 1.0, learning rate 9e-6, linear encoder and decoder without bias"),
         ("objective", "derived from the paper's definitions, it is not the authors' text"),
@@ -101,7 +102,8 @@ def card(**settings):
 def test_a_model_card_says_what_its_run_has_otherwise():
     text = card(kl_warmup_steps=0.2)
     assert TRL_TRAINS_BT in text
-    assert "- kl_warmup_steps 0.2: the KL term starts at 0" in text
+    assert "- kl_warmup_steps 0.2: the KL term starts at 0 and reaches beta later, not before preferences earn" in text
+    assert "later; arXiv:2402.09345 has beta" in card(kl_warmup_nats=0)
     assert "| pairs_per_step | 64 |" in text and "gradient_accumulation_steps" not in text
     prioritized = card(objective="prioritized", kl_reduction="averaged_moments")
     assert GAP_DERIVED in prioritized

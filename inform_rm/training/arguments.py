@@ -125,6 +125,11 @@ class RewardArguments:
         "not in the paper, which has beta from the first step (0)",
         0.1,
     )
+    kl_warmup_nats: float = _setting(
+        "unless kl_warmup_steps is 0, the KL weight stays 0 for longer, until preferences earn so many nats a pair "
+        "(ln 2 - loss), at the latest until two fifths of the steps; 0: no longer",
+        0.02,
+    )
     loss_type: str = _setting("loss of a pair (`inform_rm.training.losses.PAIR_LOSSES`)", "bradley_terry")
     label_smoothing: float = _setting("probability that a label is wrong, 0 to below 0.5", 0.0)
     center_rewards_coefficient: float = _setting("weight of mean((r_w + r_l)^2), which keeps rewards near 0", 0.0)
@@ -249,7 +254,7 @@ class RewardArguments:
         at_least = {
             "latent_dim": 1, "beta": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
             "gradient_accumulation_steps": 1, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "lora_r": 0,
-            "kl_warmup_steps": 0, "score_loss_coefficient": 0,
+            "kl_warmup_steps": 0, "kl_warmup_nats": 0, "score_loss_coefficient": 0,
             "center_rewards_coefficient": 0, "dataloader_num_workers": 0, "seed": 0, "max_length": 2,
             "max_pairs_per_source": 1, "max_eval_pairs_per_source": 1, "save_total_limit": 1,
             "tokens_per_batch": 1, "pool_factor": 1, "num_prompts": 1,

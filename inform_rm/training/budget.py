@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from inform_rm.training.kl_warmup import KLWarmup
 from inform_rm.util.intervals import wilson_interval
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,8 @@ class BudgetWatch(TrainerCallback):
         warned: ``"empty"``, ``"overspent"`` or ``None``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kl_warmup: KLWarmup) -> None:
+        self._kl_warmup = kl_warmup
         self.warned: str | None = None
         self._seen = 0
         self._sums = [0.0, 0.0, 0.0, 0.0]  # pairs, right ones, KL, ln 2 - loss of the preferences
@@ -131,9 +133,11 @@ class BudgetWatch(TrainerCallback):
         if not logs or "kl_nats" not in logs or "accuracy" not in logs or self.warned:
             return
         pairs, self._seen = (state.global_step - self._seen) * args.pairs_of_step, state.global_step
-        whole = 2 * args.kl_warmup_steps * (1 if args.kl_warmup_steps >= 1 else state.max_steps)
-        first = max(whole, state.max_steps / 4)
-        if state.global_step <= first or not args.beta:
+        length = self._kl_warmup.length
+        if length is None or not args.beta:
+            return
+        first = max(2 * length, state.max_steps / 4)
+        if state.global_step <= first:
             return
         # Not a number where it is not known: then no comparison with it holds.
         earns = logs.get("label_information_nats", math.nan) if args.loss_type == "bradley_terry" else math.nan

@@ -21,7 +21,8 @@ from inform_rm.scoring.adapters import complete_adapter_folder, holds_adapters
 from inform_rm.training.balance import BalancedSampler, costs_of
 from inform_rm.training.checkpoints import discard, discard_beyond, reading_checkpoint
 from inform_rm.training.collators import EpochSeededLengthSampler, PackedPairCollator, counted_pairs
-from inform_rm.training.losses import PAIR_LOSSES, group_loss, kl_weight, reward_model_loss
+from inform_rm.training.kl_warmup import KLWarmup
+from inform_rm.training.losses import PAIR_LOSSES, group_loss, reward_model_loss
 from inform_rm.training.metrics import group_sums, metrics_from_sums, padded_predictions, pair_sums
 from inform_rm.training.passes import PassesThatFit
 from inform_rm.training.prioritized import PoolSelector
@@ -58,20 +59,24 @@ class NonFiniteLossError(FloatingPointError):
 class RewardLoop(PassesThatFit):
     """Steps, evaluation and checkpoints of `inform_rm.training.trainer.RewardTrainer`, which puts its parts together.
 
-    ``stream``: pairs that are read while training; ``selector``: chooses from each pool what is learnt from.
+    ``stream``: pairs that are read while training; ``selector``: chooses from each pool what is learnt from;
+    ``kl_warmup``: gives the weight of the KL term.
     """
 
     args: RewardTrainingArguments
     # The loss is a mean over the pairs of a batch, so accumulated batches are averaged.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *, stream: EncodedStream | None, selector: PoolSelector | None, **kwargs: Any):
+    def __init__(
+        self, *, stream: EncodedStream | None, selector: PoolSelector | None, kl_warmup: KLWarmup, **kwargs: Any
+    ):
         super().__init__(**kwargs)
-        self.stream, self._selector = stream, selector
+        self.stream, self._selector, self._kl_warmup = stream, selector, kl_warmup
         self.can_return_loss = True
         self.label_names: list[str] = []
         self._has_kl = False
         self._kl_share = getattr(self.accelerator.unwrap_model(self.model).config, "kl_share", 1.0)
+        self._sums_before: Tensor | None = None  # `_sums` at the last update since the last log line
         self._since_update: list[tuple[list[str], Tensor]] = []  # of the batches since the last update: ids, loss
         self._loss_settings: dict[str, Any] = {
             "loss": PAIR_LOSSES[self.args.loss_type],
@@ -172,8 +177,7 @@ class RewardLoop(PassesThatFit):
         Where ``counted`` is given, only so many pairs at its start count.
         """
         rewards, kl, output = self.rewards_of(model, inputs)
-        beta = kl_weight(self.state.global_step, self.state.max_steps, self.args.beta, self.args.kl_warmup_steps)
-        beta *= self._kl_share
+        beta = self._kl_warmup.weight(self.state.global_step, self.state.max_steps) * self._kl_share
         loss, sums = (self._group_loss if "groups" in inputs else self._pair_loss)(rewards, kl, inputs, beta)
         self._sums = sums if self._sums is None else self._sums + sums
         self._has_kl = kl is not None
@@ -261,7 +265,7 @@ class RewardLoop(PassesThatFit):
         if "loss" in logs and self._sums is not None:
             sums = self.accelerator.reduce(self._sums, reduction="sum")
             logs.update(metrics_from_sums(sums, self._has_kl))
-            self._sums = None
+            self._sums = self._sums_before = None
         if "loss" in logs and self._selector is not None:
             logs.update(self._selector.metrics(self.accelerator))
         super().log(logs, *args, **kwargs)
@@ -271,10 +275,23 @@ class RewardLoop(PassesThatFit):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         batches, self._since_update = self._since_update, []
         self._passed = []  # their gradients are about to be used: none will have to be computed again
+        self._count_update()
         losses = torch.stack([loss for _, loss in batches])
         if not (losses.isfinite().all() and torch.as_tensor(norm).isfinite().all()):
             self._report_non_finite(float(norm), [(ids, float(loss)) for ids, loss in batches])
         return norm
+
+    def _count_update(self) -> None:
+        """Tell the KL term's warm-up, while it waits, what preferences earned in an update, on all processes."""
+        if not (self._has_kl and self._kl_warmup.waits):
+            return
+        assert self._sums is not None
+        own = self._sums if self._sums_before is None else self._sums - self._sums_before
+        self._sums_before = self._sums
+        pairs, _, _, losses, rankings, _, scored, *_ = self.accelerator.reduce(own, reduction="sum").tolist()
+        if rankings or scored:  # of which the loss of a pair is not known
+            self._kl_warmup.nats = 0.0
+        self._kl_warmup.add(pairs, losses)
 
     def _report_non_finite(self, norm: float, batches: list[tuple[list[str], float]]) -> None:
         step = self.state.global_step + 1
@@ -305,6 +322,8 @@ class RewardLoop(PassesThatFit):
             super()._save_checkpoint(model, trial)
             if self.stream is not None:
                 self.stream.save(folder)
+            if self.args.should_save:
+                self._kl_warmup.save(folder)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 mark_complete(folder)

@@ -25,7 +25,6 @@ __all__ = [
     "group_loss",
     "hinge_loss",
     "kl_to_standard_normal",
-    "kl_weight",
     "margin_exponential_loss",
     "pair_gaps",
     "plackett_luce_loss",
@@ -276,25 +275,3 @@ def group_loss(
     if kl is not None:
         total = total + beta * kl.sum()
     return total / len(sizes)
-
-
-def kl_weight(step: int, total_steps: int, beta: float, kl_warmup_steps: float) -> float:
-    """Weight of the KL term at a step: 0 for the warm-up, then a line to ``beta`` over as many steps again.
-
-    A fresh head carries no preference yet, while the KL term pulls every latent to the prior from the first step.
-    Under Adam, which takes the direction of a gradient and not its size, that empties the latents before preferences
-    are learnt: the posterior collapse of variational autoencoders, and the annealing of arXiv:1511.06349, section 3.1,
-    is the remedy.
-
-    Args:
-        step: finished optimizer steps.
-        total_steps: steps of the whole run.
-        beta: the final weight.
-        kl_warmup_steps: steps without KL term; below 1 a fraction of ``total_steps``.
-
-    Example:
-        >>> [kl_weight(step, 100, beta=0.1, kl_warmup_steps=10) for step in (0, 10, 15, 20, 99)]
-        [0.0, 0.0, 0.05, 0.1, 0.1]
-    """
-    warmup = kl_warmup_steps if kl_warmup_steps >= 1 else kl_warmup_steps * total_steps
-    return beta if warmup == 0 else beta * min(1.0, max(0.0, step / warmup - 1.0))

@@ -44,7 +44,7 @@ _ALWAYS_ON_CARD = (
     "model", "data", "architecture", "objective", "loss_type", "learning_rate", "lr_scheduler_type", "warmup_steps",
     "num_train_epochs", "pairs_per_step", "seed",
 )  # fmt: skip
-_ON_CARD_OF_INFORM = ("latent_dim", "decoder", "beta", "kl_reduction", "kl_warmup_steps")
+_ON_CARD_OF_INFORM = ("latent_dim", "decoder", "beta", "kl_reduction", "kl_warmup_steps", "kl_warmup_nats")
 _NEVER_ON_CARD = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "eval_data", "overwrite", "push_to_hub",
     "hub_model_id", "logging_steps", "save_steps", "use_cpu",

@@ -34,6 +34,7 @@ from inform_rm.training.data import (
 )
 from inform_rm.training.half_precision import LostUpdates
 from inform_rm.training.interruption import StopOnSignal
+from inform_rm.training.kl_warmup import KLWarmup
 from inform_rm.training.loop import OwnSteps, RewardLoop
 from inform_rm.training.losses import PAIR_LOSSES
 from inform_rm.training.metrics import check_best_metric, compute_eval_metrics
@@ -157,13 +158,16 @@ class RewardTrainer(RewardLoop):
             data_collator
             or (PackedPairCollator(tokens_per_batch(args)) if self.batching == "packed" else PairCollator(tokenizer)),
         )
+        has_kl = args.beta and getattr(whole.config, "architecture", None) == "inform"
+        kl_warmup = KLWarmup(args.beta, args.kl_warmup_steps, args.kl_warmup_nats if has_kl else 0.0)
         super().__init__(
             args=args,
+            kl_warmup=kl_warmup,
             eval_dataset=None if self.eval_pairs is None else self.eval_pairs.dataset,
             processing_class=tokenizer,
             compute_metrics=functools.partial(compute_eval_metrics, args.loss_type, compute_metrics),
             callbacks=[
-                *(callbacks or []), LostUpdates(), BudgetWatch(), OwnSteps(),
+                *(callbacks or []), LostUpdates(), BudgetWatch(kl_warmup), OwnSteps(),
                 *([StepsAreTheEpoch()] * bool(parts["stream"])),
             ],
             **parts,
@@ -259,6 +263,7 @@ class RewardTrainer(RewardLoop):
             kl_reduction_version=getattr(config, "kl_reduction_version", None),
         )  # fmt: skip
         self.resumed_from, self.evaluation = checkpoint, None
+        self._kl_warmup.begin(checkpoint)
         if checkpoint is not None and self.stream is not None:
             self.stream.load(checkpoint)
         self.find_tokens_per_batch()

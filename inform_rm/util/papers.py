@@ -21,11 +21,12 @@ def differences_of_run(settings: dict[str, Any]) -> list[str]:
     """What a training run has otherwise than the papers, by its settings; a setting that is not known says nothing."""
     found = []
     if settings.get("architecture") == "inform":
-        warmup = settings.get("kl_warmup_steps")
+        warmup, nats = settings.get("kl_warmup_steps"), settings.get("kl_warmup_nats")
         if warmup:
             found.append(
-                f"kl_warmup_steps {warmup:g}: the KL term starts at 0 and reaches beta later; arXiv:2402.09345 has "
-                "beta from the first step."
+                f"kl_warmup_steps {warmup:g}: the KL term starts at 0 and reaches beta later"
+                + (f", not before preferences earn {nats:g} nats (kl_warmup_nats)" if nats else "")
+                + "; arXiv:2402.09345 has beta from the first step."
             )
         if settings.get("kl_reduction") == "averaged_moments":
             doubled = settings.get("kl_reduction_version") == 1

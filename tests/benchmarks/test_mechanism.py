@@ -145,7 +145,7 @@ def test_models_trained_at_once_are_those_trained_alone_with_torchs_adamw(monkey
         ids = torch.cat([words[0], torch.full((64, 1), world.VOCABULARY + 1)], dim=1)
         out = model(input_ids=ids, latent_noise=noise[0])
         chosen, rejected = out.logits[:, 0].chunk(2)
-        weight = models.kl_weight(step, 3, 0.3, 0.25)
+        weight = models.KLWarmup(0.3, 0.25).weight(step, 3)
         loss = torch.nn.functional.softplus(rejected - chosen).mean() + 2 * weight * out.kl.mean()
         optimizer.zero_grad()
         loss.backward()

@@ -8,6 +8,7 @@ import pytest
 from scipy.optimize import minimize
 
 from inform_rm.training.budget import BudgetWatch, budget_lines, budget_of_run, kl_budget, most_flips, teachable_nats
+from inform_rm.training.kl_warmup import KLWarmup
 from inform_rm.training.run import train
 
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(81)
@@ -81,11 +82,13 @@ def test_what_a_run_records_and_says():
 
 def watched(lines, *, beta=0.1, warmup=0.25, steps=100, kl_share=1.0, pairs=64, loss="bradley_terry"):
     """What is warned of a run with log lines ``step: (accuracy, kl, information)``."""
-    watch = BudgetWatch()
+    kl_warmup = KLWarmup(beta, warmup)
+    watch = BudgetWatch(kl_warmup)
     args = SimpleNamespace(pairs_of_step=pairs, kl_warmup_steps=warmup, beta=beta, loss_type=loss)
     model = SimpleNamespace(config=SimpleNamespace(kl_share=kl_share))
     for step, (accuracy, kl, information) in lines.items():
         state = SimpleNamespace(global_step=step, max_steps=steps, is_world_process_zero=True)
+        kl_warmup.weight(step, steps)
         logs = {"accuracy": accuracy, "kl_nats": kl, "label_information_nats": information}
         watch.on_log(args, state, None, logs=logs, model=model)
     return watch.warned
@@ -125,8 +128,10 @@ def test_one_warning_for_latents_that_hold_nothing_or_too_much(lines, settings, 
 
 
 def test_after_a_resume_only_the_steps_since_then_count(caplog):
+    kl_warmup = KLWarmup(0.1, 0)
+    kl_warmup.weight(0, 1000)
     watch, args = (
-        BudgetWatch(),
+        BudgetWatch(kl_warmup),
         SimpleNamespace(pairs_of_step=1, kl_warmup_steps=0, beta=0.1, loss_type="bradley_terry"),
     )
     state = SimpleNamespace(global_step=900, max_steps=1000, is_world_process_zero=True)

@@ -7,7 +7,6 @@ import torch
 from inform_rm.training.losses import (
     PAIR_LOSSES,
     bradley_terry_loss,
-    kl_weight,
     reward_centering_loss,
     reward_model_loss,
     scaled_bradley_terry_loss,
@@ -72,14 +71,6 @@ def test_centering_is_zero_for_opposite_rewards(rewards):
     assert reward_centering_loss(rewards[0], -rewards[0]).item() == 0.0
 
 
-def test_kl_weight_is_beta_without_warm_up_and_never_falls():
-    assert [kl_weight(step, 10, 0.1, 0) for step in range(10)] == [0.1] * 10
-    for warmup in (0.25, 3, 20):
-        weights = [kl_weight(step, 10, 0.1, warmup) for step in range(10)]
-        assert weights[0] == 0 and weights == sorted(weights) and max(weights) <= 0.1
-    assert kl_weight(5, 10, 0.1, 0.25) == 0.1  # 2.5 steps without, 2.5 steps of rise
-
-
 # Of the gap less the margin, d; and of the gap and the margin where that is a weight.
 BY_HAND = {
     "bradley_terry": lambda gap, margin: np.log1p(np.exp(margin - gap)),
@@ -117,9 +108,3 @@ def test_without_margins_the_weighted_loss_is_bradley_terry(rewards):
     torch.testing.assert_close(scaled_bradley_terry_loss(*rewards), expected)
     ones = torch.ones(len(rewards[0]), dtype=torch.float64)  # the loss stays float32
     torch.testing.assert_close(scaled_bradley_terry_loss(*rewards, ones), expected)
-
-
-def test_the_warm_up_of_the_kl_is_in_steps_from_1_on_and_below_in_parts_of_the_run():
-    assert [kl_weight(step, 100, 0.1, 10) for step in (10, 15, 20, 99)] == pytest.approx([0, 0.05, 0.1, 0.1])
-    assert [kl_weight(step, 100, 0.1, 1) for step in (1, 2, 3)] == pytest.approx([0, 0.1, 0.1])
-    assert [kl_weight(step, 100, 0.1, 0.4) for step in (40, 60, 80)] == pytest.approx([0, 0.05, 0.1])

