@@ -33,7 +33,7 @@ class Variant:
     architecture: str = "inform"
     beta: float = 0.1
     kl_warmup_steps: float = 0.1
-    kl_warmup_nats: float = 0.02
+    kl_warmup_nats: float = 0.03
     latent_dim: int = 128
     weight_decay: float = 0.0
     attention_dropout: float = 0.0

@@ -128,7 +128,7 @@ class RewardArguments:
     kl_warmup_nats: float = _setting(
         "unless kl_warmup_steps is 0, the KL weight stays 0 for longer, until preferences earn so many nats a pair "
         "(ln 2 - loss), at the latest until two fifths of the steps; 0: no longer",
-        0.02,
+        0.03,
     )
     loss_type: str = _setting("loss of a pair (`inform_rm.training.losses.PAIR_LOSSES`)", "bradley_terry")
     label_smoothing: float = _setting("probability that a label is wrong, 0 to below 0.5", 0.0)

@@ -288,8 +288,8 @@ class RewardLoop(PassesThatFit):
         assert self._sums is not None
         own = self._sums if self._sums_before is None else self._sums - self._sums_before
         self._sums_before = self._sums
-        pairs, _, _, losses, rankings, _, scored, *_ = self.accelerator.reduce(own, reduction="sum").tolist()
-        if rankings or scored:  # of which the loss of a pair is not known
+        pairs, _, _, losses, _, _, scored, *_ = self.accelerator.reduce(own, reduction="sum").tolist()
+        if scored and not pairs:  # there is no preference in them
             self._kl_warmup.nats = 0.0
         self._kl_warmup.add(pairs, losses)
 

@@ -30,7 +30,7 @@ def pair_sums(chosen: Tensor, rejected: Tensor, kl: Tensor | None) -> Tensor:
 
 
 def group_sums(rewards: Tensor, labels: Tensor, groups: Tensor, kl: Tensor | None) -> Tensor:
-    """The same of a batch of groups, of which a response alone in its group is a scored one; losses are left out.
+    """The same of a batch of groups, of which a response alone in its group is a scored one.
 
     Shapes: ``(N,)``, for each response its reward, label, number of its group, and KL in nats.
     """
@@ -42,7 +42,8 @@ def group_sums(rewards: Tensor, labels: Tensor, groups: Tensor, kl: Tensor | Non
             of_scores += (1, float(r[0] - y[0]) ** 2)
         else:
             found = agreement(r, y)
-            of_rankings += (found.num_pairs, found.num_right, found.margin, 0, 1, found.tau)
+            losses = np.logaddexp(0, -untied_gaps(r, y)).sum()
+            of_rankings += (found.num_pairs, found.num_right, found.margin, losses, 1, found.tau)
     total_kl = 0.0 if kl is None else float(kl.detach().double().sum())
     of_all = (len(values), values.sum(), np.square(values).sum(), total_kl)
     return torch.from_numpy(np.concatenate([of_rankings, of_scores, of_all])).to(rewards.device)
