@@ -197,7 +197,7 @@ class Judges:
         self.gold = Gold(folder, device)
         after = REPORT_SEEDS[(REPORT_SEEDS.index(run.seed) + 1) % len(REPORT_SEEDS)]
         self.second = self._named("standard, chosen", after)
-        self.watcher = self._named("InfoRM, chosen", run.seed)
+        self.watcher = self.proxy if run.proxy == "InfoRM, chosen" else self._named("InfoRM, chosen", run.seed)
 
     def _named(self, name: str, seed: int) -> tuple[Any, list[float]]:
         run = Run(self.chosen[name], ATTACKED_NOISE, seed)
