@@ -24,13 +24,15 @@ CASES = {
     "uneven": {"pairs": 21, "max_steps": -1, "num_train_epochs": 2, "tokens_per_batch": 40},
     # 30: one has 4, the other 2.
     "uneven-inform": {"pairs": 30, "max_steps": -1, "num_train_epochs": 1, "architecture": "inform",
-                      "gradient_accumulation_steps": 2, "eval_pairs": 13, "tokens_per_batch": 50},
-    "inform": {"architecture": "inform", "batching": "padded", "eval_pairs": 21},
+                      "gradient_accumulation_steps": 2, "eval_pairs": 13, "tokens_per_batch": 50, "kl_warmup_nats": 0},
+    "inform": {"architecture": "inform", "batching": "padded", "eval_pairs": 21, "kl_warmup_nats": 0},
+    # Until the KL term begins no pair determines what the latents of all responses have in common, nor their KL.
+    "waits": {"architecture": "inform", "kl_warmup_nats": 9.0, "max_steps": 3, "save_steps": 3, "pairs": 21},
     # 3 pools an epoch, the third of 12 pairs (of 13 and less a process).
     "prioritized": {"pairs": 44, "objective": "prioritized", "num_prompts": 3, "warmup_fraction": 0.1, "max_steps": 7,
                     "batching": "padded"},
     "prioritized-packed": {"pairs": 35, "objective": "prioritized", "num_prompts": 3, "warmup_fraction": 0.1,
-                         "max_steps": 6, "architecture": "inform", "tokens_per_batch": 50},
+                         "max_steps": 6, "architecture": "inform", "tokens_per_batch": 50, "kl_warmup_nats": 0},
 }  # fmt: skip
 
 
@@ -70,6 +72,14 @@ def test_two_processes_learn_as_one(settings, pairs_file, launcher, tmp_path, mo
             two = json.loads((tmp_path / f"{kind}-{name}" / "train_result.json").read_text())
             assert two["num_processes"] == 2
             assert two["distributed_type"] == {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}[kind]
+            if name == "waits":
+                saved = "checkpoints/checkpoint-3/kl_warmup.json"
+                alone, both = (
+                    json.loads((tmp_path / f"{label}-waits" / saved).read_text()) for label in ("one", kind)
+                )
+                assert alone["length"] == 2 == both["length"] and alone["known"] == both["known"] > 0
+                assert both["earned"] == pytest.approx(alone["earned"], abs=1e-6) != 0
+                continue
             logged = {quantity for line in one["log_history"] for quantity in line}
             assert {"loss", "grad_norm", "accuracy", "margin"} <= logged
             for quantity in sorted(logged - TIMES):
