@@ -227,17 +227,23 @@ def read_page() -> type[PageReader]:
     return PageReader
 
 
-@pytest.fixture(scope="module")
-def coarse_figures():
-    """Figures with few points, for tests that do not look at them: drawing takes longer than all else."""
+@pytest.fixture(scope="session", autouse=True)
+def savefig():
+    """Figures are drawn once and with few points: that took longer than all else. Yields what draws them in full."""
+    from matplotlib.figure import Figure
+
+    in_full = Figure.savefig
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("matplotlib.figure.Figure.savefig", _save_coarsely)
-        yield
+        patch.setattr(Figure, "savefig", _save_coarsely)
+        yield in_full
 
 
 def _save_coarsely(figure, file, **options):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     figure.set_layout_engine("none")
-    figure.canvas.print_figure(file, format="png", dpi=20)
+    figure.set_dpi(20)
+    FigureCanvasAgg(figure).print_png(file)
 
 
 class ChatServer:

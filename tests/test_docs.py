@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
@@ -29,6 +30,7 @@ PAGES = [
 INTERNAL = re.compile(r"\bDESIGN\b|\bPLATFORM\b|\bPAPERS\.md|\bSTYLE\.md|\.\./shared|/work/")
 
 
+@functools.cache
 def tokens(page: Path) -> list[Token]:
     return MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
 
@@ -42,6 +44,7 @@ def page_id(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and mkdocs make them."""
     titles = [after.content for token, after in zip(tokens(page), tokens(page)[1:], strict=False)

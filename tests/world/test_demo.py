@@ -108,7 +108,7 @@ def test_verdict_follows_the_numbers_whoever_wins(inform, standard, found):
     assert len({len(line) for line in table.splitlines()}) == 1  # columns line up
 
 
-def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(read_page, coarse_figures):
+def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(read_page):
     result, rewards = made_up(0.9, 0.6)
     steps = range(10, 50, 10)
     logs = {
