@@ -246,6 +246,12 @@ def _save_coarsely(figure, file, **options):
     FigureCanvasAgg(figure).print_png(file)
 
 
+@pytest.fixture
+def undrawn(savefig, monkeypatch):
+    """Plots take most of the time of a small evaluation: for tests that do not look at them."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: file.write(b"\x89PNG"))
+
+
 class ChatServer:
     """An OpenAI-compatible server on this machine whose replies are what ``script`` makes of each request.
 

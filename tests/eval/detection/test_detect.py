@@ -1,6 +1,7 @@
 """`detect`: figures are those of the functions behind it, outliers are named, and the page works in a browser."""
 
 import copy
+import functools
 import json
 import math
 import shutil
@@ -116,7 +117,7 @@ def test_responses_may_be_objects_and_give_what_their_files_give(scorer, files, 
         detect(scorer, reference, [*one[:2], {"response": "no"}], **QUICK)
 
 
-def test_hidden_states_are_called_so(scorer, files, tmp_path, causal_lm_dir, tokenizer):
+def test_hidden_states_are_called_so(scorer, files, tmp_path, causal_lm_dir, tokenizer, undrawn):
     model = AutoModelForSequenceClassification.from_pretrained(causal_lm_dir("llama"), num_labels=1)
     reference, candidates = files
     (tmp_path / "steps.png").touch()  # of an earlier call with several candidates
@@ -125,7 +126,9 @@ def test_hidden_states_are_called_so(scorer, files, tmp_path, causal_lm_dir, tok
     assert not (tmp_path / "steps.png").exists()
 
 
-def test_command_line(files, tmp_path, reward_dir, capsys):
+def test_command_line(files, tmp_path, reward_dir, capsys, undrawn, monkeypatch):
+    quickly = functools.partial(detect, num_splits=5, num_resamples=5)
+    monkeypatch.setattr("inform_rm.detect", quickly)
     reference, (_, candidate) = files
     rows = [json.loads(line) | {"hacked": "script" in line} for line in candidate.read_text().splitlines()]
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
