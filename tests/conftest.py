@@ -229,13 +229,21 @@ def read_page() -> type[PageReader]:
 
 @pytest.fixture(scope="session", autouse=True)
 def savefig():
-    """Figures are drawn once and with few points: that took longer than all else. Yields what draws them in full."""
+    """Figures are not drawn, which takes most of the time of a small evaluation. Yields what draws them in full."""
     from matplotlib.figure import Figure
 
     in_full = Figure.savefig
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", _save_coarsely)
+        patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"\x89PNG"))
         yield in_full
+
+
+@pytest.fixture(scope="module")
+def drawn(savefig):
+    """From here to the module's end figures are drawn, with few points."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", _save_coarsely)
+        yield
 
 
 def _save_coarsely(figure, file, **options):
@@ -244,12 +252,6 @@ def _save_coarsely(figure, file, **options):
     figure.set_layout_engine("none")
     figure.set_dpi(20)
     FigureCanvasAgg(figure).print_png(file)
-
-
-@pytest.fixture
-def undrawn(savefig, monkeypatch):
-    """Plots take most of the time of a small evaluation: for tests that do not look at them."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: file.write(b"\x89PNG"))
 
 
 class ChatServer:

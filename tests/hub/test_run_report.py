@@ -31,7 +31,7 @@ SUITE = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, drawn):
     return tmp_path_factory.mktemp("report")
 
 
@@ -130,9 +130,7 @@ def test_page_needs_no_other_file(source, read_page):
     assert "url(" not in style and "@import" not in style
 
 
-def test_what_was_not_given_is_named_in_one_line_and_a_complete_suite_has_its_total(
-    run, results, tmp_path, read_page, undrawn
-):
+def test_what_was_not_given_is_named_in_one_line_and_a_complete_suite_has_its_total(run, results, tmp_path, read_page):
     suite = json.loads((results[-1] / "result.json").read_text())
     (tmp_path / "result.json").write_text(json.dumps(suite | {"complete": True, "score": 0.625}))
     write_report(run, tmp_path / "page.html", [tmp_path])
@@ -145,7 +143,7 @@ def test_what_was_not_given_is_named_in_one_line_and_a_complete_suite_has_its_to
     assert source.count("<picture>") == 1
 
 
-def test_rankings_and_scores_are_shown_with_what_they_measure(run, tmp_path, read_page, undrawn):
+def test_rankings_and_scores_are_shown_with_what_they_measure(run, tmp_path, read_page):
     ranked = [{"prompt": f"Say {word}.", "responses": [word, "no", "never"], "ranks": [1, 2, 3]} for word in WORDS]
     scored = [{"prompt": f"Say {word}.", "response": word, "score": place} for place, word in enumerate(WORDS)]
     folders = [tmp_path / "ranked", tmp_path / "scored"]
@@ -161,7 +159,7 @@ def test_rankings_and_scores_are_shown_with_what_they_measure(run, tmp_path, rea
         read_result_folder(folders[1], ("evaluate", "suite"))
 
 
-def test_an_unfinished_run_is_called_so(run, results, tmp_path, read_page, undrawn):
+def test_an_unfinished_run_is_called_so(run, results, tmp_path, read_page):
     unfinished = tmp_path / "unfinished"
     shutil.copytree(f"{run}/checkpoints", unfinished / "checkpoints")
     shutil.rmtree(unfinished / "checkpoints" / "checkpoint-4")
@@ -215,7 +213,7 @@ def test_damage_is_named(run, results, tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
-def test_command_line(run, results, tmp_path, capsys, undrawn):
+def test_command_line(run, results, tmp_path, capsys):
     command = ["report", "--run", run, "--output", str(tmp_path / "page.html")]
     assert main([*command, "--results", str(results[-1])]) == 0
     assert "page.html" in capsys.readouterr().out and (tmp_path / "page.html").stat().st_size > 10_000

@@ -50,7 +50,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(scorer, files, tmp_path_factory):
+def made(scorer, files, tmp_path_factory, drawn):
     """A result and its folder."""
     folder = tmp_path_factory.mktemp("made")
     return detect(scorer, *files, folder, **QUICK, map_points=30), folder
@@ -117,7 +117,7 @@ def test_responses_may_be_objects_and_give_what_their_files_give(scorer, files, 
         detect(scorer, reference, [*one[:2], {"response": "no"}], **QUICK)
 
 
-def test_hidden_states_are_called_so(scorer, files, tmp_path, causal_lm_dir, tokenizer, undrawn):
+def test_hidden_states_are_called_so(scorer, files, tmp_path, causal_lm_dir, tokenizer):
     model = AutoModelForSequenceClassification.from_pretrained(causal_lm_dir("llama"), num_labels=1)
     reference, candidates = files
     (tmp_path / "steps.png").touch()  # of an earlier call with several candidates
@@ -126,7 +126,7 @@ def test_hidden_states_are_called_so(scorer, files, tmp_path, causal_lm_dir, tok
     assert not (tmp_path / "steps.png").exists()
 
 
-def test_command_line(files, tmp_path, reward_dir, capsys, undrawn, monkeypatch):
+def test_command_line(files, tmp_path, reward_dir, capsys, monkeypatch):
     quickly = functools.partial(detect, num_splits=5, num_resamples=5)
     monkeypatch.setattr("inform_rm.detect", quickly)
     reference, (_, candidate) = files
