@@ -115,7 +115,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def package_version(package: str) -> str:
-    """`importlib.metadata.version`, which parses the package's whole description each time: 4 ms."""
+    """`importlib.metadata.version`, which parses the package's whole description each time."""
     return importlib.metadata.version(package)
 
 
