@@ -24,7 +24,8 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 # One thread per process: two test processes with two threads each run slower on two cores than one.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+# Bytecode is kept: without it each process rewrites the assertions of all tests, which takes 3 seconds.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg PYTHONDONTWRITEBYTECODE=
 
 .PHONY: install demo docs docs-serve test test-oldest test-newest test-slow test-engines fuzz mutants lint format clean
 

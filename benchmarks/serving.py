@@ -33,7 +33,7 @@ import torch
 from inform_rm.data.tokenizer import load_tokenizer
 from inform_rm.errors import InputError
 from inform_rm.scoring.scorer import RewardScorer
-from inform_rm.util.files import atomic_write_text, versions, write_json
+from inform_rm.util.files import atomic_write_text, package_version, versions, write_json
 
 BACKBONE = "models/smollm2-135m-first6-v16k"
 TOLERANCE = 1e-5
@@ -260,12 +260,6 @@ def processor() -> str:
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def package_version(name: str) -> str:
-    from importlib.metadata import version
-
-    return version(name)
 
 
 if __name__ == "__main__":

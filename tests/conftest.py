@@ -1,4 +1,7 @@
-"""Fixtures that tests share: tiny models and tokenizers made here, and the real data folder where there is one."""
+"""Fixtures that tests share: tiny models and tokenizers made here, and the real data folder where there is one.
+
+torch and what else is slow to import is imported in the fixtures: the process that hands out tests needs none of it.
+"""
 
 import gc
 import json
@@ -10,35 +13,16 @@ from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import datasets
 import pytest
-import torch
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
-from transformers.utils import logging as transformers_logging
 
-# Also registers the Auto classes, before any test asks for them.
-from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
-
-torch.set_num_threads(1)
 # Nothing is asserted about time: on a busy machine any example can be slow. The same examples in every run, so that a
 # change is not refused for what it did not do; `make fuzz` looks for new ones.
 _UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 hypothesis_settings.register_profile("same", **_UNTIMED, derandomize=True)
 hypothesis_settings.register_profile("search", **_UNTIMED, max_examples=2000, print_blob=True)
 hypothesis_settings.load_profile("same")
-transformers_logging.disable_progress_bar()
 
 _SENTENCES = [
     "Name a colour and a fruit, please. Human: Assistant:",
@@ -52,19 +36,40 @@ _CHAT_TEMPLATE = (
 )
 
 
-def pytest_collection_finish() -> None:
-    """Leave the modules out of garbage collection: each Trainer asks for a whole one, which took 0.4 seconds."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Collect no garbage while modules are imported: it took a third of the time, and they leave hardly any.
+
+    Nor look at the modules again later: each Trainer asks for a whole collection, which took 0.4 seconds.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache_of_encoded_pairs(tmp_path_factory):
-    """What test runs encode stays out of the user's cache, also in processes that tests start."""
+def _libraries_as_tests_want_them(tmp_path_factory):
+    """One thread, no progress bars, files not flushed to a disk whose power no test cuts.
+
+    What test runs encode stays out of the user's cache, also in processes that tests start.
+    """
+    import datasets
+    import torch
+    from transformers.utils import logging
+
+    import inform_rm  # noqa: F401  registers the Auto classes, before any test asks for them
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
     folder = str(tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", folder)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setattr(os, "fsync", lambda file: None)
         yield
 
 
@@ -78,8 +83,10 @@ def shared_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def backbone_configs() -> dict[str, PretrainedConfig]:
+def backbone_configs():
     """One tiny config per architecture: hidden size 32, 2 layers, vocabulary 320."""
+    from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config
+
     sizes = {
         "vocab_size": 320,
         "hidden_size": 32,
@@ -104,8 +111,11 @@ def backbone_configs() -> dict[str, PretrainedConfig]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     """A byte-level BPE tokenizer (320 ids) with distinct pad, bos and eos tokens and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -122,12 +132,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def causal_lm_dir(
-    tmp_path_factory: pytest.TempPathFactory,
-    backbone_configs: dict[str, PretrainedConfig],
-    tokenizer: PreTrainedTokenizerFast,
-) -> Callable[[str], Path]:
+def causal_lm_dir(tmp_path_factory, backbone_configs, tokenizer) -> Callable[[str], Path]:
     """Folder of a random causal LM of the named architecture, with tokenizer; read-only, made once a session."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -144,6 +153,10 @@ def causal_lm_dir(
 @pytest.fixture(scope="session")
 def reward_dir(tmp_path_factory, backbone_configs, tokenizer):
     """A sound InfoRM folder with tokenizer; to be copied, not changed."""
+    import torch
+
+    from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
+
     folder = tmp_path_factory.mktemp("reward-model")
     torch.manual_seed(0)
     InfoRMForSequenceClassification(InfoRMConfig(backbone_configs["llama"], latent_dim=4)).save_pretrained(folder)
@@ -214,17 +227,31 @@ def read_page() -> type[PageReader]:
     return PageReader
 
 
+@pytest.fixture(scope="session", autouse=True)
+def savefig():
+    """Figures are not drawn, which takes most of the time of a small evaluation. Yields what draws them in full."""
+    from matplotlib.figure import Figure
+
+    in_full = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"\x89PNG"))
+        yield in_full
+
+
 @pytest.fixture(scope="module")
-def coarse_figures():
-    """Figures with few points, for tests that do not look at them: drawing takes longer than all else."""
+def drawn(savefig):
+    """From here to the module's end figures are drawn, with few points."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", _save_coarsely)
         yield
 
 
 def _save_coarsely(figure, file, **options):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     figure.set_layout_engine("none")
-    figure.canvas.print_figure(file, format="png", dpi=20)
+    figure.set_dpi(20)
+    FigureCanvasAgg(figure).print_png(file)
 
 
 class ChatServer:

@@ -306,7 +306,7 @@ def runs_something(page: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("as_reader", "coarse_figures")
+@pytest.mark.usefixtures("as_reader")
 @pytest.mark.parametrize("page", [page for page in PAGES if runs_something(page)])
 def test_blocks_of_a_page_run_one_after_the_other(page, capsys):
     names, number = given_to(page), 0

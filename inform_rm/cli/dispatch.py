@@ -5,6 +5,7 @@ Nothing heavy is imported before parsing, so that ``--help`` answers at once.
 """
 
 import argparse
+import functools
 import io
 import logging
 import os
@@ -42,8 +43,9 @@ COMMANDS = (
 _COMMANDS_OF_SEVERAL_PROCESSES = ("train", "evaluate", "decompose", "score")
 
 
+@functools.cache
 def make_parser() -> argparse.ArgumentParser:
-    """The parser; what it returns names its command as ``command`` and its function as ``run``."""
+    """The parser, made once; what it returns names its command as ``command`` and its function as ``run``."""
     parser = argparse.ArgumentParser(
         prog="inform-rm",
         description="Train, evaluate and audit reward models that resist reward hacking.",

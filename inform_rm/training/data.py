@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from inform_rm.scoring.reward_models import fingerprint_tokenizer
 from inform_rm.training.augmentation import add_non_contextual_pairs
 from inform_rm.training.losses import MOST_TIED
 from inform_rm.training.reward_arguments import RewardTrainingArguments
-from inform_rm.util.files import atomic_directory, file_digest, write_json
+from inform_rm.util.files import atomic_directory, file_digest, package_version, write_json
 from inform_rm.util.rankings import untied_gaps
 
 logger = logging.getLogger(__name__)
@@ -291,7 +290,7 @@ def _cache_folder(
         "settings": [args.columns, args.score_weights, max_length, args.overlong, args.on_bad_row, _keeps_text(args)],
         "choice": None if max_pairs is None else [max_pairs, args.seed],
         "augmentation": [args.augmentation, args.seed] if augment else None,
-        "versions": {name: metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "jinja2")},
+        "versions": {name: package_version(name) for name in ("datasets", "transformers", "tokenizers", "jinja2")},
         "code": [file_digest(_PACKAGE / name) for name in _DECIDING_FILES],
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,6 +1,7 @@
 """Writing results so that a kill leaves the last good file, and naming the software that made them."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -108,8 +109,14 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _REPORTED_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
+            found[package] = package_version(package)
     return found
+
+
+@functools.cache
+def package_version(package: str) -> str:
+    """`importlib.metadata.version`, which parses the package's whole description each time."""
+    return importlib.metadata.version(package)
 
 
 def _temporary(path: Path) -> Path:

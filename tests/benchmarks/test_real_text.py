@@ -298,11 +298,12 @@ def data(tmp_path):
 
 @pytest.mark.slow
 def test_all_stages_run_on_a_tiny_model_resume_and_gold_is_that_of_the_text(
-    tmp_path, data, causal_lm_dir, tokenizer, monkeypatch
+    tmp_path, data, causal_lm_dir, tokenizer, monkeypatch, savefig
 ):
     import real_text
     import real_text_check
 
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
     model, output = tmp_path / "model", tmp_path / "out"
     model.symlink_to(causal_lm_dir("llama_tied"))
     template = tmp_path / "template.jinja"  # turns end with the tiny tokenizer's own end token

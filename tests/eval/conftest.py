@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from inform_rm import InfoRMConfig, InfoRMForSequenceClassification
 from inform_rm.scoring.scorer import RewardScorer
@@ -16,12 +15,6 @@ def model(backbone_configs):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Plots take most of the time of a small evaluation: for tests that do not look at them."""
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"\x89PNG"))
 
 
 @pytest.fixture(scope="module")

@@ -246,7 +246,6 @@ def test_rows_in_memory_give_the_result_of_their_file(scorer, data):
     assert half.accuracy == result.accuracy
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_result_shows_its_table_and_its_drawing_and_text_from_data_stays_text(scorer, data, tmp_path):
     rows = [{**row, "subset": "<script>x</script>"} for row in read_jsonl(data)]
     result = evaluate(scorer, rows, tmp_path / "out", progress=False)
@@ -312,7 +311,6 @@ def test_left_out_pairs_are_counted_and_bad_rows_listed(scorer, tmp_path, caplog
         evaluate(scorer, data, progress=False)
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("fail_at", (0, 5))
 def test_interrupted_evaluation_computes_no_reward_twice(scorer, data, tmp_path, fail_at):
     whole = evaluate(scorer, data, tmp_path / "whole", progress=False)
@@ -355,7 +353,6 @@ def test_resuming_refuses_other_data_or_settings(scorer, data, tmp_path):
         evaluate(scorer, data, tmp_path / "out", progress=False)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_finished_result_survives_a_later_run_that_fails(scorer, data, tmp_path):
     evaluate(scorer, data, tmp_path / "out", progress=False)
     before = (tmp_path / "out/result.json").read_bytes()

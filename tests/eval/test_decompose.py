@@ -145,7 +145,6 @@ def test_gold_rewards_of_the_world(split):
     assert ((few.prompt_free_gap - everything.prompt_free_gap).abs() <= 4 * few.standard_error + pull).all()
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_weights_of_a_behaviour_model(scorer, data, causal_lm_dir, tmp_path):
     """Against the same weights made by hand; the likelihoods themselves are tested in test_likelihoods."""
     folder = causal_lm_dir("llama")
@@ -180,7 +179,6 @@ def test_weights_of_a_behaviour_model(scorer, data, causal_lm_dir, tmp_path):
     assert not list((tmp_path / "audit").glob("*.partial"))
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_an_unfinished_audit_goes_on_and_refuses_other_settings(scorer, data, tmp_path, monkeypatch):
     whole = decompose(scorer, data, num_prompts=4, progress=False)
     original, calls = scorer._packed_forward, []

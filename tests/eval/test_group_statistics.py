@@ -92,7 +92,7 @@ def test_score_statistics_are_scipys():
     assert "pearson" not in score_statistics(np.ones(5), scores[:5], ["a"] * 5)
 
 
-def test_an_evaluation_on_rankings_is_about_its_rewards(scorer, tmp_path, undrawn, read_page):
+def test_an_evaluation_on_rankings_is_about_its_rewards(scorer, tmp_path, read_page):
     result = evaluate(scorer, RANKINGS, tmp_path / "out", progress=False)
     rewards = [scorer.score([row["prompt"]] * len(row["responses"]), row["responses"]).numpy() for row in RANKINGS]
     labels = [row["scores"] for row in RANKINGS]
@@ -113,7 +113,7 @@ def test_an_evaluation_on_rankings_is_about_its_rewards(scorer, tmp_path, undraw
     assert ["all", "14"] in [row[:2] for row in page.rows]
 
 
-def test_an_evaluation_on_scores_is_about_its_rewards(scorer, tmp_path, undrawn, read_page):
+def test_an_evaluation_on_scores_is_about_its_rewards(scorer, tmp_path, read_page):
     result = evaluate(scorer, SCORED, tmp_path / "out", progress=False, score_weights=WEIGHTS)
     rewards = scorer.score([row["prompt"] for row in SCORED], [row["response"] for row in SCORED]).numpy()
     scores = np.array([0.65 * row["helpfulness"] + 0.8 * row["correctness"] for row in SCORED])
@@ -136,7 +136,7 @@ def test_layouts_are_evaluated_alone_and_pairs_are_needed_elsewhere(scorer):
         compare(models={"one": scorer}, data=RANKINGS, progress=False)
 
 
-def test_the_command_says_what_it_found(reward_dir, tmp_path, capsys, undrawn):
+def test_the_command_says_what_it_found(reward_dir, tmp_path, capsys):
     for name, rows, flags, said in (
         ("rankings", RANKINGS, [], "Kendall's tau-b"),
         ("scored", SCORED, ["--score-weights", "helpfulness=0.65", "correctness=0.8"], "RMSE"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from inform_rm.eval.accuracy import pairwise_accuracy, reliability_bins
 from inform_rm.eval.results import EvaluationResult, reliability_figure
@@ -104,8 +105,9 @@ def test_reliability_figure_draws_the_bins():
     assert sum(patch.get_height() for patch in counts.patches) == 500
 
 
-def test_figure_png_is_an_image_without_a_display(monkeypatch):
+def test_figure_png_is_an_image_without_a_display(monkeypatch, savefig):
     monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setattr(Figure, "savefig", savefig)
     png = figure_png(reliability_figure(reliability_bins([0.5, -0.2])))
     assert png.startswith(b"\x89PNG\r\n\x1a\n") and png.endswith(b"IEND\xaeB`\x82")
 

@@ -31,7 +31,7 @@ SUITE = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, coarse_figures):
+def folder(tmp_path_factory, drawn):
     return tmp_path_factory.mktemp("report")
 
 

@@ -44,6 +44,12 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SEGMENTS = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=4)
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """What PyTorch runs on a CPU without the compiler before it, which traces each call and compiles nothing."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+
+
 @given(segments=SEGMENTS, window=st.none() | st.integers(1, 6), filled=st.integers(0, 3))
 @settings(max_examples=25)
 def test_a_token_sees_its_prompt_and_its_own_response_up_to_itself(segments, window, filled):
@@ -132,7 +138,7 @@ def test_the_kernel_is_compiled_on_a_gpu_outside_of_a_compiled_model(monkeypatch
     assert flex_packed_attention(there, there, there, None, None) == "as it is"
 
 
-def test_in_half_precision_soft_caps_keep_their_digits_and_sinks_the_dtype(monkeypatch):
+def test_in_half_precision_soft_caps_keep_their_digits_and_sinks_the_dtype(uncompiled, monkeypatch):
     query = torch.ones(1, 2, ROW_MULTIPLE, 16, dtype=torch.bfloat16)
     mask = block_mask(*row_layout([[ROW_MULTIPLE]]), None)
     found = flex_packed_attention(query, query, query, mask, None, sinks=torch.zeros(2))
@@ -147,7 +153,9 @@ def test_in_half_precision_soft_caps_keep_their_digits_and_sinks_the_dtype(monke
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", MODELS)
-def test_rewards_and_gradients_are_those_of_one_sequence_at_a_time(name, device, monkeypatch):
+def test_rewards_and_gradients_are_those_of_one_sequence_at_a_time(name, device, monkeypatch, request):
+    if device == "cpu":
+        request.getfixturevalue("uncompiled")
     # PyTorch refuses gradients on a CPU, where its reference has a backward pass all the same.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     torch.manual_seed(0)
@@ -222,7 +230,7 @@ def test_compiled_rewards_are_those_of_one_sequence_at_a_time(name, monkeypatch)
     assert ran == 2 * [(256, 256)]  # a layer each; of one block it would be another kernel
 
 
-def test_bfloat16_is_as_near_to_float32_as_a_sequence_alone_in_bfloat16():
+def test_bfloat16_is_as_near_to_float32_as_a_sequence_alone_in_bfloat16(uncompiled):
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SIZES)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa").eval()

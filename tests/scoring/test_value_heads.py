@@ -172,14 +172,6 @@ def test_its_latents_and_its_export_are_those_of_a_standard_model(folder, tmp_pa
     torch.testing.assert_close(exported.score_encoded(ROWS), scorer.score_encoded(ROWS), atol=1e-6, rtol=0)
 
 
-def test_evaluate_takes_a_value_head(folder, tmp_path, capsys):
-    llama_factory(folder)
-    pair = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A colour."}
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
-    command = ["evaluate", "--model", str(folder), "--data", str(tmp_path / "pairs.jsonl")]
-    assert main([*command, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0, capsys.readouterr()
-
-
 def two_heads(folder):
     trl(folder)
     llama_factory(folder)

@@ -397,7 +397,8 @@ CASES = {
     "config that is a FIFO": (fifo("config.json"), "reward model", "config.json"),
     "config that links to itself": (symlink_loop, "reward model", "config.json"),
     "id2label of a million": (
-        config(id2label={str(n): str(n) for n in range(1_000_000)}), "reward model", "config.json|num_labels"),
+        lambda folder, canary: config(id2label={str(n): str(n) for n in range(1_000_000)})(folder, canary),
+        "reward model", "config.json|num_labels"),
     "quantization by unknown code": (
         config(quantization_config={"quant_method": "evil"}), "reward model", "quantized by 'evil'"),
     "quantization that is a list": (config(quantization_config=[1]), "reward model", "quantized by"),

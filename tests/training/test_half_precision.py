@@ -82,7 +82,7 @@ def test_runs_that_lose_nothing_say_nothing(settings, optimi, tmp_path, caplog):
         "compensated": {"optim": "stable_adamw"}, "lora": {"lora_r": 2},
     }.items():  # fmt: skip
         with caplog.at_level(logging.WARNING):
-            train(dataclasses.replace(settings, **change, max_steps=3, output_dir=str(tmp_path / name)))
+            train(dataclasses.replace(settings, **change, max_steps=1, output_dir=str(tmp_path / name)))
     assert warnings(caplog) == []
 
 

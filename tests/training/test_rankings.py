@@ -73,8 +73,9 @@ def trained(args):
     return trainer
 
 
-@pytest.mark.parametrize("batching", ["packed", "padded"])
-@pytest.mark.parametrize("ranking_loss", ["all_pairs", "plackett_luce"])
+@pytest.mark.parametrize(
+    ("batching", "ranking_loss"), [("packed", "all_pairs"), ("padded", "all_pairs"), ("packed", "plackett_luce")]
+)
 def test_rankings_of_two_train_as_pairs_do(base_settings, pairs_file, tmp_path, batching, ranking_loss):
     as_rankings = [
         {"prompt": row["prompt"], "responses": [row["rejected"], row["chosen"]], "scores": [0, at]}

@@ -169,19 +169,6 @@ def test_one_batch_of_eight_equals_eight_accumulated_pairs(settings, tmp_path):
     assert losses(small) == pytest.approx(losses(large), abs=1e-5)
 
 
-def test_lora_trains_and_saves_the_head_and_freezes_the_backbone(settings, causal_lm_dir):
-    pytest.importorskip("peft", reason="peft is not installed")
-    config = dataclasses.replace(settings, lora_r=2)
-    torch.manual_seed(0)
-    train(config)
-    trained = weights(config.output_dir)
-    start = AutoModelForSequenceClassification.from_pretrained(causal_lm_dir("llama"), num_labels=1).state_dict()
-    assert torch.equal(trained["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
-    assert not torch.equal(trained["model.layers.0.mlp.up_proj.weight"], start["model.layers.0.mlp.up_proj.weight"])
-    assert trained["score.encoder.bias"].abs().sum() > 0  # starts at zero
-    assert not any("lora" in name for name in trained)
-
-
 def test_kl_term_is_absent_in_its_warm_up_and_rises_after(settings):
     config = dataclasses.replace(settings, beta=100.0, max_steps=8, kl_warmup_steps=0.5, learning_rate=1e-6)
     curve = losses(train(config))
@@ -234,8 +221,8 @@ def test_rows_of_a_batch_keep_the_budget_and_the_order(tokenizer):
 @pytest.mark.parametrize("architecture", ["standard", "inform"])
 def test_packed_and_padded_batches_train_alike(settings, architecture, tmp_path):
     config = dataclasses.replace(
-        settings, architecture=architecture, max_steps=16, save_steps=16, gradient_accumulation_steps=1,
-        learning_rate=3e-3, per_device_train_batch_size=16, beta=1e-3, kl_warmup_steps=0,
+        settings, architecture=architecture, max_steps=8, save_steps=8, gradient_accumulation_steps=1,
+        learning_rate=5e-3, per_device_train_batch_size=16, beta=1e-3, kl_warmup_steps=0,
     )  # fmt: skip
     packed = train(config)
     padded = train(dataclasses.replace(config, batching="padded", output_dir=str(tmp_path / "padded")))

@@ -127,7 +127,7 @@ def test_an_image_is_inside_the_page_and_a_file_beside_markdown(read_page):
     assert Page("", blocks).markdown() == "# \n\n![one](one.png)\n"
 
 
-def test_a_themed_image_is_drawn_for_both_themes_and_leaves_the_settings_alone():
+def test_a_themed_image_is_drawn_for_both_themes_and_leaves_the_settings_alone(drawn):
     import matplotlib as mpl
 
     before, seen = dict(mpl.rcParams), []

@@ -108,7 +108,7 @@ def test_verdict_follows_the_numbers_whoever_wins(inform, standard, found):
     assert len({len(line) for line in table.splitlines()}) == 1  # columns line up
 
 
-def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(read_page, coarse_figures):
+def test_page_is_self_contained_and_shows_every_figure_for_light_and_dark(read_page, drawn):
     result, rewards = made_up(0.9, 0.6)
     steps = range(10, 50, 10)
     logs = {
@@ -176,7 +176,7 @@ def test_a_given_backbone_is_trained_with_its_own_settings(tmp_path):
 
 
 @pytest.mark.slow
-def test_whole_demo_on_a_tiny_budget(tmp_path, capfd, caplog, read_page):
+def test_whole_demo_on_a_tiny_budget(tmp_path, capfd, caplog, read_page, drawn):
     for name in ("hub-model/stale.bin", "inform/train_result.json", "report.html"):  # of an earlier demo
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")

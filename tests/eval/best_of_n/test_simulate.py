@@ -164,7 +164,7 @@ def build(backbone_configs, tokenizer):
     return build
 
 
-def test_the_world_end_to_end(build, tmp_path):
+def test_the_world_end_to_end(build, tmp_path, drawn):
     scorers = {"inform": build(1), "other": build(2, "standard")}
     options = {"num_prompts": 3, "num_responses": 8, "ns": [1, 3, 8], "seed": 7, "progress": False}
     result = attack(scorers, tmp_path / "run", **options)

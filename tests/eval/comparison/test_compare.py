@@ -186,7 +186,7 @@ def test_a_suite_gives_published_scores_sections_and_length_control_of_pairs_onl
     assert "| rewardbench | 0.7500 | incomplete |" in page and "| Safety | 0.6000 | incomplete |" in page
 
 
-def test_one_folder_alone_has_accuracies_and_no_differences(tmp_path):
+def test_one_folder_alone_has_accuracies_and_no_differences(tmp_path, drawn):
     folder = write_pairs(tmp_path / "one", random_margins(0), subsets="a")
     result = compare(folder, tmp_path / "out")
     (group,) = result.groups  # its one subset would say the same again

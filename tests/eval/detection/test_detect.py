@@ -1,6 +1,7 @@
 """`detect`: figures are those of the functions behind it, outliers are named, and the page works in a browser."""
 
 import copy
+import functools
 import json
 import math
 import shutil
@@ -49,7 +50,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(scorer, files, tmp_path_factory):
+def made(scorer, files, tmp_path_factory, drawn):
     """A result and its folder."""
     folder = tmp_path_factory.mktemp("made")
     return detect(scorer, *files, folder, **QUICK, map_points=30), folder
@@ -125,7 +126,9 @@ def test_hidden_states_are_called_so(scorer, files, tmp_path, causal_lm_dir, tok
     assert not (tmp_path / "steps.png").exists()
 
 
-def test_command_line(files, tmp_path, reward_dir, capsys):
+def test_command_line(files, tmp_path, reward_dir, capsys, monkeypatch):
+    quickly = functools.partial(detect, num_splits=5, num_resamples=5)
+    monkeypatch.setattr("inform_rm.detect", quickly)
     reference, (_, candidate) = files
     rows = [json.loads(line) | {"hacked": "script" in line} for line in candidate.read_text().splitlines()]
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

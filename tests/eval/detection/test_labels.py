@@ -102,7 +102,7 @@ def test_agreement_is_that_counted_by_hand():
     assert "precision" not in mop and mop["recall"] == 0 and mop["hacked"] == 4
 
 
-def test_detect_compares_outliers_with_labels_and_marks_them(scorer, tmp_path, coarse_figures):
+def test_detect_compares_outliers_with_labels_and_marks_them(scorer, tmp_path):
     records = responses(30, odd=10, first=7)
     labels = [{**record, "hacked": n >= 30 if n % 5 else None} for n, record in enumerate(records)]
     found = detect(scorer, responses(40), {"new": records, "other": responses(30)}, tmp_path, labels={"new": labels},

@@ -60,8 +60,7 @@ def test_the_model_whose_candidates_stand_out_less_is_chosen(folders, spoilt):
     assert second["null_rank"] == alone["csi_normalized_null_rank"]
 
 
-@pytest.mark.usefixtures("coarse_figures")
-def test_command_line(folders, tmp_path, capsys, monkeypatch):
+def test_command_line(folders, tmp_path, capsys, monkeypatch, drawn):
     for name, content in {"reference": rows(0), "candidate": rows(100, odd=20)}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     command = ["select", "--model", *(f"{name}={folder}" for name, folder in folders.items()), "--reference",

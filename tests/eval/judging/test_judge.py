@@ -43,7 +43,7 @@ def by_worth(fields):
     return f"**Verdict: {1 if int(first) > int(second) else 2}**"
 
 
-def test_both_orders_are_asked_and_figures_are_those_by_hand(chat_server, undrawn, tmp_path):
+def test_both_orders_are_asked_and_figures_are_those_by_hand(chat_server, tmp_path):
     server = chat_server(by_worth)
     own = rows(["9", "1", "first", "second", "same", "tie", "odd", "8", "alone"])
     baseline = [*rows(["3", "5", "4", "4", "same", "2", "2", "7"]), {"prompt": "Other", "response": "x"}]
@@ -89,7 +89,7 @@ def test_several_pairs_of_a_prompt_are_one_observation(chat_server):
     assert result.win_rate_interval == pytest.approx(expected, abs=0.02)
 
 
-def test_labels_are_written_for_detect(chat_server, undrawn, tmp_path):
+def test_labels_are_written_for_detect(chat_server, tmp_path):
     def script(fields):
         (text,) = shown(fields)
         return {"odd": "Verdict: maybe", "cut": (200, server.completion("It goes on", "length"), {})}.get(
@@ -113,7 +113,7 @@ def test_labels_are_written_for_detect(chat_server, undrawn, tmp_path):
     assert (tmp_path / "labels.png").exists() and "cost" in (tmp_path / "result.html").read_text()
 
 
-def test_a_call_that_stops_in_the_middle_pays_for_nothing_twice(chat_server, undrawn, tmp_path, monkeypatch):
+def test_a_call_that_stops_in_the_middle_pays_for_nothing_twice(chat_server, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     server = chat_server(by_worth)
     own, baseline = rows(list("912345")), rows(list("345612"))
@@ -240,7 +240,7 @@ def test_bad_rows_are_named_or_left_out(chat_server):
         judge(rows(["a"]), baseline=rows(["a"], ["else"]), endpoint=server.url, **QUICK)
 
 
-def test_command_line(chat_server, undrawn, tmp_path, capsys):
+def test_command_line(chat_server, tmp_path, capsys):
     server = chat_server(by_worth)
     paths = []
     for name, texts in (("own", "91"), ("base", "35")):

@@ -60,7 +60,6 @@ def alone(model, tokenizer, prompt, response):
         return model(input_ids=torch.tensor([ids])).logits.item()
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_rewards_are_those_of_one_at_a_time(model, tokenizer, scorer, ties_file, tmp_path):
     evaluate_suite(scorer, "rewardbench2", ties_file, tmp_path / "out", progress=False)
     rows = [json.loads(line) for line in ties_file.read_text().splitlines()]
@@ -81,7 +80,6 @@ def test_rewards_are_those_of_one_at_a_time(model, tokenizer, scorer, ties_file,
             assert item["credit"] == float(min(right) > max(wrong))
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_any_batch_size_gives_the_same_result(model, tokenizer, ties_file, tmp_path):
     results = []
     for tokens in (20, 5000):
@@ -102,7 +100,6 @@ def test_a_prompt_is_computed_once_for_its_candidates(model, tokenizer, ties_fil
     assert shared.tokens_computed < 0.5 * alone.tokens_computed
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(model, tokenizer, pairs_file, tmp_path, monkeypatch):
     scorer = RewardScorer(model, tokenizer, tokens_per_batch=60)
     whole = evaluate_suite(scorer, "rewardbench", pairs_file, tmp_path / "whole", progress=False)
@@ -145,7 +142,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(model, tokenizer, pairs
     assert {path.name for path in folder.iterdir()} == FILES
 
 
-def test_files_hold_the_result_and_say_what_is_missing(scorer, pairs_file, tmp_path):
+def test_files_hold_the_result_and_say_what_is_missing(scorer, pairs_file, tmp_path, drawn):
     folder = tmp_path / "out"
     result = evaluate_suite(scorer, "rewardbench", pairs_file, folder, seed=3, progress=False)
     assert {path.name for path in folder.iterdir()} == FILES
@@ -197,7 +194,6 @@ def test_where_a_suites_data_set_lies_is_named():
     assert [part["id"] for part in SUITES["rewardbench"].on_hub] == ["allenai/reward-bench"]  # prior sets are extra
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_overlong_items_follow_the_policy(model, tokenizer, tmp_path):
     long = "Say it again and again. " * 12
     rows = [
@@ -297,7 +293,6 @@ def test_the_command_line(model, tokenizer, pairs_file, tmp_path, capsys):
     assert stopped.value.code == 2 and "invalid choice: 'rewardbench3'" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("suite", ["hh", "truthfulqa-mc", "prompt-swap", "llmbar"])
 def test_real_items_from_text_to_page(suite, shared_dir, scorer, tmp_path):
     """The first rows of each subset, through a tiny model: incomplete, and nothing in them is refused."""
