@@ -108,10 +108,9 @@ def audits(runs: Runs, names: Sequence[str]) -> str:
 
 
 def interval(values: Sequence[float], sign: str = "") -> str:
-    """Mean over seeds and its interval."""
-    return "{:{}.3f} [{:{}.3f}, {:{}.3f}]".format(
-        *sum(((value, sign) for value in mean_and_interval(list(values))), ())
-    )
+    """Mean over seeds and its interval; one seed has none."""
+    mean, low, high = (f"{value:{sign}.3f}" for value in mean_and_interval(list(values)))
+    return f"{mean} [{low}, {high}]" if len(values) > 1 else mean
 
 
 def row(*cells: Any) -> str:
