@@ -11,18 +11,17 @@ one thread: other work on the machine does not. Started again, the program goes 
 """
 
 import argparse
-import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from equal_compute import Plan, append_run, read_runs, watch
+
 SEEDS = (0, 1, 2)
 START_SEED, LANGUAGE_MODEL_STEPS = 100, 800
-UPDATES, BUDGET = 300, 500
 PAIRS_PER_UPDATE = 16
 TRAIN_PAIRS, AUDITED_PAIRS = 9600, 150
 TEST_PAIRS = {"in_distribution": 200, "bias_reversed": 300, "adversarial_prompt": 400, "unseen_family": 300}
@@ -36,8 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rrm": {"augmentation": "rrm"},
     "smallest-3": {"objective": "prioritized", "num_prompts": 3, **WARM_UP},
 }
-# CPU time of an update in units of one of Bradley-Terry.
-COSTS = {"bt": 1.0, "rrm": 1.0, "smallest": 5 / 3, "smallest-3": 8 / 3}
+PLAN = Plan(updates=300, budget=500, costs={"bt": 1.0, "rrm": 1.0, "smallest": 5 / 3, "smallest-3": 8 / 3})
 SETTINGS: dict[str, Any] = {
     "architecture": "standard", "learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 15,
     "per_device_train_batch_size": PAIRS_PER_UPDATE, "gradient_accumulation_steps": 1, "logging_steps": 50,
@@ -58,16 +56,14 @@ def main() -> None:
     for seed in arguments.seeds:
         pairs: dict[bool, Any] = {}
         for method in arguments.methods:
-            lines = path.read_text().splitlines() if path.exists() else []
-            done = {(run["seed"], run["method"], run["label_noise"]) for run in map(json.loads, lines)}
+            done = {(run["seed"], run["method"], run["label_noise"]) for run in read_runs(path)}
             if (seed, method, arguments.label_noise) in done:
                 continue
             is_rrm = "augmentation" in METHODS[method]  # which makes pairs of texts
             if is_rrm not in pairs:
                 pairs[is_rrm] = train_pairs(output, seed, arguments.label_noise, encoded=not is_rrm)
-            run = one_run(output, seed, method, pairs[is_rrm]) | {"label_noise": arguments.label_noise}
-            with path.open("a") as file:
-                file.write(json.dumps(run) + "\n")
+            run = one_run(output, seed, method, pairs[is_rrm])
+            append_run(path, run | {"label_noise": arguments.label_noise})
 
 
 def train_language_model(folder: Path, seed: int) -> None:
@@ -119,7 +115,6 @@ def train_pairs(output: Path, seed: int, label_noise: float, encoded: bool) -> A
 def one_run(output: Path, seed: int, method: str, pairs: Any) -> dict[str, Any]:
     """Train one model; accuracies on the way, its choices among the policy's responses, its audit."""
     import pyarrow.parquet as pq
-    from transformers import TrainerCallback
 
     from inform_rm import RewardTrainer, RewardTrainingArguments, decompose, evaluate
     from inform_rm.scoring.scorer import RewardScorer
@@ -128,31 +123,17 @@ def one_run(output: Path, seed: int, method: str, pairs: Any) -> dict[str, Any]:
     world = WorldConfig(seed=seed, **WORLD)
     tests = {split: _columns(make_pairs(world, split, size)) for split, size in TEST_PAIRS.items()}
     run_folder = output / f"run-{seed}-{method}"
-    steps = max(UPDATES, round(BUDGET / COSTS[method]))
-    marks_at = {UPDATES} | {round(BUDGET * share / COSTS[method]) for share in (0.5, 1.0)}
+    at = PLAN.marks_of(method).values()
     args = RewardTrainingArguments(
-        str(run_folder), model=str(output / "backbone"), max_steps=steps, seed=seed, overwrite=True,
+        str(run_folder), model=str(output / "backbone"), max_steps=max(at), seed=seed, overwrite=True,
         **SETTINGS | METHODS[method],
     )  # fmt: skip
     marks: list[dict[str, Any]] = []
 
-    class Watch(TrainerCallback):
-        """Counts the CPU time of the steps alone, and evaluates between them."""
+    def measure() -> dict[str, Any]:
+        return {name: evaluate(scorer, rows, progress=False).accuracy for name, rows in tests.items()}
 
-        def __init__(self) -> None:
-            self.seconds, self.since = 0.0, 0.0
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.since = time.process_time()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.seconds += time.process_time() - self.since
-            if state.global_step in marks_at:
-                accuracies = {name: evaluate(scorer, rows, progress=False).accuracy for name, rows in tests.items()}
-                marks.append({"updates": state.global_step, "cpu_seconds": self.seconds, **accuracies})
-                print(f"{seed} {method}: {json.dumps(marks[-1])}", flush=True)
-
-    trainer = RewardTrainer(args=args, train_dataset=pairs, callbacks=[Watch()])
+    trainer = RewardTrainer(args=args, train_dataset=pairs, callbacks=[watch(at, measure, marks, f"{seed} {method}")])
     scorer = RewardScorer(trainer.model, trainer.processing_class)
     trainer.train()
     unbiased = WorldConfig(seed=seed, style_bias=0.0, adversarial_share=0.0)

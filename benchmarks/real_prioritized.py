@@ -1,41 +1,46 @@
-"""Bradley-Terry, RRM and prioritized training on real pairs with a real small Llama: accuracy and audits.
+"""Bradley-Terry, RRM and prioritized training on real pairs, over seeds, at equal updates and equal compute.
 
     python benchmarks/real_prioritized.py --shared DIR --output runs/real-prioritized
 
-Two training sets: ``debates`` (ukp-convarg1, whose longer argument wins more often) and ``swap`` (prompt-swap mixed
-into hh-rlhf). Two runs at a time, one thread each. Started again, it goes on where it was stopped. Writes ``table.md``
-and ``table.json`` into the output folder; ``docs/results/real-data.md`` shows and discusses them.
+Trained on a mix: of most pairs (ukp-convarg1, debates) the response alone decides, and the longer one wins three of
+four times; of the others (prompt-swap) only the prompt decides, as the same two replies come under two prompts with
+opposite preference. One subset of prompt-swap is left out of training. A seed draws training pairs, test pairs, the
+head and the order of the data.
+
+`COSTS` was measured before; every method gets the time of `BUDGET` updates of Bradley-Terry, and at least `UPDATES` of
+its own. CPU time counts, of one thread: other work on the machine does not. Started again, the program goes on after
+the last finished run. Writes ``runs.jsonl``, a line for each run, and ``table.md`` into the output folder;
+``docs/results/real-data.md`` shows and discusses it.
 """
 
 import argparse
-import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
-from over_seeds import mean_and_interval
+import numpy as np
+
+from equal_compute import Plan, accuracies, append_run, audits, by_method, differences, read_runs, watch
 from real_data import BACKBONE, TEMPLATE
-from two_at_a_time import run_all
 
 SEEDS = (0, 1, 2)
-UPDATES, COMPUTE_FACTOR = 40, 3
-# Pairs drawn once (seed 0) from each training file and each test file.
-TRAINING_SETS = {"debates": {"ukp-convarg1": 1500}, "swap": {"prompt-swap": 1000, "hh-rlhf": 500}}
-TEST_PAIRS = {"prompt-swap": 150, "ukp-convarg1": 80, "llmbar": 50, "xstest": 50}
-AUDITED_PAIRS = {"ukp-convarg1": 40, "prompt-swap": 40}
-PRIORITIZED = {"objective": "prioritized", "num_prompts": 4}
-METHODS: dict[str, tuple[dict[str, Any], int]] = {
-    "bt": ({"architecture": "standard"}, COMPUTE_FACTOR),
-    "rrm": ({"architecture": "standard", "augmentation": "rrm"}, 1),
-    "prioritized": ({"architecture": "standard", **PRIORITIZED}, 1),
-    "inform-prioritized": ({"architecture": "inform", **PRIORITIZED}, 1),
+PLAN = Plan(updates=120, budget=180, costs={"bt": 1.0, "smallest": 1.5, "rrm": 1.0})
+METHODS: dict[str, dict[str, Any]] = {
+    "bt": {},
+    "smallest": {"objective": "prioritized"},
+    "rrm": {"augmentation": "rrm"},
 }
+SEEN = ("swap-piqa", "swap-gsm8k", "swap-hh-helpful")  # subsets of prompt-swap that are trained on
+UNSEEN = ("swap-truthfulqa",)
+TRAIN_PAIRS = {"debates": 1800, "swap": 1200}
+TEST_PAIRS = {"swap": 200, "swap, unseen": 100, "debates, longer wins": 80, "debates, shorter wins": 80}
+AUDITED_PAIRS = {"swap": 40, "debates, longer wins": 40}
 SETTINGS: dict[str, Any] = {
-    "learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5, "beta": 0.01,
-    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_length": 160, "overlong": "drop",
-    "logging_steps": 10, "save_steps": UPDATES, "save_total_limit": None, "use_cpu": True,
+    "architecture": "standard", "learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10,
+    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_length": 128, "overlong": "drop",
+    "logging_steps": 20, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
 }  # fmt: skip
+Rows = list[dict[str, str]]
 
 
 def main() -> None:
@@ -43,116 +48,99 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True, help="folder of real data/ and models/")
     parser.add_argument("--output", type=Path, default=Path("runs/real-prioritized"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 1 2")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # one run of the table, in a process of its own
+    parser.add_argument("--methods", nargs="+", default=tuple(METHODS), choices=METHODS, help="default: all")
     arguments = parser.parse_args()
-    if arguments.one is not None:
-        seed, name, method = arguments.one.split(":")
-        one_run(arguments.shared, arguments.output, int(seed), name, method)
-        return
-    start = time.monotonic()
-    command = [__file__, "--shared", str(arguments.shared), "--output", str(arguments.output)]
-    runs = [f"{seed}:{name}:{method}" for seed in arguments.seeds for name in TRAINING_SETS for method in METHODS]
-    run_all(command, runs, arguments.output / "logs")
-    write_table(arguments.output, arguments.seeds, minutes=(time.monotonic() - start) / 60)
+    path = arguments.output / "runs.jsonl"
+    for seed in arguments.seeds:
+        for method in arguments.methods:
+            if (seed, method) not in {(run["seed"], run["method"]) for run in read_runs(path)}:
+                append_run(path, one_run(arguments.shared, arguments.output, seed, method))
+    write_table(path)
 
 
-def one_run(shared: Path, output: Path, seed: int, name: str, method: str) -> None:
-    """Train one model; accuracy after UPDATES and at the end, audits of the model after UPDATES."""
-    from inform_rm import decompose, evaluate, train
-    from inform_rm.data.preferences import load_preferences
+def one_run(shared: Path, output: Path, seed: int, method: str) -> dict[str, Any]:
+    """Train one model; accuracies on the way, its audit at the end."""
+    from inform_rm import RewardTrainer, RewardTrainingArguments, decompose, evaluate
     from inform_rm.scoring.scorer import RewardScorer
-    from inform_rm.training.reward_arguments import arguments_from_mapping
-    from inform_rm.util.files import atomic_write_text, write_json
 
-    run = output / str(seed) / name / method
-    if (run / "measured.json").exists():
-        return
-    data = []
-    for source, count in TRAINING_SETS[name].items():
-        pairs = (
-            load_preferences(shared / "data" / source / "train.jsonl.gz").dataset.shuffle(seed=0).select(range(count))
-        )
-        rows = [{key: pair[key] for key in ("prompt", "chosen", "rejected", "subset", "id")} for pair in pairs]
-        data.append(run / "data" / f"{source}.jsonl")
-        atomic_write_text(data[-1], "".join(json.dumps(row) + "\n" for row in rows))
-    changes, times = METHODS[method]
-    settings = {
-        **SETTINGS, **changes, "model": str(shared / BACKBONE), "chat_template": str(TEMPLATE),
-        "data": [str(path) for path in data], "max_steps": times * UPDATES, "seed": seed, "output": str(run),
-        "overwrite": True,
-    }  # fmt: skip
-    trained = train(arguments_from_mapping(settings, "real_prioritized.py"))
-    measured: dict[str, Any] = {
-        "seconds": trained["train_runtime_seconds"],
-        "train_pairs": trained["train_pairs"],
-        "log": [line for line in trained["log_history"] if "loss" in line],
-    }
-    for updates in sorted({UPDATES, times * UPDATES}):
-        scorer = RewardScorer(run / "checkpoints" / f"checkpoint-{updates}")
-        measured[str(updates)] = {}
-        for test, count in TEST_PAIRS.items():
-            path = shared / "data" / test / "test.jsonl.gz"
-            result = evaluate(scorer, path, max_pairs=count, on_bad_row="skip", progress=False)
-            measured[str(updates)][test] = {"accuracy": result.accuracy, "num_pairs": result.num_pairs}
-    scorer = RewardScorer(run / "checkpoints" / f"checkpoint-{UPDATES}")
-    for test, count in AUDITED_PAIRS.items():
-        folder = run / f"audit-{test}"
-        shutil.rmtree(folder, ignore_errors=True)
-        path = shared / "data" / test / "test.jsonl.gz"
-        audit = decompose(scorer, path, folder, num_prompts=6, max_pairs=count, progress=False)
-        measured[f"audit {test}"] = {
-            "response_decides": audit.response_decides,
-            "prompt_sensitivity": audit.prompt_sensitivity,
-            "D2 ~ length": audit.correlations["characters"]["prompt_free_gap"],
-        }
-    shutil.rmtree(run / "checkpoints")
-    (run / "model.safetensors").unlink()
-    write_json(run / "measured.json", measured)
+    def measure() -> dict[str, Any]:
+        found = {name: evaluate(scorer, rows, progress=False) for name, rows in tests.items()}
+        subsets = {name: part["accuracy"] for name, part in (found["swap"].subsets or {}).items()}
+        return {name: result.accuracy for name, result in found.items()} | {"subsets": subsets}
+
+    pairs, tests = draw_pairs(shared, seed)
+    run_folder = output / f"run-{seed}-{method}"
+    at = PLAN.marks_of(method).values()
+    args = RewardTrainingArguments(
+        str(run_folder), model=str(shared / BACKBONE), chat_template=str(TEMPLATE), max_steps=max(at), seed=seed,
+        overwrite=True, **SETTINGS | METHODS[method],
+    )  # fmt: skip
+    marks: list[dict[str, Any]] = []
+    callbacks = [watch(at, measure, marks, f"{seed} {method}")]
+    trainer = RewardTrainer(args=args, train_dataset=pairs, callbacks=callbacks)
+    scorer = RewardScorer(trainer.model, trainer.processing_class)
+    trainer.train()
+    audit = {}
+    for name, count in AUDITED_PAIRS.items():
+        result = decompose(scorer, tests[name][:count], num_prompts=4, progress=False, seed=seed)
+        audit[f"{name}: response decides"] = result.response_decides
+        audit[f"{name}: prompt sensitivity"] = result.prompt_sensitivity
+        audit[f"{name}: D2 ~ length"] = result.correlations["characters"]["prompt_free_gap"]
+    shutil.rmtree(run_folder)
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    return {"seed": seed, "method": method, "marks": marks, "audit": audit, "log": log}
 
 
-def write_table(output: Path, seeds: list[int], minutes: float) -> None:
-    """Accuracy per test set and audits, means over seeds with every seed's value."""
-    from inform_rm.util.files import atomic_write_text, versions, write_json
+def draw_pairs(shared: Path, seed: int) -> tuple[Rows, dict[str, Rows]]:
+    """Training pairs, and test pairs by the name of the test."""
+    generator = np.random.default_rng(seed)
+    debates, swap = (pairs_that_fit(shared, name, "train") for name in ("ukp-convarg1", "prompt-swap"))
+    seen = [pair for pair in swap if pair["subset"] in SEEN]
+    train = drawn(debates, TRAIN_PAIRS["debates"], generator) + drawn_twins(seen, TRAIN_PAIRS["swap"], generator)
+    debates, swap = (pairs_that_fit(shared, name, "test") for name in ("ukp-convarg1", "prompt-swap"))
+    tests: dict[str, Rows] = {}
+    for name, subsets in (("swap", SEEN), ("swap, unseen", UNSEEN)):
+        tests[name] = drawn_twins([pair for pair in swap if pair["subset"] in subsets], TEST_PAIRS[name], generator)
+    for name, sign in (("debates, longer wins", 1), ("debates, shorter wins", -1)):
+        own = [pair for pair in debates if sign * (len(pair["chosen"]) - len(pair["rejected"])) > 0]
+        tests[name] = drawn(own, TEST_PAIRS[name], generator)
+    return train, tests
 
-    audits = [f"audit {test}" for test in AUDITED_PAIRS]
-    lines = ["| trained on | method | updates | time | " + " | ".join(TEST_PAIRS) + " |"]
-    lines.append("|" + "---|" * (4 + len(TEST_PAIRS)))
-    audit_lines = ["| trained on | method | audited on | response decides | prompt sensitivity | D2 ~ length |"]
-    audit_lines.append("|" + "---|" * 6)
-    table = []
-    for name in TRAINING_SETS:
-        folders = {method: [output / str(seed) / name / method for seed in seeds] for method in METHODS}
-        measured = {
-            method: [json.loads((folder / "measured.json").read_text()) for folder in paths]
-            for method, paths in folders.items()
-        }
-        for method, runs in measured.items():
-            times = METHODS[method][1]
-            for updates in sorted({UPDATES, times * UPDATES}):
-                time_ratio, _, _ = mean_and_interval([
-                    run["seconds"] / times / (bt["seconds"] / METHODS["bt"][1]) * updates / UPDATES
-                    for run, bt in zip(runs, measured["bt"], strict=True)
-                ])  # fmt: skip
-                values = {test: [run[str(updates)][test]["accuracy"] for run in runs] for test in TEST_PAIRS}
-                table.append({"trained_on": name, "method": method, "updates": updates, "time": time_ratio, **values})
-                cells = [name, method, str(updates), f"{time_ratio:.1f}", *map(_cell, values.values())]
-                lines.append("| " + " | ".join(cells) + " |")
-            for audit in audits:
-                shares = {key: [run[audit][key] for run in runs] for key in runs[0][audit]}
-                table.append({"trained_on": name, "method": method, "audit": audit, **shares})
-                cells = [name, method, audit.removeprefix("audit "), *map(_cell, shares.values())]
-                audit_lines.append("| " + " | ".join(cells) + " |")
-    note = f"Mean over seeds (each seed). This call took {minutes:.0f} minutes."
-    text = "\n".join([*lines, "", *audit_lines, "", note, ""])
-    write_json(output / "table.json", {"table": table, "seeds": list(seeds), "settings": SETTINGS, "methods": METHODS,
-                                       "training_sets": TRAINING_SETS, "minutes": minutes,
-                                       "versions": versions()})  # fmt: skip
-    atomic_write_text(output / "table.md", text)
+
+def pairs_that_fit(shared: Path, name: str, split: str) -> Rows:
+    """The pairs of a file within the ``max_length`` of training."""
+    from inform_rm.data.encoding import encode_pairs
+    from inform_rm.data.preferences import load_preferences
+    from inform_rm.data.tokenizer import load_tokenizer
+
+    pairs = load_preferences(shared / "data" / name / f"{split}.jsonl.gz").dataset
+    tokenizer = load_tokenizer(shared / BACKBONE, chat_template=str(TEMPLATE))
+    limits = {key: SETTINGS[key] for key in ("max_length", "overlong")}
+    encoded = encode_pairs(pairs, tokenizer, **limits, keep_text=True).dataset
+    return encoded.select_columns(["prompt", "chosen", "rejected", "subset", "id"]).to_list()
+
+
+def drawn(rows: Rows, count: int, generator: np.random.Generator) -> Rows:
+    return [rows[place] for place in generator.choice(len(rows), count, replace=False)]
+
+
+def drawn_twins(rows: Rows, count: int, generator: np.random.Generator) -> Rows:
+    """Both pairs of ``count / 2`` twins, so that a reward that ignores the prompt ranks exactly half of them right."""
+    twins: dict[str, Rows] = {}
+    for pair in rows:
+        twins.setdefault(pair["id"].rpartition("/")[0], []).append(pair)
+    whole = [both for both in twins.values() if len(both) == 2]
+    return [pair for place in generator.choice(len(whole), count // 2, replace=False) for pair in whole[place]]
+
+
+def write_table(path: Path) -> None:
+    """Tables over seeds, beside the runs."""
+    runs = by_method(read_runs(path), tuple(METHODS))
+    tests = tuple(TEST_PAIRS)
+    names = tuple(runs["bt"][0]["audit"])
+    text = "\n\n".join([accuracies(runs, PLAN, tests), differences(runs, PLAN, tests), audits(runs, names)]) + "\n"
+    (path.parent / "table.md").write_text(text)
     print(text)
-
-
-def _cell(values: list[float]) -> str:
-    return f"{sum(values) / len(values):.3f} ({', '.join(f'{value:.2f}' for value in values)})"
 
 
 if __name__ == "__main__":
