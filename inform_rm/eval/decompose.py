@@ -106,7 +106,6 @@ def decompose(
         cost={"tokens_computed": grid.tokens_computed, "tokens_of_a_plain_loop": grid.tokens_plain},
         **summary(table),
         pairs=table,
-        color=settings.color,
     )
     columns = {name.replace(" ", "_"): values.tolist() for name, values in table.items()}
     frame.finish(result, {"pairs.parquet": parquet(columns)})

@@ -77,7 +77,6 @@ class DecompositionSettings(PairSettings):
     behavior_model: "str | Path | torch.nn.Module | None" = None
     length_normalized: bool = setting(False, "weigh by mean token log-likelihoods")
     ess_target: float = setting(0.25, "effective sample size that the weights keep, as a share of the prompts")
-    color: str = setting("length", "what colours the plane of D1 and D2", choices=("length", "subset"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +90,7 @@ class DecompositionSettings(PairSettings):
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the figures."""
-        without = {"behavior_model", "color"}
+        without = {"behavior_model"}
         without |= {"length_normalized", "ess_target"} if self.behavior_model is None else set()
         return {name: value for name, value in super().to_dict().items() if name not in without}
 

@@ -133,12 +133,6 @@ def check_resume(
                 "what it has learnt with a new optimizer, train with model: one of its checkpoints (one of "
                 "SHARDED_STATE_DICT needs `accelerate merge-weights` first)."
             )
-        if "contents" not in before:
-            raise InputError(
-                f"{resume_from} is of a run of an earlier version of inform_rm, which did not write "
-                "down all that must be the same. Finish it with that version, name another folder, pass --overwrite "
-                f"true, or go on from what it has learnt with a new optimizer: model: {resume_from}."
-            )
         if before.get("save_only_model"):
             raise InputError(
                 f"{resume_from} was written with save_only_model: it holds no optimizer and no random state, so that "

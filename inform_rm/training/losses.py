@@ -14,26 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from inform_rm.errors import check_choice
-from inform_rm.modeling_inform import bradley_terry_loss, kl_to_standard_normal, pair_gaps
-
-__all__ = [
-    "MOST_TIED",
-    "PAIR_LOSSES",
-    "RANKING_LOSSES",
-    "PairLoss",
-    "bradley_terry_loss",
-    "group_loss",
-    "hinge_loss",
-    "kl_to_standard_normal",
-    "kl_weight",
-    "margin_exponential_loss",
-    "pair_gaps",
-    "plackett_luce_loss",
-    "reward_centering_loss",
-    "reward_model_loss",
-    "scaled_bradley_terry_loss",
-    "score_loss",
-]
+from inform_rm.modeling_inform import bradley_terry_loss, pair_gaps
+from inform_rm.modeling_inform import kl_to_standard_normal as kl_to_standard_normal  # passed on
 
 PairLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -81,12 +63,7 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 
 
 def reward_centering_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """``mean((r_w + r_l)^2)``: keeps rewards near 0, which pairs alone leave free (arXiv:2312.09244, eq. 2).
-
-    Args:
-        chosen_rewards: ``(B,)`` rewards of the preferred responses.
-        rejected_rewards: ``(B,)`` rewards of the other responses.
-    """
+    """``mean((r_w + r_l)^2)``: keeps rewards near 0, which pairs alone leave free (arXiv:2312.09244, eq. 2)."""
     return (chosen_rewards.float() + rejected_rewards.float()).square().mean()
 
 
@@ -206,12 +183,7 @@ def _log_probability_before(tied: Tensor, worse: Tensor) -> Tensor:
 
 
 def score_loss(rewards: Tensor, scores: Tensor) -> Tensor:
-    """``mean((r - score)^2)``: regression on scores as they are (HelpSteer2, arXiv:2406.08673).
-
-    Args:
-        rewards: ``(N,)``.
-        scores: ``(N,)``.
-    """
+    """``mean((r - score)^2)``: regression on scores as they are (HelpSteer2, arXiv:2406.08673)."""
     return (rewards.float() - scores.float()).square().mean()
 
 

@@ -258,8 +258,6 @@ def with_our_names(values: Mapping[str, Any], overrides: Mapping[str, Any], faul
                 faults.append(f"{name} is given twice, also as {shown(key)}: keep one")
             found[name] = value
         named |= found
-    if str(named.get("objective")) == "bradley_terry":
-        named["objective"] = "plain"
     if "group_by_length" in named:
         grouped = str(named.pop("group_by_length")).lower() == "true"
         named.setdefault("train_sampling_strategy", "group_by_length" if grouped else "random")

@@ -1,8 +1,8 @@
 """Doing the same with many items at once, in threads that do not outlive an interruption."""
 
-import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -15,41 +15,25 @@ def in_threads(
     """``(item, work(item))`` as they are done, in any order.
 
     After an exception no further item is taken; what is under way is still given, then the exception is raised. The
-    threads are daemons, so that Ctrl-C need not wait for a slow answer.
+    threads are daemons that nothing waits for, so that Ctrl-C need not wait for a slow answer.
     """
-    todo: queue.SimpleQueue[Item] = queue.SimpleQueue()
-    for item in items:
-        todo.put(item)
-    done: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (item, result, error), or None from a thread that ends
     ended = threading.Event()
-
-    def run() -> None:
-        while not ended.is_set():
-            try:
-                item = todo.get_nowait()
-            except queue.Empty:
-                break
-            try:
-                done.put((item, work(item), None))
-            except BaseException as error:
-                ended.set()
-                done.put((item, None, error))
-        done.put(None)
-
-    alive = min(num_threads, len(items))
-    for _ in range(alive):
-        threading.Thread(target=run, daemon=True).start()
     first_error: BaseException | None = None
-    try:
-        while alive:
-            entry = done.get()
-            if entry is None:
-                alive -= 1
-            elif entry[2] is None:
-                yield entry[0], entry[1]
-            else:
-                first_error = first_error or entry[2]
-    finally:
-        ended.set()
+
+    def run(item: Item) -> Any:  # (item, result, error), or None where no further item is taken
+        try:
+            return None if ended.is_set() else (item, work(item), None)
+        except BaseException as error:
+            ended.set()
+            return item, None, error
+
+    with ThreadPool(max(1, min(num_threads, len(items)))) as pool:
+        try:
+            for item, result, error in filter(None, pool.imap_unordered(run, items)):
+                if error is None:
+                    yield item, result
+                first_error = first_error or error
+        finally:
+            ended.set()
     if first_error is not None:
         raise first_error
