@@ -86,10 +86,7 @@ class DecompositionResult(ModelResult):
     subsets: dict[str, dict[str, Any]] | None = None
     pairs: dict[str, np.ndarray] = unwritten()
 
-    @property
-    def title(self) -> str:
-        """What was decomposed."""
-        return f"Prompt-free and prompt-related reward of {self.model}"
+    title = property("Prompt-free and prompt-related reward of {0.model}".format)
 
     def table(self) -> Table:
         """The shares of all pairs and of each subset."""

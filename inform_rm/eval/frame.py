@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import datasets
 import numpy as np
@@ -57,10 +57,7 @@ class Result:
         return {each.name: value for each, value in found.items() if value is not None or each.default is MISSING}
 
     if TYPE_CHECKING:  # a subclass may have it as a field, which an inherited property would forbid
-
-        @property
-        def title(self) -> str:
-            """What the result is about."""
+        title: ClassVar[Any]
 
     def table(self) -> Table:
         """The main figures."""

@@ -90,9 +90,6 @@ class ChatEndpoint:
         if self._key and self.base.startswith("http:") and not is_here:
             warnings.warn(f"endpoint: the key goes to {host} unencrypted (http); use https if it can.", stacklevel=2)
 
-    def __repr__(self) -> str:
-        return f"ChatEndpoint({self.base!r}, {self.model!r})"
-
     def ask(
         self,
         messages: Sequence[dict[str, str]],

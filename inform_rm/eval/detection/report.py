@@ -72,10 +72,7 @@ class DetectionResult(ModelResult):
     responses: dict[str, list[Any]] = unwritten()
     values: np.ndarray = unwritten()
 
-    @property
-    def title(self) -> str:
-        """Names the model."""
-        return f"Overoptimization check of {self.model}"
+    title = property("Overoptimization check of {0.model}".format)
 
     def table(self) -> Table:
         """The reference, then every candidate with the statistics, reward and what its texts are like."""
