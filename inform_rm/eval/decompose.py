@@ -129,14 +129,12 @@ def _chosen_prompts(pairs: Dataset, settings: DecompositionSettings) -> tuple[Te
 def _likelihood(
     settings: DecompositionSettings, scorer: RewardScorer, scorer_options: dict[str, Any]
 ) -> ResponseLikelihood:
-    model = settings.behavior_model
-    own: dict[str, Any] = {
-        "length_normalized": settings.length_normalized, "split_over_processes": scorer.split_over_processes
-    }  # fmt: skip
+    model, is_split = settings.behavior_model, scorer.split_over_processes
     if not isinstance(model, str | Path):
-        return ResponseLikelihood(model, scorer.tokenizer, **own)
+        return ResponseLikelihood(model, scorer.tokenizer, split_over_processes=is_split)
     passed_on = {"chat_template", "device", "trust_remote_code"} & scorer_options.keys()
-    return load_likelihood(model, **own, **{name: scorer_options[name] for name in passed_on})
+    options = {name: scorer_options[name] for name in passed_on}
+    return load_likelihood(model, split_over_processes=is_split, **options)
 
 
 def _decomposable(pairs: Dataset, grid: GapGrid, log_likelihoods: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
