@@ -156,12 +156,8 @@ def progress_bars(shown: bool) -> Iterator[None]:
 class Frame:
     """The steps of an evaluation of one model that do not depend on what is evaluated.
 
-    Args:
-        model: folder, Hub id, loaded model or `RewardScorer`.
-        output: folder for the results, checked before anything else; ``None`` keeps them in memory.
-        tokenizer: see `RewardScorer`.
-        scorer_options: keywords of `RewardScorer`.
-        progress: show progress bars; of several processes that split their work only the main one does, and writes.
+    The folder for the results is checked before anything else; an ``output`` of ``None`` keeps them in memory. Of
+    several processes that split their work only the main one shows progress, and writes.
     """
 
     def __init__(self, model: Any, output: str | Path | None, tokenizer: Any, scorer_options: dict, progress: bool):
