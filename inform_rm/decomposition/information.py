@@ -34,9 +34,6 @@ def information_terms(gaps: Tensor, weights: Tensor) -> dict[str, Tensor]:
     Args:
         gaps: ``(P, M)`` gap of each pair under each of its prompts; where the weight is 0 it does not count.
         weights: ``(P, M)``, at least 0, a positive one in each row.
-
-    Raises:
-        InputError: see `inform_rm.decomposition.prompt_free_gap.prompt_free_gap`.
     """
     free = prompt_free_gap(gaps, weights)
     shares = weights.double() / weights.double().sum(dim=1, keepdim=True)

@@ -22,17 +22,9 @@ def pairwise_accuracy(
     ``accuracy_ties_wrong`` as wrong, as RewardBench does. Intervals are 95 % Wilson intervals; those of ``accuracy``
     take half counts and are then slightly wide.
 
-    Args:
-        chosen_rewards: ``(N,)`` rewards of the preferred responses.
-        rejected_rewards: ``(N,)`` rewards of the others.
-        subsets: N names; adds the same statistics per subset.
-        chosen_lengths: ``(N,)`` lengths of the preferred responses, in any unit; adds the split by length.
-        rejected_lengths: ``(N,)`` lengths of the others, in the same unit; both or none.
-
-    Returns:
-        The figures of `inform_rm.eval.results.EvaluationResult`, those by length and subset where these are given.
-        ``by_length`` has the parts that have pairs (``chosen_longer``, ``chosen_shorter``, ``same_length``); the rule
-        "the longer response wins" is half right at the same length.
+    The figures are those of `inform_rm.eval.results.EvaluationResult`, by subset and length where these are given,
+    lengths of both sides in one unit. ``by_length`` has the parts that have pairs (``chosen_longer``,
+    ``chosen_shorter``, ``same_length``); the rule "the longer response wins" is half right at the same length.
 
     Example:
         >>> result = pairwise_accuracy([1.0, 2.0, 0.0], [0.0, 2.0, 1.0])

@@ -107,9 +107,6 @@ def check_resume(
     path. Other versions of the libraries are named in a warning: whether they change the result cannot be known here.
     The fingerprints are per source; ``adapters`` is what a ``peft_config`` that the caller passed holds,
     ``kl_reduction_version`` what the model's config says.
-
-    Raises:
-        InputError: naming what differs.
     """
     if resume_from is not None:
         with reading_checkpoint(resume_from, "trainer_state.json"):

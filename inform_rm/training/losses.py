@@ -132,12 +132,8 @@ def plackett_luce_loss(rewards: Tensor, labels: Tensor) -> Tensor:
     in no order: what counts is the probability that its members come before all worse responses, the sum over all
     their orders, exactly. With two responses it is the Bradley-Terry loss.
 
-    Args:
-        rewards: ``(K,)`` rewards of a prompt's responses.
-        labels: ``(K,)``; of the tied sets all but the worst may have `MOST_TIED` members.
-
-    Raises:
-        ValueError: a larger tied set.
+    Both are ``(K,)``, of a prompt's responses. Tied sets but the worst may have `MOST_TIED` members; `ValueError` for
+    a larger one.
 
     Example:
         >>> round(plackett_luce_loss(torch.zeros(3), torch.tensor([3.0, 2.0, 1.0])).exp().item(), 4)  # one order of 3!
@@ -216,12 +212,6 @@ def group_loss(
         score_loss_coefficient: weight of the squared error.
         beta: weight of the KL term.
         pair_settings: ``loss``, ``label_smoothing`` and ``center_rewards_coefficient`` of `reward_model_loss`.
-
-    Returns:
-        Scalar float32.
-
-    Raises:
-        InputError: another ranking loss, of which larger groups would have no loss at all.
     """
     check_choice("ranking_loss", ranking_loss, RANKING_LOSSES)
     sizes = groups.bincount()

@@ -104,11 +104,7 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
             raise InputError(f"Training settings: {error}") from error
 
     def divided_over(self, devices: int) -> "RewardTrainingArguments":
-        """These settings as a launch on so many GPUs has them.
-
-        Raises:
-            InputError: ``pairs_per_step`` cannot be divided so.
-        """
+        """These settings as a launch on so many GPUs has them."""
         args = copy.copy(self)
         args.per_device_train_batch_size, args.gradient_accumulation_steps = self._given_division
         try:

@@ -182,11 +182,7 @@ class EncodedStream(torch.utils.data.IterableDataset):
         )  # fmt: skip
 
     def take(self, batch: dict[str, Any]) -> None:
-        """Count a batch that is learnt from, and take off it what is not for the model.
-
-        Raises:
-            InputError: bad data was met on the way to it.
-        """
+        """Count a batch that is learnt from, and take off it what is not for the model."""
         if "error" in batch:
             raise batch["error"]
         place, counts = batch.pop("read")

@@ -84,18 +84,9 @@ def demo(
     exported InfoRM model (`hub-model/`), `report.html` and `result.json`. What an earlier demo left there is replaced.
     Says on standard output how far it is, at the end what came of it and where it lies.
 
-    Args:
-        output: folder for all of it.
-        backbone: pretrained model (folder or Hub id) in place of the small one that is trained from scratch.
-        seed: seed of the world, the backbone and the training.
-        budget: how much to compute; the default takes under five minutes on two cores without `backbone`.
-
-    Returns:
-        The content of `result.json`.
-
-    Raises:
-        InputError: on an unwritable output folder, a backbone that cannot be loaded, or a bad seed.
-        RuntimeError: if the exported model does not load, or gives other rewards, in a fresh interpreter.
+    ``backbone`` is a pretrained model (folder or Hub id) in place of the small one that is trained from scratch; the
+    default budget takes under five minutes on two cores without it. Returns the content of `result.json`;
+    `RuntimeError` if the exported model does not load, or gives other rewards, in a fresh interpreter.
     """
     check_whole_number("seed", seed, least=0)
     folder = check_output_directory(output)
