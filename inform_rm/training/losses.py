@@ -246,7 +246,13 @@ def kl_weight(step: int, total_steps: int, beta: float, kl_warmup_steps: float) 
     A fresh head carries no preference yet, while the KL term pulls every latent to the prior from the first step.
     Under Adam, which takes the direction of a gradient and not its size, that empties the latents before preferences
     are learnt: the posterior collapse of variational autoencoders, and the annealing of arXiv:1511.06349, section 3.1,
-    is the remedy. ``step`` counts finished optimizer steps; ``kl_warmup_steps`` below 1 are a fraction of all.
+    is the remedy.
+
+    Args:
+        step: finished optimizer steps.
+        total_steps: steps of the whole run.
+        beta: the final weight.
+        kl_warmup_steps: steps without KL term; below 1 a fraction of ``total_steps``.
 
     Example:
         >>> [kl_weight(step, 100, beta=0.1, kl_warmup_steps=10) for step in (0, 10, 15, 20, 99)]
