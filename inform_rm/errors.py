@@ -21,12 +21,7 @@ class InputError(ValueError):
 
 
 class Interrupted(RuntimeError):
-    """A signal ended the run after its state was saved; the command line exits with 128 + the signal's number.
-
-    Args:
-        number: the signal's.
-        saved: what was saved where.
-    """
+    """A signal ended the run after its state was saved; the command line exits with 128 + the signal's number."""
 
     def __init__(self, number: int, saved: str):
         super().__init__(f"{signal.Signals(number).name}: {saved}; the same command goes on from there")

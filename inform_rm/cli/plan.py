@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from inform_rm.cli.flags import add_command_of_settings
+from inform_rm.cli.train import read_flags, shown_setting
 from inform_rm.errors import InputError, check_whole_number
 
 _USAGE = """usage: inform-rm plan [RECIPE.yaml] [--gpus N] [--memory GIB] [--SETTING VALUE ...]
@@ -70,8 +71,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read(words: Sequence[str]) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
     """The recipe, our flags with their defaults, and the settings of the run."""
-    from inform_rm.cli.train import read_flags
-
     recipe, flags = read_flags(words)
     as_json = flags.pop("json", False)
     if not isinstance(as_json, bool) and as_json not in ("true", "false"):
@@ -135,13 +134,9 @@ def _text(found: Any, args: Any, own: dict[str, Any], alone: Sequence[Any], toge
 
 
 def _advice(advice: Any) -> str:
-    settings = ", ".join(f"{name}: {_shown(value)}" for name, value in advice.settings.items())
+    settings = ", ".join(f"{name}: {shown_setting(value)}" for name, value in advice.settings.items())
     plan = advice.plan
     return f"  {settings}: {plan.need:.1f}, {'fits' if plan.fits else 'does not fit'}, {plan.seconds_per_step:.2f}"
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _as_dict(found: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,14 +77,12 @@ def read_flags(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
 
 
 def _help(everything: bool) -> str:
-    import textwrap
-
     starts = {first: heading for heading, first in GROUPS.items()}
     lines = [_USAGE.rstrip()]
     for name, spec in OUR_SETTINGS.items():
         if name in starts:
             lines += ["", f"{starts[name]}:"]
-        lines += [f"  --{name}", *_wrapped(f"{spec.metadata['help']} (default: {_shown(spec.default)})")]
+        lines += [f"  --{name}", *_wrapped(f"{spec.metadata['help']} (default: {shown_setting(spec.default)})")]
     often = ", ".join(OFTEN_USED)
     lines += ["", "of transformers' TrainingArguments, all of which are settings, with its defaults:"]
     lines += textwrap.wrap(often, 110, initial_indent="  ", subsequent_indent="  ")
@@ -98,17 +97,16 @@ def _help(everything: bool) -> str:
             if other.init and other.name not in OUR_SETTINGS:
                 text = other.metadata.get("help", "see the documentation of transformers")
                 default = None if other.default is dataclasses.MISSING else other.default
-                lines += [f"  --{other.name}", *_wrapped(f"{text} (default: {_shown(default)})")]
+                lines += [f"  --{other.name}", *_wrapped(f"{text} (default: {shown_setting(default)})")]
     return "\n".join(lines)
 
 
 def _wrapped(text: str) -> list[str]:
-    import textwrap
-
     return textwrap.wrap(" ".join(text.split()), 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
-def _shown(default: Any) -> str:
+def shown_setting(default: Any) -> str:
+    """A value as it is written in YAML; nothing is ``none``."""
     if default is None or default == () or default == "":
         return "none"
     return str(default).lower() if isinstance(default, bool) else str(getattr(default, "value", default))

@@ -38,11 +38,7 @@ def content_figures(
 ) -> dict[str, Any]:
     """What a source of any layout holds: rows and bad ones, how they were read, twins, prompts, subsets, lengths.
 
-    Args:
-        data: the source.
-        digest: ``(N, 3)`` hashes of its rows: of the prompt, of all that counts, and of that without the label.
-        subsets: rows of each.
-        characters: by name those of each row.
+    ``digest`` ``(N, 3)`` are hashes of its rows: of the prompt, of all that counts, and of that without the label.
     """
     _, whole, unlabelled = digest.T
     _, first, number = np.unique(whole, return_index=True, return_inverse=True)

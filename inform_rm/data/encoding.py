@@ -111,8 +111,6 @@ def encode_many(tokenizer: Any, prompts: Sequence[str | list[Message]], response
         InputError: Several turns without a template, a conversation that the template refuses or of which it leaves
             out a message (`NotRenderedError`), or a response that leaves no token.
     """
-    if len(prompts) != len(responses):
-        raise InputError(f"{len(prompts)} prompts but {len(responses)} responses; expected one response a prompt.")
     if not prompts:
         return []
     conversations = [to_messages(prompt) for prompt in prompts]

@@ -136,17 +136,10 @@ def parse_pair(
     `margin` (finite number), `subset` and `id` are optional; they default to none, the name of the source, and
     name/row. Any other column that would change the conversation is refused.
 
-    Args:
-        record: One row.
-        file: For messages.
-        row: Its number.
-        name: Of the source, for rows without `subset` or `id`; by default that of the file.
-        columns: Where the fields are, see `Columns.of`.
-        reading: Counts how the row was read.
-        allow_identical: For benchmarks, whose published items count as they are.
-
-    Raises:
-        BadRow: A missing, empty or wrongly typed field, identical sides, sides that differ before the last reply, ...
+    ``name`` is that of the source, by default that of the file; ``columns`` are as `Columns.of` takes them;
+    ``reading`` counts how the row was read; ``allow_identical`` is for benchmarks, whose published items count as they
+    are. `BadRow` for a missing, empty or wrongly typed field, identical sides, sides that differ before the last
+    reply, ...
     """
     name = name or source_name(file)
     columns = Columns.of(columns)

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from inform_rm.data.encoding import TokenGroup, encode_each, fit_group
 from inform_rm.data.pairs import BadRow
-from inform_rm.errors import InputError
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import RewardJournal
 
@@ -98,11 +97,8 @@ def gap_grid(
         progress: show a progress bar.
 
     Raises:
-        InputError: a loaded model came without its tokenizer.
         BadRow: a pair that cannot be encoded, or is too long, under its own prompt, with ``on_bad_row="error"``.
     """
-    if scorer.tokenizer is None:
-        raise InputError("tokenizer: a loaded model needs its tokenizer here. Pass tokenizer=...")
     pair_rows = torch.arange(len(choice)) if rows is None else rows
     rewards = torch.full((*choice.shape, 2), float("nan"))
     flat = rewards.view(-1)  # by entry, as the journal numbers them: 2 * (pair * M + column) + side

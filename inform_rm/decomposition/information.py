@@ -12,7 +12,6 @@ nats. P counts pairs, M the prompts of each.
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,35 +21,19 @@ from torch import Tensor
 from inform_rm.decomposition.prompt_free_gap import prompt_free_gap
 
 NAMES = ("preference", "responses", "prompt", "prompt_free", "prompt_related")
+TERMS = ("preference", "responses", "free_agrees", "related_agrees")
 _RESAMPLES = 400
 
 
-@dataclass(frozen=True)
-class InformationTerms:
-    """What of each pair goes into the informations, every field ``(P,)`` float64.
+def information_terms(gaps: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """What of each pair goes into the informations, `TERMS`, each ``(P,)`` float64.
 
-    Attributes:
-        preference: ``ln 2`` minus the mean entropy of W under the pair's prompts.
-        responses: ``ln 2`` minus the entropy of W~.
-        free_agrees: probability that Z~ and W~ are the same.
-        related_agrees: probability that Z and W~ are the same.
-    """
-
-    preference: Tensor
-    responses: Tensor
-    free_agrees: Tensor
-    related_agrees: Tensor
-
-
-def information_terms(gaps: Tensor, weights: Tensor) -> InformationTerms:
-    """The terms of each pair.
+    ``preference`` is ``ln 2`` minus the mean entropy of W under the pair's prompts, ``responses`` ``ln 2`` minus the
+    entropy of W~; ``free_agrees`` and ``related_agrees`` are the probabilities that Z~, or Z, is the same as W~.
 
     Args:
         gaps: ``(P, M)`` gap of each pair under each of its prompts; where the weight is 0 it does not count.
         weights: ``(P, M)``, at least 0, a positive one in each row.
-
-    Raises:
-        InputError: see `inform_rm.decomposition.prompt_free_gap.prompt_free_gap`.
     """
     free = prompt_free_gap(gaps, weights)
     shares = weights.double() / weights.double().sum(dim=1, keepdim=True)
@@ -58,12 +41,12 @@ def information_terms(gaps: Tensor, weights: Tensor) -> InformationTerms:
     of_prompts, of_free = gaps.sigmoid(), free.sigmoid()
     of_responses = (shares * of_prompts).sum(dim=1)
     of_related = (shares * (gaps - free[:, None]).sigmoid()).sum(dim=1)
-    return InformationTerms(
-        preference=math.log(2) - (shares * _entropy(of_prompts)).sum(dim=1),
-        responses=math.log(2) - _entropy(of_responses),
-        free_agrees=of_free * of_responses + (1 - of_free) * (1 - of_responses),
-        related_agrees=of_related * of_responses + (1 - of_related) * (1 - of_responses),
-    )
+    return {
+        "preference": math.log(2) - (shares * _entropy(of_prompts)).sum(dim=1),
+        "responses": math.log(2) - _entropy(of_responses),
+        "free_agrees": of_free * of_responses + (1 - of_free) * (1 - of_responses),
+        "related_agrees": of_related * of_responses + (1 - of_related) * (1 - of_responses),
+    }
 
 
 def mutual_information(
@@ -78,11 +61,9 @@ def mutual_information(
     - ``prompt_related``: I(Z; W~), 0 by the choice of D2 (theorem 1).
 
     The mean over a pair's prompts is taken over those that were drawn, its own among them: ``responses`` is too large
-    by that, and ``prompt`` too small, the more so the fewer they are. ``terms`` are the fields of `InformationTerms`.
+    by that, and ``prompt`` too small, the more so the fewer they are. ``terms`` are those of `information_terms`.
     """
-    columns = np.stack(
-        [terms[name] for name in ("preference", "responses", "free_agrees", "related_agrees")]
-    )  # (4, P)
+    columns = np.stack([terms[name] for name in TERMS])  # (4, P)
     rng = np.random.default_rng(seed)
     number = columns.shape[1]
     drawn = np.array([_informations(columns[:, rng.integers(number, size=number)]) for _ in range(num_resamples)])

@@ -21,22 +21,16 @@ _LOGITS_IN_MEMORY = 1 << 26  # numbers; 256 MiB in float32
 class ResponseLikelihood(RewardScorer):
     """Log-likelihoods of responses under a causal language model, in place of rewards.
 
-    The "reward" of a row is ``log p(response tokens | prompt tokens)`` in nats, or with ``length_normalized`` its mean
-    over the response tokens. A prompt is computed once for its responses, as in `inform_rm.scoring.packing`; where
-    that gives other likelihoods, found out on a few random tokens, rows are computed one at a time, and a log line
-    says so. For the other arguments see `RewardScorer`.
+    The "reward" of a row is ``log p(response tokens | prompt tokens)`` in nats. A prompt is computed once for its
+    responses, as in `inform_rm.scoring.packing`; where that gives other likelihoods, found out on a few random tokens,
+    rows are computed one at a time, and a log line says so. For the arguments see `RewardScorer`.
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        length_normalized: bool = False,
-        tokens_per_batch: int | None = None,
-        split_over_processes: bool = False,
+        self, model: Any, tokenizer: Any, tokens_per_batch: int | None = None, split_over_processes: bool = False
     ):
         # Not the initialiser of the base class, which takes reward models: this sets the same attributes.
-        self.name, self.model, self.length_normalized = "likelihood model", model, length_normalized
+        self.name, self.model = "likelihood model", model
         self.tokenizer = fix_date(tokenizer, self.name)
         warn_of_no_template(self.tokenizer, self.name)
         self.split_over_processes = split_over_processes
@@ -49,10 +43,6 @@ class ResponseLikelihood(RewardScorer):
         self.batching = "packed" if reason is None else "padded"
         if reason is not None:
             logger.warning("Likelihoods are computed one response at a time: %s.", reason)
-
-    def identity(self) -> dict[str, Any]:
-        """What decides a likelihood; equal on every machine."""
-        return {**super().identity(), "length_normalized": self.length_normalized}
 
     def _packed_forward(
         self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], uncertainty: int | None
@@ -82,9 +72,7 @@ class ResponseLikelihood(RewardScorer):
         targets = [token for ids, number in zip(sequences, numbers, strict=True) for token in ids[len(ids) - number :]]
         places = torch.tensor([place for own in predictors for place in own])
         logs = self._log_probabilities(packed, places, torch.tensor(targets))
-        sums = torch.stack([part.sum() for part in logs.split(numbers)])
-        values = sums / torch.tensor(numbers).clamp(min=1) if self.length_normalized else sums
-        return values, packed.input_ids.numel()
+        return torch.stack([part.sum() for part in logs.split(numbers)]), packed.input_ids.numel()
 
     def _log_probabilities(self, row: PackedRow, predictors: Tensor, targets: Tensor) -> Tensor:
         """``(N,)`` float32 on the CPU: log-probability of each target after the token at its predictor's place."""

@@ -201,16 +201,9 @@ def sample_prompts(
     A row depends on the seed, on its place in ``own``, on its own prompt, on ``num_prompts`` and on the strata, not on
     the other rows: two pairs of one prompt get different draws, and appending pairs changes nothing.
 
-    Args:
-        own: ``(P,)`` int64, number of each pair's own prompt.
-        num_prompts: prompts per pair, the own one included.
-        population: number of distinct prompts, which are numbered from 0.
-        seed: any whole number.
-        strata: ``(population,)`` integer labels; if given, only prompts with the label of the own one are drawn.
-
-    Returns:
-        ``(P, M)`` int64. M is ``num_prompts``, or the largest number of prompts that a pair can get if that is
-        smaller; rows that can get fewer end in -1.
+    Prompts are numbered from 0; ``own`` ``(P,)`` are those of the pairs. With ``strata``, integer labels of all
+    prompts, only those with the label of the own one are drawn. The result is ``(P, M)``: M is ``num_prompts``, or the
+    largest number of prompts that a pair can get if that is smaller; rows that can get fewer end in -1.
 
     Example:
         >>> rows = sample_prompts(torch.tensor([0, 3]), 3, 4, seed=0, strata=torch.tensor([7, 8, 8, 8]))

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from inform_rm.errors import InputError
 from inform_rm.util.intervals import confidence_bins, expected_calibration_error, wilson_interval
 
 
@@ -23,49 +22,23 @@ def pairwise_accuracy(
     ``accuracy_ties_wrong`` as wrong, as RewardBench does. Intervals are 95 % Wilson intervals; those of ``accuracy``
     take half counts and are then slightly wide.
 
-    Args:
-        chosen_rewards: ``(N,)`` rewards of the preferred responses.
-        rejected_rewards: ``(N,)`` rewards of the others.
-        subsets: N names; adds the same statistics per subset.
-        chosen_lengths: ``(N,)`` lengths of the preferred responses, in any unit; adds the split by length.
-        rejected_lengths: ``(N,)`` lengths of the others, in the same unit.
-
-    Returns:
-        The figures of `inform_rm.eval.results.EvaluationResult`, those by length and subset where these are given.
-        ``by_length`` has the parts that have pairs (``chosen_longer``, ``chosen_shorter``, ``same_length``); the rule
-        "the longer response wins" is half right at the same length.
-
-    Raises:
-        InputError: if there are no pairs, the numbers of values differ, or a reward is not finite.
+    The figures are those of `inform_rm.eval.results.EvaluationResult`, by subset and length where these are given,
+    lengths of both sides in one unit. ``by_length`` has the parts that have pairs (``chosen_longer``,
+    ``chosen_shorter``, ``same_length``); the rule "the longer response wins" is half right at the same length.
 
     Example:
         >>> result = pairwise_accuracy([1.0, 2.0, 0.0], [0.0, 2.0, 1.0])
         >>> result["accuracy"], round(result["accuracy_ties_wrong"], 3), result["num_ties"]
         (0.5, 0.333, 1)
     """
-    chosen, rejected = _vector("chosen_rewards", chosen_rewards), _vector("rejected_rewards", rejected_rewards)
-    if (chosen_lengths is None) != (rejected_lengths is None):
-        raise InputError("chosen_lengths and rejected_lengths belong together; one of them is missing.")
-    columns: dict[str, Any] = {"rejected_rewards": rejected, "subsets": subsets}
-    if chosen_lengths is not None and rejected_lengths is not None:
-        columns["chosen_lengths"] = _vector("chosen_lengths", chosen_lengths)
-        columns["rejected_lengths"] = _vector("rejected_lengths", rejected_lengths)
-    for name, values in columns.items():
-        if values is not None and len(values) != len(chosen):
-            raise InputError(
-                f"{name} has {len(values)} values for {len(chosen)} chosen_rewards; expected one per pair."
-            )
-    if not len(chosen):
-        raise InputError("There are no pairs to evaluate.")
-
-    margins = chosen - rejected
+    margins = np.asarray(chosen_rewards, dtype=np.float64) - np.asarray(rejected_rewards, dtype=np.float64)
     result = _counts(margins)
     result["calibration"] = {
         "expected_calibration_error": expected_calibration_error(margins),
         "bins": reliability_bins(margins),
     }
-    if chosen_lengths is not None:
-        difference = np.sign(columns["chosen_lengths"] - columns["rejected_lengths"])
+    if chosen_lengths is not None and rejected_lengths is not None:
+        difference = np.sign(np.subtract(chosen_lengths, rejected_lengths, dtype=np.float64))
         parts = {"chosen_longer": difference > 0, "chosen_shorter": difference < 0, "same_length": difference == 0}
         result["by_length"] = {name: _counts(margins[part]) for name, part in parts.items() if part.any()}
         result["longer_wins_accuracy"] = float(np.mean(0.5 + 0.5 * difference))
@@ -80,11 +53,7 @@ def reliability_bins(margins: ArrayLike, num_bins: int = 10) -> list[dict[str, f
 
     Bradley-Terry reads a margin as the probability ``sigmoid(margin)`` that the chosen response is preferred. Each
     pair is folded to ``confidence = sigmoid(|margin|)`` in [0.5, 1]; it is right if the margin is positive, half right
-    at 0.
-
-    Args:
-        margins: ``(N,)`` chosen minus rejected reward.
-        num_bins: bins of equal width between 0.5 and 1; empty ones are left out.
+    at 0. Bins have equal width; empty ones are left out.
 
     Returns:
         For each bin ``low`` and ``high`` (of confidence), ``num_pairs``, ``mean_confidence``, ``accuracy`` and its
@@ -117,13 +86,3 @@ def _counts(margins: NDArray[np.float64]) -> dict[str, Any]:
         "num_ties": int((margins == 0).sum()),
         "mean_margin": float(margins.mean()),
     }
-
-
-def _vector(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    vector = np.asarray(values, dtype=np.float64)
-    if vector.ndim != 1:
-        raise InputError(f"{name} has shape {vector.shape}; expected one number per pair, shape (N,).")
-    if not np.isfinite(vector).all():
-        place = int(np.argmin(np.isfinite(vector)))
-        raise InputError(f"{name}[{place}] is {vector[place]}; expected finite numbers.")
-    return vector

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from inform_rm.data.sources import Sources
 from inform_rm.decomposition.gap_grid import GapGrid, distinct_prompts, gap_grid
-from inform_rm.decomposition.information import InformationTerms, information_terms, mutual_information
+from inform_rm.decomposition.information import TERMS, information_terms, mutual_information
 from inform_rm.decomposition.likelihoods import ResponseLikelihood, load_likelihood
 from inform_rm.decomposition.prompt_free_gap import decompose_gaps, sample_prompts, tempered_weights
 from inform_rm.errors import InputError
@@ -36,7 +35,7 @@ FEATURES = {
     "exclamation marks": lambda text: text.count("!"),
 }
 _SHOWN_PAIRS = 20
-_TERM = "_term"  # ends the columns of `InformationTerms`
+_TERM = "_term"  # ends the columns of `information_terms`
 
 
 def decompose(
@@ -106,7 +105,6 @@ def decompose(
         cost={"tokens_computed": grid.tokens_computed, "tokens_of_a_plain_loop": grid.tokens_plain},
         **summary(table),
         pairs=table,
-        color=settings.color,
     )
     columns = {name.replace(" ", "_"): values.tolist() for name, values in table.items()}
     frame.finish(result, {"pairs.parquet": parquet(columns)})
@@ -131,14 +129,12 @@ def _chosen_prompts(pairs: Dataset, settings: DecompositionSettings) -> tuple[Te
 def _likelihood(
     settings: DecompositionSettings, scorer: RewardScorer, scorer_options: dict[str, Any]
 ) -> ResponseLikelihood:
-    model = settings.behavior_model
-    own: dict[str, Any] = {
-        "length_normalized": settings.length_normalized, "split_over_processes": scorer.split_over_processes
-    }  # fmt: skip
+    model, is_split = settings.behavior_model, scorer.split_over_processes
     if not isinstance(model, str | Path):
-        return ResponseLikelihood(model, scorer.tokenizer, **own)
+        return ResponseLikelihood(model, scorer.tokenizer, split_over_processes=is_split)
     passed_on = {"chat_template", "device", "trust_remote_code"} & scorer_options.keys()
-    return load_likelihood(model, **own, **{name: scorer_options[name] for name in passed_on})
+    options = {name: scorer_options[name] for name in passed_on}
+    return load_likelihood(model, split_over_processes=is_split, **options)
 
 
 def _decomposable(pairs: Dataset, grid: GapGrid, log_likelihoods: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
@@ -172,7 +168,6 @@ def _table(pairs: Dataset, gaps: Tensor, used: Tensor, weights: Tensor, populati
             both = zip(batch["chosen"], batch["rejected"], strict=True)
             table[f"{name} difference"] += [feature(chosen) - feature(rejected) for chosen, rejected in both]
     parts = decompose_gaps(gaps, weights, population=population)
-    terms = asdict(information_terms(gaps, weights))
     number = used.sum(dim=1)
     counted = gaps.masked_fill(~used, 0.0)
     deviations = (counted - counted.sum(dim=1, keepdim=True) / number[:, None]).masked_fill(~used, 0.0)
@@ -189,7 +184,7 @@ def _table(pairs: Dataset, gaps: Tensor, used: Tensor, weights: Tensor, populati
         "other_gaps_10_percent": low,
         "other_gaps_90_percent": high,
         "variance_between_prompts": deviations.square().sum(dim=1) / (number - 1),
-        **{f"{name}{_TERM}": values for name, values in terms.items()},
+        **{f"{name}{_TERM}": values for name, values in information_terms(gaps, weights).items()},
         "sign_flips": ((gaps.sign() != gaps[:, :1].sign()) & used).any(dim=1),
     }
     return {name: np.asarray(values) for name, values in table.items()}
@@ -207,9 +202,7 @@ def summary(table: dict[str, np.ndarray]) -> dict[str, Any]:
         }
         for name in FEATURES if np.ptp(table[f"{name} difference"]) > 0
     }  # fmt: skip
-    result["information"] = mutual_information(
-        {spec.name: table[f"{spec.name}{_TERM}"] for spec in fields(InformationTerms)}
-    )
+    result["information"] = mutual_information({name: table[f"{name}{_TERM}"] for name in TERMS})
     result["quadrants"] = []
     for signs in itertools.product((True, False), repeat=2):
         inside = ((table["prompt_free_gap"] > 0) == signs[0]) & ((table["prompt_related_gap"] > 0) == signs[1])

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from inform_rm.eval.frame import ModelResult, unwritten
-from inform_rm.util.colors import GREY, ORANGE, SERIES, SKY, VERMILION
+from inform_rm.util.colors import ORANGE, SKY, VERMILION
 from inform_rm.util.page import Block, Heading, Image, Table, figure_png
 from inform_rm.util.papers import GAP_DERIVED
 
@@ -19,7 +19,6 @@ _INFORMATION = {
     "prompt_related": "prompt-related part, with the mean over prompts",
 }  # fmt: skip
 _MOST_BARS = 200
-_MOST_SUBSETS = len(SERIES)
 _INFORMATION_NOTE = (
     "Of a pair drawn at random and in random order; ln 2 = 0.693 nats are a certain preference. The last line is 0 by "
     "the choice of D2 (theorem 1 of arXiv:2504.06020, with the definitions that a public review gives). Few prompts "
@@ -86,12 +85,8 @@ class DecompositionResult(ModelResult):
     prompt_sensitivity: float | None = None
     subsets: dict[str, dict[str, Any]] | None = None
     pairs: dict[str, np.ndarray] = unwritten()
-    color: str = unwritten(default="length")
 
-    @property
-    def title(self) -> str:
-        """What was decomposed."""
-        return f"Prompt-free and prompt-related reward of {self.model}"
+    title = property("Prompt-free and prompt-related reward of {0.model}".format)
 
     def table(self) -> Table:
         """The shares of all pairs and of each subset."""
@@ -103,7 +98,7 @@ class DecompositionResult(ModelResult):
 
     def figure(self) -> Figure:
         """The plane of D2 and D1, one point a pair."""
-        return plane_figure(self.pairs, self.color)
+        return plane_figure(self.pairs)
 
     def notes(self) -> list[str]:
         """What the table's columns mean, what the figures cost, and which pairs were left out."""
@@ -169,28 +164,18 @@ def spread_figure(table: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def plane_figure(table: dict[str, np.ndarray], color: str) -> Figure:
-    """D2 against D1, one point a pair (arXiv:2504.06020, Fig. 3 and 4), coloured by length or by subset."""
+def plane_figure(table: dict[str, np.ndarray]) -> Figure:
+    """D2 against D1, one point a pair (arXiv:2504.06020, Fig. 3 and 4), coloured by the difference in length."""
     free, related = table["prompt_free_gap"], table["prompt_related_gap"]
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     axes = figure.subplots()
     draw_plane(axes, 1.05 * max(np.abs(free).max(), np.abs(related).max(), 1e-6))
     size = float(np.clip(3000 / len(free), 4, 25))
-    if color == "subset":
-        names, counts = np.unique(table["subset"], return_counts=True)
-        shown = names[np.argsort(-counts)][:_MOST_SUBSETS]
-        groups = [(name, table["subset"] == name) for name in shown]
-        groups += [("others", ~np.isin(table["subset"], shown))] if len(names) > len(shown) else []
-        axes.set_prop_cycle(color=[*SERIES, GREY])
-        for name, mask in groups:
-            axes.scatter(free[mask], related[mask], s=size, label=str(name), alpha=0.8)
-        axes.legend(fontsize=8)
-    else:
-        # Ranks, because a few very long responses would leave one colour to all others.
-        difference = table["characters difference"]
-        limit = max(1.0, float(np.quantile(np.abs(difference), 0.95)))
-        points = axes.scatter(free, related, s=size, c=difference, cmap="coolwarm", vmin=-limit, vmax=limit)
-        figure.colorbar(points, label="characters, chosen - rejected", extend="both")
+    # A limit, because a few very long responses would leave one colour to all others.
+    difference = table["characters difference"]
+    limit = max(1.0, float(np.quantile(np.abs(difference), 0.95)))
+    points = axes.scatter(free, related, s=size, c=difference, cmap="coolwarm", vmin=-limit, vmax=limit)
+    figure.colorbar(points, label="characters, chosen - rejected", extend="both")
     return figure
 
 

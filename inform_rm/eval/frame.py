@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import datasets
 import numpy as np
@@ -57,10 +57,7 @@ class Result:
         return {each.name: value for each, value in found.items() if value is not None or each.default is MISSING}
 
     if TYPE_CHECKING:  # a subclass may have it as a field, which an inherited property would forbid
-
-        @property
-        def title(self) -> str:
-            """What the result is about."""
+        title: ClassVar[Any]
 
     def table(self) -> Table:
         """The main figures."""
@@ -159,12 +156,8 @@ def progress_bars(shown: bool) -> Iterator[None]:
 class Frame:
     """The steps of an evaluation of one model that do not depend on what is evaluated.
 
-    Args:
-        model: folder, Hub id, loaded model or `RewardScorer`.
-        output: folder for the results, checked before anything else; ``None`` keeps them in memory.
-        tokenizer: see `RewardScorer`.
-        scorer_options: keywords of `RewardScorer`.
-        progress: show progress bars; of several processes that split their work only the main one does, and writes.
+    The folder for the results is checked before anything else; an ``output`` of ``None`` keeps them in memory. Of
+    several processes that split their work only the main one shows progress, and writes.
     """
 
     def __init__(self, model: Any, output: str | Path | None, tokenizer: Any, scorer_options: dict, progress: bool):

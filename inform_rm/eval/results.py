@@ -62,10 +62,7 @@ class EvaluationResult(ModelResult):
     subsets: dict[str, dict[str, Any]] | None = None
     rows: list[dict[str, Any]] = unwritten()
 
-    @property
-    def title(self) -> str:
-        """What was evaluated."""
-        return f"Accuracy of {self.model}"
+    title = property("Accuracy of {0.model}".format)
 
     def table(self) -> Table:
         """All pairs, each subset, each part by length."""
@@ -116,10 +113,7 @@ class RankingResult(EvaluationResult):
     top_1_accuracy: float
     top_1_accuracy_interval: list[float]
 
-    @property
-    def title(self) -> str:
-        """What was evaluated."""
-        return f"Rankings by {self.model}"
+    title = property("Rankings by {0.model}".format)
 
     def table(self) -> Table:
         """All prompts and each subset."""
@@ -163,10 +157,7 @@ class ScoreResult(ModelResult):
     subsets: dict[str, dict[str, Any]] | None = None
     rows: list[dict[str, Any]] = unwritten()
 
-    @property
-    def title(self) -> str:
-        """What was evaluated."""
-        return f"Scores by {self.model}"
+    title = property("Scores by {0.model}".format)
 
     def table(self) -> Table:
         """All responses and each subset."""

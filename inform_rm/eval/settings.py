@@ -75,9 +75,7 @@ class DecompositionSettings(PairSettings):
     stratify: bool = setting(False, "only prompts of the pair's own subset")
     weights: str = setting("uniform", choices=("uniform", "behavior"))
     behavior_model: "str | Path | torch.nn.Module | None" = None
-    length_normalized: bool = setting(False, "weigh by mean token log-likelihoods")
     ess_target: float = setting(0.25, "effective sample size that the weights keep, as a share of the prompts")
-    color: str = setting("length", "what colours the plane of D1 and D2", choices=("length", "subset"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,8 +89,7 @@ class DecompositionSettings(PairSettings):
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the figures."""
-        without = {"behavior_model", "color"}
-        without |= {"length_normalized", "ess_target"} if self.behavior_model is None else set()
+        without = {"behavior_model"} | ({"ess_target"} if self.behavior_model is None else set())
         return {name: value for name, value in super().to_dict().items() if name not in without}
 
 

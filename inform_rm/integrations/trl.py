@@ -42,14 +42,13 @@ class RewardFunction:
     the authors' released code adds 1e-6 to the diagonal of the plain one.
 
     Args:
-        scorer: the reward model, or an ensemble.
-        reference: ``(N, K)`` latents of reference responses under ``latent_scorer``; needed for shaping, and with it
-            the outlier probability of every batch is logged.
+        scorer: the reward model or, without a reference, an ensemble.
+        reference: ``(N, K)`` latents of reference responses; needed for shaping, and with it the outlier probability
+            of every batch is logged.
         shaping_coefficient: gamma, in reward units per unit of distance.
         squared: shape by ``D_M ** 2`` instead.
         alpha: tail probability below which a response counts as an outlier.
         tail: see `inform_rm.eval.detection.outliers.mahalanobis_outlier_probability`.
-        latent_scorer: the model whose latents are compared; by default ``scorer``. An ensemble needs one.
         keep: responses that `recent` remembers.
 
     Raises:
@@ -67,12 +66,11 @@ class RewardFunction:
         squared: bool = False,
         alpha: float = 0.01,
         tail: Literal["chi2", "reference"] = "reference",
-        latent_scorer: RewardScorer | None = None,
         keep: int = 1024,
     ):
         if shaping_coefficient and reference is None:
             raise InputError(f"shaping_coefficient: {shaping_coefficient} needs reference latents. Pass reference=...")
-        self.scorer, self.latent_scorer = scorer, latent_scorer or scorer
+        self.scorer = scorer
         self.reference = None if reference is None else fit_mahalanobis(reference)
         if self.reference is not None:
             self.reference.check_alpha(alpha, tail)
@@ -92,9 +90,8 @@ class RewardFunction:
         if self.reference is None:
             rewards: list[float] = self.scorer.score(prompts, responses).tolist()
             return rewards
-        found = collect_latents(self.latent_scorer, prompts, responses)
-        own = self.latent_scorer is self.scorer
-        plain = found.rewards.astype(np.float64) if own else self.scorer.score(prompts, responses).double().numpy()
+        found = collect_latents(self.scorer, prompts, responses)
+        plain = found.rewards.astype(np.float64)
         squares = self.reference.squared_distances(found.values)
         distances = np.sqrt(squares)
         if log_metric is not None:

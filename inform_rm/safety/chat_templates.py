@@ -37,11 +37,7 @@ _DATE_NOTE = f"{{# its date is fixed to {TEMPLATE_DATE:%Y-%m-%d} #}}"
 
 
 def check_template(template: str, where: str) -> None:
-    """Refuse a chat template that is no Jinja, or that asks for more than any conversation needs.
-
-    Raises:
-        InputError: naming `where` and what `template_trial` finds.
-    """
+    """Refuse a chat template that is no Jinja, or that asks for more than any conversation needs."""
     fault = _fault(template) if isinstance(template, str) else f"is a {type(template).__name__}; expected text"
     if fault is not None:
         raise InputError(f"{where}: the chat template {fault}. Pass another chat_template (a file, or 'plain').")
@@ -96,11 +92,7 @@ def has_fixed_date(chat_template: Any) -> bool:
 
 
 def check_rendered(text: str, conversation: list[dict[str, str]]) -> None:
-    """Refuse text that is out of all proportion to the conversation that it was made from.
-
-    Raises:
-        InputError: over 20 characters for each of the conversation's, and a million more.
-    """
+    """Refuse text of more than 20 characters for each of the conversation it was made from, and a million."""
     if len(text) <= _SPARE_CHARACTERS:
         return
     given = sum(len(message["content"]) + len(message["role"]) for message in conversation)

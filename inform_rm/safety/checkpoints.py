@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import re
 import stat
 from collections.abc import Iterator
@@ -300,7 +299,4 @@ def _check_size(model: str | Path, revision: str | None, trust_remote_code: bool
 
 
 def _is_plain_name(name: Any) -> bool:
-    return (
-        isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
-        and os.path.basename(name) == name and ":" not in name
-    )  # fmt: skip
+    return isinstance(name, str) and name not in (".", "..") and re.fullmatch(r"[^/\\:\0]+", name) is not None

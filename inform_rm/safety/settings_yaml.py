@@ -12,9 +12,6 @@ def read_settings_yaml(path: str | Path) -> Any:
     """The one document of a YAML file, of at most 1 MiB, without tags, merge keys or keys that stand twice.
 
     Anchors may be used; what they repeat is shared, not copied.
-
-    Raises:
-        InputError: the file cannot be read or is not such YAML.
     """
     import yaml
 

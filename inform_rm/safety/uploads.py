@@ -61,9 +61,6 @@ def scan_folder(folder: str | Path) -> list[str]:
     Found are: files that no model folder has (optimizer state, data, run records, pickles) and links; pickles under
     any name; weight files that are none; absolute paths; the name of this account and its home folder; tokens, keys
     and passwords by their form, shown by their first four characters only. Not found is what has no such form.
-
-    Args:
-        folder: the folder, with everything below it.
     """
     folder = Path(folder)
     findings = []

@@ -61,13 +61,8 @@ def block_mask(trees: Tensor, branches: Tensor, positions: Tensor, sliding_windo
     """The mask of `may_attend` for FlexAttention, without ever holding a value for each pair of tokens.
 
     The least and the largest tree, branch and position of each block of tokens tell which blocks see nothing of each
-    other and which see all; the few others are looked at token by token.
-
-    Args:
-        trees: as branches and positions of `row_layout`, ``(T,)``, T a multiple of `ROW_MULTIPLE`.
-        branches: see trees.
-        positions: see trees.
-        sliding_window: see `may_attend`.
+    other and which see all; the few others are looked at token by token. Arguments are those of `may_attend`, T a
+    multiple of `ROW_MULTIPLE`.
     """
 
     def rule(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -100,10 +95,8 @@ def _blocks_in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def flex_inputs(inputs: dict[str, Any], config: Any, device: torch.device) -> dict[str, Any]:
     """The inputs of a packed row with block masks, one for each sliding window, in place of its segments.
 
-    Args:
-        inputs: ``input_ids`` and ``position_ids`` ``(1, T)`` and ``packed_segments``; others are passed on.
-        config: of the model; layers have its sliding window or none.
-        device: of the model.
+    Inputs beside ``input_ids`` and ``position_ids`` ``(1, T)`` and ``packed_segments`` are passed on; layers have the
+    sliding window of ``config`` or none.
     """
     window = getattr(config.get_text_config(), "sliding_window", None)
     length = inputs["input_ids"].shape[1]

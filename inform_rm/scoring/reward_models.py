@@ -212,11 +212,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _head_to_load_with(config: PreTrainedConfig, name: str, revision: str | None) -> RewardHead | None:
-    """The head among the weights that the model's own class would not read; None if that class reads its head.
-
-    Raises:
-        InputError: no model with one reward a row.
-    """
+    """The head among the weights that the model's own class would not read; None if that class reads its head."""
     if config.is_encoder_decoder:
         raise InputError(
             f"model: {name} is an encoder-decoder model ({config.model_type}): no last token of prompt and response "

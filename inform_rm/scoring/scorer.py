@@ -33,7 +33,7 @@ from inform_rm.scoring.reward_models import (
     fingerprint_tokenizer,
     load_reward_model,
 )
-from inform_rm.util.processes import computed_alone, computed_in_turn, join_processes, num_processes
+from inform_rm.util.processes import computed_in_turn, join_processes, num_processes
 
 logger = logging.getLogger(__name__)
 
@@ -308,9 +308,10 @@ class RewardScorer:
             rewards, stds, tokens = zip(*halves, strict=True)
             return torch.cat(rewards), None if uncertainty is None else torch.cat(stds), sum(tokens)
 
-        in_turn = computed_in_turn if self.split_over_processes else computed_alone
+        plain = ((rows, compute(rows)) for rows in batches)
         with eval_mode_of(self.model):
-            for rows, (rewards, stds, tokens) in in_turn(batches, compute):
+            computed = computed_in_turn(batches, compute) if self.split_over_processes else plain
+            for rows, (rewards, stds, tokens) in computed:
                 self.tokens_computed += tokens
                 for values in (rewards, stds):
                     if check_finite and values is not None and not values.isfinite().all():

@@ -89,10 +89,6 @@ def load_with_head(model: str | Path, head: RewardHead | None, **settings: Any) 
     A head that `find_reward_head` found goes on with ``architecture="standard"``, whose reward it is: a row and
     perhaps a constant. Dropout, which TRL's value head has while training, is left out. ``architecture="inform"``
     starts afresh. Both are logged. ``settings`` are keywords of ``from_backbone``.
-
-    Raises:
-        InputError: a head beside the backbone that cannot be read or does not fit.
-        ValueError: see ``from_backbone``.
     """
     name, from_backbone = str(model), InfoRMForSequenceClassification.from_backbone
     if head is None:

@@ -68,15 +68,9 @@ class Limits:
 def create_app(scorer: RewardScorer, limits: Limits | None = None, token: str | None = None) -> FastAPI:
     """The ASGI application that serves one reward model; its threads run until its lifespan ends.
 
-    Without a lifespan (tests call the application directly) end it by ``app.state.batcher.close()``.
-
-    Args:
-        scorer: the model, with its tokenizer; not to be used elsewhere meanwhile.
-        limits: by default `Limits()`.
-        token: what clients must send as ``Authorization: Bearer``; ``None`` lets everyone in.
-
-    Raises:
-        InputError: the token is empty or has characters that no header can carry.
+    Without a lifespan (tests call the application directly) end it by ``app.state.batcher.close()``. The scorer is not
+    to be used elsewhere meanwhile. ``token`` is what clients must send as ``Authorization: Bearer``; ``None`` lets
+    everyone in, and one with characters that no header can carry is an `InputError`.
     """
     limits = limits or Limits()
     if token is not None and (not token or not token.isascii() or not token.isprintable() or " " in token):

@@ -51,10 +51,8 @@ class TokenBatcher:
     batch to fill: whatever came while the last batch was computed makes the next one. Rewards are those of
     `RewardScorer.score`. The scorer must not be used elsewhere meanwhile.
 
-    Args:
-        scorer: the reward model, or an ensemble.
-        max_queued_rows: rows accepted and not yet answered, of all requests together.
-        on_batch: called after each batch with its rows, its tokens (each prompt counted once) and its seconds.
+    ``max_queued_rows`` are those accepted and not yet answered, of all requests together. ``on_batch`` is called after
+    each batch with its rows, its tokens (each prompt counted once) and its seconds.
     """
 
     def __init__(

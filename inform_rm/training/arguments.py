@@ -163,7 +163,6 @@ class RewardArguments:
         None,
         by_content=True,
     )
-    length_normalized: bool = _setting("weights 'behavior': mean log-likelihoods of the tokens instead of sums", False)
     ess_target: float = _setting("weights 'behavior': effective sample size to keep, as a share of the prompts", 0.25)
     warmup_fraction: float = _setting(
         "prioritized: share of the steps that start without selection; ours, gaps of a fresh head are noise", 0.1

@@ -151,9 +151,6 @@ def check_resume(
     path. Other versions of the libraries are named in a warning: whether they change the result cannot be known here.
     The fingerprints are per source; ``adapters`` is what a ``peft_config`` that the caller passed holds,
     ``kl_reduction_version`` what the model's config says.
-
-    Raises:
-        InputError: naming what differs.
     """
     if resume_from is not None:
         with reading_checkpoint(resume_from, "trainer_state.json"):
@@ -176,12 +173,6 @@ def check_resume(
                 "launch it as before to continue it, name another folder, or pass --overwrite true. To go on from "
                 "what it has learnt with a new optimizer, train with model: one of its checkpoints (one of "
                 "SHARDED_STATE_DICT needs `accelerate merge-weights` first)."
-            )
-        if "contents" not in before:
-            raise InputError(
-                f"{resume_from} is of a run of an earlier version of inform_rm, which did not write "
-                "down all that must be the same. Finish it with that version, name another folder, pass --overwrite "
-                f"true, or go on from what it has learnt with a new optimizer: model: {resume_from}."
             )
         if before.get("save_only_model"):
             raise InputError(

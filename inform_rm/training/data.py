@@ -115,9 +115,6 @@ def load_training_pairs(
 
     ``sources`` are files, folders, Hub ids or rows in memory, of each at most ``max_pairs``, drawn by ``args.seed``;
     ``argument`` is ``"data"`` or ``"eval_data"``; ``max_length`` is in tokens of prompt + response.
-
-    Raises:
-        InputError: on bad data, or if no pair is left.
     """
     augment = args.augmentation == "rrm" and argument == "data"  # evaluation is on the pairs as they are
     # One process encodes, the others find the result in the cache.
@@ -222,11 +219,7 @@ def as_groups(pairs: Dataset) -> Dataset:
 
 
 def check_layouts(args: RewardTrainingArguments, argument: str, layouts: set[str]) -> None:
-    """Refuse settings that do not go with what kinds of rows there are.
-
-    Raises:
-        InputError: all of them.
-    """
+    """Refuse settings that do not go with what kinds of rows there are."""
     faults = args.against_groups(layouts) if argument == "data" and layouts != {"pair"} else []
     if argument == "data" and args.score_weights and "scored" not in layouts and not args.eval_data:
         faults.append("score_weights is for scored responses, of which there are none: leave it out")

@@ -14,25 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from inform_rm.errors import check_choice
-from inform_rm.modeling_inform import bradley_terry_loss, kl_to_standard_normal, pair_gaps
-
-__all__ = [
-    "MOST_TIED",
-    "PAIR_LOSSES",
-    "RANKING_LOSSES",
-    "PairLoss",
-    "bradley_terry_loss",
-    "group_loss",
-    "hinge_loss",
-    "kl_to_standard_normal",
-    "margin_exponential_loss",
-    "pair_gaps",
-    "plackett_luce_loss",
-    "reward_centering_loss",
-    "reward_model_loss",
-    "scaled_bradley_terry_loss",
-    "score_loss",
-]
+from inform_rm.modeling_inform import bradley_terry_loss, pair_gaps
+from inform_rm.modeling_inform import kl_to_standard_normal as kl_to_standard_normal  # passed on
 
 PairLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -80,12 +63,7 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 
 
 def reward_centering_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """``mean((r_w + r_l)^2)``: keeps rewards near 0, which pairs alone leave free (arXiv:2312.09244, eq. 2).
-
-    Args:
-        chosen_rewards: ``(B,)`` rewards of the preferred responses.
-        rejected_rewards: ``(B,)`` rewards of the other responses.
-    """
+    """``mean((r_w + r_l)^2)``: keeps rewards near 0, which pairs alone leave free (arXiv:2312.09244, eq. 2)."""
     return (chosen_rewards.float() + rejected_rewards.float()).square().mean()
 
 
@@ -154,12 +132,8 @@ def plackett_luce_loss(rewards: Tensor, labels: Tensor) -> Tensor:
     in no order: what counts is the probability that its members come before all worse responses, the sum over all
     their orders, exactly. With two responses it is the Bradley-Terry loss.
 
-    Args:
-        rewards: ``(K,)`` rewards of a prompt's responses.
-        labels: ``(K,)``; of the tied sets all but the worst may have `MOST_TIED` members.
-
-    Raises:
-        ValueError: a larger tied set.
+    Both are ``(K,)``, of a prompt's responses. Tied sets but the worst may have `MOST_TIED` members; `ValueError` for
+    a larger one.
 
     Example:
         >>> round(plackett_luce_loss(torch.zeros(3), torch.tensor([3.0, 2.0, 1.0])).exp().item(), 4)  # one order of 3!
@@ -205,12 +179,7 @@ def _log_probability_before(tied: Tensor, worse: Tensor) -> Tensor:
 
 
 def score_loss(rewards: Tensor, scores: Tensor) -> Tensor:
-    """``mean((r - score)^2)``: regression on scores as they are (HelpSteer2, arXiv:2406.08673).
-
-    Args:
-        rewards: ``(N,)``.
-        scores: ``(N,)``.
-    """
+    """``mean((r - score)^2)``: regression on scores as they are (HelpSteer2, arXiv:2406.08673)."""
     return (rewards.float() - scores.float()).square().mean()
 
 
@@ -243,12 +212,6 @@ def group_loss(
         score_loss_coefficient: weight of the squared error.
         beta: weight of the KL term.
         pair_settings: ``loss``, ``label_smoothing`` and ``center_rewards_coefficient`` of `reward_model_loss`.
-
-    Returns:
-        Scalar float32.
-
-    Raises:
-        InputError: another ranking loss, of which larger groups would have no loss at all.
     """
     check_choice("ranking_loss", ranking_loss, RANKING_LOSSES)
     sizes = groups.bincount()

@@ -146,11 +146,7 @@ def _group_metrics(loss_type: str, rows: Tensor, margins: Tensor) -> dict[str, f
 
 
 def check_best_metric(name: str | None, loss_type: str) -> None:
-    """Refuse a metric to choose or stop by that no evaluation gives, before the run rather than at its first one.
-
-    Raises:
-        InputError: with the names that there are.
-    """
+    """Refuse a metric to choose or stop by that no evaluation gives, before the run rather than at its first one."""
     of_pairs = compute_eval_metrics(loss_type, None, EvalPrediction(np.zeros((1, 3)), np.zeros(1)))
     names = [*of_pairs, "kendall_tau", "rmse"]  # the last two of rankings and of scored responses
     if name is not None and name.removeprefix("eval_") not in names:

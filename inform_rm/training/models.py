@@ -43,9 +43,6 @@ def longest_input(args: RewardTrainingArguments, model: PreTrainedModel | None =
 
     Of a model that is a name it is read from its config, because data are read before the model is loaded; see
     `check_max_length`.
-
-    Raises:
-        InputError: the model has no readable config.
     """
     if args.max_length is not None:
         return args.max_length

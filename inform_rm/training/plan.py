@@ -208,11 +208,7 @@ def advise(
 
 
 def read_config(name: str, args: RewardTrainingArguments) -> PretrainedConfig:
-    """The config of a backbone: a ``config.json``, a folder, or a Hub id, of which only the config is read.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The config of a backbone: a ``config.json``, a folder, or a Hub id, of which only the config is read."""
     revision = None if Path(name).exists() else args.revision
     try:
         found = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)

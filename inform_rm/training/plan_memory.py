@@ -31,16 +31,10 @@ EIGHT_BIT_OPTIMS = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run is to go.
+    """Where a run is to go; `inform_rm.cli.plan` says what the fields are.
 
-    Args:
-        gpus: their number, a process each.
-        memory: GiB of one of them.
-        launch: how several are used: a file of ``inform_rm/training/accelerate_configs``.
-        tflops: peak of one in the run's number type, in 10^12 operations a second (H100 and H200 in bfloat16: 989).
-        utilisation: share of the peak that training reaches, of all operations that are executed. One H200 reached
-            0.30 on a model of 1B and 0.45 on one of 8B with activation checkpointing (docs/results/performance.md).
-        reserve: GiB for CUDA's context, the libraries' workspaces, and what the allocator cannot use.
+    An H100 or H200 has 989 ``tflops`` in bfloat16. One H200 reached a ``utilisation`` of 0.30 on a model of 1B and of
+    0.45 on one of 8B with activation checkpointing, of all operations executed (docs/results/performance.md).
     """
 
     gpus: int = 1

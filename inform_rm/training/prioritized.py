@@ -158,7 +158,6 @@ def pool_selector(
     if args.behavior_model is not None:
         likelihood = load_likelihood(
             args.behavior_model,
-            length_normalized=args.length_normalized,
             chat_template=args.chat_template,
             device=args.device,
             trust_remote_code=args.trust_remote_code,

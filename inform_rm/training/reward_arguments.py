@@ -104,11 +104,7 @@ class RewardTrainingArguments(RewardArguments, TrainingArguments):  # type: igno
             raise InputError(f"Training settings: {error}") from error
 
     def divided_over(self, devices: int) -> "RewardTrainingArguments":
-        """These settings as a launch on so many GPUs has them.
-
-        Raises:
-            InputError: ``pairs_per_step`` cannot be divided so.
-        """
+        """These settings as a launch on so many GPUs has them."""
         args = copy.copy(self)
         args.per_device_train_batch_size, args.gradient_accumulation_steps = self._given_division
         try:
@@ -258,8 +254,6 @@ def with_our_names(values: Mapping[str, Any], overrides: Mapping[str, Any], faul
                 faults.append(f"{name} is given twice, also as {shown(key)}: keep one")
             found[name] = value
         named |= found
-    if str(named.get("objective")) == "bradley_terry":
-        named["objective"] = "plain"
     if "group_by_length" in named:
         grouped = str(named.pop("group_by_length")).lower() == "true"
         named.setdefault("train_sampling_strategy", "group_by_length" if grouped else "random")

@@ -43,18 +43,10 @@ _LOGGED_BAD_ROWS = 10
 
 @dataclass
 class StreamCounts:
-    """What became of the rows; those of later epochs count again.
+    """What became of the rows, as of `inform_rm.data.encoding.EncodedPairs`; those of later epochs count again.
 
-    Attributes:
-        pairs: pairs learnt from.
-        overlong: over max_length.
-        dropped: of these, left out.
-        truncated: of these, learnt from with a shorter prompt.
-        num_bad_rows: rows left out because they are no pair or cannot be encoded within max_length.
-        num_not_as_written: pairs learnt from that are not read as they stand.
-        passes: epochs that were begun.
-        bad_rows: which and why, each once, at most 1000.
-        not_as_written: the first five of them, and what is read otherwise.
+    ``pairs`` are those learnt from, ``passes`` the epochs that were begun. ``bad_rows`` says which and why, each once,
+    at most 1000; ``not_as_written`` holds the first five.
     """
 
     pairs: int = 0
@@ -190,11 +182,7 @@ class EncodedStream(torch.utils.data.IterableDataset):
         )  # fmt: skip
 
     def take(self, batch: dict[str, Any]) -> None:
-        """Count a batch that is learnt from, and take off it what is not for the model.
-
-        Raises:
-            InputError: bad data was met on the way to it.
-        """
+        """Count a batch that is learnt from, and take off it what is not for the model."""
         if "error" in batch:
             raise batch["error"]
         place, counts = batch.pop("read")

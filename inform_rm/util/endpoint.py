@@ -19,10 +19,10 @@ import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 from inform_rm.errors import InputError, check_whole_number, shortened
-from inform_rm.util.threads import in_threads
 
 _PATH = "/chat/completions"
 _MOST_BYTES = 16 << 20  # of one reply
@@ -90,9 +90,6 @@ class ChatEndpoint:
         if self._key and self.base.startswith("http:") and not is_here:
             warnings.warn(f"endpoint: the key goes to {host} unencrypted (http); use https if it can.", stacklevel=2)
 
-    def __repr__(self) -> str:
-        return f"ChatEndpoint({self.base!r}, {self.model!r})"
-
     def ask(
         self,
         messages: Sequence[dict[str, str]],
@@ -128,13 +125,18 @@ class ChatEndpoint:
             if number < self._tries:
                 doubled = min(_LONGEST_WAIT, 2.0 ** (number - 1)) * random.uniform(0.75, 1.25)
                 self._wait(doubled if wait is None else wait)
-            if self._stopped.is_set():
+            if self.is_stopped:
                 raise EndpointError("stopped")
         raise EndpointError(f"endpoint: {self.base} gave no usable reply in {self._tries} tries; the last: {reason}")
 
     def stop(self) -> None:
         """End all waits: requests that are not answered yet fail."""
         self._stopped.set()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped.is_set()
 
     def _wait(self, seconds: float) -> None:
         self._stopped.wait(seconds)
@@ -184,19 +186,27 @@ def ask_all(
 ) -> Iterator[tuple[str, Reply | RefusedRequest]]:
     """What `ChatEndpoint.ask` gives to each request (its arguments by name), as the replies come; refusals as such.
 
-    It raises what that raises; replies that were under way are still given before.
+    It raises what that raises; replies that were under way are still given before. The threads are daemons that
+    nothing waits for, so that Ctrl-C need not wait for a slow answer.
     """
+    first_error: BaseException | None = None
 
-    def ask(name: str) -> Reply | RefusedRequest:
+    def ask(name: str) -> Any:  # (name, reply, error), or None where nothing more is asked
         try:
-            return endpoint.ask(**requests[name])
+            return None if endpoint.is_stopped else (name, endpoint.ask(**requests[name]), None)
         except RefusedRequest as error:
-            return error
-        except BaseException:
+            return name, error, None
+        except BaseException as error:
             endpoint.stop()  # no other request need wait for a server that is not there
-            raise
+            return name, None, error
 
-    return in_threads(ask, list(requests), concurrency)
+    with ThreadPool(max(1, min(concurrency, len(requests)))) as pool:
+        for name, reply, error in filter(None, pool.imap_unordered(ask, requests)):
+            if error is None:
+                yield name, reply
+            first_error = first_error or error
+    if first_error is not None:
+        raise first_error
 
 
 def checked_url(url: str) -> str:

@@ -79,18 +79,18 @@ def open_to_readers(folder: Path) -> None:
             path.chmod(0o666 & ~mask)
 
 
-def check_output_directory(path: str | Path, argument: str = "output") -> Path:
+def check_output_directory(path: str | Path) -> Path:
     """Create the folder; raise `InputError` where it cannot be written, before hours of work rather than after."""
     path = Path(path)
     if path.is_file():
-        raise InputError(f"{argument}: {path} is a file; expected a folder. Name another folder.")
+        raise InputError(f"output: {path} is a file; expected a folder. Name another folder.")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise InputError(
-            f"{argument}: cannot write to {path} ({error.strerror}). Choose a folder that you may write to."
+            f"output: cannot write to {path} ({error.strerror}). Choose a folder that you may write to."
         ) from error
     return path
 

@@ -12,12 +12,7 @@ _NORMAL_QUANTILE_975 = 1.959963984540054
 def wilson_interval(num_correct: float, n: int) -> tuple[float, float]:
     """Wilson 95 % score interval of a proportion: the p with ``|p_hat - p| <= z sqrt(p (1 - p) / n)``, z = 1.96.
 
-    Args:
-        num_correct: successes; half counts (ties) are allowed.
-        n: trials, at least 1.
-
-    Raises:
-        ValueError: if there are no trials, or more successes than trials.
+    Half counts (ties) are allowed. `ValueError` if there are no trials, or more successes than trials.
 
     Example:
         >>> low, high = wilson_interval(8, 10)
@@ -60,11 +55,7 @@ def expected_calibration_error(margins: ArrayLike, num_bins: int = 10) -> float:
     """Expected calibration error of ``sigmoid(margin)`` as the probability that the model's favourite is preferred.
 
     Each pair is folded to confidence ``sigmoid(|margin|)`` in [0.5, 1] and outcome 1, 0, or 0.5 for a tie; bins of
-    equal width; ``sum_b n_b / n * |mean outcome_b - mean confidence_b|``.
-
-    Args:
-        margins: ``(N,)`` chosen minus rejected reward.
-        num_bins: number of bins between 0.5 and 1.
+    equal width; ``sum_b n_b / n * |mean outcome_b - mean confidence_b|``. Margins are ``(N,)``.
     """
     confidence, outcome, bins = confidence_bins(margins, num_bins)
     gaps = np.bincount(bins, weights=outcome - confidence, minlength=num_bins)

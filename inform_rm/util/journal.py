@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,14 +124,12 @@ class RecordJournal(Journal):
 
 def _numbers(line: str) -> list[Any]:
     """``[row, reward]`` or ``[row, reward, reward_std]`` of a line; anything else is a `ValueError`."""
-    entry = json.loads(line)
-    if not isinstance(entry, list) or len(entry) not in (2, 3):
-        raise ValueError("expected a list of two or three numbers")
-    if isinstance(entry[0], bool) or not isinstance(entry[0], int) or entry[0] < 0:
-        raise ValueError("expected a row number first")
-    if not all(isinstance(value, float) and math.isfinite(value) for value in entry[1:]):
+    row, *rewards = json.loads(line)
+    if type(row) is not int or row < 0 or len(rewards) not in (1, 2):
+        raise ValueError("expected a row number, a reward and perhaps its deviation")
+    if not all(isinstance(value, float) and math.isfinite(value) for value in rewards):
         raise ValueError("expected finite rewards")
-    return entry
+    return [row, *rewards]
 
 
 def _record(line: str) -> tuple[str, dict[str, Any]]:
@@ -155,13 +152,5 @@ def shortest_float(value: float) -> float:
 def drop_torn_line(path: Path) -> None:
     """Cut off what follows the last line break: a line that a kill left unfinished."""
     with path.open("r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            position = file.read(end - start).rfind(b"\n")
-            if position >= 0:
-                file.truncate(start + position + 1)
-                return
-            end = start
-        file.truncate(0)
+        whole = sum(len(line) for line in file if line.endswith(b"\n"))
+        file.truncate(whole)

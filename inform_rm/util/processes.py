@@ -54,12 +54,6 @@ def from_main(make: Callable[[], Result]) -> Result:
     return _result(box[0], 0, error)
 
 
-def computed_alone(items: Sequence[Item], compute: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
-    """`computed_in_turn` where this process computes all items."""
-    for item in items:
-        yield item, compute(item)
-
-
 def computed_in_turn(items: Sequence[Item], compute: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
     """``(item, compute(item))`` for every item in order, in all processes, each item computed in one of them.
 
@@ -68,7 +62,7 @@ def computed_in_turn(items: Sequence[Item], compute: Callable[[Item], Result]) -
     """
     world = num_processes()
     if world == 1:
-        yield from computed_alone(items, compute)
+        yield from ((item, compute(item)) for item in items)
         return
     for start in range(0, len(items), world):
         turn = items[start : start + world]

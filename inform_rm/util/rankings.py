@@ -28,11 +28,7 @@ class Agreement(NamedTuple):
 
 
 def agreement(rewards: ArrayLike, labels: ArrayLike) -> Agreement:
-    """See `Agreement`.
-
-    Args:
-        rewards: ``(K,)``.
-        labels: ``(K,)``, the higher is better; at least two of them differ.
+    """See `Agreement`; of ``(K,)`` labels the higher is better, and at least two differ.
 
     Example:
         >>> agreement([0.1, 0.3, 0.2], [3, 2, 1])[:3]

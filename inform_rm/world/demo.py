@@ -56,19 +56,9 @@ class DemoBudget:
     demo itself, not from a thorough search; the number of steps from the time limit. The values for a pretrained
     backbone (`--backbone`) are ordinary fine-tuning values that were not searched.
 
-    Attributes:
-        reward_steps: steps of a reward model; training makes one pass over as many pairs as they need.
-        pairs_per_step: pairs in an update.
-        learning_rate: peak learning rate of a reward model on the backbone from scratch.
-        pretrained_reward_steps: `reward_steps` with a pretrained backbone.
-        pretrained_learning_rate: `learning_rate` with a pretrained backbone.
-        latent_dim: K of InfoRM.
-        beta: weight of InfoRM's KL term.
-        test_pairs: pairs in each test set.
-        audited_pairs: in-distribution pairs whose reward gaps are decomposed.
-        num_prompts: prompts for each of them.
-        attacked_prompts: prompts to which the reward models choose the best of many responses.
-        responses_per_prompt: responses to choose from, a power of two.
+    Training makes one pass over as many pairs as the steps need; each test set has ``test_pairs``. The reward gaps of
+    ``audited_pairs`` in-distribution pairs are decomposed under ``num_prompts`` prompts each. To each of
+    ``attacked_prompts`` the reward models choose the best of ``responses_per_prompt``, a power of two.
     """
 
     reward_steps: int = 900
@@ -94,18 +84,9 @@ def demo(
     exported InfoRM model (`hub-model/`), `report.html` and `result.json`. What an earlier demo left there is replaced.
     Says on standard output how far it is, at the end what came of it and where it lies.
 
-    Args:
-        output: folder for all of it.
-        backbone: pretrained model (folder or Hub id) in place of the small one that is trained from scratch.
-        seed: seed of the world, the backbone and the training.
-        budget: how much to compute; the default takes under five minutes on two cores without `backbone`.
-
-    Returns:
-        The content of `result.json`.
-
-    Raises:
-        InputError: on an unwritable output folder, a backbone that cannot be loaded, or a bad seed.
-        RuntimeError: if the exported model does not load, or gives other rewards, in a fresh interpreter.
+    ``backbone`` is a pretrained model (folder or Hub id) in place of the small one that is trained from scratch; the
+    default budget takes under five minutes on two cores without it. Returns the content of `result.json`;
+    `RuntimeError` if the exported model does not load, or gives other rewards, in a fresh interpreter.
     """
     check_whole_number("seed", seed, least=0)
     folder = check_output_directory(output)

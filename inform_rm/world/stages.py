@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import datasets
 import transformers.trainer
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
+
+from inform_rm.eval.frame import progress_bars
 
 _LEAST_SHARE = 0.02  # of the work must be done before the time left can be told from it
 
@@ -39,9 +40,7 @@ class Stages(TrainerCallback):
         if transformers_logging.is_progress_bar_enabled():
             undo(transformers_logging.enable_progress_bar)
             transformers_logging.disable_progress_bar()
-        if not datasets.are_progress_bars_disabled():
-            undo(datasets.enable_progress_bars)
-            datasets.disable_progress_bars()
+        self._restore.enter_context(progress_bars(False))
         for name in ("PrinterCallback", "DEFAULT_PROGRESS_CALLBACK"):  # one of them shows the Trainer's progress
             undo(setattr, transformers.trainer, name, getattr(transformers.trainer, name))
             setattr(transformers.trainer, name, self)

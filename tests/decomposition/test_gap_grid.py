@@ -13,7 +13,6 @@ from inform_rm.data.pairs import BadRow
 from inform_rm.data.preferences import FEATURES
 from inform_rm.decomposition.gap_grid import distinct_prompts, gap_grid
 from inform_rm.decomposition.prompt_free_gap import sample_prompts
-from inform_rm.errors import InputError
 from inform_rm.scoring.scorer import RewardScorer
 from inform_rm.util.journal import RewardJournal
 
@@ -186,9 +185,3 @@ def test_rewards_that_are_no_numbers_are_handed_on(scorer, pairs):
     prompt_rows, own = distinct_prompts(pairs)
     grid = gap_grid(scorer, pairs, sample_prompts(own, 3, 5, seed=0), prompt_rows)
     assert grid.used.all() and grid.gaps[4].isnan().all() and grid.gaps[0].isfinite().all()
-
-
-def test_a_model_without_its_tokenizer_is_refused(pairs, build):
-    prompt_rows, own = distinct_prompts(pairs)
-    with pytest.raises(InputError, match="tokenizer"):
-        gap_grid(RewardScorer(build("llama")), pairs, own[:, None], prompt_rows)

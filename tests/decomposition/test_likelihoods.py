@@ -32,26 +32,25 @@ def plain(model, ids, prompt_length):
     first = max(prompt_length, 1)
     with torch.no_grad():
         logs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(dim=-1)
-    return sum(logs[place - 1, ids[place]].item() for place in range(first, len(ids))), len(ids) - first
+    return sum(logs[place - 1, ids[place]].item() for place in range(first, len(ids)))
 
 
 @pytest.mark.parametrize(
-    ("name", "normalized", "budget"),
+    ("name", "budget"),
     [
-        *((name, False, 1000) for name in ("llama", "mistral", "gpt_neox", "gpt2")),
-        *(("llama", True, budget) for budget in (1, 10)),
+        *((name, 1000) for name in ("llama", "mistral", "gpt_neox", "gpt2")),
+        *(("llama", budget) for budget in (1, 10)),
     ],
 )
-def test_likelihoods_are_those_of_plain_forward_passes(backbone_configs, name, normalized, budget):
+def test_likelihoods_are_those_of_plain_forward_passes(backbone_configs, name, budget):
     model = build(copy.deepcopy(backbone_configs[name]))
-    likelihood = ResponseLikelihood(model, None, normalized, tokens_per_batch=budget)
+    likelihood = ResponseLikelihood(model, None, tokens_per_batch=budget)
     assert likelihood.batching == "packed"
     found = torch.full((len(SEQUENCES),), float("nan"))
     for rows, values, _ in likelihood.iter_scores(SEQUENCES, PROMPT_LENGTHS):
         found[rows] = values
     for value, ids, length in zip(found.tolist(), SEQUENCES, PROMPT_LENGTHS, strict=True):
-        expected, number = plain(model, ids, length)
-        assert value == pytest.approx(expected / max(number, 1) if normalized else expected, abs=2e-4)
+        assert value == pytest.approx(plain(model, ids, length), abs=2e-4)
     if budget == 1000:
         assert likelihood.tokens_computed == sum(map(len, SEQUENCES)) - 4
 
@@ -66,7 +65,7 @@ def test_a_model_with_capped_logits_is_run_plainly(caplog):
     assert likelihood.batching == "padded" and "one response at a time" in caplog.text
     for rows, values, _ in likelihood.iter_scores(SEQUENCES, PROMPT_LENGTHS):
         for row, value in zip(rows, values.tolist(), strict=True):
-            assert value == pytest.approx(plain(model, SEQUENCES[row], PROMPT_LENGTHS[row])[0], abs=2e-4)
+            assert value == pytest.approx(plain(model, SEQUENCES[row], PROMPT_LENGTHS[row]), abs=2e-4)
 
 
 def test_likelihoods_fill_a_grid(backbone_configs, tokenizer):
@@ -84,7 +83,7 @@ def test_likelihoods_fill_a_grid(backbone_configs, tokenizer):
         for column, prompt in enumerate(prompts):
             for side, name in enumerate(("chosen", "rejected")):
                 encoded = encode(tokenizer, rows[prompt]["prompt"], rows[pair][name])
-                expected, _ = plain(model, encoded.input_ids, len(encoded.prompt_ids))
+                expected = plain(model, encoded.input_ids, len(encoded.prompt_ids))
                 assert grid.rewards[pair, column, side].item() == pytest.approx(expected, abs=2e-4)
 
 

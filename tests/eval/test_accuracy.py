@@ -124,24 +124,6 @@ def test_a_calibrated_model_has_a_small_calibration_error_and_an_overconfident_o
     assert pairwise_accuracy(8 * margins, 0 * margins)["calibration"]["expected_calibration_error"] > 0.15
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([], []), "no pairs"),
-        (([1.0, 2.0], [1.0]), "rejected_rewards has 1 values for 2 chosen_rewards"),
-        (([1.0], [0.0], ["a", "b"]), "subsets has 2 values for 1"),
-        (([1.0], [0.0], None, [1]), "belong together"),
-        (([1.0], [0.0], None, [1], [1, 2]), "rejected_lengths has 2 values"),
-        (([1.0, math.nan], [0.0, 0.0]), r"chosen_rewards\[1\] is nan"),
-        (([1.0], [math.inf]), r"rejected_rewards\[0\] is inf"),
-        (([[1.0]], [[0.0]]), r"chosen_rewards has shape \(1, 1\)"),
-    ],
-)
-def test_wrong_arguments_are_refused(arguments, message):
-    with pytest.raises(InputError, match=message):
-        pairwise_accuracy(*arguments)
-
-
 # --- evaluate
 
 

@@ -239,7 +239,6 @@ def test_pairs_longer_than_the_context_are_counted(model, tokenizer, tmp_path):
     [
         ({"num_prompts": 1}, "num_prompts: 1"),
         ({"num_prompts": 2.5}, "num_prompts: 2.5"),
-        ({"color": "red"}, "color: got 'red'"),
         ({"weights": "behavior"}, "weights: 'behavior' with behavior_model None"),
         ({"weights": "behavior", "behavior_model": "x", "ess_target": 0}, "ess_target: 0"),
         ({"max_pairs": 0}, "max_pairs: 0"),

@@ -9,7 +9,6 @@ import pytest
 
 from inform_rm.errors import InputError
 from inform_rm.util.endpoint import ChatEndpoint, EndpointError, RefusedRequest, Reply, ask_all, checked_url
-from inform_rm.util.threads import in_threads
 
 KEY = "sk-scripted-0123456789abcdef"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5, "temperature": 0.5}
@@ -209,23 +208,28 @@ def test_replies_under_way_are_given_before_an_error_is_raised(chat_server):
     assert found["0"].text == "reply 0" and isinstance(found["1"], RefusedRequest) and set(found) == {"0", "1", "2"}
 
 
-def test_threads_do_every_item_once_and_stop_at_an_error():
-    assert dict(in_threads(lambda n: n * n, range(50), 8)) == {n: n * n for n in range(50)}
-    assert list(in_threads(str, [], 8)) == []
-    threads, gate = {}, threading.Barrier(2)
+def test_every_request_is_asked_once_and_none_after_an_error(monkeypatch):
+    endpoint = ChatEndpoint("http://localhost", "small")
+    requests = {str(n): {"number": n} for n in range(100)}
+    with monkeypatch.context() as patch:
+        patch.setattr(endpoint, "ask", lambda number: number**2)
+        assert dict(ask_all(endpoint, requests, 8)) == {str(n): n**2 for n in range(100)}
+        assert list(ask_all(endpoint, {}, 8)) == []
+    asked, gate = set(), threading.Barrier(2)
 
-    def work(number):
-        threads[number] = threading.current_thread()
+    def ask(number):
+        asked.add(number)
         gate.wait(10)  # both are under way
         if number == 1:
             raise ValueError("one")
-        threads[1].join(10)
+        endpoint._stopped.wait(10)
         return number
 
+    monkeypatch.setattr(endpoint, "ask", ask)
     given = []
     with pytest.raises(ValueError, match="one"):
-        given.extend(number for number, _ in in_threads(work, range(100), 2))
-    assert given == [0] and set(threads) == {0, 1}
+        given.extend(name for name, _ in ask_all(endpoint, requests, 2))
+    assert given == ["0"] and asked == {0, 1}
 
 
 def test_requests_are_sent_at_once_up_to_the_limit(chat_server):

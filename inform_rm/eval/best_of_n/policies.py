@@ -48,15 +48,9 @@ class Policy(Protocol):
 class CausalLMPolicy:
     """Samples from a causal language model: temperature only, no cut of unlikely tokens, to the end token.
 
-    Args:
-        model: folder or Hub id, or a loaded model, which needs its ``tokenizer``.
-        tokenizer: by default the one beside the model.
-        temperature: divides the logits.
-        max_new_tokens: a response that has not ended by then is cut there, and counted.
-        device: see `inform_rm.scoring.reward_models.load_reward_model`; only for a model that is loaded here.
-        trust_remote_code: run code from the checkpoint. Off unless asked.
-        revision: branch, tag or commit of a Hub model.
-        chat_template: see `inform_rm.data.tokenizer.load_tokenizer`; only for a tokenizer that is loaded here.
+    ``model`` is a folder, a Hub id or a loaded model, which needs its ``tokenizer``. A response that has not ended
+    after ``max_new_tokens`` is cut there, and counted. The other keywords are those of `RewardScorer`, for what is
+    loaded here.
 
     Attributes:
         num_cut: responses cut so far.

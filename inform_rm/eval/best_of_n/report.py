@@ -53,10 +53,7 @@ class BestOfNResult(Result):
     prompts_fingerprint: str
     responses: dict[str, Any] = unwritten()
 
-    @property
-    def title(self) -> str:
-        """What it is."""
-        return "Best-of-n overoptimization"
+    title = "Best-of-n overoptimization"
 
     def table(self) -> Table:
         """The peak of the gold reward for each proxy."""

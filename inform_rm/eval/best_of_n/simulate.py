@@ -71,20 +71,10 @@ def best_of_n_expectation(proxy: ArrayLike, values: ArrayLike, ns: Sequence[int]
     ``sum_i C(i - 1, n - 1) / C(N, n) v_(i)``, v in the order of the proxy: the mean over all n-subsets of the N
     responses. Responses with equal proxy are as likely chosen as each other.
 
-    Args:
-        proxy: ``(P, N)`` rewards by which the response is chosen.
-        values: ``(P, N)`` what is averaged: gold rewards, lengths, or the proxy again.
-        ns: M numbers from 1 to N, rising.
-
-    Returns:
-        ``(P, M)`` float64.
-
-    Raises:
-        InputError: on NaN or infinity, other shapes, or bad ns.
+    Both are ``(P, N)``, the rewards by which the response is chosen and what is averaged (gold rewards, lengths, or
+    the proxy again); the result is ``(P, M)`` float64. `InputError` as of `best_of_n_weights`.
     """
-    proxy, values = _table(proxy, "proxy"), _table(values, "values")
-    if proxy.shape != values.shape:
-        raise InputError(f"values: shape {values.shape}; expected {proxy.shape}, one value for each proxy reward.")
+    proxy, values = np.asarray(proxy, dtype=np.float64), np.asarray(values, dtype=np.float64)
     order = np.argsort(proxy, axis=1, kind="stable")
     ordered = np.take_along_axis(proxy, order, axis=1)
     is_new = np.ones(proxy.shape, dtype=bool)
@@ -103,32 +93,23 @@ def overoptimization_curves(
     Intervals are 95 % percentile bootstrap intervals over prompts; one seed draws the same prompts for every proxy.
     A peak is found again in every bootstrap sample. A fall is never negative, and noise alone makes it positive.
 
-    Args:
-        proxy: ``(P, N)`` rewards by which the response is chosen.
-        gold: ``(P, N)`` rewards by which it is judged.
-        ns: M numbers from 1 to N, rising.
-        lengths: ``(P, N)`` words of the responses.
-        seed: seed of the bootstrap.
+    Of the ``(P, N)`` responses ``proxy`` holds the rewards by which one is chosen, ``gold`` those by which it is
+    judged, ``lengths`` the words; the M ``ns`` rise from 1 or more to at most N, or it is an `InputError`.
 
     Returns:
         ``proxy``, ``gold`` and, if given, ``words``, each with ``mean`` (M), ``interval`` (M pairs), ``gain`` over a
         response drawn at random (n = 1) and ``gain_interval``; ``proxy_deviation``, the standard deviation of the
         proxy within prompts; ``peak`` with ``n`` (the smallest), ``kl_nats``, ``kl_nats_interval``, ``gold``, the
         ``fall`` from there to the last n and ``fall_interval``.
-
-    Raises:
-        InputError: on fewer than two prompts, NaN or infinity, other shapes, or bad ns.
     """
-    proxy = _table(proxy, "proxy")
-    if len(proxy) < 2:
-        raise InputError(f"prompts: {len(proxy)}; expected at least 2, because intervals are over prompts.")
+    proxy = np.asarray(proxy, dtype=np.float64)
     even = np.full(len(proxy), 1 / len(proxy))
     shares = np.random.default_rng(seed).multinomial(len(proxy), even, BOOTSTRAP_DRAWS) / len(proxy)
     result: dict[str, Any] = {}
     for name, values in (("proxy", proxy), ("gold", gold), ("words", lengths)):
         if values is None:
             continue
-        table = _table(values, name)
+        table = np.asarray(values, dtype=np.float64)
         chosen = best_of_n_expectation(proxy, table, ns)
         gains = chosen - table.mean(axis=1, keepdims=True)
         result[name] = {
@@ -245,19 +226,6 @@ def _about(model: Scorer | Policy) -> dict[str, Any]:
     return {"model": model.name, "identity": model.identity()}
 
 
-def _table(values: ArrayLike, name: str) -> np.ndarray:
-    table = np.asarray(values, dtype=np.float64)
-    if table.ndim != 2 or not table.size:
-        raise InputError(f"{name}: shape {table.shape}; expected (prompts, responses), at least one of each.")
-    bad = np.argwhere(~np.isfinite(table))
-    if len(bad):
-        row, column = bad[0]
-        raise InputError(
-            f"{name}: response {column} of prompt {row} (from 0) has {table[row, column]}; expected finite numbers."
-        )
-    return table
-
-
 def _interval(draws: np.ndarray) -> list[Any]:
     """95 % of draws along the first axis: a pair, or one a column."""
     return np.quantile(draws, [0.025, 0.975], axis=0).T.tolist()
@@ -314,5 +282,10 @@ def _score(
                 raise InputError(f"{name}, distinct responses from {start} on: {error}") from error
             found |= zip(part, np.asarray(values, dtype=np.float64).tolist(), strict=True)
             bar.update(len(part))
-    rewards = [[found[number, text] for text in texts] for number, texts in enumerate(responses)]
-    return _table(rewards, name)
+    rewards = np.array([[found[number, text] for text in texts] for number, texts in enumerate(responses)])
+    if len(bad := np.argwhere(~np.isfinite(rewards))):
+        row, column = bad[0]
+        raise InputError(
+            f"{name}: response {column} of prompt {row} (from 0) has {rewards[row, column]}; expected finite numbers."
+        )
+    return rewards

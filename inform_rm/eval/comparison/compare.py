@@ -260,7 +260,8 @@ def _flips(baseline: ResultRows, other: ResultRows) -> list[dict[str, Any]]:
 
     Reward models have no common unit: ``margin_change`` is in units of each one's root mean square margin.
     """
-    sources = baseline.source_names()
+    data = baseline.result.get("data", []) if baseline.suite is None else []
+    sources = {item["fingerprint"]: item["source"] for item in data}
     scales = [_root_mean_square(part.margins) for part in (baseline, other)]
     flips = []
     for place in np.flatnonzero(np.abs(other.credits - baseline.credits) == 1).tolist():

@@ -9,7 +9,7 @@ from scipy.optimize import brentq, minimize, minimize_scalar
 from scipy.special import expit
 from scipy.stats import binomtest, chi2
 
-from inform_rm.errors import InputError, check_whole_number
+from inform_rm.errors import check_whole_number
 
 _RIDGES = np.array([1e-4, 0.04])  # on quality and length: inverse variances, see length_controlled_accuracy
 _LARGEST_LOG_ODDS = 60.0  # a limit beyond is 0 or 1 to the last bit
@@ -30,20 +30,14 @@ def paired_bootstrap(differences: ArrayLike, *, num_resamples: int = 10_000, see
     multinomial: they are drawn in place of the rows, at the cost of the few values that differences of credits have.
     Rows count as independent; where several share a prompt the interval is too narrow.
 
-    Args:
-        differences: ``(N,)`` credit of one model minus that of the other, row by row.
-        num_resamples: resamples.
-        seed: of the resamples.
-
-    Raises:
-        InputError: without rows, on values that are not finite, or fewer than one resample.
+    ``differences`` ``(N,)`` are the credit of one model minus that of the other, row by row.
 
     Example:
         >>> found = paired_bootstrap([1.0, 0.0, 0.0, -1.0, 1.0, 1.0, 0.0, 1.0])
         >>> (found.estimate, found.low, found.high)
         (0.375, -0.125, 0.875)
     """
-    values, counts = np.unique(_vector("differences", differences), return_counts=True)
+    values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
     check_whole_number("num_resamples", num_resamples)
     number = int(counts.sum())
     draws = np.random.default_rng(seed).multinomial(number, counts / number, size=num_resamples)
@@ -68,19 +62,13 @@ def mcnemar_test(first: ArrayLike, second: ArrayLike) -> McNemarTest:
     1/2 if they are equally good. Rows where either has a credit other than 0 and 1 are counted and left out; without
     rows that differ the p-value is 1.
 
-    Args:
-        first: ``(N,)`` credits of one model, from 0 (wrong) to 1 (right).
-        second: ``(N,)`` credits of the other on the same rows.
-
-    Raises:
-        InputError: if the numbers of rows differ, or there are none.
+    Credits ``(N,)`` go from 0 (wrong) to 1 (right).
 
     Example:
         >>> mcnemar_test([1, 1, 1, 1, 1, 0.5], [0, 0, 0, 0, 0, 1]).p_value
         0.0625
     """
-    one, other = _vector("first", first), _vector("second", second)
-    _check_same_length("second", other, one)
+    one, other = np.asarray(first), np.asarray(second)
     used = np.isin(one, (0.0, 1.0)) & np.isin(other, (0.0, 1.0))
     first_only = int((used & (one > other)).sum())
     second_only = int((used & (other > one)).sum())
@@ -114,7 +102,7 @@ class LengthControlled(NamedTuple):
 
 def length_scale(length_differences: ArrayLike) -> float:
     """Root mean square of length differences, the unit of `length_controlled_accuracy`; 1 where all are 0."""
-    return float(np.sqrt(np.mean(np.square(_vector("length_differences", length_differences))))) or 1.0
+    return float(np.sqrt(np.mean(np.square(length_differences)))) or 1.0
 
 
 def length_controlled_accuracy(
@@ -146,18 +134,12 @@ def length_controlled_accuracy(
         scale: of the length differences; ``None`` takes their `length_scale`. Pass one scale for groups of pairs
             whose coefficients are to be compared.
 
-    Raises:
-        InputError: if the numbers of values differ, there are none, or a credit is not in [0, 1].
-
     Example:
         >>> found = length_controlled_accuracy([1, 1, 1, 0, 1, 0, 0, 0], [9, 9, 9, 9, -9, -9, -9, -9])
         >>> f"{found.accuracy.estimate:.3f} {found.length_coefficient:.2f}"
         '0.500 1.38'
     """
-    preferred, differences = _vector("credits", credits), _vector("length_differences", length_differences)
-    _check_same_length("length_differences", differences, preferred)
-    if preferred.min() < 0 or preferred.max() > 1:
-        raise InputError(f"credits: from {preferred.min()} to {preferred.max()}; expected values from 0 to 1.")
+    preferred, differences = (np.asarray(each, dtype=np.float64) for each in (credits, length_differences))
     predictor = np.tanh(differences / (length_scale(differences) if scale is None else scale))
 
     def loss(quality: float, length: float) -> float:
@@ -192,15 +174,3 @@ def _limit(excess: Callable[[float], float], start: float, direction: float) -> 
         if abs(outer) > _LARGEST_LOG_ODDS:
             return direction * np.inf
         inner, step = outer, 2 * step
-
-
-def _vector(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    vector = np.asarray(values, dtype=np.float64)
-    if vector.ndim != 1 or not len(vector) or not np.isfinite(vector).all():
-        raise InputError(f"{name}: expected a vector of at least one finite number, got shape {vector.shape}.")
-    return vector
-
-
-def _check_same_length(name: str, values: NDArray[np.float64], others: NDArray[np.float64]) -> None:
-    if len(values) != len(others):
-        raise InputError(f"{name}: {len(values)} values for {len(others)} rows; expected one a row.")

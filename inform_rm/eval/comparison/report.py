@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from inform_rm.errors import shortened
 from inform_rm.eval.frame import Result, unwritten
 from inform_rm.util.colors import GREY, SERIES
 from inform_rm.util.page import Block, Heading, Image, Page, Table, figure_png, with_interval, words_table
@@ -93,13 +94,13 @@ class ComparisonResult(Result):
             entries = [group["models"][name] for group in self.groups]
             for axes, statistic in zip(panels, ("accuracy", "difference")[: 2 if number else 1], strict=False):
                 _marks(axes, offset, entries, statistic, SERIES[number % len(SERIES)], name)
-        labels = [_short(_label(group)) for group in self.groups]
+        labels = [shortened(_label(group), 40) for group in self.groups]
         panels[0].set(xlabel="accuracy", yticks=range(len(labels)), yticklabels=labels)
         panels[0].set_ylim(len(labels) - 0.5, -0.5)
         if self.suite is None:  # items of a suite may have more than two candidates
             panels[0].axvline(0.5, color="grey", linewidth=0.8, linestyle="--")
         if others:
-            panels[1].set(xlabel=f"difference to {_short(names[0])}")
+            panels[1].set(xlabel=f"difference to {shortened(names[0], 40)}")
             panels[1].axvline(0.0, color="grey", linewidth=0.8)
             figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
         for axes in panels:
@@ -212,15 +213,11 @@ def _marks(axes: Axes, offset: float, entries: list[dict[str, Any]], statistic: 
     # A percentile interval may lie beside its estimate by rounding, which matplotlib refuses to draw.
     errors = np.maximum([values - low, high - values], 0.0)
     places = np.arange(len(entries)) + offset
-    axes.errorbar(values, places, xerr=errors, fmt="o", ms=4, capsize=2, color=color, label=_short(label))
+    axes.errorbar(values, places, xerr=errors, fmt="o", ms=4, capsize=2, color=color, label=shortened(label, 40))
 
 
 def _label(group: dict[str, Any]) -> str:
     return str(group["name"]) if group["level"] != "section" else f"section {group['name']}"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 40 else text[:39] + "…"
 
 
 def _with_interval(entry: dict[str, Any], name: str, sign: str = "") -> str:

@@ -47,10 +47,6 @@ class ResultRows:
     length_differences: NDArray[np.float64]
     candidates: list[tuple[int, ...]]
 
-    def source_names(self) -> dict[str, str]:
-        """The source a key's first part stands for, as its evaluation was told it."""
-        return {item["fingerprint"]: item["source"] for item in self.result.get("data", []) if self.suite is None}
-
     def reordered(self, keys: Sequence[Key]) -> "ResultRows":
         """The same rows in another order."""
         place_of = {key: place for place, key in enumerate(self.keys)}

@@ -137,16 +137,9 @@ def auto_eps(reference: LatentArray, *, min_samples: int = 5, num_points: int | 
     """A radius for DBSCAN from the reference: the one at which 90 % of its points would be core points.
 
     That is the 0.9 quantile of the distance of each point to its ``min_samples``-th nearest one, itself counted. A
-    candidate from the same policy, of the same size, then has about 10 % of noise and border.
-
-    Args:
-        reference: ``(M, K)``, at least ``min_samples`` of them.
-        min_samples: as in :func:`cluster_separation_index`.
-        num_points: draw so many, since distances shrink with the number of points; ``None``: at most 5000.
-        seed: of the draw.
-
-    Raises:
-        InputError: for bad latents, fewer than ``min_samples``, or so many equal ones that the radius would be 0.
+    candidate from the same policy, of the same size, then has about 10 % of noise and border. ``num_points`` are
+    drawn, since distances shrink with their number; ``None``: at most 5000. `InputError` for fewer than
+    ``min_samples``, or so many equal ones that the radius would be 0.
     """
     points = check_latents("reference", reference)
     # Fewer than min_samples candidates still need a neighbour of that rank.

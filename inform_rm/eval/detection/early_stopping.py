@@ -6,7 +6,31 @@ from typing import Any
 from inform_rm.errors import InputError
 
 
-class CSIEarlyStopping:
+class _StoppingRule:
+    """A rule whose attributes are all of its state; the first is its setting."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs, as numbers and ``None`` that JSON keeps exactly."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken: all later decisions are those of the run that was not cut off.
+
+        `InputError` for a state with other entries, or of a rule with another setting.
+        """
+        own = self.state_dict()
+        if not isinstance(state, dict) or state.keys() != own.keys():
+            raise InputError(f"state: {state!r}; expected the entries {', '.join(own)}, as state_dict() gives them.")
+        setting = next(iter(own))
+        if state[setting] != own[setting]:
+            raise InputError(
+                f"{setting}: {own[setting]:g}, but the state comes from a rule with {state[setting]!r}. "
+                "Pass that one to go on with the same decisions."
+            )
+        vars(self).update(state)
+
+
+class CSIEarlyStopping(_StoppingRule):
     """Stop when ``|C_t - C_{t-1}| > max_change_ratio * mean of the earlier absolute changes``.
 
     The first two values cannot fire: there is no earlier change to compare with. Nor can any value as long as all
@@ -38,9 +62,9 @@ class CSIEarlyStopping:
         if isinstance(max_change_ratio, bool) or not 0 < max_change_ratio < math.inf:
             raise InputError(f"max_change_ratio: {max_change_ratio!r}; expected a number above 0 (10 in the paper).")
         self.max_change_ratio = float(max_change_ratio)
-        self._last_csi: float | None = None
-        self._sum_of_changes = 0.0
-        self._num_changes = 0
+        self.last_csi: float | None = None
+        self.sum_of_changes = 0.0
+        self.num_changes = 0
 
     def update(self, csi: float) -> bool:
         """Take the next CSI; true if the run should stop.
@@ -50,37 +74,18 @@ class CSIEarlyStopping:
         value = float(csi)
         if not math.isfinite(value):
             raise InputError(f"csi: {value}; no change from or to it can be measured. Leave this step out.")
-        last, self._last_csi = self._last_csi, value
+        last, self.last_csi = self.last_csi, value
         if last is None:
             return False
         change = abs(value - last)
         # Multiplied out: with no earlier change, or only zeros, the right side is 0.
-        fires = 0 < self.max_change_ratio * self._sum_of_changes < change * self._num_changes
-        self._sum_of_changes += change
-        self._num_changes += 1
+        fires = 0 < self.max_change_ratio * self.sum_of_changes < change * self.num_changes
+        self.sum_of_changes += change
+        self.num_changes += 1
         return fires
 
-    def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs, as numbers and ``None`` that JSON keeps exactly."""
-        return {
-            "max_change_ratio": self.max_change_ratio,
-            "last_csi": self._last_csi,
-            "sum_of_changes": self._sum_of_changes,
-            "num_changes": self._num_changes,
-        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken: all later decisions are those of the run that was not cut off.
-
-        `InputError` for a state with other entries, or of a rule with another ``max_change_ratio``.
-        """
-        _check_state(state, self.state_dict(), "max_change_ratio")
-        self._last_csi = state["last_csi"]
-        self._sum_of_changes = state["sum_of_changes"]
-        self._num_changes = state["num_changes"]
-
-
-class RewardFallStopping:
+class RewardFallStopping(_StoppingRule):
     """Stop when the mean reward has lost more than ``max_fall`` of its largest gain over the start; ours.
 
     For the rewards of a model that the policy is *not* optimised against. Those of the model that it is optimised
@@ -103,9 +108,9 @@ class RewardFallStopping:
     def __init__(self, max_fall: float = 0.05):
         if not isinstance(max_fall, int | float) or not 0 < max_fall < 1:
             raise InputError(f"max_reward_fall: {max_fall!r}; it is a share, above 0 and below 1 (default 0.05).")
-        self.max_fall = float(max_fall)
-        self._start: float | None = None
-        self._largest, self._largest_error = 0.0, 0.0  # of no meaning before there is a start
+        self.max_reward_fall = float(max_fall)
+        self.start: float | None = None
+        self.largest, self.largest_error = 0.0, 0.0  # of no meaning before there is a start
 
     def update(self, reward: float, standard_error: float = 0.0) -> bool:
         """Take the next mean reward, the first before optimisation; true if the run should stop.
@@ -115,41 +120,12 @@ class RewardFallStopping:
         value, error = float(reward), float(standard_error)
         if not math.isfinite(value + error):
             raise InputError(f"reward: {value} ± {error}; expected finite numbers. Leave this step out.")
-        if self._start is None:
-            self._start = self._largest = value
-        if value >= self._largest:
-            self._largest, self._largest_error = value, error
+        if self.start is None:
+            self.start = self.largest = value
+        if value >= self.largest:
+            self.largest, self.largest_error = value, error
             return False
-        fall = self._largest - value
-        return fall > self.max_fall * (self._largest - self._start) and fall > 2 * math.hypot(
-            error, self._largest_error
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs, as numbers and ``None`` that JSON keeps exactly."""
-        return {
-            "max_reward_fall": self.max_fall,
-            "start": self._start,
-            "largest": self._largest,
-            "largest_error": self._largest_error,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken.
-
-        Raises:
-            InputError: for a state with other entries, or of a rule with another ``max_fall``.
-        """
-        _check_state(state, self.state_dict(), "max_reward_fall")
-        self._start, self._largest, self._largest_error = state["start"], state["largest"], state["largest_error"]
-
-
-def _check_state(state: Any, own: dict[str, Any], setting: str) -> None:
-    """Refuse a state that would change a rule's decisions: other entries, or another ``setting``."""
-    if not isinstance(state, dict) or state.keys() != own.keys():
-        raise InputError(f"state: {state!r}; expected the entries {', '.join(own)}, as state_dict() gives them.")
-    if state[setting] != own[setting]:
-        raise InputError(
-            f"{setting}: {own[setting]:g}, but the state comes from a rule with {state[setting]!r}. "
-            "Pass that one to go on with the same decisions."
+        fall = self.largest - value
+        return fall > self.max_reward_fall * (self.largest - self.start) and fall > 2 * math.hypot(
+            error, self.largest_error
         )

@@ -47,7 +47,7 @@ def join_labels(rows: Sequence[ScoreRow | RowFault], source: Source) -> dict[str
     own_ids = [row.fields.get("id") for row in rows]
     their_ids = [record.get("id") for _, record in labels]
     found: dict[str, bool] = {}
-    by_id = all(_are_names(ids) for ids in (own_ids, their_ids))
+    by_id = all(None not in ids and len(set(map(str, ids))) == len(ids) for ids in (own_ids, their_ids))
     if by_id:
         row_of = {str(own): row for own, row in zip(own_ids, rows, strict=True)}
         pairs = [(row_of.get(str(own)), part) for own, part in zip(their_ids, labels, strict=True)]
@@ -99,10 +99,6 @@ def agreement(columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
                 values |= {name: hits / total, f"{name}_interval": list(wilson_interval(hits, total))}
         found["statistics"][statistic.name] = values
     return found
-
-
-def _are_names(ids: Sequence[Any]) -> bool:
-    return None not in ids and len(set(map(str, ids))) == len(ids)
 
 
 def _checked(record: Any, where: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
-from inform_rm.errors import InputError
 from inform_rm.eval.detection.latent_arrays import LatentArray, Measured, check_both, check_latents
 from inform_rm.eval.detection.settings import DetectionSettings
 from inform_rm.util.intervals import wilson_interval
@@ -22,13 +21,8 @@ def neighbour_distances(
     Ramaswamy et al. 2000 and Sun et al. 2022 (arXiv:2204.06507) take the distance to the k-th; their mean moves less
     with the draw of the reference. Nothing is normalized: the unit is that of the latents, as for CSI.
 
-    Args:
-        candidate: ``(N, K)``; ``None``: the reference itself, each point left out of its own neighbours.
-        reference: ``(M, K)``, more than k.
-        num_neighbours: k.
-
-    Raises:
-        InputError: for bad latents, different K, or too small a reference.
+    A candidate of ``None`` is the reference itself, each point left out of its own neighbours. `InputError` for bad
+    latents.
 
     Example:
         >>> neighbour_distances(np.array([[0.0], [9.0]]), np.array([[1.0], [2.0], [4.0]]), 2).tolist()
@@ -36,8 +30,6 @@ def neighbour_distances(
     """
     others = check_latents("reference", reference)
     points = None if candidate is None else check_both(candidate, others)[0]
-    if len(others) <= num_neighbours:
-        raise InputError(f"reference: {len(others)} points; {num_neighbours} neighbours of each need more than that.")
     center = others.mean(axis=0, dtype=np.float64)  # far from the origin, scikit-learn's squares cancel
     model = NearestNeighbors(n_neighbors=num_neighbours).fit(others - center)
     found: NDArray = model.kneighbors(None if points is None else points - center)[0].mean(axis=1)

@@ -101,13 +101,8 @@ def fit_mahalanobis(reference: LatentArray, *, seed: int = 0) -> MahalanobisRefe
     ``q = u^T Sigma^-1 u``, ``u = x - mean``, changes the covariance by a term of rank one, and by Sherman and Morrison
     ``d^2 = q m / (m - 1) / (1 - (1 - shrinkage) q / (m - 1))``. Shrinkage and the size of its target stay as they are.
 
-    Args:
-        reference: ``(M, K)``, at least 10. Fewer than K will do for distances, because the covariance is shrunk. Of
-            more than 100,000 a random part of that size is fitted.
-        seed: of that part.
-
-    Raises:
-        InputError: for bad latents, fewer than 10, or a covariance that cannot be inverted (all points equal).
+    Fewer points than dimensions will do for distances, because the covariance is shrunk, but fewer than 10 or all
+    equal ones are an `InputError`. Of more than 100,000 a random part of that size is fitted.
     """
     points = check_latents("reference", reference)
     if len(points) < _SMALLEST_REFERENCE:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
+from inform_rm.errors import shortened
 from inform_rm.eval.detection.statistic import STATISTICS
 from inform_rm.eval.frame import ModelResult, unwritten
 from inform_rm.util.colors import BLUE, SKY, VERMILION
@@ -71,10 +72,7 @@ class DetectionResult(ModelResult):
     responses: dict[str, list[Any]] = unwritten()
     values: np.ndarray = unwritten()
 
-    @property
-    def title(self) -> str:
-        """Names the model."""
-        return f"Overoptimization check of {self.model}"
+    title = property("Overoptimization check of {0.model}".format)
 
     def table(self) -> Table:
         """The reference, then every candidate with the statistics, reward and what its texts are like."""
@@ -122,7 +120,7 @@ class DetectionResult(ModelResult):
         rows.sort(key=lambda row: columns["kind"][row] == "outlier")
         names = ("x", "y", "kind", "set", "reward", "response", *(("hacked",) if "hacked" in columns else ()))
         points = {name: [columns[name][row] for row in rows] for name in names}
-        return points | {"response": [shortened(text) for text in points["response"]]}
+        return points | {"response": [shortened(text, _SHOWN_CHARACTERS) for text in points["response"]]}
 
     def steps_figure(self) -> Figure:
         """Every statistic, mean reward and length over the candidates (arXiv:2402.09345, Fig. 8 and 14)."""
@@ -175,8 +173,8 @@ class DetectionResult(ModelResult):
 
     def _blocks(self) -> list[Block]:
         outliers = [
-            (part["name"], shortened(row["prompt"]), shortened(row["response"]), f"{row['reward']:.2f}",
-             f"{row['squared_mahalanobis']:.1f}", f"{row['tail_probability']:.1e}")
+            (part["name"], shortened(row["prompt"], _SHOWN_CHARACTERS), shortened(row["response"], _SHOWN_CHARACTERS),
+             f"{row['reward']:.2f}", f"{row['squared_mahalanobis']:.1f}", f"{row['tail_probability']:.1e}")
             for part in self.candidates for row in part["most_outlying"]
         ]  # fmt: skip
         blocks: list[Block] = [self.table(), *self.notes()]
@@ -231,8 +229,3 @@ def map_figure(points: dict[str, list[Any]]) -> Figure:
     axes.set(xticks=[], yticks=[])
     axes.legend()
     return figure
-
-
-def shortened(text: str) -> str:
-    """At most 400 characters of a text."""
-    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"

@@ -98,10 +98,7 @@ class WinRateResult(JudgedResult):
     mean_words: list[float]
     unpaired: dict[str, Any]
 
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Win rate of {self.data[0]['source']} over {self.data[1]['source']}"
+    title = property("Win rate of {0.data[0][source]} over {0.data[1][source]}".format)
 
     def table(self) -> Table:
         """Counts, win rate and position bias."""
@@ -155,10 +152,7 @@ class LabelResult(JudgedResult):
     share: float
     share_interval: list[float]
 
-    @property
-    def title(self) -> str:
-        """What was labelled."""
-        return f"Responses of {self.data[0]['source']} that exploit a reward"
+    title = property("Responses of {0.data[0][source]} that exploit a reward".format)
 
     def table(self) -> Table:
         """Counts and share."""

@@ -43,7 +43,7 @@ class SuiteResult(ModelResult):
             ``items.jsonl``.
     """
 
-    title: str
+    title: str  # type: ignore[misc]  # a class variable elsewhere
     citation: str
     suite: str
     complete: bool

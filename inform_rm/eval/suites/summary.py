@@ -30,12 +30,7 @@ def summarize_suite(
     Intervals hold 95 %: Wilson's for subsets (wide for marks other than 0 and 1), percentiles of a bootstrap within
     the subsets for sections and score. The formula of Ties has none.
 
-    Args:
-        suite: which.
-        items: scored items of its subsets.
-        ties: see `item_credit`.
-        seed: of the bootstrap.
-        dropped: by subset, how many items were read and not scored.
+    ``ties`` is that of `item_credit`; ``dropped`` says of subsets how many items were read and not scored.
     """
     groups: dict[str, list[ScoredItem]] = {name: [] for name in suite.subsets}
     for item in items:

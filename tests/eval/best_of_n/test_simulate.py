@@ -386,21 +386,6 @@ def test_a_model_that_gives_nan_is_named_with_its_response(build):
         attack(scorer, num_prompts=2, num_responses=2, progress=False)
 
 
-@pytest.mark.parametrize(
-    ("proxy", "gold", "message"),
-    [
-        ([[1.0, 2.0]], [[1.0, 2.0]], "prompts: 1; expected at least 2"),
-        ([[1.0, 2.0]] * 2, [[1.0]] * 2, r"values: shape \(2, 1\)"),
-        ([1.0, 2.0], [1.0, 2.0], r"proxy: shape \(2,\)"),
-        ([[1.0, math.nan]] * 2, [[1.0, 2.0]] * 2, "proxy: response 1 of prompt 0 .* nan"),
-        ([[1.0, 2.0]] * 2, [[1.0, 2.0], [math.inf, 0]], "gold: response 0 of prompt 1 .* inf"),
-    ],
-)
-def test_bad_tables_are_named(proxy, gold, message):
-    with pytest.raises(InputError, match=message):
-        overoptimization_curves(proxy, gold, [1, 2])
-
-
 def test_the_worlds_policy_does_what_is_asked_as_often_as_it_is_told_to():
     prompts = sample_prompts(WorldConfig(), 40, seed=3)
     done = {}

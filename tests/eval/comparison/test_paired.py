@@ -242,26 +242,6 @@ def test_unit_of_length_does_not_matter_and_a_common_scale_makes_coefficients_co
     assert length_controlled_accuracy(credits, differences, scale=1e6).length_coefficient != once.length_coefficient
 
 
-@pytest.mark.parametrize(
-    ("function", "arguments", "message"),
-    [
-        (paired_bootstrap, ([],), "differences: expected a vector of at least one finite number"),
-        (paired_bootstrap, ([math.nan],), "differences: expected a vector"),
-        (mcnemar_test, ([math.inf], [1]), "first: expected a vector"),
-        (mcnemar_test, ([1], [math.nan]), "second: expected a vector"),
-        (mcnemar_test, ([1, 0], [1]), "second: 1 values for 2 rows"),
-        (length_scale, ([],), "length_differences: expected a vector"),
-        (length_controlled_accuracy, ([], [1]), "credits: expected a vector"),
-        (length_controlled_accuracy, ([1], [[1]]), "length_differences: expected a vector"),
-        (length_controlled_accuracy, ([1, 0], [1]), "length_differences: 1 values for 2 rows"),
-        (length_controlled_accuracy, ([1, 2], [1, 3]), "credits: from 1.0 to 2.0"),
-    ],
-)
-def test_wrong_arguments_are_refused(function, arguments, message):
-    with pytest.raises(InputError, match=message):
-        function(*arguments)
-
-
 @pytest.mark.parametrize("number", [0, -1, 1.5, True])
 def test_number_of_resamples_is_checked(number):
     with pytest.raises(InputError, match=r"^num_resamples"):

@@ -50,8 +50,6 @@ def test_false_alarms_are_alpha_also_between_clouds_whose_middle_is_far_from_all
     assert between == [1.0] * 20
 
 
-def test_a_reference_without_so_many_neighbours_is_refused():
-    with pytest.raises(InputError, match="reference: 5 points; 5 neighbours of each need more"):
-        neighbour_distances(None, normal(0, 5, 2))
+def test_a_candidate_of_other_dimensions_is_refused():
     with pytest.raises(InputError, match="candidate: 3 latent dimensions"):
         neighbour_distances(normal(0, 5, 3), normal(0, 9, 2))
