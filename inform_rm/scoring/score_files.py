@@ -5,11 +5,12 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ from inform_rm.util.journal import RewardJournal, shortest_float
 from inform_rm.util.processes import is_main_process
 
 _SHOWN_FAULTS = 5
+_LOW_BITS = (1 << 64) - 1
 
 Row = tuple[ScoreRow, Encoded] | RowFault
 
@@ -41,8 +43,8 @@ def score_file(
 ) -> dict[str, Any]:
     """Score ``prompt`` / ``response`` rows, of a file of any length or in memory, into JSON Lines, in input order.
 
-    Each output row is the input row with ``reward`` (and ``reward_std``) added. Memory holds one chunk of rows, and an
-    earlier call's rewards. All faults are reported at once, before the model runs. Finished rewards
+    Each output row is the input row with ``reward`` (and ``reward_std``) added. Memory holds one chunk of rows, and of
+    an earlier call's rewards 24 bytes each. All faults are reported at once, before the model runs. Finished rewards
     wait in ``OUTPUT.partial`` under a digest of their row's token ids; after a kill the same call takes them up, also
     on an input that was mended. It refuses if model, tokenizer, dtype or ``uncertainty`` has changed. ``OUTPUT``
     appears whole at the end. With several processes all read the input and the main one writes.
@@ -90,7 +92,7 @@ def score_file(
     identity = {**scorer.identity(), "uncertainty": uncertainty}
     journal = RewardJournal(output.with_name(output.name + ".partial"), identity, shared)
     try:
-        finished = {key: (reward, std) for key, reward, std in journal.finished()}
+        finished = _FinishedRewards(journal.finished())
         resumed = 0
         with (
             rows_path.open("w", encoding="utf-8") if writes else open(os.devnull, "w") as file,
@@ -189,14 +191,14 @@ def _check_all(
 def _score_chunk(
     scorer: RewardScorer,
     rows: Sequence[tuple[ScoreRow, Encoded]],
-    finished: dict[int, tuple[float, float]],
+    finished: "_FinishedRewards",
     uncertainty: int | None,
     journal: RewardJournal,
     bar: Any,
 ) -> tuple[list[tuple[float, float]], int]:
     """``(reward, reward_std)`` of each row of a chunk, and how many were finished before."""
     keys = [_key(encoded.input_ids) for _, encoded in rows]
-    scores = {place: finished[key] for place, key in enumerate(keys) if key in finished}
+    scores = finished.find(keys)
     num_finished = len(scores)
     bar.update(num_finished)
     todo = [place for place in range(len(rows)) if place not in scores]
@@ -219,3 +221,24 @@ def _score_chunk(
 def _key(ids: Sequence[int]) -> int:
     """A number of 128 bits that stands for the token ids."""
     return int.from_bytes(hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest(), "big")
+
+
+class _FinishedRewards:
+    """``(key, reward, reward_std)`` of an earlier call's rows, in 24 bytes each."""
+
+    def __init__(self, entries: Iterable[tuple[int, float, float]]):
+        halves = ((key >> 64 & _LOW_BITS, key & _LOW_BITS, reward, std) for key, reward, std in entries)
+        rows = np.fromiter(halves, dtype=[("high", "u8"), ("low", "u8"), ("reward", "f4"), ("std", "f4")])
+        self._rows = rows[np.argsort(rows["high"], kind="stable")]
+
+    def find(self, keys: Sequence[int]) -> dict[int, tuple[float, float]]:
+        """``(reward, reward_std)`` by the place in ``keys`` of those that are known."""
+        if not len(self._rows):
+            return {}
+        wanted = np.array([key >> 64 for key in keys], dtype=np.uint64)
+        rows = self._rows[np.searchsorted(self._rows["high"], wanted).clip(max=len(self._rows) - 1)].tolist()
+        return {
+            place: (reward, std)
+            for place, (key, (high, low, reward, std)) in enumerate(zip(keys, rows, strict=True))
+            if key == high << 64 | low
+        }

@@ -28,7 +28,7 @@ from inform_rm.data.encoding import encode
 from inform_rm.data.response_rows import score_rows_or_faults
 from inform_rm.errors import InputError
 from inform_rm.scoring.reward_models import fingerprint_model, fingerprint_tokenizer, load_reward_model
-from inform_rm.scoring.score_files import score_file
+from inform_rm.scoring.score_files import _FinishedRewards, score_file
 from inform_rm.scoring.scorer import NonFiniteRewardError, RewardScorer
 
 MODELS = ("inform", "inform_standard", "llama", "mistral", "qwen2", "gpt_neox", "gpt2")
@@ -727,6 +727,15 @@ def test_finished_rewards_stay_usable_under_another_max_length(models, tokenizer
     with pytest.raises(InputError, match=r"1 of 21 rows cannot .*row 21 has 1\d\d tokens; the limit is 100"):
         score_file(short, unfinished, tmp_path / "out.jsonl", progress=False)
     assert score_file(long, unfinished, tmp_path / "out.jsonl", progress=False)["resumed_rows"] == finished
+
+
+def test_finished_rewards_are_found_by_all_of_their_key():
+    high, low = 3 << 64, 7
+    found = _FinishedRewards([(high | low, 0.5, 0.25), (high | 8, 1.5, float("nan")), (5, -1.0, 2.0)])
+    # Of two keys that share their first half one is found; the other is computed again, never mistaken.
+    keys = [5, high | low, 6, high | 9, (1 << 128) - 1, 5]
+    assert found.find(keys) == {0: (-1.0, 2.0), 1: (0.5, 0.25), 5: (-1.0, 2.0)}
+    assert _FinishedRewards([]).find(keys) == {}
 
 
 BAD_ROWS = {
