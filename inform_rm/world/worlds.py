@@ -54,6 +54,20 @@ class WorldConfig:
     unseen_families: tuple[str, ...] = ("verse", "dinner")
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        shares = ("adversarial_share", "equal_content_share", "off_topic_share")
+        rules = [
+            ("style_bias", -1 <= self.style_bias <= 1, "lie in [-1, 1]"),
+            ("label_noise", 0 <= self.label_noise < 0.5, "lie in [0, 0.5)"),
+            *((name, 0 <= getattr(self, name) <= 1, "lie in [0, 1]") for name in shares),
+            ("unseen_families", set() < set(self.unseen_families) < set(FAMILIES), f"be some of {sorted(FAMILIES)}"),
+        ]
+        faults = [f"{name}={getattr(self, name)!r} must {rule}" for name, holds, rule in rules if not holds]
+        if self.adversarial_share + self.equal_content_share > 1:
+            faults.append("adversarial_share + equal_content_share must not exceed 1")
+        if faults:
+            raise InputError("WorldConfig: " + "; ".join(faults) + ".")
+
 
 class GoldReward(NamedTuple):
     """The two parts of the gold reward of one response, and their sum `total`."""

@@ -207,6 +207,26 @@ def test_style_never_outweighs_what_was_asked():
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"style_bias": 1.5}, r"style_bias=1.5 must lie in \[-1, 1\]"),
+        ({"label_noise": 0.5}, r"label_noise=0.5 must lie in \[0, 0.5\)"),
+        ({"label_noise": float("nan")}, "label_noise=nan"),
+        ({"adversarial_share": -0.1}, "adversarial_share=-0.1"),
+        ({"adversarial_share": 0.6, "equal_content_share": 0.6}, "must not exceed 1"),
+        *(
+            ({"unseen_families": names}, "unseen_families=.* must be some of")
+            for names in (("verse", "opera"), (), tuple(FAMILIES))
+        ),
+        ({"style_bias": 2, "label_noise": 1}, "style_bias=2 .*label_noise=1 "),
+    ],
+)
+def test_impossible_worlds_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        WorldConfig(**settings)
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: make_pairs(WorldConfig(), "test", 4), "split='test' is not one of train, "),
