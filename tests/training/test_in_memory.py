@@ -382,8 +382,9 @@ def test_adapters_train_under_the_default_compiler_and_are_saved(arguments, caus
 def test_a_compiled_run_equals_an_eager_one(arguments, causal_lm_dir):
     backbone = str(causal_lm_dir("llama"))
     rows = {"train_dataset": ROWS, "eval_dataset": ROWS[:8]}
-    expected = trained(model=backbone, args=arguments("eager"), **rows)
-    compiled = arguments("compiled", torch_compile=True, torch_compile_backend="aot_eager")
+    begins = {"kl_warmup_nats": 0}  # before the KL term the bias of the latents has no gradient either
+    expected = trained(model=backbone, args=arguments("eager", **begins), **rows)
+    compiled = arguments("compiled", torch_compile=True, torch_compile_backend="aot_eager", **begins)
     found = trained(model=backbone, args=compiled, **rows)
     for name, value in expected.items():
         if not name.endswith("decoder.2.bias"):  # see above
