@@ -41,6 +41,7 @@ def test_steps_are_steps_from_1_on_and_below_parts_of_the_run():
     [
         ({"steps": 0.1, "nats": 0.02, "earned": lambda step: 0.05}, 10),  # earned before: no longer than without
         ({"steps": 0.1, "nats": 0.02, "earned": lambda step: 0.05 * (step >= 20)}, 25),  # a mean
+        ({"steps": 0.1, "nats": 0.02, "earned": lambda step: 9.0 * (step >= 10)}, 11),
         ({"steps": 0.1, "nats": 0.02, "earned": lambda step: -0.01}, 40),
         ({"steps": 0.6, "nats": 0.02, "earned": lambda step: -0.01}, 60),
         ({"steps": 0.1, "nats": 0.0, "earned": lambda step: -0.01}, 10),
