@@ -260,8 +260,9 @@ def train(proxies: Proxies, variants: list[Variant], seeds: list[int], sets: lis
         optimizer.zero_grad()
         whole.sum().backward()
         losses.append(pair.detach())
-        for warmup, mean in zip(warmups, pair.tolist(), strict=True):
-            warmup.add(PAIRS_PER_STEP, PAIRS_PER_STEP * mean)
+        if any(warmup.waits for warmup in warmups):  # a GPU is waited for where somebody asks
+            for warmup, mean in zip(warmups, pair.tolist(), strict=True):
+                warmup.add(PAIRS_PER_STEP, PAIRS_PER_STEP * mean)
         rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / total))
         prepare(leaves, rate * decay)
         optimizer.param_groups[0]["lr"] = rate

@@ -4,10 +4,10 @@
 
 All reward models start from one small language model that was trained on right responses of the world of `START_SEED`.
 Every seed is a world of its own: in 90 % of its training pairs the right response is the longer one, and no label is
-wrong, so that an accuracy reads as a share of what can be learnt. `COSTS` was measured on the world of `START_SEED`;
-every method gets the time of `BUDGET` updates of Bradley-Terry, and at least `UPDATES` of its own. CPU time counts, of
-one thread: other work on the machine does not. Started again, the program goes on after the last finished run. Writes
-``runs.jsonl``, a line for each run; ``benchmarks/prioritized_report.py`` makes the tables of it.
+wrong, so that an accuracy reads as a share of what can be learnt. The costs of `PLAN`, which says how long each method
+trains, were measured on the world of `START_SEED`. CPU time counts, of one thread: other work on the machine does not.
+Started again, the program goes on after the last finished run. Writes ``runs.jsonl``, a line for each run;
+``benchmarks/prioritized_report.py`` makes the tables of it.
 """
 
 import argparse

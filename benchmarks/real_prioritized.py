@@ -7,10 +7,9 @@ four times; of the others (prompt-swap) only the prompt decides, as the same two
 opposite preference. One subset of prompt-swap is left out of training. A seed draws training pairs, test pairs, the
 head and the order of the data.
 
-`COSTS` was measured before; every method gets the time of `BUDGET` updates of Bradley-Terry, and at least `UPDATES` of
-its own. CPU time counts, of one thread: other work on the machine does not. Started again, the program goes on after
-the last finished run. Writes ``runs.jsonl``, a line for each run, and ``table.md`` into the output folder;
-``docs/results/real-data.md`` shows and discusses it.
+`PLAN` says how long each method trains. CPU time counts, of one thread: other work on the machine does not. Started
+again, the program goes on after the last finished run. Writes ``runs.jsonl``, a line for each run, and ``table.md``
+into the output folder; ``docs/results/real-data.md`` shows and discusses it.
 """
 
 import argparse
